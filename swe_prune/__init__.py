@@ -1,0 +1,1 @@
+"""Trajectory-based weight pruning for JAX."""

@@ -1,0 +1,303 @@
+"""The settings of an experiment as frozen dataclasses; `ml_collections.ConfigDict` stops here.
+
+A config file defines `get_config()` and returns a ConfigDict of plain values. `from_dict` turns it
+into a `Config` and refuses what it does not know, so a typo costs a sentence and not a run.
+Durations may be given as steps (`500`), as a share of the phase (`"5%"`) or in passes over the
+training text (`"2 epochs"`); `to_steps` makes steps of them.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from swe_prune.errors import InputError, did_you_mean
+
+Duration = int | str
+"""Steps as an int, or a string `"5%"` or `"2 epochs"`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only Transformer; see `models/gpt.py`."""
+
+    layers: int = 6
+    heads: int = 6
+    width: int = 384
+    context: int = 256
+    vocab_size: int | None = None  # None: as many as the tokenizer has
+    hidden_ratio: int = 4
+    activation: str = "gelu"
+    use_bias: bool = False
+    qkv_bias: bool | None = None  # None: as use_bias
+    tied_head: bool = True
+    dropout: float = 0.0
+    dtype: str = "float32"  # of the computation; parameters are float32
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which text, cut and batched how; see `data/`."""
+
+    dataset: str = (
+        "shakespeare_plays"  # a TFDS name (with config, "wiki40b/en") or a path to a text
+    )
+    data_dir: str | None = None  # where TFDS keeps prepared datasets; None: its own default
+    train_split: str = "train"
+    validation_split: str = "validation"
+    text_key: str = "text"
+    validation_fraction: float = 0.1  # of a text file, from its end; TFDS datasets bring splits
+    train_chars: int | None = None  # only the first so many characters of the training split
+    validation_chars: int | None = None
+    batch: int = 64
+    eval_windows: int = 256  # fixed validation windows
+    eval_batch: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseConfig:
+    """One phase of optimization: AdamW, linear warm-up, cosine decay."""
+
+    steps: Duration = 5000  # "n epochs" or a number
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-4
+    warmup: Duration = 100
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.99
+    clip: float = 1.0  # of the global gradient norm
+
+
+@dataclasses.dataclass(frozen=True)
+class TrajectoryConfig:
+    """What is remembered of every prunable weight; see `trajectory.py`."""
+
+    measures: tuple[str, ...] = ("late_mean",)
+    every: Duration = "5%"  # steps between snapshots
+    power: float = 0.5
+    window_start: int = 1  # the first snapshot that counts for late_mean
+    vote_rate: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneConfig:
+    """What may be pruned and with which values the pruned model goes on."""
+
+    include: tuple[str, ...] | None = None  # None: the default rules of tree.prunable
+    exclude: tuple[str, ...] | None = None
+    values_from: str = "final"  # or "late_mean": the averaged weights
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """The grid: two comparisons kept apart, each over its own criteria, levels and seeds."""
+
+    std_criteria: tuple[str, ...] = ("swe", "swe_spread", "magnitude")
+    std_rates: tuple[float, ...] = (0.5, 1.0, 1.4, 2.0, 3.0)
+    std_seeds: tuple[int, ...] = (0,)
+    criteria: tuple[str, ...] = ("swe", "magnitude", "random")
+    sparsities: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+    scopes: tuple[str, ...] = ("tensor", "global")
+    seeds: tuple[int, ...] = (0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole experiment."""
+
+    name: str = "experiment"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: PhaseConfig = PhaseConfig()
+    finetune: PhaseConfig = PhaseConfig(steps=500)
+    trajectory: TrajectoryConfig = TrajectoryConfig()
+    prune: PruneConfig = PruneConfig()
+    study: StudyConfig = StudyConfig()
+    log_every: int = 10
+    eval_every: Duration = "10%"
+    checkpoint_every: Duration = "10%"
+    keep_finetuned: bool = False  # keep the fine-tuned parameters of every cell, not only its masks
+
+    def fingerprint(self) -> str:
+        """Returns a hash of every setting, to recognise a working directory by."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def to_steps(duration: Duration, *, total: int | None = None, epoch: int | None = None) -> int:
+    """Returns a duration in steps, rounded to the nearest and at least 1 unless it is 0.
+
+    Args:
+        duration: steps, `"p%"` of `total`, or `"n epochs"` of `epoch` steps each.
+        total: steps of the phase the duration belongs to.
+        epoch: steps of one pass over the training text.
+
+    Raises:
+        InputError: the duration is malformed or its unit has no meaning here.
+
+    >>> to_steps("5%", total=2000), to_steps("2 epochs", epoch=150), to_steps(7)
+    (100, 300, 7)
+    """
+    if isinstance(duration, int) and not isinstance(duration, bool) and duration >= 0:
+        return duration
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|epochs?|steps?)\s*", str(duration))
+    if not match:
+        raise InputError(
+            f"duration {duration!r} is none of: a number of steps, 'p%', 'n epochs'; write e.g. 500"
+        )
+    value, unit = float(match[1]), match[2].rstrip("s")
+    base = {"step": 1, "%": None if total is None else total / 100, "epoch": epoch}[unit]
+    if base is None:
+        raise InputError(
+            f"duration {duration!r} cannot be used here, where a {unit!r} has no length; give steps"
+        )
+    steps = value * base
+    return 0 if steps == 0 else max(1, math.floor(steps + 0.5))
+
+
+def from_dict(values: Mapping[str, Any], cls: type = Config, path: str = "config") -> Any:
+    """Returns the frozen dataclass `cls` filled from nested plain values.
+
+    Raises:
+        InputError: an unknown key or a value of another type, named by its dotted path.
+    """
+    types_of = typing.get_type_hints(cls)
+    kwargs = {}
+    for key, value in values.items():
+        if key not in types_of:
+            raise InputError(f"{path} has no setting {key!r}; {did_you_mean(key, types_of)}")
+        kwargs[key] = _convert(value, types_of[key], f"{path}.{key}")
+    return cls(**kwargs)
+
+
+def _convert(value: Any, wanted: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(wanted):
+        if not isinstance(value, Mapping | ConfigDict):
+            raise InputError(f"{path} is a group of settings and got {value!r}; set its members")
+        return from_dict(value, typing.cast(type, wanted), path)
+    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    for option in options:
+        if typing.get_origin(option) is tuple:
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                member = typing.get_args(option)[0]
+                return tuple(_convert(v, member, f"{path}[{i}]") for i, v in enumerate(value))
+        elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        elif isinstance(value, option) and not (isinstance(value, bool) and option is int):
+            return value
+    shown = getattr(wanted, "__name__", str(wanted))
+    raise InputError(f"{path} must be {shown} and got {value!r}; correct the config")
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Returns the Config that the file's `get_config()` gives, with `a.b=value` overrides applied.
+
+    Raises:
+        InputError: no such file, no `get_config`, an unknown key, or a value of another type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(
+            f"config {str(path)!r} is not a file; give the path of a get_config() file"
+        )
+    spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"config {str(path)!r} is not Python; give a .py file with get_config()")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(
+            f"config {str(path)!r} fails to run: {type(error).__name__}: {error}; correct the file"
+        ) from error
+    if not hasattr(module, "get_config"):
+        raise InputError(f"config {str(path)!r} defines no get_config(); add it")
+    values = module.get_config().to_dict()
+    for override in overrides:
+        _apply_override(values, override)
+    config = from_dict(values)
+    validate(config)
+    return config
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise InputError(f"override {override!r} has no '='; write --config.train.steps=100")
+    *groups, leaf = key.split(".")
+    for group in groups:
+        values = values.setdefault(group, {})
+        if not isinstance(values, dict):
+            raise InputError(f"override {override!r}: {group!r} is no group of settings")
+    try:
+        values[leaf] = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        values[leaf] = text
+
+
+def validate(config: Config) -> None:
+    """Checks what one value alone or two together can get wrong; names live with their registries.
+
+    Raises:
+        InputError: the first setting that cannot work, with the mend.
+    """
+
+    def need(ok: bool, key: str, value: Any, rule: str) -> None:
+        if not ok:
+            raise InputError(f"config.{key} = {value!r} cannot be used: {rule}")
+
+    model, data, study = config.model, config.data, config.study
+    for group, keys in (
+        (model, "layers heads width context hidden_ratio"),
+        (data, "batch eval_windows eval_batch"),
+        (config, "log_every"),
+    ):
+        name = {ModelConfig: "model.", DataConfig: "data."}.get(type(group), "")
+        for key in keys.split():
+            need(getattr(group, key) >= 1, name + key, getattr(group, key), "give at least 1")
+    need(model.width % model.heads == 0, "model.width", model.width, "make it a multiple of heads")
+    need(0 <= model.dropout < 1, "model.dropout", model.dropout, "give a share in [0, 1)")
+    need(
+        data.eval_windows % data.eval_batch == 0,
+        "data.eval_windows",
+        data.eval_windows,
+        f"make it a multiple of eval_batch = {data.eval_batch}",
+    )
+    need(
+        0 < data.validation_fraction < 1,
+        "data.validation_fraction",
+        data.validation_fraction,
+        "give a share between 0 and 1",
+    )
+    for name in ("train", "finetune"):
+        phase: PhaseConfig = getattr(config, name)
+        for key in ("learning_rate", "clip"):
+            value = getattr(phase, key)
+            need(
+                value > 0 and math.isfinite(value), f"{name}.{key}", value, "give a number above 0"
+            )
+    need(config.trajectory.window_start >= 1, "trajectory.window_start",
+         config.trajectory.window_start, "snapshots are counted from 1")  # fmt: skip
+    for rate in study.std_rates:
+        need(rate >= 0 and math.isfinite(rate), "study.std_rates", rate, "give rates of 0 or more")
+    for sparsity in study.sparsities:
+        need(0 <= sparsity < 1, "study.sparsities", sparsity, "give shares in [0, 1)")
+    for scope in study.scopes:
+        need(scope in ("tensor", "global", "row"), "study.scopes", scope,
+             "give 'tensor', 'global' or 'row'")  # fmt: skip
+    need(
+        config.prune.values_from in ("final", "late_mean"),
+        "prune.values_from",
+        config.prune.values_from,
+        "give 'final' or 'late_mean'",
+    )

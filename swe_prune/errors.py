@@ -1,0 +1,32 @@
+"""The two ways to end badly: the input was wrong, or the run failed.
+
+Both carry one sentence that names the thing, the reason and the mend. The command line prints that
+sentence alone and exits with `exit_code`; a library user catches the built-in type each derives from.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; found before work is wasted."""
+
+    exit_code = 2
+
+
+class RunError(RuntimeError):
+    """A run that was set up correctly failed; what was finished before is kept."""
+
+    exit_code = 1
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns a clause that names the near candidates and all the known ones.
+
+    >>> did_you_mean("magnitud", ["magnitude", "random"])
+    "did you mean 'magnitude'? Known: magnitude, random"
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    guess = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
+    return f"{guess}Known: {', '.join(known)}"

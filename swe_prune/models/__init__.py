@@ -1,0 +1,10 @@
+"""Linen models that know nothing of pruning.
+
+One legend for the letters that carry shapes in names (`x_BxLxD`), here and in the whole package:
+
+    B  batch, sequences           V  vocabulary, symbols
+    L  length, tokens             N  B * L, tokens of the whole batch as one axis
+    D  model width                F  hidden width of the MLP
+    H  attention heads            K  width of one head, D // H
+    R  inputs of a kernel         C  outputs of a kernel (a Flax Dense kernel is R x C)
+"""
