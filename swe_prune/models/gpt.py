@@ -1,0 +1,186 @@
+"""A decoder-only Transformer, GPT-2 as nanoGPT writes it: pre-norm, learned positions, causal.
+
+The activations travel as N x D, tokens of the whole batch by width: a matrix product over two axes
+is the one shape that every backend runs at full speed. Heads exist inside `attention` only.
+
+Sources: Vaswani et al. 2017 (attention), Radford et al. 2019 (GPT-2: pre-norm, the initialization),
+https://github.com/karpathy/nanoGPT (one flag for all biases, the 10.7 M character-level model).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from swe_prune.config import ModelConfig
+from swe_prune.errors import InputError, did_you_mean
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),  # GPT-2's, by tanh
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+INIT_STDDEV = 0.02
+
+
+def build(config: ModelConfig, vocab_size: int) -> "GPT":
+    """Returns the model that `config` describes, for `vocab_size` symbols.
+
+    Raises:
+        InputError: an unknown activation or dtype, or a width that the heads do not divide.
+
+    >>> model = build(ModelConfig(layers=1, heads=2, width=8, context=4), vocab_size=5)
+    >>> params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    >>> sorted(params)
+    ['block_0', 'embedding', 'final_norm', 'position_embedding']
+    >>> sorted(params["block_0"])
+    ['attention', 'attention_norm', 'mlp', 'mlp_norm']
+    """
+    if config.activation not in ACTIVATIONS:
+        raise InputError(
+            f"config.model.activation = {config.activation!r} is unknown; "
+            f"{did_you_mean(config.activation, ACTIVATIONS)}"
+        )
+    if config.dtype not in ("float32", "bfloat16"):
+        raise InputError(
+            f"config.model.dtype = {config.dtype!r} cannot be used: give 'float32' or 'bfloat16'"
+        )
+    if config.width % config.heads:
+        raise InputError(
+            f"config.model.width = {config.width} cannot be used: "
+            f"make it a multiple of heads = {config.heads}"
+        )
+    return GPT(config, vocab_size)
+
+
+class GPT(nn.Module):
+    """Logits for the next symbol after each token; parameters float32, computed in config.dtype.
+
+    Attributes:
+        config: sizes and choices; `build` checks them.
+        vocab_size: symbols, V.
+    """
+
+    config: ModelConfig
+    vocab_size: int
+
+    @nn.compact
+    def __call__(
+        self, tokens_BxL: Int[Array, "B L"], *, train: bool = False
+    ) -> Float[Array, "B L V"]:
+        """Returns logits_BxLxV, float32.
+
+        Args:
+            tokens_BxL: int32 in [0, vocab_size), at most config.context of them in a row.
+            train: apply dropout, which then needs the rng "dropout".
+
+        Raises:
+            InputError: L exceeds config.context (at trace time).
+        """
+        cfg = self.config
+        batch, length = tokens_BxL.shape
+        if length > cfg.context:
+            raise InputError(
+                f"{length} tokens exceed the model's context of {cfg.context}; "
+                "cut the sequence or raise config.model.context"
+            )
+        init = nn.initializers.normal(INIT_STDDEV)
+        embed = nn.Embed(
+            self.vocab_size, cfg.width, embedding_init=init, dtype=cfg.dtype, name="embedding"
+        )
+        position_embedding = self.param("position_embedding", init, (cfg.context, cfg.width))
+        x_BxLxD = embed(tokens_BxL) + position_embedding[:length].astype(cfg.dtype)
+        x_NxD = x_BxLxD.reshape(batch * length, cfg.width)
+        x_NxD = nn.Dropout(cfg.dropout)(x_NxD, deterministic=not train)
+        for layer in range(cfg.layers):
+            x_NxD = Block(cfg, name=f"block_{layer}")(x_NxD, batch, train)
+        x_NxD = _norm(cfg, "final_norm")(x_NxD)
+        if cfg.tied_head:
+            logits_NxV = embed.attend(x_NxD)
+        else:
+            logits_NxV = _dense(cfg, self.vocab_size, "head")(x_NxD)
+        return logits_NxV.astype(jnp.float32).reshape(batch, length, self.vocab_size)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_NxD: Array, batch: int, train: bool) -> Array:  # noqa: D102 (the class's)
+        cfg = self.config
+        drop = nn.Dropout(cfg.dropout, deterministic=not train)
+        y_NxD = _norm(cfg, "attention_norm")(x_NxD)
+        x_NxD = x_NxD + drop(Attention(cfg, name="attention")(y_NxD, batch, train))
+        y_NxD = _norm(cfg, "mlp_norm")(x_NxD)
+        return x_NxD + drop(MLP(cfg, name="mlp")(y_NxD))
+
+
+class Attention(nn.Module):
+    """Causal self-attention; query, key, value and out are four kernels of D x D."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_NxD: Array, batch: int, train: bool) -> Array:  # noqa: D102 (the class's)
+        cfg = self.config
+        qkv_bias = cfg.use_bias if cfg.qkv_bias is None else cfg.qkv_bias
+
+        def heads(name: str) -> Array:
+            y_NxD = _dense(cfg, cfg.width, name, use_bias=qkv_bias)(x_NxD)
+            return y_NxD.reshape(batch, -1, cfg.heads, cfg.width // cfg.heads)
+
+        q_BxLxHxK, k_BxLxHxK, v_BxLxHxK = heads("query"), heads("key"), heads("value")
+        y_BxLxHxK = attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK)
+        return _dense(cfg, cfg.width, "out", residual=True)(y_BxLxHxK.reshape(x_NxD.shape))
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))), hidden width F = hidden_ratio * D."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_NxD: Array) -> Array:  # noqa: D102 (the class's)
+        cfg = self.config
+        h_NxF = _dense(cfg, cfg.hidden_ratio * cfg.width, "up")(x_NxD)
+        h_NxF = ACTIVATIONS[cfg.activation](h_NxF)
+        return _dense(cfg, cfg.width, "down", residual=True)(h_NxF)
+
+
+def attention(q_BxLxHxK: Array, k_BxLxHxK: Array, v_BxLxHxK: Array) -> Array:
+    """Returns softmax(mask(q kᵀ / √K)) v, each token attending to itself and those before it."""
+    length, width = q_BxLxHxK.shape[1], q_BxLxHxK.shape[-1]
+    scores_BxHxLxL = jnp.einsum(
+        "blhk,bmhk->bhlm", q_BxLxHxK, k_BxLxHxK, preferred_element_type=jnp.float32
+    )
+    causal_LxL = jnp.tril(jnp.ones((length, length), bool))
+    scores_BxHxLxL = jnp.where(causal_LxL, scores_BxHxLxL / math.sqrt(width), -jnp.inf)
+    weights_BxHxLxL = jax.nn.softmax(scores_BxHxLxL).astype(v_BxLxHxK.dtype)
+    return jnp.einsum("bhlm,bmhk->blhk", weights_BxHxLxL, v_BxLxHxK)
+
+
+def _dense(
+    cfg: ModelConfig, features: int, name: str, use_bias: bool | None = None, residual: bool = False
+) -> nn.Dense:
+    # GPT-2 scales what is added to the residual stream by 1 / sqrt(additions), two in every layer.
+    stddev = INIT_STDDEV / math.sqrt(2 * cfg.layers) if residual else INIT_STDDEV
+    return nn.Dense(
+        features,
+        use_bias=cfg.use_bias if use_bias is None else use_bias,
+        kernel_init=nn.initializers.normal(stddev),
+        dtype=cfg.dtype,
+        name=name,
+    )
+
+
+def _norm(cfg: ModelConfig, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=1e-5, use_bias=cfg.use_bias, dtype=cfg.dtype, name=name)
