@@ -1,1 +1,28 @@
-"""Trajectory-based weight pruning for JAX."""
+"""Trajectory-based weight pruning for JAX.
+
+Track what every weight did while it trained, score it, mask it, fine-tune:
+
+    from swe_prune import importance, masks, trajectory
+
+    stats = trajectory.init(params)               # beside your parameters
+    stats = trajectory.update(stats, params)      # every so many steps, inside your jit
+    scores = importance.score("swe", params, stats=stats)
+    mask = masks.by_sparsity(scores, 0.6)
+    params = masks.apply(params, mask)
+    optimizer = masks.keep(optimizer, mask)       # zeros stay zero
+"""
+
+from swe_prune import allocation, errors, importance, masks, patterns, select, trajectory, tree
+from swe_prune.version import __version__
+
+__all__ = [
+    "__version__",
+    "allocation",
+    "errors",
+    "importance",
+    "masks",
+    "patterns",
+    "select",
+    "trajectory",
+    "tree",
+]

@@ -165,7 +165,9 @@ def to_steps(duration: Duration, *, total: int | None = None, epoch: int | None 
     return 0 if steps == 0 else max(1, math.floor(steps + 0.5))
 
 
-def from_dict(values: Mapping[str, Any], cls: type = Config, path: str = "config") -> Any:
+def from_dict(
+    values: Mapping[str, Any] | ConfigDict, cls: type = Config, path: str = "config"
+) -> Any:
     """Returns the frozen dataclass `cls` filled from nested plain values.
 
     Raises:

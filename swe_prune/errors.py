@@ -1,7 +1,7 @@
 """The two ways to end badly: the input was wrong, or the run failed.
 
 Both carry one sentence that names the thing, the reason and the mend. The command line prints that
-sentence alone and exits with `exit_code`; a library user catches the built-in type each derives from.
+sentence alone and exits with `exit_code`; a library user catches the built-in type each extends.
 """
 
 import difflib
