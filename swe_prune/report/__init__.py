@@ -1,0 +1,12 @@
+"""Tables, figures and one self-contained HTML page from the working directory of an experiment.
+
+`build(workdir)` is the one call. It reads files only and needs no JAX, so a report can be made on
+any machine the working directory was copied to. The path of a number through the modules:
+
+    read ─▶ stats ─▶ findings ─▶ words, tables ─┐
+      └────────────▶ curves, weights (figures) ─┴▶ page
+"""
+
+from swe_prune.report.page import build
+
+__all__ = ["build"]

@@ -1,0 +1,100 @@
+"""The look of the figures: colours, markers and line styles that survive grey printing."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK = "#1f2933"
+QUIET = "#6b7480"
+GRID = "#e4e7eb"
+
+# Okabe and Ito's colours, less the yellow, which white paper swallows. Each name has its own marker
+# and dash as well, so neither a colour-blind reader nor a grey printer loses a curve.
+_KNOWN = {
+    "swe": ("#0072B2", "o", "-"),
+    "magnitude": ("#D55E00", "s", "--"),
+    "random": ("#7a7a7a", "X", ":"),
+    "swe_spread": ("#009E73", "^", "-."),
+    "votes": ("#CC79A7", "D", (0, (5, 1, 1, 1, 1, 1))),
+    "mean_abs": ("#B87700", "v", (0, (8, 3))),
+}
+_SPARE = (
+    ("#56B4E9", "P", (0, (3, 1))),
+    ("#332288", "<", (0, (1, 1))),
+    ("#882255", ">", (0, (6, 2, 2, 2))),
+    ("#44AA99", "h", (0, (4, 4))),
+    ("#999933", "p", (0, (2, 3))),
+)
+
+PRUNED = "#D55E00"
+KEPT = "#0072B2"
+
+_RC: dict[str, Any] = {
+    "font.family": "DejaVu Sans",  # shipped with matplotlib, so a figure is the same everywhere
+    "font.size": 9,
+    "axes.edgecolor": QUIET,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.markersize": 5,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "swe_prune",  # the same numbers give the same bytes
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """One drawing with the text a reader gets who cannot see it."""
+
+    name: str
+    alt: str
+    figure: Figure
+
+
+@contextmanager
+def look() -> Iterator[None]:
+    """Draws and saves inside in the report's look, and leaves matplotlib's settings as they were."""
+    with matplotlib.rc_context(_RC):
+        yield
+
+
+def line_style(criterion: str, all_criteria: Sequence[str]) -> dict[str, Any]:
+    """Returns colour, marker and dash of a criterion, the same in every figure of a page."""
+    if criterion in _KNOWN:
+        colour, marker, dash = _KNOWN[criterion]
+    else:
+        strangers = [name for name in all_criteria if name not in _KNOWN]
+        colour, marker, dash = _SPARE[strangers.index(criterion) % len(_SPARE)]
+    return {"color": colour, "marker": marker, "linestyle": dash}
+
+
+def panel(width: float = 4.6, height: float = 3.7) -> tuple[Figure, Axes]:
+    """Returns an empty figure with one pair of axes, some 12 cm wide: readable on a telephone."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(True, color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def sparsity_axis(axes: Axes) -> None:
+    """Labels the x axis as achieved sparsity in per cent."""
+    axes.set_xlabel("achieved sparsity of the prunable weights (%)")
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=7, integer=True))

@@ -1,0 +1,103 @@
+"""Writes the page and its figures; each file appears whole or not at all."""
+
+import base64
+import importlib
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swe_prune.errors import InputError
+from swe_prune.report import findings, read
+from swe_prune.version import __version__
+
+if TYPE_CHECKING:
+    from swe_prune.report.look import Picture
+    from swe_prune.report.sections import Group
+
+_DPI = 180
+_FIGURES = ("heat", "paths", "histograms", "training")  # groups of figures beside the comparisons
+
+
+def build(workdir: Path) -> list[Path]:
+    """Writes `workdir/report/report.html` and the figures it shows as PNG, and returns their paths.
+
+    The page is one file that needs neither network nor JavaScript. Partial results are shown, with
+    a note of what is missing.
+
+    Raises:
+        InputError: no finished cell, a malformed file, or the extra `report` is not installed.
+    """
+    _need_extra()
+    # Only now: these import matplotlib, which the rest of the library does without.
+    from swe_prune.report import look, sections
+
+    workdir = Path(workdir)
+    results = read.load(workdir)
+    with look.look():
+        content = sections.content(results, findings.find(results.rows))
+        groups: list[Group] = [*content["comparisons"], *(content[name] for name in _FIGURES)]
+        pictures = [picture for group in groups for picture in group.pictures]
+        svgs = {picture.name: _svg(picture) for picture in pictures}
+        pngs = {f"{picture.name}.png": _png(picture) for picture in pictures}
+    html = _html(content, svgs).encode()
+    return [
+        _write(workdir / "report" / name, data)
+        for name, data in {"report.html": html, **pngs}.items()
+    ]
+
+
+def _need_extra() -> None:
+    for name in ("matplotlib", "jinja2"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise InputError(
+                f"a report needs {name}, which is not installed; pip install 'swe-prune[report]'"
+            ) from None
+
+
+def _svg(picture: "Picture") -> str:
+    buffer = io.BytesIO()
+    # Without a date and the like the same numbers give the same bytes.
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    picture.figure.savefig(buffer, format="svg", metadata=nothing)
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _png(picture: "Picture") -> bytes:
+    buffer = io.BytesIO()
+    picture.figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _html(content: dict[str, Any], svgs: dict[str, str]) -> str:
+    import jinja2
+    import markupsafe
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("swe_prune.report", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+
+    def size(picture: "Picture") -> tuple[int, int]:
+        width, height = picture.figure.get_size_inches()
+        return round(96 * width), round(96 * height)
+
+    css = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    return environment.get_template("template.html").render(
+        **content, svgs=svgs, size=size, css=markupsafe.Markup(css), version=__version__
+    )
+
+
+def _write(path: Path, data: bytes) -> Path:
+    """Writes a file beside its place and renames it, so a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,298 @@
+"""Reads what an experiment has written so far, and refuses what is malformed by its file's name.
+
+A missing seed, cell or phase is no error here: an experiment takes hours and its report is wanted
+before the end. What is there but cannot be understood is an `InputError`.
+"""
+
+import csv
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from swe_prune.errors import InputError, did_you_mean
+
+RULES = ("std", "tensor", "global", "row")
+
+COLUMNS = (
+    "seed,criterion,rule,requested,sparsity_prunable,sparsity_total,nonzero_params,"
+    "dense_loss,control_loss,pruned_loss,finetuned_loss,steps,seconds"
+).split(",")
+
+CellKey = tuple[int, str, str, float]
+"""(seed, rule, criterion, requested): what names one cell of the study."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One finished cell; losses are validation nats per token, None where not measured yet."""
+
+    seed: int
+    criterion: str
+    rule: str
+    requested: float
+    sparsity_prunable: float
+    sparsity_total: float
+    nonzero_params: int
+    dense_loss: float
+    control_loss: float | None
+    pruned_loss: float
+    finetuned_loss: float | None
+    steps: int
+    seconds: float
+
+    @property
+    def key(self) -> CellKey:
+        return (self.seed, self.rule, self.criterion, self.requested)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """Sampled weights of each tensor at each snapshot: `values[name][snapshot][weight]`."""
+
+    steps: list[int]
+    values: dict[str, list[list[float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """Counts of weights between `edges`; exact zeros are counted in `dense` alone."""
+
+    edges: list[float]
+    dense: list[int]
+    pruned: list[int]
+    finetuned: list[int]  # empty before fine-tuning
+
+
+@dataclasses.dataclass(frozen=True)
+class Detail:
+    """What a cell tells beyond its row."""
+
+    tensors: dict[str, tuple[int, int]]  # (kept, total)
+    histogram: Histogram | None
+    sample_kept: dict[str, list[bool]]
+
+    @property
+    def total(self) -> int:
+        return sum(total for _, total in self.tensors.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """All that was found in a working directory."""
+
+    config: dict[str, Any] | None
+    fingerprint: str | None
+    rows: list[Row]
+    repeated: int  # rows of results.csv that a later row of the same cell replaced
+    training: dict[int, list[dict[str, float]]]
+    trajectories: dict[int, Trajectory]
+    dense: dict[int, dict[str, Any]]
+    details: dict[CellKey, Detail]
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({row.seed for row in self.rows})
+
+    @property
+    def name(self) -> str:
+        return str((self.config or {}).get("name", "experiment"))
+
+
+def load(workdir: Path) -> Results:
+    """Returns everything the working directory holds by now.
+
+    Raises:
+        InputError: there is no finished cell, or a file is malformed; the file is named.
+    """
+    workdir = Path(workdir)
+    rows, repeated = read_rows(workdir / "results.csv")
+    config, fingerprint = _read_config(workdir / "config.json")
+    training, trajectories, dense, controls, details = {}, {}, {}, {}, {}
+    for folder in sorted(workdir.glob("seed_*")):
+        if not re.fullmatch(r"seed_\d+", folder.name):
+            continue
+        seed = int(folder.name.removeprefix("seed_"))
+        for name, into, reader in (
+            ("dense/metrics.jsonl", training, _read_metrics),
+            ("dense/trajectory.jsonl", trajectories, _read_trajectory),
+            ("dense/result.json", dense, _read_object),
+            ("control/result.json", controls, _read_object),
+        ):
+            if (folder / name).is_file():
+                into[seed] = reader(folder / name)
+        for path in sorted(folder.glob("cells/*/result.json")):
+            key, detail = _read_detail(path, seed)
+            details[key] = detail
+    rows = [_with_control(row, controls, workdir) for row in rows]
+    return Results(config, fingerprint, rows, repeated, training, trajectories, dense, details)
+
+
+def read_rows(path: Path) -> tuple[list[Row], int]:
+    """Returns the rows of `results.csv`, the last of each cell, and how many it replaced."""
+    if not path.is_file():
+        raise InputError(
+            f"working directory {str(path.parent)!r} has no results.csv, so nothing was measured "
+            "there yet; run the experiment first or give its working directory"
+        )
+    try:
+        lines = list(csv.reader(_text(path).splitlines()))
+    except csv.Error as error:
+        raise _malformed(path, str(error)) from None
+    if not lines or lines[0] != COLUMNS:
+        raise InputError(
+            f"{str(path)!r} does not begin with the columns {','.join(COLUMNS)}; "
+            "let the experiment write it anew"
+        )
+    rows = [
+        _row(values, f"{str(path)!r} line {number}")
+        for number, values in enumerate(lines[1:], start=2)
+        if values
+    ]
+    if not rows:
+        raise InputError(
+            f"{str(path)!r} holds no finished cell yet, so there is nothing to report; "
+            "run the experiment until its first cell is done"
+        )
+    by_cell = {row.key: row for row in rows}
+    return list(by_cell.values()), len(rows) - len(by_cell)
+
+
+def _row(values: list[str], where: str) -> Row:
+    if len(values) != len(COLUMNS):
+        raise InputError(
+            f"{where} has {len(values)} values and not {len(COLUMNS)}; remove or repair the line"
+        )
+    cell = dict(zip(COLUMNS, values, strict=True))
+    if cell["rule"] not in RULES:
+        raise InputError(
+            f"{where} has the unknown rule {cell['rule']!r}; {did_you_mean(cell['rule'], RULES)}"
+        )
+    optional = ("control_loss", "finetuned_loss")
+    converted: dict[str, Any] = {}
+    for field in dataclasses.fields(Row):
+        text = cell[field.name].strip()
+        kind: Callable[[str], Any] = {int: int, str: str}.get(field.type, float)  # type: ignore[call-overload]
+        try:
+            converted[field.name] = None if field.name in optional and not text else kind(text)
+        except ValueError:
+            raise InputError(
+                f"{where} has {field.name} = {text!r}, which is no number; repair the line"
+            ) from None
+    row = Row(**converted)
+    if not (0 <= row.sparsity_prunable <= 1 and math.isfinite(row.requested)):
+        raise InputError(
+            f"{where} has a sparsity outside 0 to 1 or an endless request; repair the line"
+        )
+    return row
+
+
+def _with_control(row: Row, controls: dict[int, dict[str, Any]], workdir: Path) -> Row:
+    # A cell may finish before its seed's control does: the control's own file is then the newer.
+    if row.control_loss is not None or row.seed not in controls:
+        return row
+    path = workdir / f"seed_{row.seed}" / "control" / "result.json"
+    loss = controls[row.seed].get("control_loss")
+    if not isinstance(loss, int | float):
+        raise _malformed(path, "'control_loss' is no number")
+    return dataclasses.replace(row, control_loss=float(loss))
+
+
+def _malformed(path: Path, reason: str) -> InputError:
+    return InputError(f"{str(path)!r} cannot be read: {reason}; repair or remove it")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise _malformed(path, str(error)) from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise _malformed(path, str(error)) from None
+    if not isinstance(value, dict):
+        raise _malformed(path, "it is no JSON object")
+    return value
+
+
+def _read_lines(path: Path) -> Iterable[dict[str, Any]]:
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise _malformed(path, f"line {number}: {error}") from None
+        if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+            raise _malformed(path, f"line {number} has no whole number 'step'")
+        yield value
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any] | None, str | None]:
+    if not path.is_file():
+        return None, None
+    value = _read_object(path)
+    if not isinstance(value.get("config"), dict):
+        raise _malformed(path, "it has no group 'config'")
+    return value["config"], str(value.get("fingerprint", "")) or None
+
+
+def _read_metrics(path: Path) -> list[dict[str, float]]:
+    # A resumed run repeats the steps after its checkpoint: the later line of a step is the one kept.
+    merged: dict[int, dict[str, float]] = {}
+    for line in _read_lines(path):
+        kept = {k: v for k, v in line.items() if isinstance(v, int | float)}
+        merged.setdefault(line["step"], {}).update(kept)
+    return [merged[step] for step in sorted(merged)]
+
+
+def _read_trajectory(path: Path) -> Trajectory:
+    snapshots = {line["step"]: line.get("values") for line in _read_lines(path)}
+    steps = sorted(snapshots)
+    values: dict[str, list[list[float]]] = {}
+    for step in steps:
+        sample = snapshots[step]
+        if not isinstance(sample, dict):
+            raise _malformed(path, f"step {step} has no group 'values'")
+        for name, weights in sample.items():
+            if not isinstance(weights, list):
+                raise _malformed(path, f"step {step} has no list for {name!r}")
+            values.setdefault(name, []).append(weights)
+    for name, history in values.items():
+        if len(history) != len(steps) or len({len(weights) for weights in history}) > 1:
+            raise _malformed(path, f"the sample of {name!r} changes its size between snapshots")
+    return Trajectory(steps, values)
+
+
+def _read_detail(path: Path, seed: int) -> tuple[CellKey, Detail]:
+    value = _read_object(path)
+    try:
+        key = (seed, str(value["rule"]), str(value["criterion"]), float(value["requested"]))
+        tensors = {
+            name: (int(counts["kept"]), int(counts["total"]))
+            for name, counts in value.get("tensors", {}).items()
+        }
+        histogram = _histogram(value["histogram"]) if value.get("histogram") else None
+        kept = {
+            name: [bool(v) for v in mask] for name, mask in value.get("sample_kept", {}).items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _malformed(path, f"{type(error).__name__}: {error}") from None
+    return key, Detail(tensors, histogram, kept)
+
+
+def _histogram(value: dict[str, Any]) -> Histogram:
+    edges = [float(edge) for edge in value["edges"]]
+    names = ("dense", "pruned", "finetuned")
+    counts = {name: [int(count) for count in value.get(name) or []] for name in names}
+    for name, numbers in counts.items():
+        if len(numbers) != len(edges) - 1 and not (name == "finetuned" and not numbers):
+            raise ValueError(f"histogram {name!r} has {len(numbers)} counts, {len(edges)} edges")
+    return Histogram(edges, **counts)
