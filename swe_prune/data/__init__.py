@@ -1,0 +1,13 @@
+"""Text in, batches of token ids out: TFDS datasets or text files, read without TensorFlow.
+
+    data = load(config.data, context)
+    for batch in train_iterator(data.train, context=context, batch=64, seed=0): ...
+
+`B` is the batch, `L` the context, `N` and `M` the tokens of the splits.
+"""
+
+from swe_prune.data.dataset import TextData, load
+from swe_prune.data.tokenizer import CharTokenizer
+from swe_prune.data.windows import Batch, eval_batches, train_iterator
+
+__all__ = ["Batch", "CharTokenizer", "TextData", "eval_batches", "load", "train_iterator"]

@@ -1,0 +1,1 @@
+"""The TFDS dataset `shakespeare_plays`: all of Shakespeare's plays, split by play."""
