@@ -94,6 +94,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
     mend = f"tfds build {name} --file_format=array_record" + (
         f" --data_dir={data_dir}" if data_dir else ""
     )
+    builder: Any
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:

@@ -79,7 +79,7 @@ class CharTokenizer:
             InputError: an id outside [0, vocab_size).
         """
         ids = np.asarray(ids, dtype=np.int64)
-        if ids.size and not (0 <= ids.min() and ids.max() < self.vocab_size):
+        if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
             raise InputError(
                 f"token ids from {ids.min()} to {ids.max()} do not fit the tokenizer's "
                 f"{self.vocab_size} symbols; decode with the tokenizer that the model trained with"
