@@ -5,6 +5,7 @@ fine-tuning); the real data come in the end-to-end test.
 """
 
 import csv
+import itertools
 import json
 import math
 import random
@@ -142,7 +143,7 @@ def _detail(root, one, rng):
         kept = round(SIZE * (1 - _tensor_share(one, index, rng)))
         tensors[name] = {"kept": kept, "total": SIZE}
     edges = [-0.3 + 0.6 * i / 80 for i in range(81)]
-    centres = [(a + b) / 2 for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    centres = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
     bell = [math.exp(-((x / 0.05) ** 2) / 2) for x in centres]
     dense = [round(PRUNABLE * b / sum(bell)) for b in bell]
     if one["criterion"] == "random":

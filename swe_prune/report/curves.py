@@ -87,7 +87,7 @@ def _before(cells: list[Cell], rows: list[Row], rule: str, names: list[str]) -> 
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axes.yaxis.set_minor_locator(ticker.NullLocator())
-    axes.set_ylabel("validation loss (nats per token, log axis)")
+    axes.set_ylabel("validation loss (nats/token, log axis)")
     axes.set_title("Straight after pruning")
     sparsity_axis(axes)
     axes.legend(loc="upper left")
@@ -99,7 +99,7 @@ def _after(cells: list[Cell], rows: list[Row], rule: str, names: list[str]) -> P
     figure, axes = panel()
     lost = _curves(axes, cells, names, lambda cell: cell.finetuned)
     _yardsticks(axes, rows)
-    axes.set_ylabel("validation loss (nats per token)")
+    axes.set_ylabel("validation loss (nats/token)")
     axes.set_title("After fine-tuning")
     sparsity_axis(axes)
     axes.legend(loc="upper left")
@@ -122,7 +122,7 @@ def _against_control(cells: list[Cell], rule: str, names: list[str]) -> Picture:
     axes.yaxis.set_minor_locator(ticker.NullLocator())
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, -2 * MARGIN), max(high, 4 * MARGIN))
-    axes.set_ylabel("fine-tuned minus control (nats per token)")
+    axes.set_ylabel("fine-tuned minus control (nats/token)")
     axes.set_title("What the mask costs")
     sparsity_axis(axes)
     axes.legend(loc="upper left")
@@ -162,7 +162,7 @@ def training(results: Results) -> Picture | None:
     """Returns the training curve: the loss of the batches, thin, and the validation loss, dots."""
     if not results.training:
         return None
-    figure, axes = panel(width=7.2, height=3.6)
+    figure, axes = panel()
     ends = []
     for index, (seed, lines) in enumerate(results.training.items()):
         train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
@@ -174,11 +174,11 @@ def training(results: Results) -> Picture | None:
                       label="batch, training text" if first else None)  # fmt: skip
         if valid:
             axes.plot(*zip(*valid, strict=True), color="#0072B2", linewidth=1.6, marker="o",
-                      markersize=3.5, label="validation text" if first else None)  # fmt: skip
+                      markersize=3, label="validation text" if first else None)  # fmt: skip
             ends.append(f"seed {seed} ends at {formats.number(valid[-1][1], 3)}")
     axes.grid(True, color=GRID, linewidth=0.7)
     axes.set_xlabel("training step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("loss (nats/token)")
     axes.set_title("Training the dense model")
     axes.legend(loc="upper right")
     alt = "Loss of the dense model against the training step"

@@ -15,6 +15,7 @@ from swe_prune.report.stats import (
     Verdict,
     difference,
     nearest,
+    order,
     spread,
     summarise,
     verdict,
@@ -48,6 +49,7 @@ class Knee:
 
     @property
     def last(self) -> Cell:
+        """The sparsest level."""
         return self.levels[-1]
 
 
@@ -83,10 +85,12 @@ class Contest:
     bouts: tuple[Bout, ...]
 
     def count(self, outcome: str) -> int:
+        """How many levels ended in `win`, `tie` or `loss`."""
         return sum(bout.outcome == outcome for bout in self.bouts)
 
     @property
     def moderate(self) -> Bout:
+        """The level nearest 60 %."""
         return min(self.bouts, key=lambda bout: abs(bout.sparsity - MODERATE))
 
 
@@ -139,7 +143,7 @@ def claims(cells: Iterable[Cell], rule: str, criterion: str, margin: float = MAR
 
 
 def protagonist(cells: Sequence[Cell]) -> tuple[str, str]:
-    """Returns the (rule, criterion) the claims are about: swe under the paper's rule, or nearest."""
+    """Returns the (rule, criterion) the claims are about: swe, the paper's rule if measured."""
     present = {(cell.rule, cell.criterion) for cell in cells}
     names = sorted({name for _, name in present}, key=lambda name: (name != "swe", name))
     for name in names:
@@ -203,9 +207,9 @@ def contests(rows: Sequence[Row], rivals: Sequence[str] = ("magnitude", "random"
     found = []
     phases: tuple[Phase, ...] = ("pruned", "finetuned")
     for rule in RULES[1:]:
-        names = sorted({row.criterion for row in rows if row.rule == rule})
+        names = order(row.criterion for row in rows if row.rule == rule)
         for rival in rivals:
-            for name in sorted(names, key=lambda n: (n != "swe", n)):
+            for name in names:
                 if name in ("random", rival):
                     continue
                 for phase in phases:
@@ -260,7 +264,9 @@ class Findings:
 def find(rows: Sequence[Row]) -> Findings:
     """Returns all findings of an experiment."""
     cells = summarise(rows)
-    pairs = list(dict.fromkeys((cell.rule, cell.criterion) for cell in cells))
+    names = order(cell.criterion for cell in cells)
+    present = {(cell.rule, cell.criterion) for cell in cells}
+    pairs = [(rule, name) for rule in RULES for name in names if (rule, name) in present]
     bests = (best(cells, rule) for rule in RULES)
     return Findings(
         cells,

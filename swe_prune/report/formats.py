@@ -40,7 +40,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def mean_sd(value: Spread | None, digits: int = 4, sign: bool = False) -> str:
-    """Returns `mean ± sd`, the mean alone where there is no sd, a dash where nothing was measured."""
+    """Returns `mean ± sd`, the mean alone without an sd, a dash where nothing was measured."""
     if value is None:
         return DASH
     if value.diverged:

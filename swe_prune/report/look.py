@@ -19,7 +19,7 @@ GRID = "#e4e7eb"
 _KNOWN = {
     "swe": ("#0072B2", "o", "-"),
     "magnitude": ("#D55E00", "s", "--"),
-    "random": ("#7a7a7a", "X", ":"),
+    "random": ("#6b6b6b", "x", ":"),
     "swe_spread": ("#009E73", "^", "-."),
     "votes": ("#CC79A7", "D", (0, (5, 1, 1, 1, 1, 1))),
     "mean_abs": ("#B87700", "v", (0, (8, 3))),
@@ -35,7 +35,7 @@ _SPARE = (
 PRUNED = "#D55E00"
 KEPT = "#0072B2"
 
-_RC: dict[str, Any] = {
+_RC: Any = {
     "font.family": "DejaVu Sans",  # shipped with matplotlib, so a figure is the same everywhere
     "font.size": 9,
     "axes.edgecolor": QUIET,
@@ -70,7 +70,7 @@ class Picture:
 
 @contextmanager
 def look() -> Iterator[None]:
-    """Draws and saves inside in the report's look, and leaves matplotlib's settings as they were."""
+    """Draws inside in the report's look, and leaves matplotlib's settings as they were."""
     with matplotlib.rc_context(_RC):
         yield
 
@@ -85,8 +85,8 @@ def line_style(criterion: str, all_criteria: Sequence[str]) -> dict[str, Any]:
     return {"color": colour, "marker": marker, "linestyle": dash}
 
 
-def panel(width: float = 4.6, height: float = 3.7) -> tuple[Figure, Axes]:
-    """Returns an empty figure with one pair of axes, some 12 cm wide: readable on a telephone."""
+def panel(width: float = 4.1, height: float = 3.4) -> tuple[Figure, Axes]:
+    """Returns an empty figure with one pair of axes, some 10 cm wide: readable on a telephone."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(True, color=GRID, linewidth=0.7)

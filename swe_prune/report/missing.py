@@ -77,7 +77,7 @@ def _missing_files(results: Results) -> list[str]:
         )
     if not results.details:
         lines.append(
-            "No cell has a result.json: sparsity per tensor, trajectories and histograms are left out."
+            "No cell has a result.json: the figures of what happened to the weights are left out."
         )
     elif not results.trajectories:
         lines.append("There is no trajectory.jsonl: the paths of single weights are left out.")

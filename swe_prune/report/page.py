@@ -79,6 +79,7 @@ def _html(content: dict[str, Any], svgs: dict[str, str]) -> str:
         loader=jinja2.PackageLoader("swe_prune.report", ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_typographic,
     )
 
     def size(picture: "Picture") -> tuple[int, int]:
@@ -89,6 +90,11 @@ def _html(content: dict[str, Any], svgs: dict[str, str]) -> str:
     return environment.get_template("template.html").render(
         **content, svgs=svgs, size=size, css=markupsafe.Markup(css), version=__version__
     )
+
+
+def _typographic(value: Any) -> Any:
+    # Sentences are written with the keyboard's apostrophe; a page is set with the printer's.
+    return value.replace("'", "\N{RIGHT SINGLE QUOTATION MARK}") if type(value) is str else value
 
 
 def _write(path: Path, data: bytes) -> Path:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,16 @@ from swe_prune.errors import InputError, did_you_mean
 
 RULES = ("std", "tensor", "global", "row")
 
-COLUMNS = (
-    "seed,criterion,rule,requested,sparsity_prunable,sparsity_total,nonzero_params,"
-    "dense_loss,control_loss,pruned_loss,finetuned_loss,steps,seconds"
-).split(",")
+COLUMNS = [
+    "seed", "criterion", "rule", "requested", "sparsity_prunable", "sparsity_total",
+    "nonzero_params", "dense_loss", "control_loss", "pruned_loss", "finetuned_loss", "steps",
+    "seconds",
+]  # fmt: skip
+
+_OPTIONAL = ("control_loss", "finetuned_loss")  # empty until that phase has run
+_KINDS: dict[str, type] = {
+    "seed": int, "criterion": str, "rule": str, "nonzero_params": int, "steps": int,
+}  # fmt: skip
 
 CellKey = tuple[int, str, str, float]
 """(seed, rule, criterion, requested): what names one cell of the study."""
@@ -46,6 +52,7 @@ class Row:
 
     @property
     def key(self) -> CellKey:
+        """What names the cell."""
         return (self.seed, self.rule, self.criterion, self.requested)
 
 
@@ -77,6 +84,7 @@ class Detail:
 
     @property
     def total(self) -> int:
+        """How many prunable weights there are."""
         return sum(total for _, total in self.tensors.values())
 
 
@@ -95,10 +103,12 @@ class Results:
 
     @property
     def seeds(self) -> list[int]:
+        """The seeds that have a finished cell."""
         return sorted({row.seed for row in self.rows})
 
     @property
     def name(self) -> str:
+        """What the settings call the experiment."""
         return str((self.config or {}).get("name", "experiment"))
 
 
@@ -171,16 +181,16 @@ def _row(values: list[str], where: str) -> Row:
         raise InputError(
             f"{where} has the unknown rule {cell['rule']!r}; {did_you_mean(cell['rule'], RULES)}"
         )
-    optional = ("control_loss", "finetuned_loss")
     converted: dict[str, Any] = {}
-    for field in dataclasses.fields(Row):
-        text = cell[field.name].strip()
-        kind: Callable[[str], Any] = {int: int, str: str}.get(field.type, float)  # type: ignore[call-overload]
+    for name in COLUMNS:
+        text = cell[name].strip()
         try:
-            converted[field.name] = None if field.name in optional and not text else kind(text)
+            converted[name] = (
+                None if name in _OPTIONAL and not text else _KINDS.get(name, float)(text)
+            )
         except ValueError:
             raise InputError(
-                f"{where} has {field.name} = {text!r}, which is no number; repair the line"
+                f"{where} has {name} = {text!r}, which is no number; repair the line"
             ) from None
     row = Row(**converted)
     if not (0 <= row.sparsity_prunable <= 1 and math.isfinite(row.requested)):
@@ -245,7 +255,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any] | None, str | None]:
 
 
 def _read_metrics(path: Path) -> list[dict[str, float]]:
-    # A resumed run repeats the steps after its checkpoint: the later line of a step is the one kept.
+    # A resumed run repeats the steps after its checkpoint: of one step the later line is kept.
     merged: dict[int, dict[str, float]] = {}
     for line in _read_lines(path):
         kept = {k: v for k, v in line.items() if isinstance(v, int | float)}

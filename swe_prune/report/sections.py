@@ -9,7 +9,6 @@ from swe_prune.report.formats import (
     DASH,
     NBSP,
     count,
-    mean_sd,
     number,
     percent,
     plural,
@@ -20,14 +19,21 @@ from swe_prune.report.look import Picture
 from swe_prune.report.read import RULES, Results
 
 QUESTIONS = {
-    "std": "Ranking and allocation together, as the paper prunes: in each tensor, the weights whose "
-    "score does not exceed the standard deviation of its scores times a rate.",
-    "tensor": "Every criterion removes the same share of every tensor, so only the ranking of the "
-    "weights differs: this isolates the ranking.",
-    "global": "Every criterion removes the same number of weights in all, and its scores decide from "
-    "which tensors: beside the comparison per tensor, this isolates the allocation.",
+    "std": "Ranking and allocation together, as the paper prunes: in each tensor, away goes the "
+    "weight whose score does not exceed the standard deviation of the scores times a rate.",
+    "tensor": "Every criterion removes the same share of every tensor, so only the order in which "
+    "weights go differs: this isolates the ranking.",
+    "global": "Every criterion removes the same number of weights in all, and its scores decide "
+    "from which tensors: beside the comparison per tensor, this isolates the allocation.",
     "row": "Every criterion removes the same share of every row, the strictest allocation.",
 }
+HOW_TO_READ = (
+    "In each row the left panel shows the loss straight after pruning; it explodes, so the axis is "
+    "logarithmic. The middle one shows it after fine-tuning. The right one shows the same minus "
+    "the control, paired by seed: the grey band is the margin of "
+    f"{stats.MARGIN:g} nats per token called free, inside it the axis is linear and outside "
+    "logarithmic, and a curve's knee is where it leaves the band upwards."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,50 +127,40 @@ def comparisons(results: Results, found: Findings) -> list[Group]:
     """Returns one group of figures per comparison that has cells."""
     groups = []
     for rule in RULES:
-        cells = [cell for cell in found.cells if cell.rule == rule]
-        if cells:
-            groups.append(
-                Group(
-                    curves.comparison(results, found.cells, rule),
-                    _loss_caption([len(cell.seeds) for cell in cells], cells),
-                    tables.title(rule),
-                    QUESTIONS[rule],
-                )
-            )
+        if any(cell.rule == rule for cell in found.cells):
+            pictures = curves.comparison(results, found.cells, rule)
+            title = words.rule_title(rule)
+            groups.append(Group(pictures, _loss_caption(found, rule), title, QUESTIONS[rule]))
     return groups
 
 
-def _loss_caption(counts: list[int], cells: list[stats.Cell]) -> str:
-    tuned = any(cell.minus_control for cell in cells)
-    text = "Left: straight after pruning, where losses explode, so the axis is logarithmic. "
-    if tuned:
-        text += (
-            "Middle: after fine-tuning. Right: the same minus the control, paired by seed; the grey "
-            f"band is the margin of {stats.MARGIN:g} nats called free, inside it the axis is linear, "
-            "outside logarithmic. A curve’s knee is where it leaves the band. "
-        )
+def _loss_caption(found: Findings, rule: str) -> str:
+    knees = [(c.criterion, c.knee) for c in found.claims if c.rule == rule and c.knee]
+    if knees:
+        ends = [
+            f"{name} {percent(k.free.sparsity.mean) if k.free else 'none'}" for name, k in knees
+        ]
+        text = f"The sparsest free level of each criterion: {', '.join(ends)}. "
     else:
-        text += "No fine-tuned loss can be compared with a control yet. "
+        text = "No fine-tuned loss can be compared with a control yet. "
     text += "Lines across: dense model (dotted) and control (solid). "
+    counts = [len(cell.seeds) for cell in found.cells if cell.rule == rule]
     if max(counts) == 1:
         return f"{text}One seed: no spread can be given."
     return (
-        f"{text}Points are means over {seeds_of(counts)}; bars and the grey around the lines across "
-        "reach one standard deviation to either side."
+        f"{text}Points are means over {seeds_of(counts)}; error bars, and the grey around the "
+        "lines across, reach one standard deviation to either side."
     )
 
 
 def heat(results: Results, found: Findings) -> Group:
     """Returns the maps of the sparsity that each tensor got."""
     rules = [rule for rule in ("std", "global") if any(c.rule == rule for c in found.cells)]
-    if not rules:
-        rules = [found.main.rule]
-    maps = [weights.heat_map(results, found, rule) for rule in rules]
     return Group(
-        [picture for picture in maps if picture],
-        f"Share pruned of each tensor (%) at the level nearest 60{NBSP}% of each criterion; achieved "
-        "sparsity under its name, seeds pooled. Dark means nearly empty. An even column takes the same "
-        "everywhere; an uneven one shows which tensors a criterion holds dispensable.",
+        weights.heat_maps(results, found, rules or [found.main.rule]),
+        f"Share pruned of each tensor (%), at the level of each criterion nearest 60{NBSP}%; below "
+        "its name the sparsity achieved over all tensors; seeds pooled. The darker, the emptier; "
+        "all maps share one range of shades.",
     )
 
 
@@ -178,10 +174,10 @@ def paths(results: Results, found: Findings) -> Group:
     at = f" at {percent(row.sparsity_prunable)} sparsity" if row else ""
     return Group(
         weights.trajectories(results, chosen[0], detail),
-        f"Sampled weights while the dense model of seed {seed} trains, coloured by what {criterion} "
-        f"({words.rule_phrase(rule)}{at}) decides at the end: kept (solid) or pruned (dashed). The "
-        "tensors are the first, the middle and the last of the sample, the weights the first ones of "
-        "each kind. Look for pruned paths that stay near 0 and for those that cross it late.",
+        f"Sampled weights while the dense model of seed {seed} trains, marked by what {criterion} "
+        f"({words.rule_phrase(rule)}{at}) decides in the end. The tensors are the first, the "
+        "middle and the last of the sample, the weights the first few of each kind: none was "
+        "picked by its looks. See how far pruned paths stay from 0, and which ones cross it late.",
     )
 
 
@@ -189,10 +185,10 @@ def histograms(results: Results, found: Findings) -> Group:
     """Returns the histograms of the weights before and after."""
     return Group(
         weights.histograms(results, found),
-        "All prunable weights before pruning (grey), after (solid) and after fine-tuning (dashed), at "
-        f"the level nearest 60{NBSP}%, {words.rule_phrase(found.main.rule)}, first seed. Exact zeros "
-        "are left out after pruning, so the missing area is what was pruned; the outer "
-        f"0.5{NBSP}% of the weights lie off the axis.",
+        "All prunable weights before pruning (grey), after it (solid) and after fine-tuning "
+        f"(dashed), at the level nearest 60{NBSP}%, {words.rule_phrase(found.main.rule)}, first "
+        "seed. Exact zeros are left out after pruning, so what is missing under the grey was "
+        f"pruned. The outermost 0.5{NBSP}% of the weights lie off the axis.",
     )
 
 
@@ -240,7 +236,8 @@ def content(results: Results, found: Findings) -> dict[str, Any]:
         "headline": words.headline(found),
         "keys": keys(results, found),
         "missing": missing.missing(results),
-        "findings": words.sentences(found),
+        "findings": words.statements(found),
+        "how_to_read": HOW_TO_READ,
         "yardstick": words.yardstick(found),
         "comparisons": comparisons(results, found),
         "heat": heat(results, found),

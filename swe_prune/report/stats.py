@@ -20,7 +20,7 @@ Verdict = Literal["lower", "equal", "higher", "undecided"]
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over seeds; `sd` is None for one seed or no finite mean."""
+    """Mean and sample standard deviation over seeds; no `sd` for one seed or no finite mean."""
 
     mean: float
     sd: float | None
@@ -29,10 +29,12 @@ class Spread:
 
     @property
     def low(self) -> float:
+        """One standard deviation below the mean."""
         return self.mean - (self.sd or 0.0)
 
     @property
     def high(self) -> float:
+        """One standard deviation above the mean."""
         return self.mean + (self.sd or 0.0)
 
 

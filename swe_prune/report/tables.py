@@ -1,6 +1,7 @@
 """The tables of the page, as plain text cells; the template only lays them out."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -29,11 +30,13 @@ class Table:
     rows: Sequence[Sequence[str]]
     words: int = 1
 
+    @property
+    def groups(self) -> list[list[Sequence[str]]]:
+        """The rows, those that begin alike together."""
+        return [list(rows) for _, rows in itertools.groupby(self.rows, key=lambda row: row[0])]
 
-def title(rule: str) -> str:
-    """Returns the name of a comparison with a capital."""
-    phrase = rule_phrase(rule)
-    return phrase[0].upper() + phrase[1:]
+
+TITLES = {"std": "Paper's rule", "tensor": "Per tensor", "global": "Global", "row": "Per row"}
 
 
 def requested(cell: Cell) -> str:
@@ -50,27 +53,20 @@ def best(found: Findings) -> Table:
     rows = []
     for one in found.bests:
         label = "lowest loss" if one.lowest.finetuned else "lowest loss, not fine-tuned"
-        rows.append([title(one.rule), label, *_summary(one.lowest)])
+        rows.append([TITLES[one.rule], label, *_summary(one.lowest)])
         if one.sparsest_free:
-            rows.append([title(one.rule), "sparsest free cell", *_summary(one.sparsest_free)])
+            rows.append([TITLES[one.rule], "sparsest free cell", *_summary(one.sparsest_free)])
         elif one.lowest.minus_control:
-            rows.append([title(one.rule), "sparsest free cell", "none", *[DASH] * 7])
+            rows.append([TITLES[one.rule], "sparsest free cell", "none", *[DASH] * 6])
+    head = (
+        "Comparison,Best by,Criterion,Requested,Achieved,Pruned,Fine-tuned,Minus control,"
+        "Minus dense"
+    )
     return Table(
         "The best cell of each comparison. Free: fine-tuned loss within "
         f"{stats.MARGIN:g} nats per token of the control. Losses in nats per token, "
         "mean ± standard deviation over seeds.",
-        [
-            "Comparison",
-            "Best by",
-            "Criterion",
-            "Requested",
-            "Achieved",
-            "Non-zero parameters",
-            "Pruned",
-            "Fine-tuned",
-            "Minus control",
-            "Minus dense",
-        ],  # fmt: skip
+        head.split(","),
         rows,
         words=3,
     )
@@ -81,7 +77,6 @@ def _summary(cell: Cell) -> list[str]:
         cell.criterion,
         requested(cell),
         percent_sd(cell.sparsity),
-        count(cell.nonzero.mean),
         mean_sd(cell.pruned),
         mean_sd(cell.finetuned),
         mean_sd(cell.minus_control, sign=True),
@@ -91,22 +86,16 @@ def _summary(cell: Cell) -> list[str]:
 
 def claims(found: Findings) -> Table:
     """Returns the paper's two claims for every criterion under every comparison."""
+    head = (
+        "Comparison,Criterion,Near 60\N{NO-BREAK SPACE}%,Minus control,Verdict,Minus dense,Verdict,"
+        "Knee,Costs from,Slope per 10 points"
+    )
     return Table(
-        "The paper's two claims for every criterion. Moderate: the cell nearest 60\N{NO-BREAK SPACE}% "
-        "achieved sparsity. Knee: the largest sparsity within the margin of the control. Slope: mean "
-        "rise from there to the sparsest cell.",
-        [
-            "Comparison",
-            "Criterion",
-            "Moderate sparsity",
-            "Minus control",
-            "Verdict",
-            "Minus dense",
-            "Verdict",
-            "Knee",
-            "Costs from",
-            "Slope (nats per 10 points)",
-        ],  # fmt: skip
+        "The paper's two claims for every criterion, at its cell nearest 60\N{NO-BREAK SPACE}% "
+        "achieved sparsity. Verdict: against the yardstick before it. Knee: the sparsest level "
+        "within the margin of the control. Slope: mean rise from there to the sparsest level. "
+        "Losses in nats per token.",
+        head.split(","),
         [_claim(one) for one in found.claims],
         words=2,
     )
@@ -117,15 +106,15 @@ def _claim(one: Claims) -> list[str]:
     nothing = "none" if knee else DASH
     slope = knee.slope if knee else None
     return [
-        title(one.rule),
+        TITLES[one.rule],
         one.criterion,
         percent_sd(cell.sparsity) if cell else DASH,
         mean_sd(cell.minus_control if cell else None, sign=True),
         VERDICTS[one.against_control],
         mean_sd(cell.minus_dense if cell else None, sign=True),
         VERDICTS[one.against_dense],
-        percent(knee.free.sparsity.mean) if knee and knee.free else nothing,
-        percent(knee.costly.sparsity.mean) if knee and knee.costly else nothing,
+        percent_sd(knee.free.sparsity) if knee and knee.free else nothing,
+        percent_sd(knee.costly.sparsity) if knee and knee.costly else nothing,
         DASH if slope is None else signed(slope, 3) if math.isfinite(slope) else "diverged",
     ]
 
@@ -135,34 +124,28 @@ def contests(found: Findings) -> Table | None:
     levels = sorted({bout.sparsity for one in found.contests for bout in one.bouts})
     if not levels:
         return None
+    head = "Comparison,Criterion,Rival,When,Result"
     return Table(
         "Who is ahead at equal sparsity: loss of the criterion minus loss of its rival (nats per "
-        "token, paired by seed, mean ± standard deviation; below 0 the criterion is better). A level "
-        "is tied when the mean is within its standard deviation, or with one seed within "
-        f"{stats.MARGIN:g}..",
-        [
-            "Comparison",
-            "Criterion",
-            "Rival",
-            "When",
-            "Result",
-            *[percent(level) for level in levels],
-        ],  # fmt: skip
+        "token, paired by seed, mean ± standard deviation; below 0 the criterion is better). A "
+        "level is tied when the mean is within its standard deviation, or with one seed within "
+        f"{stats.MARGIN:g}.",
+        [*head.split(","), *map(percent, levels)],
         [_contest(one, levels) for one in found.contests],
         words=5,
     )
 
 
 def _contest(one: Contest, levels: list[float]) -> list[str]:
-    marks = {"win": "\N{NO-BREAK SPACE}won", "loss": "\N{NO-BREAK SPACE}lost", "tie": ""}
+    marks = {"win": " won", "loss": " lost", "tie": " tied"}
     by_level = {
         bout.sparsity: mean_sd(bout.change, 3, sign=True) + marks[bout.outcome]
         if math.isfinite(bout.change.mean)
-        else marks[bout.outcome].strip() + ", diverged"
+        else f"diverged{marks[bout.outcome]}"
         for bout in one.bouts
     }
     cells = [by_level.get(level, DASH) for level in levels]
-    return [title(one.rule), one.criterion, one.rival, PHASES[one.phase], standing(one), *cells]
+    return [TITLES[one.rule], one.criterion, one.rival, PHASES[one.phase], standing(one), *cells]
 
 
 def full(found: Findings, rule: str) -> Table:
@@ -182,21 +165,14 @@ def full(found: Findings, rule: str) -> Table:
         ]
         for cell in _ordered(found, rule)
     ]
+    head = (
+        "Criterion,Requested,Achieved prunable,Achieved total,Non-zero parameters,Pruned,"
+        "Fine-tuned,Minus control,Verdict,Seeds"
+    )
     return Table(
         f"All cells, {rule_phrase(rule)}. Losses in nats per token, mean ± standard deviation over "
         "seeds; the difference to the control is paired by seed.",
-        [
-            "Criterion",
-            "Requested",
-            "Achieved, prunable",
-            "Achieved, total",
-            "Non-zero parameters",
-            "Pruned",
-            "Fine-tuned",
-            "Minus control",
-            "Verdict",
-            "Seeds",
-        ],  # fmt: skip
+        head.split(","),
         rows,
     )
 
@@ -224,8 +200,8 @@ def seeds(results: Results) -> Table:
             ]
         )
     return Table(
-        "The two yardsticks of each seed: the dense model, and the control, which is the dense model "
-        "trained for the same extra steps. Validation loss in nats per token.",
+        "The two yardsticks of each seed: the dense model, and the control, which is the dense "
+        "model trained for the same extra steps. Validation loss in nats per token.",
         ["Seed", "Dense", "Control", "Control minus dense", "Cells"],
         rows,
     )

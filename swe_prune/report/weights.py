@@ -1,6 +1,8 @@
 """Figures of weights: sparsity per tensor, trajectories of kept and pruned ones, histograms."""
 
+import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib import colormaps, ticker
@@ -11,7 +13,10 @@ from swe_prune.report.findings import MODERATE, Findings
 from swe_prune.report.look import INK, KEPT, PRUNED, QUIET, Picture, panel
 from swe_prune.report.read import CellKey, Detail, Histogram, Results, Trajectory
 from swe_prune.report.stats import Cell
-from swe_prune.report.words import rule_phrase
+from swe_prune.report.words import rule_phrase, rule_title
+
+Column = tuple[Cell, dict[str, float]]
+"""A cell with the share pruned of each tensor."""
 
 LINES = 14  # sampled weights drawn of each kind: more become a hatch, fewer an anecdote
 
@@ -52,44 +57,55 @@ def per_tensor(results: Results, cell: Cell) -> dict[str, float]:
     return {name: 1 - kept[name] / total[name] for name in total if total[name]}
 
 
-def heat_map(results: Results, found: Findings, rule: str) -> Picture | None:
-    """Returns tensors × criteria, each field the share pruned at the level nearest 60 %."""
-    columns = [(cell, per_tensor(results, cell)) for cell in moderate_cells(found, rule)]
-    columns = [(cell, shares) for cell, shares in columns if shares]
-    if not columns:
-        return None
+def heat_maps(results: Results, found: Findings, rules: Sequence[str]) -> list[Picture]:
+    """Returns tensors × criteria for each rule, each field the share pruned near 60 %."""
+    maps: dict[str, list[Column]] = {}
+    for rule in rules:
+        columns = [(cell, per_tensor(results, cell)) for cell in moderate_cells(found, rule)]
+        maps[rule] = [(cell, shares) for cell, shares in columns if shares]
+    every = [v for columns in maps.values() for _, shares in columns for v in shares.values()]
+    if not every:
+        return []
+    # One range for all maps, so they can be compared; as narrow as the numbers, so they differ.
+    limits = (math.floor(10 * min(every)) / 10, math.ceil(10 * max(every)) / 10)
+    return [_heat_map(columns, rule, limits) for rule, columns in maps.items() if columns]
+
+
+def _heat_map(columns: list[Column], rule: str, limits: tuple[float, float]) -> Picture:
     names = sorted({name for _, shares in columns for name in shares}, key=natural)
     share = np.array([[shares.get(name, np.nan) for _, shares in columns] for name in names])
-    figure, axes = panel(2.6 + 0.75 * len(columns), 1.1 + 0.24 * len(names))
+    figure, axes = panel(1.9 + 0.9 * len(columns), 0.9 + 0.235 * len(names))
     axes.grid(False)
-    # Light to dark in one hue reads the same in grey; the range is fixed, so maps can be compared.
+    low, high = limits if limits[1] > limits[0] else (limits[0] - 0.1, limits[0] + 0.1)
+    # Light to dark in one hue reads the same in grey.
     colours = colormaps["Blues"].with_extremes(bad="white")
-    axes.imshow(100 * share, cmap=colours, vmin=0, vmax=100, aspect="auto")
+    axes.imshow(share, cmap=colours, vmin=low, vmax=high, aspect="auto")
     for (i, j), value in np.ndenumerate(share):
         if np.isfinite(value):
-            axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8,
-                      color="white" if value > 0.6 else INK)  # fmt: skip
-    heads = [f"{cell.criterion.replace('_', chr(10))}\n{100 * cell.sparsity.mean:.0f} %"
-             for cell, _ in columns]  # fmt: skip
+            colour = "white" if value > low + 0.62 * (high - low) else INK
+            text = f"{100 * value:.0f}"
+            axes.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
+    heads = [f"{cell.criterion}\n{100 * cell.sparsity.mean:.0f} %" for cell, _ in columns]
     axes.set_xticks(range(len(columns)), heads)
     axes.set_yticks(range(len(names)), [short(name) for name in names])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    phrase = rule_phrase(rule)
-    axes.set_title(phrase[0].upper() + phrase[1:], pad=10)
+    axes.set_title(rule_title(rule), pad=10)
     spans = [
         f"{cell.criterion} prunes {100 * min(s.values()):.0f} to {100 * max(s.values()):.0f} %"
         for cell, s in columns
     ]
-    return Picture(f"tensors_{rule}", f"Share pruned of each tensor, {phrase}: {'; '.join(spans)}.", figure)  # fmt: skip
+    alt = f"Share pruned of each tensor, {rule_phrase(rule)}: {'; '.join(spans)}."
+    return Picture(f"tensors_{rule}", alt, figure)
 
 
 def example(results: Results, found: Findings) -> tuple[CellKey, Detail] | None:
     """Returns the first seed's cell nearest 60 % of the criterion the claims are about."""
-    cells = [c for c in found.cells
-             if (c.rule, c.criterion) == (found.main.rule, found.main.criterion)]  # fmt: skip
-    for cell in sorted(cells, key=lambda c: abs(c.sparsity.mean - MODERATE)):
+    cells = [cell for cell in found.cells if cell.criterion == found.main.criterion]
+    for cell in sorted(
+        cells, key=lambda c: (c.rule != found.main.rule, abs(c.sparsity.mean - MODERATE))
+    ):
         there = details_of(results, cell)
         if there:
             return there[0]
@@ -108,16 +124,14 @@ def trajectories(results: Results, key: CellKey, detail: Detail) -> list[Picture
         and len(set(detail.sample_kept[name])) == 2
     ]
     # First, middle and last: chosen by place in the network, not by how well they look.
-    chosen = (
-        dict.fromkeys(usable[round(i * (len(usable) - 1) / 2)] for i in range(3)) if usable else {}
-    )
-    return [_paths(history, name, detail.sample_kept[name]) for name in chosen]
+    places = dict.fromkeys(round(i * (len(usable) - 1) / 2) for i in range(3)) if usable else {}
+    return [_paths(history, usable[i], detail.sample_kept[usable[i]]) for i in places]
 
 
 def _paths(history: Trajectory, name: str, kept: list[bool]) -> Picture:
     values = np.array(history.values[name])
     mask = np.array(kept)
-    figure, axes = panel(4.6, 3.3)
+    figure, axes = panel(4.1, 3.0)
     axes.axhline(0, color=QUIET, linewidth=0.8)
     sizes = []
     for wanted, colour, dash, width in ((True, KEPT, "-", 1.2), (False, PRUNED, (0, (3, 1)), 1.0)):
@@ -148,15 +162,14 @@ def histograms(results: Results, found: Findings) -> list[Picture]:
     """Returns weights before and after, one panel per criterion, at the level nearest 60 %."""
     pictures = []
     for cell in moderate_cells(found, found.main.rule):
-        there = [(key, d) for key, d in details_of(results, cell) if d.histogram]
-        if there and there[0][1].histogram:
-            pictures.append(_histogram(there[0][1].histogram, cell, there[0][1].total))
-    return pictures[:4]
+        there = [(d, d.histogram) for _, d in details_of(results, cell) if d.histogram]
+        pictures += [_histogram(counts, cell, detail) for detail, counts in there[:1]]
+    return pictures
 
 
-def _histogram(counts: Histogram, cell: Cell, total: int) -> Picture:
+def _histogram(counts: Histogram, cell: Cell, detail: Detail) -> Picture:
     edges = np.array(counts.edges)
-    figure, axes = panel(4.6, 3.3)
+    figure, axes = panel(4.1, 3.0)
     axes.stairs(counts.dense, edges, fill=True, color="#d5dbe2", label="dense")
     axes.stairs(counts.pruned, edges, color=PRUNED, linewidth=1.5, label="pruned, not yet tuned")
     if counts.finetuned:
@@ -169,16 +182,11 @@ def _histogram(counts: Histogram, cell: Cell, total: int) -> Picture:
     axes.set_ylabel("weights per bin")
     axes.set_title(f"{cell.criterion}, {formats.percent(cell.sparsity.mean)} pruned")
     axes.legend(loc="upper left")
-    zeros = total - sum(counts.pruned)
-    alt = (
-        f"Histogram of the prunable weights before and after pruning with {cell.criterion}"
-        + (
-            f": {formats.count(zeros)} of {formats.count(total)} are now exactly zero."
-            if total
-            else "."
-        )  # fmt: skip
-    )
-    return Picture(f"histogram_{cell.criterion}", alt, figure)
+    alt = f"Histogram of the prunable weights before and after pruning with {cell.criterion}"
+    if detail.tensors:
+        zeros = sum(total - kept for kept, total in detail.tensors.values())
+        alt += f": {formats.count(zeros)} of {formats.count(detail.total)} are now exactly zero"
+    return Picture(f"histogram_{cell.criterion}", f"{alt}.", figure)
 
 
 def _middle(edges: np.ndarray, counts: np.ndarray, share: float = 0.995) -> tuple[float, float]:
