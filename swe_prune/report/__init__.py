@@ -3,8 +3,8 @@
 `build(workdir)` is the one call. It reads files only and needs no JAX, so a report can be made on
 any machine the working directory was copied to. The path of a number through the modules:
 
-    read ─▶ stats ─▶ findings ─▶ words, tables ─┐
-      └────────────▶ curves, weights (figures) ─┴▶ page
+    read (records) ─▶ stats ─▶ findings ─▶ words, tables ─┐
+      └──────────────────────▶ curves, weights (figures) ─┴▶ sections ─▶ page
 """
 
 from swe_prune.report.page import build

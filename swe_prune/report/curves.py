@@ -16,7 +16,7 @@ from swe_prune.report.look import (
     panel,
     sparsity_axis,
 )
-from swe_prune.report.read import Results, Row
+from swe_prune.report.records import Results, Row
 from swe_prune.report.stats import MARGIN, Cell, Spread
 from swe_prune.report.words import rule_phrase
 
@@ -90,7 +90,7 @@ def _before(cells: list[Cell], rows: list[Row], rule: str, names: list[str]) -> 
     axes.set_ylabel("validation loss (nats/token, log axis)")
     axes.set_title("Straight after pruning")
     sparsity_axis(axes)
-    axes.legend(loc="upper left")
+    axes.legend(loc="best")
     _note_lost(axes, lost)
     return Picture(f"loss_{rule}_pruned", _alt(cells, rule, "before", lambda c: c.pruned), figure)
 
@@ -102,7 +102,7 @@ def _after(cells: list[Cell], rows: list[Row], rule: str, names: list[str]) -> P
     axes.set_ylabel("validation loss (nats/token)")
     axes.set_title("After fine-tuning")
     sparsity_axis(axes)
-    axes.legend(loc="upper left")
+    axes.legend(loc="best")
     _note_lost(axes, lost)
     return Picture(
         f"loss_{rule}_finetuned", _alt(cells, rule, "after", lambda c: c.finetuned), figure
@@ -125,7 +125,7 @@ def _against_control(cells: list[Cell], rule: str, names: list[str]) -> Picture:
     axes.set_ylabel("fine-tuned minus control (nats/token)")
     axes.set_title("What the mask costs")
     sparsity_axis(axes)
-    axes.legend(loc="upper left")
+    axes.legend(loc="best")
     _note_lost(axes, lost)
     alt = _alt(cells, rule, "cost", lambda cell: cell.minus_control)
     return Picture(f"loss_{rule}_against_control", alt, figure)

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from swe_prune.report.read import RULES, Row
+from swe_prune.report.records import RULES, Row
 from swe_prune.report.stats import (
     MARGIN,
     Cell,

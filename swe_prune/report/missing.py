@@ -3,7 +3,7 @@
 from typing import Any
 
 from swe_prune.report.formats import percent, plural
-from swe_prune.report.read import CellKey, Results
+from swe_prune.report.records import CellKey, Results
 
 _NAMED = 6  # cells named one by one; of more only the number is given
 

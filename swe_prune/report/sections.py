@@ -16,7 +16,7 @@ from swe_prune.report.formats import (
     signed,
 )
 from swe_prune.report.look import Picture
-from swe_prune.report.read import RULES, Results
+from swe_prune.report.records import RULES, Results
 
 QUESTIONS = {
     "std": "Ranking and allocation together, as the paper prunes: in each tensor, away goes the "
@@ -28,9 +28,8 @@ QUESTIONS = {
     "row": "Every criterion removes the same share of every row, the strictest allocation.",
 }
 HOW_TO_READ = (
-    "In each row the left panel shows the loss straight after pruning; it explodes, so the axis is "
-    "logarithmic. The middle one shows it after fine-tuning. The right one shows the same minus "
-    "the control, paired by seed: the grey band is the margin of "
+    "Straight after pruning the loss explodes, so that axis is logarithmic. What the mask costs is "
+    "the fine-tuned loss minus the control's, paired by seed: the grey band is the margin of "
     f"{stats.MARGIN:g} nats per token called free, inside it the axis is linear and outside "
     "logarithmic, and a curve's knee is where it leaves the band upwards."
 )

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from swe_prune.report.read import RULES, Row
+from swe_prune.report.records import RULES, Row
 
 MARGIN = 0.01
 """Nats per token that are called nothing: 1 % of perplexity. Stated wherever it decides."""

@@ -16,7 +16,7 @@ from swe_prune.report.formats import (
     percent_sd,
     signed,
 )
-from swe_prune.report.read import Results
+from swe_prune.report.records import Results
 from swe_prune.report.stats import Cell, Spread, verdict
 from swe_prune.report.words import PHASES, VERDICTS, rule_phrase, standing
 
@@ -124,7 +124,7 @@ def contests(found: Findings) -> Table | None:
     levels = sorted({bout.sparsity for one in found.contests for bout in one.bouts})
     if not levels:
         return None
-    head = "Comparison,Criterion,Rival,When,Result"
+    head = "Comparison,Criterion,Rival,Fine-tuning,Result"
     return Table(
         "Who is ahead at equal sparsity: loss of the criterion minus loss of its rival (nats per "
         "token, paired by seed, mean ± standard deviation; below 0 the criterion is better). A "
@@ -145,7 +145,14 @@ def _contest(one: Contest, levels: list[float]) -> list[str]:
         for bout in one.bouts
     }
     cells = [by_level.get(level, DASH) for level in levels]
-    return [TITLES[one.rule], one.criterion, one.rival, PHASES[one.phase], standing(one), *cells]
+    return [
+        TITLES[one.rule],
+        one.criterion,
+        one.rival,
+        PHASES[one.phase].split()[0],
+        standing(one),
+        *cells,
+    ]
 
 
 def full(found: Findings, rule: str) -> Table:

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from swe_prune.report import formats, stats
 from swe_prune.report.findings import MODERATE, Findings
 from swe_prune.report.look import INK, KEPT, PRUNED, QUIET, Picture, panel
-from swe_prune.report.read import CellKey, Detail, Histogram, Results, Trajectory
+from swe_prune.report.records import CellKey, Detail, Histogram, Results, Trajectory
 from swe_prune.report.stats import Cell
 from swe_prune.report.words import rule_phrase, rule_title
 
@@ -176,7 +176,7 @@ def _histogram(counts: Histogram, cell: Cell, detail: Detail) -> Picture:
         axes.stairs(counts.finetuned, edges, color=KEPT, linewidth=1.4, linestyle=(0, (3, 1.2)),
                     label="pruned and fine-tuned")  # fmt: skip
     axes.set_xlim(*_middle(edges, np.array(counts.dense)))
-    axes.set_ylim(0, 1.28 * max(max(counts.dense), *counts.pruned, *counts.finetuned, 1))
+    axes.set_ylim(0, 1.5 * max(max(counts.dense), *counts.pruned, *counts.finetuned, 1))
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: formats.count(v)))
     axes.set_xlabel("weight (no unit)")
     axes.set_ylabel("weights per bin")

@@ -117,7 +117,11 @@ def _above(cell: Cell) -> str:
         return "not finite any more"
     # exp overflows a float at 710 nats, far beyond any loss that is still a model's.
     perplexity = f"{100 * math.expm1(min(mean, 700)):+.0f}".replace("-", "\N{MINUS SIGN}")
-    return f"{signed(mean, 3)} nats per token from the control's ({perplexity}{NBSP}% perplexity)"
+    side = "below" if mean < 0 else "above"
+    return (
+        f"{number(abs(mean), 3)} nats per token {side} the control's "
+        f"({perplexity}{NBSP}% perplexity)"
+    )
 
 
 def claim_one(found: Findings) -> Statement:
