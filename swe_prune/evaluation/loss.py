@@ -1,0 +1,21 @@
+"""Validation loss in nats per token."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+
+def mean_loss(
+    eval_step: Callable[[PyTree, Any], Any], params: PyTree, batches: Sequence[dict[str, Any]]
+) -> float:
+    """Returns the loss per token over all batches, in nats; summed in float64 on the host.
+
+    Args:
+        eval_step: from (params, batch) to the summed loss of the batch.
+        params: weights.
+        batches: the fixed windows; every token counts the same whatever the batch sizes.
+    """
+    sums = jax.device_get([eval_step(params, batch) for batch in batches])
+    return float(sum(float(s) for s in sums) / sum(batch["targets"].size for batch in batches))

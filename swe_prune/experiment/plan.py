@@ -1,0 +1,115 @@
+"""What would be done, and what it would cost: printed before any training."""
+
+import time
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from swe_prune import trajectory, tree
+from swe_prune.experiment import grid
+from swe_prune.experiment.setup import Experiment
+
+TIMED_STEPS = 3
+TIMED_TOKENS = 2048
+
+
+def plan(experiment: Experiment, console: Console) -> None:
+    """Prints the tensors and why they stay dense, the memory, the cells and an estimate of time."""
+    config = experiment.config
+    params = experiment.abstract_params()
+    console.print(_tensors(experiment, params))
+    total = sum(map(tree.size, jax.tree.leaves(params)))
+    memory = trajectory.memory(params, experiment.measures, experiment.prunable)
+    prunable = next(iter(memory.values())) // 4
+    cells = grid.cells(config)
+    lines = [
+        f"{prunable:,} of {total:,} weights are prunable ({prunable / total:.1%}).",
+        f"Tracking {', '.join(experiment.measures)} takes {_bytes(sum(memory.values()))}: "
+        + ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items())
+        + f"; the weights themselves take {_bytes(4 * total)}.",
+        f"Snapshots every {experiment.track_every} of {experiment.train_steps} steps, late mean "
+        f"over snapshots {config.trajectory.window_start} to "
+        f"{experiment.train_steps // experiment.track_every} with power {config.trajectory.power}.",
+        f"{len(cells)} cells over seeds {', '.join(map(str, grid.seeds(config)))}: "
+        + ", ".join(f"{n} by {rule!r}" for rule, n in _count_rules(cells).items())
+        + f"; {experiment.finetune_steps} fine-tuning steps each.",
+        "A mask makes weights zero, no file smaller and no dense matrix product faster; for that, "
+        "whole rows, columns or neurons must be cut out.",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(_estimate(experiment, len(cells)), highlight=False, soft_wrap=True)
+
+
+def memory_line(experiment: Experiment) -> str:
+    """Returns one sentence on what tracking costs in memory, per measure."""
+    memory = trajectory.memory(
+        experiment.abstract_params(), experiment.measures, experiment.prunable
+    )
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items())
+    return f"tracking takes {_bytes(sum(memory.values()))} beside the parameters: {parts}"
+
+
+def _tensors(experiment: Experiment, params: Any) -> Table:
+    prune = experiment.config.prune
+    table = Table(title=experiment.config.name)
+    for heading in ("tensor", "shape", "weights", "prunable?"):
+        table.add_column(
+            heading, overflow="fold", justify="right" if heading == "weights" else "left"
+        )
+    for name, leaf in tree.named_leaves(params):
+        reason = tree.dense_reason(name, leaf, prune.include, prune.exclude)
+        verdict = f"dense: {reason}" if reason else "prunable"
+        row = (name, str(leaf.shape), f"{tree.size(leaf):,}", verdict)
+        table.add_row(*map(escape, row))  # a rule may look like rich's markup
+    return table
+
+
+def _count_rules(cells: list[grid.Cell]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for cell in cells:
+        counts[cell.rule] = counts.get(cell.rule, 0) + 1
+    return counts
+
+
+def _estimate(experiment: Experiment, cells: int) -> str:
+    """Returns a sentence on the time, from a few real steps at a batch of some 2,048 tokens."""
+    config = experiment.config
+    batch = min(config.data.batch, max(1, TIMED_TOKENS // config.model.context))
+    windows = {key: value[:batch] for key, value in experiment.validation[0].items()}
+    batch = len(windows["inputs"])
+    state, _ = experiment.train_step(experiment.fresh_state(0), windows)
+    jax.block_until_ready(state)
+    begun = time.perf_counter()
+    for _ in range(TIMED_STEPS):
+        state, _ = experiment.train_step(state, windows)
+    jax.block_until_ready(state)
+    per_step = (time.perf_counter() - begun) / TIMED_STEPS * config.data.batch / batch
+    seeds = len(grid.seeds(config))
+    steps = seeds * (experiment.train_steps + experiment.finetune_steps)
+    steps += cells * experiment.finetune_steps
+    return (
+        f"About {_duration(per_step * steps)} on this machine for {steps:,} steps, evaluations and "
+        f"compilation apart: {TIMED_STEPS} steps timed at batch {batch}, scaled to "
+        f"{config.data.batch}; a full batch is often faster per token."
+    )
+
+
+def _bytes(size: int) -> str:
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.4g} {unit}"
+        value /= 1000
+    return f"{value:.4g} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

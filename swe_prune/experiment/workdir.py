@@ -1,0 +1,134 @@
+"""The working directory: where things lie, whose they are, and that no two runs share them."""
+
+import dataclasses
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from swe_prune.config import Config, from_dict
+from swe_prune.errors import InputError
+from swe_prune.experiment.grid import Cell
+from swe_prune.training.metrics import write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """Paths of one experiment.
+
+    Attributes:
+        path: the folder.
+        lock: the open lock file; held until the process ends, however it ends.
+    """
+
+    path: Path
+    lock: Any = dataclasses.field(default=None, compare=False, repr=False)
+
+    def dense(self, seed: int) -> Path:
+        """Folder of the dense phase."""
+        return self.path / f"seed_{seed}" / "dense"
+
+    def control(self, seed: int) -> Path:
+        """Folder of the control: the dense model trained on."""
+        return self.path / f"seed_{seed}" / "control"
+
+    def cell(self, cell: Cell) -> Path:
+        """Folder of one cell."""
+        return self.path / f"seed_{cell.seed}" / "cells" / cell.name
+
+    @property
+    def results(self) -> Path:
+        """The table with one row per cell."""
+        return self.path / "results.csv"
+
+
+def claim(path: Path, config: Config) -> Workdir:
+    """Returns the workdir for this config, made or reopened, and locked against other runs.
+
+    Raises:
+        InputError: it cannot be written, belongs to another config, or another run is using it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("a")
+    except OSError as error:
+        raise InputError(
+            f"workdir {str(path)!r} cannot be written ({error.strerror}); choose another --workdir"
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"workdir {str(path)!r} is in use by another run; wait for it or choose another"
+        ) from error
+    workdir = Workdir(path, lock)
+    made_by = path / "config.json"
+    if made_by.exists():
+        _check_same(workdir, config, read_json(made_by))
+    else:
+        values = dataclasses.asdict(config)
+        write_json(made_by, {"fingerprint": config.fingerprint(), "config": values})
+    return workdir
+
+
+def config_of(path: Path) -> Config:
+    """Returns the config that a workdir was made by.
+
+    Raises:
+        InputError: it is no workdir of ours, or its config is damaged.
+    """
+    made_by = path / "config.json"
+    if not made_by.is_file():
+        raise InputError(
+            f"workdir {str(path)!r} has no config.json; give the --workdir of an earlier run, or "
+            "--config to make a new one"
+        )
+    config = from_dict(read_json(made_by)["config"])
+    assert isinstance(config, Config)
+    return config
+
+
+def _check_same(workdir: Workdir, config: Config, stored: dict[str, Any]) -> None:
+    if stored.get("fingerprint") == config.fingerprint():
+        return
+    ours = _flat(dataclasses.asdict(config))
+    theirs = _flat(stored.get("config", {}))
+    differing = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
+    shown = ", ".join(
+        f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} now)" for key in differing[:3]
+    )
+    more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+    raise InputError(
+        f"workdir {str(workdir.path)!r} was made by another config: {shown}{more}; "
+        "choose another --workdir or go back to that config"
+    )
+
+
+def _flat(values: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(values, dict):
+        out: dict[str, Any] = {}
+        for key, value in values.items():
+            out |= _flat(value, f"{path}.{key}" if path else key)
+        return out
+    return {path: list(values) if isinstance(values, tuple) else values}
+
+
+def read_json(path: Path) -> Any:
+    """Returns the JSON of a file that a run wrote.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}); delete it and run the same command to make it again"
+        ) from error
+
+
+def remove(folder: Path) -> None:
+    """Deletes a folder of intermediate files, if it is there."""
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -1,0 +1,1 @@
+"""State, step, optimizer, losses and loop. Read `step.py` first."""

@@ -1,0 +1,119 @@
+"""The host's side of training: feed the compiled step, watch, evaluate, save, resume.
+
+The device is never waited for except to evaluate and to save: metrics are fetched one step late.
+A phase that finds a checkpoint of its own goes on from it as if it had never stopped.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from jaxtyping import PyTree
+
+from swe_prune.checkpoint import Checkpoints
+from swe_prune.training import metrics as metrics_lib
+from swe_prune.training.state import TrainState
+from swe_prune.training.step import Batch, Metrics
+
+
+class BatchIterator(Protocol):
+    """Batches without end whose position can be saved: what Grain's iterators are."""
+
+    def __next__(self) -> Batch:
+        """Returns the next batch."""
+        ...
+
+    def get_state(self) -> Any:
+        """Returns the position as something JSON can hold."""
+        ...
+
+    def set_state(self, state: Any) -> None:
+        """Goes to a position."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One phase of training and where it keeps what it makes.
+
+    Attributes:
+        name: shown to the user.
+        folder: holds `checkpoints/`, `metrics.jsonl` and, with samples, `trajectory.jsonl`.
+        steps: length.
+        log_every: steps between lines of metrics.
+        eval_every: steps between evaluations; 0: none.
+        checkpoint_every: steps between checkpoints; 0: none at all, the phase is short.
+        sample_every: steps between samples of the weights; 0: none.
+    """
+
+    name: str
+    folder: Path
+    steps: int
+    log_every: int
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    sample_every: int = 0
+
+
+def fit(
+    phase: Phase,
+    state: TrainState,
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    batches: BatchIterator,
+    *,
+    evaluate: Callable[[PyTree], float] | None = None,
+    sample: Callable[[PyTree], dict[str, Any]] | None = None,
+    progress: Callable[[int, dict[str, float]], None] = lambda step, shown: None,
+) -> tuple[TrainState, float]:
+    """Returns (state after the last step, seconds of this phase over all its sessions).
+
+    Args:
+        phase: what to run and where to keep it.
+        state: at step 0; it is donated. A checkpoint of the phase takes its place.
+        step: the compiled train step.
+        batches: positioned at its start; a checkpoint's position takes its place.
+        evaluate: validation loss of parameters.
+        sample: a few weights of every tensor, for the report's trajectories.
+        progress: called with the step and what is known of it.
+
+    Raises:
+        RunError: the loss is not finite; no later checkpoint than the last good one exists.
+    """
+    checkpoints = Checkpoints(phase.folder / "checkpoints") if phase.checkpoint_every else None
+    before = 0.0
+    if checkpoints is not None and checkpoints.latest() is not None:
+        state, extra = checkpoints.restore(state)
+        batches.set_state(extra["batches"])
+        before = extra["seconds"]
+    first = int(state.step)
+    log = metrics_lib.JsonLines(phase.folder / "metrics.jsonl", first)
+    samples = metrics_lib.JsonLines(phase.folder / "trajectory.jsonl", first) if sample else None
+    if sample and samples is not None and first == 0:
+        samples.write(0, {"values": jax.device_get(sample(state.params))})
+    meter = metrics_lib.Meter(phase, first, log, progress)
+    begun = time.perf_counter()
+
+    def due(every: int, number: int) -> bool:
+        return bool(every) and (number % every == 0 or number == phase.steps)
+
+    for number in range(first + 1, phase.steps + 1):
+        batch = next(batches)
+        state, computed = step(state, batch)
+        meter.late(number, computed, tokens=batch["targets"].size)
+        if sample and samples is not None and number % phase.sample_every == 0:
+            samples.write(number, {"values": jax.device_get(sample(state.params))})
+        if evaluate is not None and due(phase.eval_every, number):
+            meter.flush()
+            meter.evaluated(number, evaluate(state.params))
+        if checkpoints is not None and due(phase.checkpoint_every, number):
+            meter.flush()  # a step that diverged must not be saved
+            seconds = before + time.perf_counter() - begun
+            checkpoints.save(number, state, {"batches": batches.get_state(), "seconds": seconds})
+    meter.flush()
+    jax.block_until_ready(state)
+    if checkpoints is not None:
+        checkpoints.close()
+    return state, before + time.perf_counter() - begun

@@ -1,0 +1,132 @@
+"""Metrics as JSON lines, fetched one step late, and cut back to the step a run resumes from."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from swe_prune.errors import RunError
+
+if TYPE_CHECKING:
+    from swe_prune.training.loop import Phase
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, each with its `step`.
+
+    Opening cuts off what a killed run wrote after the step that the new one resumes from, and a
+    last line that was cut short, so an interrupted run leaves the same file as an uninterrupted.
+    """
+
+    def __init__(self, path: Path, resume_from: int):
+        """Opens the file for appending, keeping the lines up to a step.
+
+        Args:
+            path: made when there is none.
+            resume_from: the last step whose lines stay.
+        """
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_lines(path) if resume_from and line["step"] <= resume_from]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(path)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Appends a line; arrays become lists."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}, default=_plain) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the whole lines of a JSON-lines file; a last line cut short is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that the file is there whole or not at all, whenever the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=1, default=_plain)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return np.asarray(value).tolist()
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+class Meter:
+    """Takes each step's metrics while the next one computes; refuses a loss that is not finite."""
+
+    def __init__(
+        self,
+        phase: "Phase",
+        first: int,
+        log: JsonLines,
+        progress: Callable[[int, dict[str, float]], None],
+    ):
+        """Starts the clock for tokens per second.
+
+        Args:
+            phase: for its name and cadence.
+            first: the step that the phase resumes from.
+            log: where lines go.
+            progress: told of every step.
+        """
+        self._phase, self._log, self._progress = phase, log, progress
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._shown: dict[str, float] = {}
+        self._clock, self._tokens = time.perf_counter(), 0
+        self._first = first
+
+    def late(self, step: int, metrics: dict[str, Any], tokens: int) -> None:
+        """Takes a step that was dispatched, and handles the one before it."""
+        self.flush()
+        self._pending = (step, metrics)
+        self._tokens += tokens
+
+    def flush(self) -> None:
+        """Handles the step that is still pending, waiting for the device.
+
+        Raises:
+            RunError: its loss or gradient norm is not finite.
+        """
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise RunError(
+                    f"{name} is {value} at step {step} of phase {self._phase.name!r}: training "
+                    "diverged; lower the learning rate or the clip norm; earlier checkpoints are "
+                    f"kept in {self._phase.folder}"
+                )
+        if step == self._first + 1:  # its time was spent compiling
+            self._clock, self._tokens = time.perf_counter(), 0
+        elif (seconds := time.perf_counter() - self._clock) > 0:
+            self._shown["tokens/s"] = self._tokens / seconds
+        self._shown |= values
+        self._progress(step, self._shown)
+        if step % self._phase.log_every == 0 or step == self._phase.steps:
+            self._log.write(step, values | {"tokens_per_second": self._shown.get("tokens/s")})
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """Takes a validation loss in nats per token."""
+        self._shown["validation"] = loss
+        self._log.write(step, {"validation_loss": loss})
+        self._progress(step, self._shown)

@@ -1,0 +1,133 @@
+"""The compiled steps: train, evaluate, prune. Read this file first.
+
+    train_step: loss and grads at params → optax update, zeros held → apply → snapshot in its turn
+
+All three are pure functions of pytrees. `compile_train_step` is the one place where the train step
+is jitted: the state is donated, so masks and statistics live in place beside the parameters. With
+`masks` or `stats` None in the state those parts are not in the compiled program at all.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jaxtyping import Array, Float, PyTree
+
+from swe_prune import importance, masks, trajectory
+from swe_prune.training.losses import cross_entropy
+from swe_prune.training.state import TrainState
+
+Batch = dict[str, Any]
+"""{"inputs": int32 (B, L), "targets": int32 (B, L)}."""
+
+Metrics = dict[str, Array]
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    track_every: int,
+) -> tuple[TrainState, Metrics]:
+    """Returns the state after one optimizer step, and its metrics as float32 scalars.
+
+    Args:
+        state: masks and statistics are used where they are not None.
+        batch: windows of the training text.
+        model: a Linen model of tokens to logits.
+        optimizer: the optax chain whose state is in `state`.
+        track_every: take a snapshot of the trajectory after every so many steps.
+    """
+    dropout = jax.random.fold_in(state.rng, state.step)
+
+    def loss_of(params: PyTree) -> Array:
+        return _losses_BxL(model, params, batch, train=True, rngs={"dropout": dropout}).mean()
+
+    loss, grads = jax.value_and_grad(loss_of)(state.params)
+    if state.masks is not None:
+        optimizer = masks.keep(optimizer, state.masks)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    step = state.step + 1
+    stats = state.stats
+    if stats is not None:
+        stats = jax.lax.cond(
+            step % track_every == 0, trajectory.update, lambda kept, _: kept, stats, params
+        )
+    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    state = dataclasses.replace(state, step=step, params=params, opt_state=opt_state, stats=stats)
+    return state, metrics
+
+
+def compile_train_step(
+    model: nn.Module, optimizer: optax.GradientTransformation, track_every: int = 1
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns the jitted train step; it takes over (donates) the state it is given."""
+    step = functools.partial(train_step, model=model, optimizer=optimizer, track_every=track_every)
+    return jax.jit(step, donate_argnums=0)
+
+
+def eval_step(params: PyTree, batch: Batch, *, model: nn.Module) -> Float[Array, ""]:
+    """Returns the summed loss of a batch in nats, float32."""
+    return jnp.sum(_losses_BxL(model, params, batch))
+
+
+def _losses_BxL(model: nn.Module, params: PyTree, batch: Batch, **options: Any) -> Array:
+    logits_BxLxV: Any = model.apply({"params": params}, batch["inputs"], **options)
+    return cross_entropy(logits_BxLxV, batch["targets"])
+
+
+def compile_eval_step(model: nn.Module) -> Callable[[PyTree, Batch], Float[Array, ""]]:
+    """Returns the jitted evaluation step."""
+    return jax.jit(functools.partial(eval_step, model=model))
+
+
+def prune_step(
+    params: PyTree,
+    stats: trajectory.TrajectoryStats | None,
+    prunable: PyTree,
+    *,
+    criterion: str,
+    rule: str,
+    level: float,
+    seed: int,
+) -> PyTree:
+    """Returns the masks of one cell: scores, then the rule at its level.
+
+    Scores and selection are each compiled; the checks between them (NaN, an empty model) run on
+    the host, since pruning happens once and must not go wrong in silence.
+
+    Args:
+        params: weights to score.
+        stats: what the criterion may read.
+        prunable: bool pytree like params.
+        criterion: a registered name.
+        rule: "std" for the paper's rule, else the scope of equal sparsity.
+        level: the rate, or the sparsity.
+        seed: for criteria that draw random numbers.
+    """
+    chosen, structure = jax.tree.flatten(prunable)
+    scores = _compile_score(criterion, structure, tuple(chosen), seed)(params, stats)
+    if rule == "std":
+        return masks.by_std(scores, level, spread=importance.get(criterion).spread)
+    return masks.by_sparsity(scores, level, scope=rule)
+
+
+@functools.cache
+def _compile_score(
+    criterion: str, structure: Any, chosen: tuple[bool, ...], seed: int
+) -> Callable[..., PyTree]:
+    """Returns the compiled scores of a criterion; a sweep over levels compiles it once."""
+    prunable = structure.unflatten(chosen)
+
+    def score(params: PyTree, stats: trajectory.TrajectoryStats | None) -> PyTree:
+        return importance.score(criterion, params, stats=stats, prunable=prunable, seed=seed)
+
+    return jax.jit(score)
