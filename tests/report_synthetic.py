@@ -17,7 +17,7 @@ COLUMNS = [
     "seconds",
 ]  # fmt: skip
 KINDS = {"attention/out": 0.06, "attention/qkv": 0.05, "mlp/down": 0.03, "mlp/up": 0.04}
-TENSORS = [f"block_{layer}/{kind}/kernel" for layer in range(12) for kind in KINDS]
+TENSORS = [f"block_{layer}/{kind}/kernel" for layer in range(6) for kind in KINDS]
 SIZE = 20_000
 PRUNABLE, PARAMS = SIZE * len(TENSORS), SIZE * len(TENSORS) + 300_000
 RATES = {0.5: 0.38, 1.0: 0.505, 1.4: 0.612, 2.0: 0.78, 3.0: 0.935}
@@ -119,7 +119,7 @@ def _config(seeds, std_seeds, criteria, std_criteria):
     phase = {"steps": 5000, "learning_rate": 1e-3, "warmup": 100, "weight_decay": 0.1}
     config = {
         "name": "shakespeare",
-        "model": {"layers": 12, "heads": 6, "width": 384, "context": 256, "vocab_size": None},
+        "model": {"layers": 6, "heads": 6, "width": 384, "context": 256, "vocab_size": None},
         "data": {"dataset": "shakespeare_plays", "batch": 64, "eval_windows": 256},
         "train": phase, "finetune": {**phase, "steps": 500},
         "trajectory": {"measures": ["late_mean"], "every": "5%", "power": 0.5},
@@ -133,7 +133,7 @@ def _tensor_share(one, index, rng):
     share = one["sparsity_prunable"]
     if one["rule"] == "tensor" or one["criterion"] == "random":
         return share
-    depth = (index // len(KINDS)) / 11 - 0.5
+    depth = (index // len(KINDS)) / 5 - 0.5
     return min(0.99, max(0.01, share + 0.12 * depth + rng.gauss(0, 0.03)))
 
 

@@ -12,6 +12,7 @@ from swe_prune.report.look import (
     INK,
     QUIET,
     Picture,
+    legend,
     line_style,
     panel,
     sparsity_axis,
@@ -90,7 +91,7 @@ def _before(cells: list[Cell], rows: list[Row], rule: str, names: list[str]) -> 
     axes.set_ylabel("validation loss (nats/token, log axis)")
     axes.set_title("Straight after pruning")
     sparsity_axis(axes)
-    axes.legend(loc="best")
+    legend(axes)
     _note_lost(axes, lost)
     return Picture(f"loss_{rule}_pruned", _alt(cells, rule, "before", lambda c: c.pruned), figure)
 
@@ -102,7 +103,7 @@ def _after(cells: list[Cell], rows: list[Row], rule: str, names: list[str]) -> P
     axes.set_ylabel("validation loss (nats/token)")
     axes.set_title("After fine-tuning")
     sparsity_axis(axes)
-    axes.legend(loc="best")
+    legend(axes)
     _note_lost(axes, lost)
     return Picture(
         f"loss_{rule}_finetuned", _alt(cells, rule, "after", lambda c: c.finetuned), figure
@@ -125,7 +126,7 @@ def _against_control(cells: list[Cell], rule: str, names: list[str]) -> Picture:
     axes.set_ylabel("fine-tuned minus control (nats/token)")
     axes.set_title("What the mask costs")
     sparsity_axis(axes)
-    axes.legend(loc="best")
+    legend(axes)
     _note_lost(axes, lost)
     alt = _alt(cells, rule, "cost", lambda cell: cell.minus_control)
     return Picture(f"loss_{rule}_against_control", alt, figure)
@@ -180,7 +181,7 @@ def training(results: Results) -> Picture | None:
     axes.set_xlabel("training step")
     axes.set_ylabel("loss (nats/token)")
     axes.set_title("Training the dense model")
-    axes.legend(loc="upper right")
+    legend(axes)
     alt = "Loss of the dense model against the training step"
     return Picture("training", f"{alt}: validation loss of {', '.join(ends)}." if ends else
                    f"{alt}.", figure)  # fmt: skip

@@ -1,6 +1,7 @@
 """The look of the figures: colours, markers and line styles that survive grey printing."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -92,6 +93,21 @@ def panel(width: float = 4.1, height: float = 3.4) -> tuple[Figure, Axes]:
     axes.grid(True, color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def legend(axes: Axes) -> None:
+    """Names the curves where they leave room; an empty drawing, all diverged, needs no names."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best")
+
+
+def slug(name: str) -> str:
+    """Returns a name fit for a file, whatever a criterion or a tensor is called.
+
+    >>> slug("block_0/attention/qkv")
+    'block_0_attention_qkv'
+    """
+    return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
 
 
 def sparsity_axis(axes: Axes) -> None:

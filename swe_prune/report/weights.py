@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from swe_prune.report import formats, stats
 from swe_prune.report.findings import MODERATE, Findings
-from swe_prune.report.look import INK, KEPT, PRUNED, QUIET, Picture, panel
+from swe_prune.report.look import INK, KEPT, PRUNED, QUIET, Picture, panel, slug
 from swe_prune.report.records import CellKey, Detail, Histogram, Results, Trajectory
 from swe_prune.report.stats import Cell
 from swe_prune.report.words import rule_phrase, rule_title
@@ -155,7 +155,7 @@ def _paths(history: Trajectory, name: str, kept: list[bool]) -> Picture:
         f"Paths of sampled weights of {name} over training: at the end kept weights are "
         f"{ends[0]:.3f} from zero on average, pruned ones {ends[1]:.3f}."
     )
-    return Picture(f"trajectories_{re.sub(r'[^A-Za-z0-9]+', '_', short(name))}", alt, figure)
+    return Picture(f"trajectories_{slug(short(name))}", alt, figure)
 
 
 def histograms(results: Results, found: Findings) -> list[Picture]:
@@ -186,7 +186,7 @@ def _histogram(counts: Histogram, cell: Cell, detail: Detail) -> Picture:
     if detail.tensors:
         zeros = sum(total - kept for kept, total in detail.tensors.values())
         alt += f": {formats.count(zeros)} of {formats.count(detail.total)} are now exactly zero"
-    return Picture(f"histogram_{cell.criterion}", f"{alt}.", figure)
+    return Picture(f"histogram_{slug(cell.criterion)}", f"{alt}.", figure)
 
 
 def _middle(edges: np.ndarray, counts: np.ndarray, share: float = 0.995) -> tuple[float, float]:

@@ -1,0 +1,137 @@
+"""What is there is read, what is malformed is refused by its name, what is missing is said."""
+
+import json
+
+import pytest
+from report_synthetic import COLUMNS, make, row, write_rows
+
+from swe_prune.errors import InputError
+from swe_prune.report import missing, read
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("whole"), seeds=(0,), std_seeds=(0,), criteria=("swe",))
+
+
+def test_a_whole_directory_is_read(whole):
+    results = read.load(whole)
+    assert len(results.rows) == 3 * 5 + 2 * 6
+    assert results.name == "shakespeare"
+    assert len(results.details) == len(results.rows)
+    assert {row.key for row in results.rows} == set(results.details)
+    assert results.trajectories[0].steps[-1] == 5000
+    assert results.training[0][-1]["validation_loss"] > 0
+    assert missing.missing(results) == []
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(InputError, match=r"has no results\.csv.*run the experiment"):
+        read.load(tmp_path)
+
+
+def test_no_finished_cell(tmp_path):
+    with pytest.raises(InputError, match="no finished cell"):
+        read.load(write_rows(tmp_path, []))
+
+
+def test_empty_losses_are_not_measured_and_nan_is(tmp_path):
+    write_rows(tmp_path, [row(finetuned_loss="", control_loss="", pruned_loss="nan")])
+    (found,) = read.load(tmp_path).rows
+    assert found.finetuned_loss is found.control_loss is None
+    assert found.pruned_loss != found.pruned_loss
+
+
+def test_control_comes_from_its_own_file_where_the_row_is_older(tmp_path):
+    write_rows(tmp_path, [row(control_loss="")])
+    (tmp_path / "seed_0" / "control").mkdir(parents=True)
+    (tmp_path / "seed_0" / "control" / "result.json").write_text('{"control_loss": 1.25}')
+    assert read.load(tmp_path).rows[0].control_loss == 1.25
+
+
+def test_the_last_row_of_a_cell_counts(tmp_path):
+    results = read.load(write_rows(tmp_path, [row(), row(pruned_loss=7.0)]))
+    assert [one.pruned_loss for one in results.rows] == [7.0]
+    assert any("1 row of results.csv replaced" in line for line in missing.missing(results))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dense_loss": "low"}, "dense_loss = 'low'"),
+        ({"dense_loss": ""}, "dense_loss = ''"),
+        ({"seed": "1.5"}, r"seed = '1\.5'"),
+        ({"rule": "globl"}, "did you mean 'global'"),
+        ({"sparsity_prunable": 60}, "outside 0 to 1"),
+        ({"requested": "inf"}, "endless"),
+    ],
+)
+def test_a_malformed_row_is_named_with_its_line(tmp_path, changes, reason):
+    write_rows(tmp_path, [row(), row(**changes)])
+    with pytest.raises(InputError, match=rf"results\.csv' line 3 .*{reason}"):
+        read.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", ",".join(COLUMNS[:-1]) + "\n"])
+def test_other_columns_are_refused(tmp_path, text):
+    (tmp_path / "results.csv").write_text(text)
+    with pytest.raises(InputError, match=r"results\.csv' does not begin with the columns seed,"):
+        read.load(tmp_path)
+
+
+def test_a_short_row_is_refused(tmp_path):
+    (tmp_path / "results.csv").write_text(",".join(COLUMNS) + "\n0,swe\n")
+    with pytest.raises(InputError, match="line 2 has 2 values and not 13"):
+        read.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("results.csv", b"\xff\xfe\x00"),
+        ("config.json", b"{"),
+        ("config.json", b"[]"),
+        ("config.json", b'{"config": 3}'),
+        ("seed_0/dense/metrics.jsonl", b'{"step": 1}\n{"step": '),
+        ("seed_0/dense/metrics.jsonl", b'{"loss": 1}\n'),
+        ("seed_0/dense/trajectory.jsonl", b'{"step": 0}\n'),
+        ("seed_0/dense/trajectory.jsonl", b'{"step": 0, "values": {"a": 1}}\n'),
+        (
+            "seed_0/dense/trajectory.jsonl",
+            b'{"step": 0, "values": {"a": [1]}}\n{"step": 1, "values": {"a": [1, 2]}}\n',
+        ),
+        ("seed_0/control/result.json", b"\xff"),
+        ("seed_0/cells/x/result.json", b"{}"),
+        (
+            "seed_0/cells/x/result.json",
+            json.dumps(
+                {**row(), "histogram": {"edges": [0, 1, 2], "dense": [1], "pruned": [1, 1]}}
+            ).encode(),
+        ),
+        ("seed_0/cells/x/result.json", json.dumps({**row(), "tensors": {"a": 3}}).encode()),
+    ],
+)
+def test_a_malformed_file_is_named(tmp_path, name, text):
+    write_rows(tmp_path, [row()])
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text)
+    with pytest.raises(InputError, match=path.name):
+        read.load(tmp_path)
+
+
+def test_what_is_missing_is_said(tmp_path):
+    make(tmp_path, seeds=(0, 1), std_seeds=(0,), finetuned=False, details=False)
+    lines = (tmp_path / "results.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "results.csv").write_text("".join(lines[:-7]))
+    said = " ".join(missing.missing(read.load(tmp_path))).replace("\N{NO-BREAK SPACE}", " ")
+    assert "7 of 87 cells not finished: magnitude global 90 % (seed 1), random global" in said
+    assert "and 1 more" in said
+    assert "No cell is fine-tuned yet" in said
+    assert "No control yet for 2 seeds: 0, 1." in said
+    assert "training curve is left out" in said
+
+
+def test_without_settings_nothing_is_known_of_the_missing(tmp_path):
+    said = missing.missing(read.load(write_rows(tmp_path, [row()])))
+    assert any("no config.json" in line for line in said)
