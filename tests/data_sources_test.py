@@ -15,7 +15,7 @@ CONTEXT = 8
 NOTES = {
     "train": [f"Note {i}: naïve {'x' * i}" for i in range(20)],
     "validation": ["A held-out note of 30 letters.", "Ω"],
-    "latin": [*["A note in UTF-8."] * 100, "A note in Latin-1: caf\xe9".encode("latin-1")],
+    "latin": [*["A note in UTF-8."] * 130, "A note in Latin-1: caf\xe9".encode("latin-1")],
 }
 
 
@@ -112,9 +112,11 @@ def test_limits_may_be_all_there_is_and_no_more(notes):
             data.load(notes(**{key: 0}), CONTEXT)
 
 
-def test_reading_stops_where_the_limit_is_reached(notes):
-    settings = notes(train_split="latin", train_chars=50)
-    assert texts(data.load(settings, CONTEXT))[0] == "\n\n".join(NOTES["latin"][:3])[:50]
+@pytest.mark.parametrize("limit", [50, 1200])  # within the first 64 examples, and beyond
+def test_reading_stops_where_the_limit_is_reached_and_not_before(notes, limit):
+    settings = notes(train_split="latin", train_chars=limit)
+    expected = "\n\n".join(NOTES["latin"][:128])[:limit]
+    assert texts(data.load(settings, CONTEXT))[0] == expected
     with pytest.raises(InputError, match=r"'body' of an example in split 'latin' .* is not UTF-8"):
         data.load(notes(train_split="latin"), CONTEXT)
 
