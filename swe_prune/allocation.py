@@ -6,14 +6,16 @@ removed follows from the distribution. The helpers go from one to the other.
 """
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from swe_prune import tree
+from swe_prune import select, tree
 from swe_prune.errors import InputError
 
 _HALF_NORMAL_STD = math.sqrt(1 - 2 / math.pi)  # std of |x| for x ~ N(0, 1): 0.6028
@@ -70,9 +72,27 @@ def std_threshold(score: Float[Array, "..."], rate: float | Array, spread: Any =
     return spread * jnp.asarray(rate, jnp.float32)
 
 
+def reject_no_spread(names: Sequence[str], undefined: Sequence[Array]) -> None:
+    """Raises InputError that names the first tensor whose threshold is NaN."""
+    for name, nan in zip(names, jax.device_get(list(undefined)), strict=True):
+        if nan:
+            raise InputError(
+                f"the scores of {name!r} have no standard deviation, as some are infinite or their "
+                "squares overflow; find out where the weights diverged, or prune by sparsity"
+            )
+
+
 @jax.jit
-def _kept(scores: list[Array], rate: Array, spread: Any) -> tree.Count:
-    return tree.count_true([score > std_threshold(score, rate, spread) for score in scores])
+def _spreads(scores: list[Array], spread: Any) -> tuple[list[Array], list[Array], list[Array]]:
+    spreads = [std_threshold(score, 1.0, spread) for score in scores]
+    nans = [tree.count_each([jnp.isnan(score)])[0] for score in scores]
+    return spreads, nans, [jnp.isnan(s) for s in spreads]
+
+
+@jax.jit
+def _kept(scores: list[Array], rate: Array, spreads: list[Array]) -> tree.Count:
+    each = zip(scores, spreads, strict=True)
+    return tree.count_true([score > std_threshold(score, rate, spread) for score, spread in each])
 
 
 def rate_for_sparsity(
@@ -80,8 +100,10 @@ def rate_for_sparsity(
 ) -> tuple[float, float]:
     """Returns (rate, achieved): the std rule's rate nearest to a sparsity of all the tensors.
 
-    Sparsity grows with the rate in steps, so bisection ends at the float32 rate beside the wanted
-    count; ties or coarse scores may keep it from being met, and `achieved` says what is.
+    Sparsity grows with the rate in steps, so a search over the float32 rates ends at the one beside
+    the wanted count; ties or coarse scores may keep it from being met, and `achieved` says what
+    is. Where no finite rate removes more (a tensor of equal scores has no spread to multiply), the
+    rate is the smallest that comes nearest.
 
     Args:
         scores: float32 pytree, None where dense.
@@ -89,22 +111,39 @@ def rate_for_sparsity(
         spread: as in `masks.by_std`.
 
     Raises:
-        InputError: sparsity outside [0, 1) or no scores.
+        InputError: sparsity outside [0, 1), no scores, NaN among them, or scores without a
+            standard deviation.
     """
     check_sparsity(sparsity)
-    leaves = jax.tree.leaves(scores)
+    named = {name: leaf for name, leaf in tree.named_leaves(scores) if leaf is not None}
+    leaves = list(named.values())
     total = sum(map(tree.size, leaves))
     if not total:
         raise InputError("no scores were given: every leaf is None, that is dense; widen the rules")
+    spreads, nans, undefined = _spreads(leaves, spread)
+    select.reject_nan(list(named), nans)
+    reject_no_spread(list(named), undefined)
 
-    def removed(rate: float) -> int:
-        return total - int(_kept(leaves, jnp.float32(rate), spread))
+    def removed(bits: int) -> int:
+        return total - int(_kept(leaves, _float_of(bits), spreads))
+
+    def smallest_removing(least: int) -> int:
+        """The float32 rate, as its bits, which order as positive floats do."""
+        low, high = -1, _LARGEST_BITS
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if removed(middle) < least else (low, middle)
+        return high
 
     wanted = removed_count(total, sparsity)
-    low, high = 0.0, 1.0
-    while removed(high) < wanted:
-        low, high = high, 2 * high
-    while low < (middle := float(jnp.float32((low + high) / 2))) < high:
-        low, high = (middle, high) if removed(middle) < wanted else (low, middle)
-    best = min((low, high), key=lambda rate: abs(removed(rate) - wanted))
-    return best, removed(best) / total
+    above = smallest_removing(wanted)
+    below = smallest_removing(removed(max(above - 1, 0)))
+    best = min((below, above), key=lambda bits: (abs(removed(bits) - wanted), bits))
+    return float(_float_of(best)), removed(best) / total
+
+
+_LARGEST_BITS = 0x7F7FFFFF  # of the largest finite float32
+
+
+def _float_of(bits: int) -> np.float32:
+    return np.uint32(bits).view(np.float32)

@@ -5,6 +5,7 @@ dense. Masks made eagerly are checked (NaN, ranges); inside a jit the same code 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxtyping import Array, PyTree
 from swe_prune import allocation, patterns, select, tree
 from swe_prune.errors import InputError
 
+_LARGEST = float(jnp.finfo(jnp.float32).max)
 SCOPES = ("tensor", "global", "row")
 
 
@@ -33,28 +35,34 @@ def by_std(scores: PyTree, rate: float | Array, *, spread: float | None = None) 
             scores come in units of their threshold (`importance.get(name).spread`).
 
     Raises:
-        InputError: a negative or non-finite rate, NaN scores, or a rate that keeps no weight.
+        InputError: a negative or non-finite rate, NaN scores, infinite ones (which have no
+            standard deviation), or a rate that keeps no weight.
 
     >>> by_std({"w": jnp.array([0.0, 1.0, 5.0])}, 1.0)["w"].tolist()
     [False, False, True]
     """
-    if isinstance(rate, int | float) and not 0 <= rate < float("inf"):
+    if not _is_traced([rate]) and not 0 <= float(rate) <= _LARGEST:
         raise InputError(f"rate = {rate!r} is no multiple of a standard deviation; give 0 or more")
     named = _scored(scores)
     traced = _is_traced([*named.values(), rate])
-    kept, nans = (_std_masks if traced else _std_masks_jit)(
+    kept, nans, undefined = (_std_masks if traced else _std_masks_jit)(
         list(named.values()), jnp.asarray(rate, jnp.float32), spread
     )
     if not traced:
         select.reject_nan(list(named), nans)
+        allocation.reject_no_spread(list(named), undefined)
         if int(tree.count_true(kept)) == 0:
             raise InputError(f"rate = {rate!r} prunes every weight; lower it")
     return _like(scores, named, kept)
 
 
-def _std_masks(scores: list[Array], rate: Array, spread: Any) -> tuple[list[Array], list[Array]]:
-    masks = [score > allocation.std_threshold(score, rate, spread) for score in scores]
-    return masks, [jnp.sum(jnp.isnan(score), dtype=jnp.uint32) for score in scores]
+def _std_masks(
+    scores: list[Array], rate: Array, spread: Any
+) -> tuple[list[Array], list[Array], list[Array]]:
+    thresholds = [allocation.std_threshold(score, rate, spread) for score in scores]
+    masks = [score > threshold for score, threshold in zip(scores, thresholds, strict=True)]
+    nans = [tree.count_each([jnp.isnan(score)])[0] for score in scores]
+    return masks, nans, [jnp.isnan(threshold) for threshold in thresholds]
 
 
 _std_masks_jit = jax.jit(_std_masks)
@@ -99,12 +107,10 @@ def by_sparsity(
     else:
         kept = []
         for name, score in named.items():
-            axes = input_axes(name, score.shape) if scope == "row" else tuple(range(score.ndim))
-            size = tree.size(score)
-            for axis in set(range(score.ndim)) - set(axes):
-                size //= max(score.shape[axis], 1)
+            axes = _normal_axes(name, score.shape, input_axes) if scope == "row" else None
+            size = tree.size(score) if axes is None else math.prod(score.shape[a] for a in axes)
             keep = size - allocation.removed_count(size, sparsity)
-            kept.append(_named_top_k(name, score, keep, axes if scope == "row" else None))
+            kept.append(_named_top_k(name, score, keep, axes))
     return _like(scores, named, kept)
 
 
@@ -117,15 +123,27 @@ def _by_pattern(
             f"pattern {pattern!r} keeps {n} of {m}, a sparsity of {1 - n / m:g}, not {sparsity!r}; "
             "make the two agree"
         )
-    matrices = {}
+    matrices, axes = {}, {}
     for name, score in named.items():
-        matrices[name] = patterns.as_matrix(score, input_axes(name, score.shape))
+        axes[name] = _normal_axes(name, score.shape, input_axes)
+        matrices[name] = patterns.as_matrix(score, axes[name])
         patterns.check_divides(name, matrices[name].shape[0], m)
     _reject_nan_of(named)
     return [
-        patterns.n_of_m_mask(matrix, n, m).reshape(named[name].shape)
+        patterns.from_matrix(patterns.n_of_m_mask(matrix, n, m), named[name].shape, axes[name])
         for name, matrix in matrices.items()
     ]
+
+
+def _normal_axes(
+    name: str, shape: tuple[int, ...], input_axes: Callable[..., Any]
+) -> tuple[int, ...]:
+    axes = tuple(input_axes(name, shape))
+    if any(not -len(shape) <= axis < len(shape) for axis in axes):
+        raise InputError(
+            f"input_axes gave {axes} for {name!r} of shape {shape}; give axes that it has"
+        )
+    return tuple(sorted({axis % len(shape) for axis in axes}))
 
 
 def _named_top_k(name: str, score: Array, k: int, axes: tuple[int, ...] | None) -> Array:
@@ -137,8 +155,13 @@ def _named_top_k(name: str, score: Array, k: int, axes: tuple[int, ...] | None) 
 
 def _reject_nan_of(named: dict[str, Array]) -> None:
     if not _is_traced(list(named.values())):
-        nans = [jnp.sum(jnp.isnan(score), dtype=jnp.uint32) for score in named.values()]
+        nans = [_count_nan(score) for score in named.values()]
         select.reject_nan(list(named), nans)
+
+
+@jax.jit
+def _count_nan(score: Array) -> Array:
+    return tree.count_each([jnp.isnan(score)])[0]
 
 
 def _is_traced(values: list[Any]) -> bool:
@@ -162,13 +185,22 @@ def apply(params: PyTree, mask: PyTree) -> PyTree:
 
     A select rather than a product: the same cost in a compiled step, and 0 · inf is NaN, −w · 0 a
     negative zero.
+
+    Raises:
+        InputError: mask and parameters differ in structure, or a mask in shape from its weight.
     """
-    return jax.tree.map(
-        lambda keep, weight: weight if keep is None else jnp.where(keep, weight, 0),
-        mask,
-        params,
-        is_leaf=tree.is_none,
-    )
+
+    def leaf(name: str, keep: Any, weight: Any) -> Any:
+        if keep is None:
+            return weight
+        if jnp.shape(keep) != jnp.shape(weight):
+            raise InputError(
+                f"the mask of {name!r} has shape {jnp.shape(keep)} and the weight "
+                f"{jnp.shape(weight)}; make the mask from scores of these parameters"
+            )
+        return jnp.where(keep, weight, 0)
+
+    return tree.map_leaves(leaf, mask, params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +250,8 @@ def keep(
     """Returns the optimizer with pruned weights held at exactly 0, and their moments too.
 
     Gradients of pruned weights are zeroed before the optimizer sees them; after it, their update
-    is −w (so the sum is exactly 0 even for a weight that was not 0 yet) and every part of its
+    is −w (so the sum is exactly 0 even for a weight that was not 0 yet, if it was finite:
+    `apply` the mask first to be rid of an infinity) and every part of its
     state that is laid out like the parameters is zeroed. The state is the inner optimizer's own:
     wrap or unwrap in the middle of a run without converting anything.
 
@@ -252,12 +285,12 @@ def keep(
         updates, state = inner.update(masked(updates), state, params, **extra)
         if params is None:
             return masked(updates), hold_state(state)
-        held = jax.tree.map(
-            lambda m, u, w: u if m is None else jnp.where(m, u, -w.astype(u.dtype)),
+        # In the wider of the two dtypes, lest −w be rounded and a remainder stay.
+        held = tree.map_leaves(
+            lambda _, m, u, w: u if m is None else jnp.where(m, u, jnp.negative(w)),
             mask,
             updates,
             params,
-            is_leaf=tree.is_none,
         )
         return held, hold_state(state)
 

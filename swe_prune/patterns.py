@@ -1,5 +1,6 @@
 """The shape of what goes. Unstructured needs nothing; n:m keeps n of every m inputs."""
 
+import math
 import re
 
 import jax.numpy as jnp
@@ -49,8 +50,20 @@ def check_divides(name: str, inputs: int, m: int) -> None:
 
 
 def as_matrix(score: Float[Array, "..."], inputs: tuple[int, ...]) -> Float[Array, "R C"]:
-    """Returns a kernel as (inputs, outputs), given the leading axes along which its inputs run."""
-    rows = 1
-    for axis in inputs:
-        rows *= score.shape[axis]
-    return jnp.reshape(score, (rows, -1))
+    """Returns a kernel as (inputs, outputs), given the axes along which its inputs run."""
+    return jnp.transpose(score, _inputs_first(score.ndim, inputs)).reshape(
+        math.prod(score.shape[axis] for axis in inputs), -1
+    )
+
+
+def from_matrix(
+    mask_RxC: Bool[Array, "R C"], shape: tuple[int, ...], inputs: tuple[int, ...]
+) -> Bool[Array, "..."]:
+    """Returns what `as_matrix` made a matrix of, back in the kernel's shape."""
+    order = _inputs_first(len(shape), inputs)
+    back = [order.index(axis) for axis in range(len(shape))]
+    return mask_RxC.reshape([shape[axis] for axis in order]).transpose(back)
+
+
+def _inputs_first(ndim: int, inputs: tuple[int, ...]) -> list[int]:
+    return [*inputs, *(axis for axis in range(ndim) if axis not in inputs)]

@@ -12,7 +12,7 @@ Gordon, Steinbach, "Fast k-selection algorithms for graphics processing units", 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -63,11 +63,14 @@ def top_k_mask(
     >>> top_k_mask(jnp.array([1.0, 3.0, 3.0, 2.0]), 1).tolist()
     [False, True, False, False]
     """
+    if axes is not None:
+        axes = tuple(sorted({axis % x.ndim for axis in axes}))
     slice_size = tree.size(x) if axes is None else math.prod(x.shape[a] for a in axes)
     check_k(k, slice_size)
+    check_floats([x])
     if isinstance(x, Tracer):
-        return _select([x], tree.count(k), axes)[0]
-    masks, nans = _checked_select([x], tree.count(k), axes)
+        return _select([x], _count_of(k), axes)[0]
+    masks, nans = _checked_select([x], _count_of(k), axes)
     reject_nan(["scores"], nans)
     return masks[0]
 
@@ -83,7 +86,7 @@ def top_k_masks(
     Ties are broken by the order of the arrays, then by flat index. See `top_k_mask`.
 
     Args:
-        xs: floats of one dtype and any shapes, at most 2^16 arrays of fewer than 2^32 elements.
+        xs: floats of any shapes, at most 2^16 arrays of fewer than 2^32 elements.
         k: how many to keep in all, below 2^48.
         names: what an error calls the arrays.
 
@@ -91,17 +94,38 @@ def top_k_masks(
         InputError: as `top_k_mask`.
     """
     check_k(k, sum(map(tree.size, xs)))
+    check_floats(xs)
+    if not xs:
+        return []
+    common = jnp.result_type(*xs)  # keys of different widths would not compare
+    xs = [x if x.dtype == common else x.astype(common) for x in xs]
     if any(isinstance(x, Tracer) for x in xs):
-        return _select(list(xs), tree.count(k), None)
-    masks, nans = _checked_select(list(xs), tree.count(k), None)
+        return _select(xs, _count_of(k), None)
+    masks, nans = _checked_select(xs, _count_of(k), None)
     reject_nan(names or [f"scores[{i}]" for i in range(len(xs))], nans)
     return masks
 
 
 def check_k(k: Any, size: int) -> None:
-    """Raises InputError for a Python k outside [0, size]."""
-    if isinstance(k, int) and not 0 <= k <= size:
+    """Raises InputError for a k that is no integer or, unless it is traced, outside [0, size]."""
+    if not jnp.issubdtype(jnp.result_type(k), jnp.integer):
+        raise InputError(f"k = {k!r} is no integer; give how many elements to keep")
+    if not isinstance(k, Tracer) and not 0 <= int(k) <= size:
         raise InputError(f"k = {k} cannot be kept of {size} elements; give 0 ≤ k ≤ {size}")
+
+
+def check_floats(xs: Sequence[Any]) -> None:
+    """Raises InputError for an array of another kind than floats."""
+    for x in xs:
+        if not tree.is_weight(x):
+            raise InputError(
+                f"scores are of {getattr(x, 'dtype', type(x).__name__)}, no floating-point array; "
+                "convert them first"
+            )
+
+
+def _count_of(k: Any) -> tree.Count:
+    return tree.count(jnp.maximum(k, 0) if isinstance(k, Tracer) else int(k))
 
 
 def reject_nan(names: Sequence[str], nans: Sequence[Array]) -> None:
@@ -115,7 +139,7 @@ def reject_nan(names: Sequence[str], nans: Sequence[Array]) -> None:
 
 
 def _checked(xs: list[Array], k: tree.Count, axes: tuple[int, ...] | None):
-    return _select(xs, k, axes), [jnp.sum(jnp.isnan(x), dtype=jnp.uint32) for x in xs]
+    return _select(xs, k, axes), [tree.count_each([jnp.isnan(x)])[0] for x in xs]
 
 
 _checked_select = jax.jit(_checked, static_argnums=2)
@@ -125,65 +149,97 @@ def _select(xs: list[Array], k: tree.Count, axes: tuple[int, ...] | None) -> lis
     """Returns the masks; everything about k may be traced."""
     keys = [sortable_bits(x) for x in xs]
     threshold, reached = _threshold(keys, k, axes)
-    masks = [key >= threshold for key in keys]
-    if axes is not None:
-        (key,) = keys
-        surplus = reached.minus(k).saturated()
-        return [masks[0] & ~_last_true(key == threshold, surplus, axes)]
-    surplus, kept = reached.minus(k), []
-    for key, mask in zip(reversed(keys), reversed(masks), strict=True):
+    surplus = reached.minus(_at_most(k, reached))
+    masks = []
+    for key in reversed(keys):
         # The last ties go first, so that what stays is the first by order and flat index.
-        ties = key == threshold
-        here = jnp.minimum(tree.count_true([ties]).saturated(), surplus.saturated())
-        kept.append(mask & ~_last_true(ties, here, None))
-        surplus = surplus.minus(tree.count(here))
-    return kept[::-1]
+        here = surplus.saturated()
+        if axes is None and len(keys) > 1:
+            here = jnp.minimum(tree.count_true([key == threshold]).saturated(), here)
+            surplus = surplus.minus(tree.count(here))
+        masks.append(_without_last_ties(key, threshold, here, axes))
+    return masks[::-1]
+
+
+def _at_most(k: tree.Count, bound: tree.Count) -> tree.Count:
+    """Returns the smaller of the two counts, in the shape of the bound."""
+    enough = bound >= k
+    return tree.Count(*(jnp.where(enough, a, b) for a, b in zip(k, bound, strict=True)))
 
 
 def _threshold(
     keys: list[Array], k: tree.Count, axes: tuple[int, ...] | None
 ) -> tuple[Array, tree.Count]:
     """Returns the largest key that at least k elements reach, and how many reach it."""
+    shape = () if axes is None else _kept_shape(keys[0].shape, axes)
+    sizes = [tree.size(key) // math.prod(shape) if math.prod(shape) else 0 for key in keys]
+    everything = tree.Count(*(jnp.broadcast_to(n, shape) for n in tree.count(sum(sizes))))
+
+    def counts(candidates: list[Array]) -> list[tree.Count]:
+        each = [tree.count_each([key >= bound for bound in candidates], axes) for key in keys]
+        return [tree.total([tree.count(n) for n in of_one]) for of_one in zip(*each, strict=True)]
+
     dtype = keys[0].dtype
-    everything = tree.count_true([jnp.ones_like(key, bool) for key in keys], axes)
-    k = tree.Count(*(jnp.broadcast_to(limb, everything.low.shape) for limb in k))
-    k = tree.Count(*(jnp.where(k >= everything, n, m) for n, m in zip(everything, k, strict=True)))
+    return _largest(counts, _at_most(k, everything), everything, jnp.iinfo(dtype).bits, dtype)
+
+
+def _largest(
+    counts: Callable[[list[Array]], list[tree.Count]],
+    k: tree.Count,
+    everything: tree.Count,
+    bits: int,
+    dtype: Any,
+) -> tuple[Array, tree.Count]:
+    """Returns the largest bound below 2^bits with a count of at least k, and its count.
+
+    Two bits a pass: three candidates are counted together, which reads the keys half as often.
+    """
 
     def unresolved(state):
-        bit, _, reached = state
-        return (bit > 0) & ~jnp.all(reached.equals(k))
+        shift, _, reached = state
+        return (shift >= 0) & ~jnp.all(reached.equals(k))
 
-    def try_bit(state):
-        bit, threshold, reached = state
-        candidate = threshold | bit
-        n = tree.count_true([key >= candidate for key in keys], axes)
-        enough = n >= k
-        reached = tree.Count(*(jnp.where(enough, a, b) for a, b in zip(n, reached, strict=True)))
-        return bit >> 1, jnp.where(enough, candidate, threshold), reached
+    def try_digit(state):
+        shift, bound, reached = state
+        candidates = [
+            bound | (jnp.asarray(digit, dtype) << shift.astype(dtype)) for digit in (1, 2, 3)
+        ]
+        for candidate, n in zip(candidates, counts(candidates), strict=True):
+            enough = n >= k
+            bound = jnp.where(enough, candidate, bound)
+            reached = tree.Count(
+                *(jnp.where(enough, a, b) for a, b in zip(n, reached, strict=True))
+            )
+        return shift - 2, bound, reached
 
-    highest = jnp.asarray(1 << (jnp.iinfo(dtype).bits - 1), dtype)
-    start = (highest, jnp.zeros(everything.low.shape, dtype), everything)
-    _, threshold, reached = jax.lax.while_loop(unresolved, try_bit, start)
-    return threshold, reached
+    start = (jnp.int32((bits + 1) // 2 * 2 - 2), jnp.zeros(everything.low.shape, dtype), everything)
+    _, bound, reached = jax.lax.while_loop(unresolved, try_digit, start)
+    return bound, reached
 
 
-def _last_true(mask: Array, n: Array, axes: tuple[int, ...] | None) -> Array:
-    """Returns the last n True of a mask by flat index (along `axes`), by the same bit search."""
-    shape = mask.shape
-    along = tuple(range(mask.ndim)) if axes is None else axes
-    index = jnp.zeros(shape, jnp.uint32)
+def _kept_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(1 if axis in axes else size for axis, size in enumerate(shape))
+
+
+def _without_last_ties(
+    key: Array, threshold: Array, n: Array, axes: tuple[int, ...] | None
+) -> Array:
+    """Returns key ≥ threshold less the last n ties by flat index (along `axes`)."""
+    along = tuple(range(key.ndim)) if axes is None else axes
+    position = jnp.ones(key.shape, jnp.uint32)  # from 1, so that 0 is before every element
     stride = 1
     for axis in reversed(along):
-        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= shape[axis]
+        place = jax.lax.broadcasted_iota(jnp.uint32, key.shape, axis)
+        position += place * jnp.uint32(stride % 2**32)
+        stride *= key.shape[axis]
 
-    def search(mask):
-        # The largest bound that still leaves n or more True at or after it.
-        bound = jnp.zeros(n.shape, jnp.uint32)
-        for bit in reversed(range(max(stride - 1, 1).bit_length())):
-            candidate = bound | jnp.uint32(1 << bit)
-            behind = tree.count_true([mask & (index >= candidate)], axes).saturated()
-            bound = jnp.where(behind >= n, candidate, bound)
-        return mask & (index >= bound) & (n > 0)
+    def counts(candidates: list[Array]) -> list[tree.Count]:
+        behind = [(key == threshold) & (position >= bound) for bound in candidates]
+        return [tree.count(n) for n in tree.count_each(behind, axes)]
 
-    return jax.lax.cond(jnp.any(n > 0), search, jnp.zeros_like, mask)
+    def cut(key: Array) -> Array:
+        everything = tree.count(tree.count_each([key == threshold], axes)[0])
+        bound, _ = _largest(counts, tree.count(n), everything, stride.bit_length(), jnp.uint32)
+        return (key > threshold) | ((key == threshold) & ((position < bound) | (n == 0)))
+
+    return jax.lax.cond(jnp.any(n > 0), cut, lambda key: key >= threshold, key)

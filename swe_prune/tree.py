@@ -15,12 +15,15 @@ from jaxtyping import Array, PyTree, UInt32
 
 from swe_prune.errors import InputError
 
-DENSE_BY_DEFAULT = (
-    r"(?i)embed|(^|/)w[tp]e(/|$)",  # token and position tables, GPT-2's wte and wpe
-    r"(?i)(^|/)(\w+_)?(head|logits|classifier)(_\d+)?(/|$)",  # the output, not MultiHeadAttention
-    r"(?i)norm|(^|/)ln\w*(/|$)",
-    r"(?i)(^|/)bias(/|$)",  # a DenseGeneral bias has two axes, so its shape does not give it away
-)
+DENSE_BY_DEFAULT = {
+    "embedding": r"(?i)embed|(^|/)w[tp]e(/|$)",  # token and position tables, GPT-2's wte and wpe
+    # The output, which "MultiHeadDotProductAttention", "multi_head" and "attention/head_0" are not.
+    "output head": r"(?i)^((?!\w*att(n|ention))[^/]*/)*(?!multi)"
+    r"(\w+_)?(head|logits|classifier)(_\d+)?(/|$)",
+    "norm": r"(?i)norm|(^|/)ln\w*(/|$)",
+    "bias": r"(?i)(^|/)bias(/|$)",  # a DenseGeneral bias has two axes, so its shape does not tell
+}
+"""What stays dense unless the rules say otherwise: its name, and the rule that finds it."""
 
 
 def is_none(leaf: Any) -> bool:
@@ -39,14 +42,35 @@ def named_leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:
 
 
 def map_named(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-    """Returns the tree of `f(name, leaf, *leaves of rest)`; None leaves of `tree` stay None."""
+    """Returns the tree of `f(name, leaf, *leaves of rest)`; None leaves of `tree` stay None.
+
+    Raises:
+        InputError: one of the rest has another structure.
+    """
+
+    def unless_none(name: str, leaf: Any, *others: Any) -> Any:
+        return None if leaf is None else f(name, leaf, *others)
+
+    return map_leaves(unless_none, tree, *rest)
+
+
+def map_leaves(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """Returns the tree of `f(name, leaf, *leaves of rest)`, where None is a leaf like any other.
+
+    Raises:
+        InputError: one of the rest has another structure.
+    """
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)
-    others = [treedef.flatten_up_to(other) for other in rest]
-    out = []
-    for i, (path, leaf) in enumerate(paths):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        out.append(None if leaf is None else f(name, leaf, *(other[i] for other in others)))
-    return treedef.unflatten(out)
+    try:
+        others = [treedef.flatten_up_to(other) for other in rest]
+    except ValueError as error:
+        raise InputError(
+            f"two pytrees that belong together differ in structure: {error}; make the one from the "
+            "other, with None for dense leaves"
+        ) from error
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    leaves = [leaf for _, leaf in paths]
+    return treedef.unflatten(map(f, names, leaves, *others))
 
 
 def map_tracked(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
@@ -82,6 +106,9 @@ def prunable(
     >>> prunable(params)
     {'up': {'bias': False, 'kernel': True}}
     """
+    include, exclude = (
+        [rules] if isinstance(rules, str) else rules for rules in (include, exclude)
+    )
     weights = {name: leaf for name, leaf in named_leaves(params) if is_weight(leaf)}
     for kind, rules in (("include", include), ("exclude", exclude)):
         for rule in rules or ():
@@ -111,7 +138,9 @@ def dense_reason(
         return "fewer than two axes"
     if include is not None and not any(_found(rule, name) for rule in include):
         return "no include rule matches"
-    for rule in DENSE_BY_DEFAULT if exclude is None else exclude:
+    if exclude is None:
+        return next((kind for kind, rule in DENSE_BY_DEFAULT.items() if _found(rule, name)), "")
+    for rule in exclude:
         if _found(rule, name):
             return f"exclude rule {rule!r}"
     return ""
@@ -133,15 +162,16 @@ def input_axes(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the axes of a kernel along which its inputs run, by Flax's conventions.
 
     `Dense` is (in, out) and `Conv` (…, in, out): all axes but the last. The query, key and value
-    projections of Flax's attention are (in, heads, width): the first axis alone. Linen's `out`
-    projection (heads, width, out) follows the general rule again.
+    projections of Flax's attention are (in, heads, width): the first axis alone. Its `out`
+    projection (heads, width, out) follows the general rule again. One axis is all inputs.
 
     >>> input_axes("mlp/up/kernel", (8, 32)), input_axes("attention/query/kernel", (8, 2, 4))
     ((0,), (0,))
     """
-    if len(shape) == 3 and re.search(r"(^|/)(query|key|value)(/|$)", name):
+    # In nnx every name ends in the name of a field, as in "attention/out/kernel/value".
+    if len(shape) == 3 and re.search(r"(^|/)(query|key|(?<!kernel/)value)(/|$)", name):
         return (0,)
-    return tuple(range(len(shape) - 1))
+    return tuple(range(max(len(shape) - 1, min(len(shape), 1))))
 
 
 def size(leaf: Any) -> int:
@@ -188,6 +218,13 @@ def count(value: Any) -> Count:
     return Count(value >> 16, value & 0xFFFF)
 
 
+def total(counts: Sequence[Count]) -> Count:
+    """Returns the sum of at most 2^16 counts."""
+    # Each low limb is below 2^16, so 2^16 of them cannot overflow.
+    high, low = jax.tree.map(lambda *limbs: sum(limbs[1:], limbs[0]), *counts)
+    return Count(high + (low >> 16), low & 0xFFFF)
+
+
 def count_true(masks: Sequence[Array], axes: tuple[int, ...] | None = None) -> Count:
     """Returns how many elements of all the bool arrays together are True, exactly.
 
@@ -195,10 +232,37 @@ def count_true(masks: Sequence[Array], axes: tuple[int, ...] | None = None) -> C
         masks: bool arrays of fewer than 2^32 elements each and at most 2^16 of them.
         axes: count along these axes, which are kept with length 1; None: all, to a scalar.
     """
-    partial = [
-        count(jnp.sum(mask, axis=axes, dtype=jnp.uint32, keepdims=axes is not None))
-        for mask in masks
-    ]
-    # Each low limb is below 2^16, so 2^16 of them cannot overflow.
-    high, low = jax.tree.map(lambda *limbs: sum(limbs[1:], limbs[0]), *partial)
-    return Count(high + (low >> 16), low & 0xFFFF)
+    return total([count(count_each([mask], axes)[0]) for mask in masks])
+
+
+def count_each(
+    masks: Sequence[Array], axes: tuple[int, ...] | None = None
+) -> list[UInt32[Array, "..."]]:
+    """Returns the number of True of each of several masks of one shape, in one pass over them.
+
+    Args:
+        masks: bool arrays of one shape, of fewer than 2^32 elements each.
+        axes: as in `count_true`.
+    """
+    along = tuple(range(masks[0].ndim)) if axes is None else axes
+    keep = axes is not None
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or not along:
+        return [jnp.sum(mask, axis=along, dtype=jnp.uint32, keepdims=keep) for mask in masks]
+    # XLA for CPU first writes the operand of a plain integer sum to memory, which takes ten times
+    # as long; a reduction of several operands at once it fuses with what they are made of. Not over
+    # several devices: the partitioner all-reduces plain sums, and gathers the others' parts.
+    if len(masks) == 1:
+        true, false = _fused_counts([masks[0], ~masks[0]], along)
+        whole = math.prod(masks[0].shape[axis] for axis in along)
+        counts = [jnp.minimum(true, jnp.uint32(whole) - false)]  # the two are equal
+    else:
+        counts = _fused_counts(masks, along)
+    return [jnp.expand_dims(n, along) for n in counts] if keep else counts
+
+
+def _fused_counts(masks: Sequence[Array], axes: tuple[int, ...]) -> list[Array]:
+    def add(left: Sequence[Array], right: Sequence[Array]) -> tuple[Array, ...]:
+        return tuple(a + b for a, b in zip(left, right, strict=True))
+
+    operands = tuple(mask.astype(jnp.uint32) for mask in masks)
+    return list(jax.lax.reduce(operands, (jnp.zeros((), jnp.uint32),) * len(masks), add, axes))

@@ -50,14 +50,16 @@ def score(
     criterion = get(name)
     for option in options:
         if option not in criterion.options:
-            known = f"; it has {', '.join(criterion.options)}" if criterion.options else ""
-            raise InputError(f"criterion {name!r} has no option {option!r}{known}")
+            has = ", ".join(criterion.options) or "none"
+            raise InputError(f"criterion {name!r} has no option {option!r}; its options: {has}")
     if criterion.measures and stats is None:
         raise InputError(
             f"criterion {name!r} needs trajectory statistics; pass stats= from "
             f"trajectory.init(params, measures={criterion.measures!r}) updated while training"
         )
     inputs = {m: read(stats, m) for m in criterion.measures if stats is not None}
+    if prunable is not None and not any(jax.tree.leaves(prunable)):
+        raise InputError("no weight is prunable, so there is nothing to score; widen the rules")
     if prunable is None:
         prunable = _tracked(params, stats) if stats is not None else tree.prunable(params)
 
