@@ -45,6 +45,21 @@ def test_a_loss_that_is_not_finite_is_never_averaged_away(lost):
     assert (found.mean, found.sd, found.n, found.diverged) == (math.inf, None, 3, 1)
 
 
+@pytest.mark.parametrize(
+    ("value", "base", "expected"),
+    [
+        (3.0, 1.0, 2.0),
+        (math.nan, 1.0, math.inf),
+        (-math.inf, 1.0, math.inf),
+        (1.0, math.nan, None),
+        (None, 1.0, None),
+        (1.0, None, None),
+    ],
+)
+def test_difference_to_a_destroyed_or_missing_loss(value, base, expected):
+    assert stats.difference(value, base) == expected
+
+
 def test_difference_is_paired_by_seed_so_seeds_of_different_level_do_not_widen_it():
     # The seeds' levels lie 0.1 apart; the cost is the same in all of them.
     (cell,) = stats.summarise(rows_of({0.6: 0.05}, scatter=0.0))
@@ -161,6 +176,13 @@ def test_contest_counts_wins_ties_and_losses():
     assert found.moderate.sparsity == 0.6
     assert found.moderate.change.mean == pytest.approx(-0.02)
     assert [found.count(outcome) for outcome in ("win", "tie", "loss")] == [1, 1, 1]
+
+
+def test_contest_over_seeds_is_judged_by_their_scatter_not_by_the_margin():
+    rows = [*rows_of({0.5: -0.005, 0.6: -0.05}, scatter=0.0), *rows_of({0.5: 0.0}, "magnitude"),
+            *rows_of({0.6: 0.0}, "magnitude", scatter=0.1)]  # fmt: skip
+    found = findings.contest(rows, "tensor", "finetuned", "swe", "magnitude")
+    assert [bout.outcome for bout in found.bouts] == ["win", "tie"]
 
 
 def test_contest_pairs_only_the_seeds_and_levels_both_have():

@@ -59,11 +59,15 @@ def keys(results: Results, found: Findings) -> list[Key]:
     dense = stats.spread(stats.per_seed(results.rows, "dense_loss").values())
     control = stats.spread(stats.per_seed(results.rows, "control_loss").values())
     steps = sorted({row.steps for row in results.rows if row.steps})
-    after = f"{count(steps[-1])} extra steps, no mask" if steps else "no mask"
+    after = f"; {count(steps[-1])} extra steps, no mask" if steps else "; no mask"
     unit = "nats per token"
     return [
         Key("Dense model, validation loss", _mean(dense), f"{_sd(dense)}{unit}"),
-        Key("Control, validation loss", _mean(control), f"{_sd(control)}{unit}; {after}"),
+        Key(
+            "Control, validation loss",
+            _mean(control),
+            f"{_sd(control)}{unit}{after}" if control else "not run yet",
+        ),
         _moderate_key(found),
         _knee_key(found),
         *_size_key(results),
@@ -75,8 +79,8 @@ def _mean(value: stats.Spread | None) -> str:
     return DASH if value is None else number(value.mean, 3)
 
 
-def _sd(value: stats.Spread | None) -> str:
-    return "" if value is None or value.sd is None else f"±{NBSP}{number(value.sd, 3)} "
+def _sd(value: stats.Spread | None, digits: int = 3) -> str:
+    return "" if value is None or value.sd is None else f"±{NBSP}{number(value.sd, digits)} "
 
 
 def _moderate_key(found: Findings) -> Key:
@@ -88,7 +92,7 @@ def _moderate_key(found: Findings) -> Key:
     if cell.minus_control is None:
         return Key(label, DASH, f"{name}; not fine-tuned yet")
     change = cell.minus_control
-    return Key(label, signed(change.mean, 3), f"{_sd(change)}nats per token; {name}")
+    return Key(label, signed(change.mean), f"{_sd(change, 4)}nats per token; {name}")
 
 
 def _knee_key(found: Findings) -> Key:

@@ -78,9 +78,11 @@ def headline(found: Findings) -> str:
         "higher": "is not free here",
         "undecided": "cannot be called free or costly here",
     }[main.against_control]
+    change_here = main.moderate.minus_control
+    alone = " (one seed, so no spread)" if change_here.n == 1 else ""
     return (
         f"Moderate pruning {verb}: at {at} sparsity ({tested}) the loss of the fine-tuned model is "
-        f"{change(main.moderate.minus_control)} the control's. {_knee_clause(main.knee)}"
+        f"{change(change_here)} the control's{alone}. {_knee_clause(main.knee)}"
     )
 
 
@@ -161,8 +163,8 @@ def _elsewhere(found: Findings) -> str:
     free = sum(verdict in ("lower", "equal") for verdict in judged)
     costly = judged.count("higher")
     return (
-        f" Of all {len(judged)} pairs of criterion and comparison near 60{NBSP}%, {free} are "
-        f"free, {costly} cost and {len(judged) - free - costly} are undecided."
+        f" Of all {len(judged)} pairs of criterion and comparison near 60{NBSP}%: {free} "
+        f"free, {costly} costly, {len(judged) - free - costly} undecided."
     )
 
 
@@ -240,13 +242,14 @@ def rivalry(found: Findings, rival: str) -> list[Statement]:
 
 
 def losers(found: Findings) -> list[Statement]:
-    """Returns one plain sentence for each criterion that loses to magnitude somewhere."""
+    """Returns a plain statement for each criterion that magnitude beats at more levels than not."""
     places: dict[str, list[str]] = {}
     for one in found.contests:
-        if one.rival == "magnitude" and standing(one) == "loses to":
+        lost, won = one.count("loss"), one.count("win")
+        if one.rival == "magnitude" and lost > won:
             places.setdefault(one.criterion, []).append(
                 f"{rule_phrase(one.rule)} {PHASES[one.phase]} "
-                f"({one.count('loss')} of {plural(len(one.bouts), 'level')} lost, none won)"
+                f"({lost} of {plural(len(one.bouts), 'level')} lost, {won or 'none'} won)"
             )
     return [
         Statement(f"{name} loses to magnitude.", f"With {listing(where)}.")
