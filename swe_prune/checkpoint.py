@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from swe_prune.errors import InputError, RunError
+from swe_prune.tree import named_leaves
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
 
@@ -56,11 +57,13 @@ class Checkpoints:
         Raises:
             RunError: the folder cannot be written.
         """
+        plain = _without_keys(tree)
+        described = {"leaves": _describe(plain), "extra": extra}
         try:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    tree=ocp.args.StandardSave(_without_keys(tree)), extra=ocp.args.JsonSave(extra)
+                    tree=ocp.args.StandardSave(plain), extra=ocp.args.JsonSave(described)
                 ),
             )
             self._manager.wait_until_finished()
@@ -88,20 +91,15 @@ class Checkpoints:
                 f"{self.folder} holds no checkpoint; run the phase that makes it first"
             )
         self._verify(step)
+        described = self._manager.restore(
+            step, args=ocp.args.Composite(extra=ocp.args.JsonRestore())
+        )["extra"]
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _without_keys(like))
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    tree=ocp.args.StandardRestore(abstract), extra=ocp.args.JsonRestore()
-                ),
-            )
-        except Exception as error:  # tensorstore and orbax raise many types; all mean the same here
-            raise InputError(
-                f"checkpoint {step} in {self.folder} does not fit this model: "
-                f"{_first_line(error)}; {self._mend(step)}"
-            ) from error
-        return _with_keys(restored["tree"], like), restored["extra"]
+        self._check_fits(step, described["leaves"], _describe(abstract))
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(abstract))
+        )
+        return _with_keys(restored["tree"], like), described["extra"]
 
     def close(self) -> None:
         """Releases the manager."""
@@ -133,6 +131,15 @@ class Checkpoints:
                     f"{self._mend(step)}"
                 )
 
+    def _check_fits(self, step: int, stored: dict[str, str], wanted: dict[str, str]) -> None:
+        for name in [*wanted, *stored]:
+            if stored.get(name) != wanted.get(name):
+                raise InputError(
+                    f"checkpoint {step} in {self.folder} is of another model: {name!r} is "
+                    f"{stored.get(name, 'not in it')} and should be "
+                    f"{wanted.get(name, 'absent')}; choose the workdir or the config it belongs to"
+                )
+
     def _checksum_file(self, step: int) -> Path:
         return self.folder / f"{step}.checksums"
 
@@ -147,6 +154,14 @@ def _checksums(folder: Path) -> dict[str, str]:
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
         if path.is_file()
+    }
+
+
+def _describe(tree: PyTree) -> dict[str, str]:
+    return {
+        name: f"{leaf.dtype}{list(leaf.shape)}"
+        for name, leaf in named_leaves(tree)
+        if leaf is not None
     }
 
 

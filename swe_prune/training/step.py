@@ -61,7 +61,7 @@ def train_step(
         stats = jax.lax.cond(
             step % track_every == 0, trajectory.update, lambda kept, _: kept, stats, params
         )
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     state = dataclasses.replace(state, step=step, params=params, opt_state=opt_state, stats=stats)
     return state, metrics
 

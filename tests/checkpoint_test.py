@@ -1,0 +1,103 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from swe_prune.checkpoint import Checkpoints
+from swe_prune.errors import InputError, RunError
+
+TREE = {
+    "w": jnp.arange(6.0).reshape(2, 3),
+    "half": jnp.ones(3, jnp.bfloat16),
+    "mask": jnp.array([True, False]),
+    "dense": None,
+    "step": jnp.int32(7),
+    "rng": jax.random.key(3),
+}
+
+
+def stored(folder, steps=(1, 2)):
+    store = Checkpoints(folder)
+    for step in steps:
+        store.save(step, TREE, {"position": step})
+    store.close()
+    return Checkpoints(folder)
+
+
+def test_everything_comes_back_with_its_dtype(tmp_path):
+    like = jax.eval_shape(lambda: TREE)
+    tree, extra = stored(tmp_path).restore(like)
+    assert extra == {"position": 2}
+    assert tree["dense"] is None
+    for name in ("w", "half", "mask", "step"):
+        assert tree[name].dtype == TREE[name].dtype
+        np.testing.assert_array_equal(tree[name], TREE[name])
+    np.testing.assert_array_equal(
+        jax.random.normal(tree["rng"], (4,)), jax.random.normal(TREE["rng"], (4,))
+    )
+
+
+def test_only_the_latest_are_kept(tmp_path):
+    store = stored(tmp_path, steps=(1, 2, 3, 4))
+    assert store.latest() == 4
+    assert store.restore(TREE, 3)[1] == {"position": 3}
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["3", "4"]
+
+
+def largest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    store = stored(tmp_path)
+    file = largest_file(tmp_path / "2")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"checkpoint 2 .* is damaged.*delete .* step 1"):
+        store.restore(TREE)
+    assert store.restore(TREE, 1)[1] == {"position": 1}
+
+
+def test_a_missing_file_is_found(tmp_path):
+    store = stored(tmp_path)
+    largest_file(tmp_path / "2").unlink()
+    with pytest.raises(InputError, match="is missing"):
+        store.restore(TREE)
+
+
+def test_a_save_that_a_kill_cut_short_is_as_if_it_never_was(tmp_path):
+    stored(tmp_path).close()
+    (tmp_path / "2.checksums").unlink()
+    store = Checkpoints(tmp_path)
+    assert store.latest() == 1
+    assert store.restore(TREE)[1] == {"position": 1}
+
+
+def test_another_model_is_refused_by_name(tmp_path):
+    store = stored(tmp_path)
+    with pytest.raises(InputError, match=r"'w' is float32\[2, 3\] and should be float32\[5, 5\]"):
+        store.restore(TREE | {"w": jnp.zeros((5, 5))})
+    with pytest.raises(InputError, match="'other' is not in it"):
+        store.restore({"other": jnp.zeros(2)})
+    with pytest.raises(InputError, match="should be absent"):
+        store.restore({"w": TREE["w"]})
+
+
+def test_no_checkpoint_is_said(tmp_path):
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        Checkpoints(tmp_path).restore(TREE)
+
+
+def test_a_disk_that_takes_no_more_is_said_and_the_earlier_one_is_kept(tmp_path):
+    resource = pytest.importorskip("resource")
+    store = stored(tmp_path, steps=(1,))
+    big = {"w": jax.random.normal(jax.random.key(0), (500_000,))}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(RunError, match=r"checkpoint 2 .* cannot be written.*kept"):
+            store.save(2, big, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Checkpoints(tmp_path).restore(TREE)[1] == {"position": 1}

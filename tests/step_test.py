@@ -1,0 +1,178 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from swe_prune import importance, masks, trajectory, tree
+from swe_prune.config import ModelConfig, PhaseConfig
+from swe_prune.errors import InputError
+from swe_prune.models import gpt
+from swe_prune.training import optimizer as optimizer_lib
+from swe_prune.training import state as state_lib
+from swe_prune.training import step as step_lib
+
+MODEL = gpt.build(ModelConfig(layers=1, heads=2, width=16, context=8, dropout=0.1), vocab_size=11)
+PHASE = PhaseConfig(steps=50, warmup=2, learning_rate=1e-2)
+
+
+def batch(seed):
+    tokens = np.random.default_rng(seed).integers(0, 11, (4, 9)).astype(np.int32)
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+
+
+@pytest.fixture
+def params():
+    return state_lib.init_params(MODEL, 0, 8)
+
+
+def take(params, n, *, masks=None, stats=None, optimizer=None, every=1):
+    """Returns the state after n steps, and the parameters after each."""
+    optimizer = optimizer or optimizer_lib.build(PHASE, 50)
+    state = state_lib.create(jax.tree.map(jnp.copy, params), optimizer, 0, masks=masks, stats=stats)
+    step = step_lib.compile_train_step(MODEL, optimizer, every)
+    history = []
+    for i in range(n):
+        state, _ = step(state, batch(i))
+        history.append(jax.tree.map(jnp.copy, state.params))
+    return state, history
+
+
+def half(params):
+    return masks.by_sparsity(importance.score("magnitude", params), 0.5)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        None,
+        optax.sgd(0.1, momentum=0.9),
+        optax.lion(1e-3, weight_decay=0.1),
+        optax.chain(optax.add_noise(0.1, 0.5, 0), optax.adam(1e-2)),
+    ],
+    ids=["adamw", "momentum", "lion", "noisy adam"],
+)
+def test_pruned_weights_are_zero_after_every_step_and_so_are_their_moments(params, optimizer):
+    mask = half(params)
+    pruned = jax.tree.map(lambda m: ~np.asarray(m), mask)
+    state, history = take(params, 4, masks=mask, optimizer=optimizer)
+    for after in history:
+        for (name, gone), (_, weight) in zip(
+            tree.named_leaves(pruned), tree.named_leaves(after), strict=True
+        ):
+            if gone is not None:
+                assert not np.asarray(weight)[gone].any(), name
+                assert np.asarray(weight)[~gone].all(), name
+    kernel = ("block_0", "mlp", "up", "kernel")
+    gone = pruned["block_0"]["mlp"]["up"]["kernel"]
+    moments = [
+        np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
+        if tuple(getattr(key, "key", None) for key in path[-4:]) == kernel
+    ]
+    assert moments
+    assert not any(moment[gone].any() for moment in moments)
+    assert all(moment[~gone].any() for moment in moments)
+
+
+def test_the_statistics_see_the_weights_after_every_nth_step(params):
+    stats = trajectory.init(params, ("late_mean", "path_length"))
+    state, history = take(params, 10, stats=stats, every=3)
+    expected = trajectory.init(params, ("late_mean", "path_length"))
+    for after in history[2::3]:
+        expected = jax.jit(trajectory.update)(expected, after)
+    assert int(state.stats.count) == 3
+    for measure in ("late_mean", "path_length"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9),
+            trajectory.read(state.stats, measure),
+            trajectory.read(expected, measure),
+        )
+
+
+def test_tracking_does_not_change_training(params):
+    plain, _ = take(params, 5)
+    tracked, _ = take(params, 5, stats=trajectory.init(params))
+    jax.tree.map(np.testing.assert_array_equal, plain.params, tracked.params)
+
+
+def test_the_state_is_donated_and_keeps_its_structure(params):
+    optimizer = optimizer_lib.build(PHASE, 50)
+    state = state_lib.create(
+        params, optimizer, 0, masks=half(params), stats=trajectory.init(params)
+    )
+    step = step_lib.compile_train_step(MODEL, optimizer)
+    after, _ = step(state, batch(0))
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def test_dropout_differs_between_steps_and_not_between_runs(params):
+    optimizer = optax.sgd(0.0)
+    step = step_lib.compile_train_step(MODEL, optimizer)
+
+    def losses():
+        state = state_lib.create(jax.tree.map(jnp.copy, params), optimizer, 0)
+        out = []
+        for _ in range(2):
+            state, metrics = step(state, batch(0))
+            out.append(float(metrics["loss"]))
+        return out
+
+    first = losses()
+    assert first[0] != first[1]
+    assert losses() == first
+
+
+def test_masks_and_statistics_compile_away_when_there_are_none(params):
+    optimizer = optimizer_lib.build(PHASE, 50)
+    step = step_lib.compile_train_step(MODEL, optimizer)
+
+    def text(**fields):
+        state = state_lib.create(params, optimizer, 0, **fields)
+        return step.lower(state, batch(0)).as_text()
+
+    plain, full = text(), text(masks=half(params), stats=trajectory.init(params))
+    assert "pred" not in plain.split("func.func public @main")[1].split("{")[0]
+    assert "stablehlo.case" not in plain
+    assert "stablehlo.case" in full
+    assert plain.count("stablehlo.select") < full.count("stablehlo.select")
+
+
+def test_weight_decay_spares_what_is_no_matrix(params):
+    phase = dataclasses.replace(PHASE, weight_decay=0.5, warmup=0)
+    optimizer = optimizer_lib.build(phase, 50)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    assert not np.asarray(updates["final_norm"]["scale"]).any()
+    assert np.asarray(updates["block_0"]["mlp"]["up"]["kernel"]).all()
+
+
+def test_the_schedule_warms_up_and_ends_at_the_final_rate():
+    phase = PhaseConfig(learning_rate=1e-2, final_learning_rate=1e-3, warmup="10%")
+    rate = optimizer_lib.schedule(phase, 100)
+    assert float(rate(0)) == 0
+    assert float(rate(10)) == pytest.approx(1e-2)
+    assert float(rate(100)) == pytest.approx(1e-3)
+    values = [float(rate(i)) for i in range(10, 101)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_prune_step_gives_the_requested_sparsity_and_names_what_it_cannot(params):
+    stats = trajectory.update(trajectory.init(params), params)
+    prunable = tree.prunable(params)
+
+    def prune(rule, level):
+        return step_lib.prune_step(
+            params, stats, prunable, criterion="swe", rule=rule, level=level, seed=0
+        )
+
+    summary = masks.summary(prune("global", 0.6))
+    assert summary.pruned == round(0.6 * summary.total)
+    kernel = np.abs(np.asarray(params["block_0"]["mlp"]["up"]["kernel"], np.float64))
+    kept = prune("std", 1.1)["block_0"]["mlp"]["up"]["kernel"]
+    np.testing.assert_array_equal(kept, kernel > kernel.std(ddof=1) * 1.1)
+    with pytest.raises(InputError, match="prunes every weight"):
+        prune("std", 50.0)
