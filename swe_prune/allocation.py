@@ -73,26 +73,30 @@ def std_threshold(score: Float[Array, "..."], rate: float | Array, spread: Any =
 
 
 def reject_no_spread(names: Sequence[str], undefined: Sequence[Array]) -> None:
-    """Raises InputError that names the first tensor whose threshold is NaN."""
-    for name, nan in zip(names, jax.device_get(list(undefined)), strict=True):
-        if nan:
+    """Raises InputError that names the first tensor without a finite spread."""
+    for name, without in zip(names, jax.device_get(list(undefined)), strict=True):
+        if without:
             raise InputError(
                 f"the scores of {name!r} have no standard deviation, as some are infinite or their "
                 "squares overflow; find out where the weights diverged, or prune by sparsity"
             )
 
 
-@jax.jit
-def _spreads(scores: list[Array], spread: Any) -> tuple[list[Array], list[Array], list[Array]]:
-    spreads = [std_threshold(score, 1.0, spread) for score in scores]
+def spreads(
+    scores: Sequence[Array], spread: Any = None
+) -> tuple[list[Array], list[Array], list[Array]]:
+    """Returns of each tensor its spread, how many NaN it has, and whether it has no spread."""
+    of_each = [std_threshold(score, 1.0, spread) for score in scores]
     nans = [tree.count_each([jnp.isnan(score)])[0] for score in scores]
-    return spreads, nans, [jnp.isnan(s) for s in spreads]
+    return of_each, nans, [~jnp.isfinite(of_one) for of_one in of_each]
+
+
+_spreads = jax.jit(spreads)
 
 
 @jax.jit
-def _kept(scores: list[Array], rate: Array, spreads: list[Array]) -> tree.Count:
-    each = zip(scores, spreads, strict=True)
-    return tree.count_true([score > std_threshold(score, rate, spread) for score, spread in each])
+def _kept(scores: list[Array], rate: Array, of_each: list[Array]) -> tree.Count:
+    return tree.count_true([score > s * rate for score, s in zip(scores, of_each, strict=True)])
 
 
 def rate_for_sparsity(
@@ -120,12 +124,12 @@ def rate_for_sparsity(
     total = sum(map(tree.size, leaves))
     if not total:
         raise InputError("no scores were given: every leaf is None, that is dense; widen the rules")
-    spreads, nans, undefined = _spreads(leaves, spread)
+    of_each, nans, undefined = _spreads(leaves, spread)
     select.reject_nan(list(named), nans)
     reject_no_spread(list(named), undefined)
 
     def removed(bits: int) -> int:
-        return total - int(_kept(leaves, _float_of(bits), spreads))
+        return total - int(_kept(leaves, _float_of(bits), of_each))
 
     def smallest_removing(least: int) -> int:
         """The float32 rate, as its bits, which order as positive floats do."""

@@ -59,10 +59,9 @@ def by_std(scores: PyTree, rate: float | Array, *, spread: float | None = None) 
 def _std_masks(
     scores: list[Array], rate: Array, spread: Any
 ) -> tuple[list[Array], list[Array], list[Array]]:
-    thresholds = [allocation.std_threshold(score, rate, spread) for score in scores]
-    masks = [score > threshold for score, threshold in zip(scores, thresholds, strict=True)]
-    nans = [tree.count_each([jnp.isnan(score)])[0] for score in scores]
-    return masks, nans, [jnp.isnan(threshold) for threshold in thresholds]
+    spreads, nans, undefined = allocation.spreads(scores, spread)
+    masks = [score > of_one * rate for score, of_one in zip(scores, spreads, strict=True)]
+    return masks, nans, undefined
 
 
 _std_masks_jit = jax.jit(_std_masks)
@@ -266,15 +265,13 @@ def keep(
         return apply(tree_of, mask)
 
     def hold_state(state: PyTree) -> PyTree:
-        def hold(moment: Any, kept: Any) -> Any:
-            if isinstance(kept, _Dense) or getattr(moment, "shape", None) != kept.mask.shape:
-                return moment  # a factored or scalar statistic is nobody's in particular
-            return jnp.where(kept.mask, moment, jnp.zeros_like(moment))
-
-        boxed = jax.tree.map(
-            lambda m: _Dense() if m is None else _Kept(m), mask, is_leaf=tree.is_none
+        return optax.tree_utils.tree_map_params(
+            # Each part of the state as a whole: inside it, leaves may be missing or divided.
+            inner,
+            lambda part: _held(part, mask),
+            state,
+            is_leaf=lambda _: True,
         )
-        return optax.tree_utils.tree_map_params(inner, hold, state, boxed)
 
     def init(params: PyTree) -> PyTree:
         return inner.init(params)
@@ -297,12 +294,14 @@ def keep(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class _Dense:
-    """A leaf for jax where a mask has None, which jax would not see as one."""
+def _held(part: PyTree, mask: PyTree) -> PyTree:
+    """Returns a part of an optimizer's state with 0 where its leaf at a mask's path is pruned."""
+    masks = dict(jax.tree_util.tree_flatten_with_path(mask)[0])
 
+    def hold(path: Any, moment: Any) -> Any:
+        kept = masks.get(path)
+        if kept is None or jnp.shape(moment) != kept.shape:
+            return moment  # dense, or a factored statistic, which is no single weight's
+        return jnp.where(kept, moment, jnp.zeros_like(moment))
 
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-    """A mask as an opaque leaf."""
-
-    mask: Array
+    return jax.tree_util.tree_map_with_path(hold, part)

@@ -1,0 +1,225 @@
+import re
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swe_prune import tree
+from swe_prune.errors import InputError
+
+COUNTS = st.integers(0, 2**48 - 1)
+
+
+def chosen(params, **rules):
+    return {name for name, leaf in tree.named_leaves(tree.prunable(params, **rules)) if leaf}
+
+
+def nested(*names, shape=(2, 2)):
+    """A tree of weights under the given paths."""
+    params = {}
+    for name in names:
+        node = params
+        *groups, leaf = name.split("/")
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[leaf] = jnp.ones(shape)
+    return params
+
+
+@settings(deadline=None)
+@given(COUNTS, COUNTS)
+def test_counts_compare_and_subtract_as_integers_do(a, b):
+    a, b = max(a, b), min(a, b)
+    x, y = tree.count(a), tree.count(b)
+    assert int(x) == a
+    assert bool(x >= y)
+    assert bool(y >= x) == (a == b)
+    assert bool(x.equals(y)) == (a == b)
+    assert int(x.minus(y)) == a - b
+    assert int(x.saturated()) == min(a, 2**32 - 1)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 2**33), min_size=1, max_size=20))
+def test_counts_add_as_integers_do(values):
+    assert int(tree.total([tree.count(value) for value in values])) == sum(values)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_counts_of_arrays_hold_all_32_bits(value):
+    assert int(tree.count(np.array(value, np.uint32))) == value
+
+
+def test_many_counts_with_full_limbs_do_not_overflow():
+    largest = tree.Count(jnp.uint32(0xFFFF), jnp.uint32(0xFFFF))
+    assert int(tree.total([largest] * 2**12)) == 2**12 * (2**32 - 1)
+
+
+def test_limbs_compare_before_they_are_carried():
+    assert not bool(tree.count(2**16 - 1) >= tree.count(2**16))
+    assert bool(tree.count(2**16) >= tree.count(2**16 - 1))
+
+
+@pytest.mark.parametrize("axes", [None, (0,), (1,), (0, 1)])
+def test_count_true_is_numpys_sum(axes):
+    mask = np.random.default_rng(0).random((37, 53)) < 0.3
+    got = tree.count_true([jnp.asarray(mask)], axes)
+    expected = mask.sum(axis=axes, keepdims=axes is not None)
+    np.testing.assert_array_equal((np.asarray(got.high) << 16) + np.asarray(got.low), expected)
+    both = tree.count_each([jnp.asarray(mask), jnp.asarray(~mask)], axes)
+    np.testing.assert_array_equal(both[0], expected)
+    np.testing.assert_array_equal(both[1], (~mask).sum(axis=axes, keepdims=axes is not None))
+
+
+def test_linen_attention_is_prunable_and_not_taken_for_the_head():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Embed(5, 8, name="token_embedding")(x)
+            x = nn.LayerNorm()(x)
+            x = nn.MultiHeadDotProductAttention(num_heads=2)(x)
+            x = nn.DenseGeneral((2, 4), name="up")(x)
+            return nn.Dense(5, name="lm_head")(x)
+
+    params = Model().init(jax.random.key(0), jnp.zeros((1, 3), int))
+    attention = "params/MultiHeadDotProductAttention_0"
+    assert chosen(params) == {
+        *(f"{attention}/{part}/kernel" for part in ("query", "key", "value", "out")),
+        "params/up/kernel",
+    }
+    assert params["params"]["up"]["bias"].ndim == 2
+
+
+def test_nnx_weights_are_chosen_by_the_same_rules():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(5, 8, rngs=rngs)
+            self.blocks = nnx.List([nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)])
+            self.norm = nnx.LayerNorm(8, rngs=rngs)
+            self.head = nnx.Linear(8, 5, rngs=rngs)
+
+    params = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
+    parts = ("query", "key", "value", "out")
+    assert chosen(params) == {f"blocks/0/{part}/kernel/value" for part in parts}
+    shapes = {"query": (8, 2, 4), "key": (8, 2, 4), "value": (8, 2, 4), "out": (2, 4, 8)}
+    for part, axes in zip(parts, [(0,)] * 3 + [(0, 1)], strict=True):
+        assert tree.input_axes(f"blocks/0/{part}/kernel/value", shapes[part]) == axes
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer/wte", "wpe/embedding", "model/embed_tokens/w", "pos_embedding", "lm_head/w",
+        "head/kernel", "heads/0/head_0/kernel", "logits/kernel", "classifier/w", "token_classifier",
+        "h_0/ln_1/scale", "ln_f/g", "RMSNorm_0/scale", "attention_norm/scale", "mlp/up/bias",
+        "attention/query/bias", "decoder/output_logits_2/kernel",
+    ],
+)  # fmt: skip
+def test_embeddings_norms_biases_and_the_output_are_dense(name):
+    assert chosen(nested(name, "mlp/up/kernel")) == {"mlp/up/kernel"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "h_0/attn/c_attn/kernel", "h_0/mlp/c_proj/kernel", "layers/0/self_attn/q_proj/w",
+        "multi_head_attention/query/kernel", "multi_head/out/kernel", "attention/head_0/kernel",
+        "mlp/linear/kernel", "headless/kernel", "down/kernel", "0/weight", "qln/kernel",
+    ],
+)  # fmt: skip
+def test_projections_are_prunable(name):
+    assert chosen(nested(name)) == {name}
+
+
+def test_only_floats_of_two_axes_are_prunable_by_default():
+    params = {
+        "w": jnp.ones((2, 2), jnp.bfloat16), "v": jnp.ones(2), "i": jnp.ones((2, 2), int),
+        "s": jnp.ones(()), "none": None, "f": jnp.tanh, "name": "x", "number": 1.0,
+        "numpy": np.ones((2, 2)), "abstract": jax.ShapeDtypeStruct((2, 2), jnp.float32),
+        "key": jax.random.key(0),
+    }  # fmt: skip
+    assert chosen(params) == {"w", "numpy", "abstract"}
+    assert tree.prunable(params)["none"] is None
+
+
+def test_rules_choose_by_search_and_exclude_wins():
+    params = nested("a/kernel", "b/kernel", "b/embed")
+    assert chosen(params, include=(r"kernel$",)) == {"a/kernel", "b/kernel"}
+    assert chosen(params, include=r"kernel$") == {"a/kernel", "b/kernel"}
+    assert chosen(params, include=(r"^b",)) == {"b/kernel"}
+    assert chosen(params, include=(r"^b",), exclude=()) == {"b/kernel", "b/embed"}
+    assert chosen(params, exclude=(r"^b",)) == {"a/kernel"}
+    assert chosen(params, exclude=r"^b") == {"a/kernel"}
+    assert chosen(nested("v", shape=(3,)), include=(r"v",)) == {"v"}
+
+
+@pytest.mark.parametrize("kind", ["include", "exclude"])
+def test_a_rule_that_matches_nothing_or_is_malformed_is_refused(kind):
+    with pytest.raises(InputError, match=f"{kind} rule 'kernl' matches no weight.*a/kernel"):
+        tree.prunable(nested("a/kernel"), **{kind: ("kernl",)})
+    with pytest.raises(InputError, match="is no regular expression"):
+        tree.prunable(nested("a/kernel"), **{kind: ("(",)})
+
+
+@pytest.mark.parametrize("params", [{}, nested("head/kernel"), {"a": {"bias": jnp.ones(3)}}])
+def test_nothing_prunable_is_refused(params):
+    with pytest.raises(InputError, match="no weight is prunable"):
+        tree.prunable(params)
+
+
+def test_every_leaf_is_either_prunable_or_has_a_reason():
+    params = {"w": jnp.ones((2, 2)), "bias": jnp.ones((2, 2)), "v": jnp.ones(2), "i": 3}
+    for name, leaf in tree.named_leaves(params):
+        assert bool(tree.dense_reason(name, leaf)) != (name in chosen(params))
+        assert bool(tree.dense_reason(name, leaf, include=("w",))) != (name == "w")
+
+
+class Pair(NamedTuple):
+    left: object
+    right: object
+
+
+def test_names_and_maps_cover_tuples_lists_and_none():
+    params = Pair([1, None], (2, {"a": 3}))
+    assert list(tree.named_leaves(params)) == [
+        ("left/0", 1), ("left/1", None), ("right/0", 2), ("right/1/a", 3),
+    ]  # fmt: skip
+    doubled = tree.map_named(lambda name, leaf, twin: (name, leaf + twin), params, params)
+    assert doubled == Pair([("left/0", 2), None], (("right/0", 4), {"a": ("right/1/a", 6)}))
+    assert tree.map_tracked(lambda leaf: -leaf, params) == Pair([-1, None], (-2, {"a": -3}))
+
+
+def test_trees_of_different_structure_are_refused():
+    with pytest.raises(InputError, match="differ in structure"):
+        tree.map_named(lambda *_: 0, {"a": 1, "b": 2}, {"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "axes"),
+    [
+        ("mlp/up/kernel", (8, 32), (0,)),
+        ("conv/kernel", (3, 3, 8, 16), (0, 1, 2)),
+        ("attention/query/kernel", (8, 2, 4), (0,)),
+        ("attention/value/kernel", (8, 2, 4), (0,)),
+        ("attention/value", (8, 2, 4), (0,)),
+        ("attention/out/kernel", (2, 4, 8), (0, 1)),
+        ("attention/out/kernel/value", (2, 4, 8), (0, 1)),
+        ("keyed/kernel", (2, 4, 8), (0, 1)),
+        ("gain", (8,), (0,)),
+        ("scalar", (), ()),
+    ],
+)
+def test_inputs_run_along_the_axes_of_flax(name, shape, axes):
+    assert tree.input_axes(name, shape) == axes
+
+
+def test_default_rules_are_regular_expressions():
+    for rule in tree.DENSE_BY_DEFAULT.values():
+        re.compile(rule)
