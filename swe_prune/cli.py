@@ -82,20 +82,21 @@ def _dispatch(options: argparse.Namespace, overrides: list[str]) -> None:
     from swe_prune import experiment as experiment_lib
     from swe_prune.training.progress import Progress
 
-    experiment = experiment_lib.setup(config, options.workdir)
-    progress = Progress()
+    experiment = experiment_lib.setup(config, options.workdir or Path())
     if options.command == "plan":
         experiment_lib.plan(experiment, Console())
         return
+    progress = Progress()
     progress.say(experiment_lib.memory_line(experiment))
-    if options.command == "evaluate":
-        _print_evaluation(experiment_lib.evaluate(experiment, progress))
-        return
-    if options.command == "finetune":
-        experiment_lib.control(experiment, progress)
-    getattr(experiment_lib, options.command)(experiment, progress)
-    if options.command == "run":
-        _report(options.workdir)
+    with experiment_lib.claim(experiment.workdir, config):
+        if options.command == "evaluate":
+            _print_evaluation(experiment_lib.evaluate(experiment, progress))
+            return
+        if options.command == "finetune":
+            experiment_lib.control(experiment, progress)
+        getattr(experiment_lib, options.command)(experiment, progress)
+        if options.command == "run":
+            _report(options.workdir)
 
 
 def _config(options: argparse.Namespace, overrides: list[str]) -> config_lib.Config:

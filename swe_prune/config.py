@@ -76,13 +76,15 @@ class PhaseConfig:
     b1: float = 0.9
     b2: float = 0.99
     clip: float = 1.0  # of the global gradient norm
+    eval_every: Duration = "10%"  # 0: only at the end
+    checkpoint_every: Duration = "10%"  # 0: none; a killed phase starts again (not for train)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrajectoryConfig:
     """What is remembered of every prunable weight; see `trajectory.py`."""
 
-    measures: tuple[str, ...] = ("late_mean",)
+    measures: tuple[str, ...] | None = None  # None: those that the criteria of the study need
     every: Duration = "5%"  # steps between snapshots
     power: float = 0.5
     window_start: int = 1  # the first snapshot that counts for late_mean
@@ -124,8 +126,6 @@ class Config:
     prune: PruneConfig = PruneConfig()
     study: StudyConfig = StudyConfig()
     log_every: int = 10
-    eval_every: Duration = "10%"
-    checkpoint_every: Duration = "10%"
     keep_finetuned: bool = False  # keep the fine-tuned parameters of every cell, not only its masks
 
     def fingerprint(self) -> str:
@@ -290,6 +290,8 @@ def validate(config: Config) -> None:
             )
     need(config.trajectory.window_start >= 1, "trajectory.window_start",
          config.trajectory.window_start, "snapshots are counted from 1")  # fmt: skip
+    need(config.train.checkpoint_every != 0, "train.checkpoint_every", 0,
+         "pruning starts from the dense checkpoint; give a cadence")  # fmt: skip
     for rate in study.std_rates:
         need(rate >= 0 and math.isfinite(rate), "study.std_rates", rate, "give rates of 0 or more")
     for sparsity in study.sparsities:

@@ -11,11 +11,12 @@ plan      what would be done, and what it would cost
 from swe_prune.experiment.phases import control, evaluate, finetune, prune, run, train
 from swe_prune.experiment.plan import memory_line, plan
 from swe_prune.experiment.setup import Experiment, setup
-from swe_prune.experiment.workdir import Workdir
+from swe_prune.experiment.workdir import Workdir, claim
 
 __all__ = [
     "Experiment",
     "Workdir",
+    "claim",
     "control",
     "evaluate",
     "finetune",

@@ -55,13 +55,12 @@ def train(experiment: Experiment, progress: Progress) -> None:
                 progress=advance,
             )
         loss = _finite(experiment.validation_loss(state.params), phase.name)
-        weights = masks_lib.summary(_all_kept(experiment))
         result = {
             "dense_loss": loss,
             "seconds": seconds,
             "steps": phase.steps,
             "params": _size(state.params),
-            "prunable": weights.total,
+            "prunable": experiment.prunable_weights(),
         }
         write_json(folder / "result.json", result)
         progress.say(f"dense model, seed {seed}: validation loss {loss:.4f} nats per token")
@@ -163,11 +162,11 @@ def _finetune_cell(
     experiment: Experiment, cell: grid.Cell, dense: TrainState, progress: Progress, name: str
 ) -> None:
     folder = experiment.workdir.cell(cell)
-    masks = load_masks(experiment, cell)
     result = read_json(folder / "result.json")
     start = starting_values(experiment, dense)
-    state = experiment.finetune_state(start, cell.seed, masks)
+    state = experiment.finetune_state(start, cell.seed, load_masks(experiment, cell))
     state, seconds = _tune(experiment, progress, name, folder, state, cell.seed)
+    masks = state.masks  # those given to the step were donated
     revived = int(_revived(state.params, masks))
     if revived:
         raise RunError(f"{revived} pruned weights of {cell.name!r} are not 0 after fine-tuning")
@@ -209,7 +208,7 @@ def evaluate(experiment: Experiment, progress: Progress) -> list[dict[str, Any]]
                 compared.append(row | {"computed": experiment.validation_loss(params)})
                 kept = experiment.workdir.cell(cell) / "finetuned"
                 if kept.exists() and "finetuned_loss" in result:
-                    params, _ = _restore(kept, experiment.abstract_params())
+                    params, _ = _restore(kept, experiment.abstract_params)
                     row = {"model": f"{name} fine-tuned", "recorded": result["finetuned_loss"]}
                     compared.append(row | {"computed": experiment.validation_loss(params)})
                 advance(done, {})
@@ -227,7 +226,7 @@ def load_dense(experiment: Experiment, seed: int) -> TrainState:
         raise InputError(
             f"the dense model of seed {seed} is not trained yet; run the command 'train' first"
         )
-    like = jax.eval_shape(lambda: experiment.fresh_state(seed))
+    like = jax.eval_shape(lambda p: experiment.dense_state(p, seed), experiment.abstract_params)
     return _restore(folder / "checkpoints", like)[0]
 
 
@@ -235,7 +234,7 @@ def load_masks(experiment: Experiment, cell: grid.Cell) -> PyTree:
     """Returns the masks of a pruned cell."""
     like = tree.map_named(
         lambda _, leaf, chosen: jax.ShapeDtypeStruct(leaf.shape, jnp.bool_) if chosen else None,
-        experiment.abstract_params(),
+        experiment.abstract_params,
         experiment.prunable,
     )
     return _restore(experiment.workdir.cell(cell) / "masks", like)[0]
@@ -302,14 +301,6 @@ def _finite(loss: float, name: str) -> float:
 
 def _size(params: PyTree) -> int:
     return sum(map(tree.size, jax.tree.leaves(params)))
-
-
-def _all_kept(experiment: Experiment) -> PyTree:
-    return tree.map_named(
-        lambda _, leaf, chosen: jnp.ones(leaf.shape, bool) if chosen else None,
-        experiment.abstract_params(),
-        experiment.prunable,
-    )
 
 
 @jax.jit

@@ -19,11 +19,11 @@ TIMED_TOKENS = 2048
 def plan(experiment: Experiment, console: Console) -> None:
     """Prints the tensors and why they stay dense, the memory, the cells and an estimate of time."""
     config = experiment.config
-    params = experiment.abstract_params()
+    params = experiment.abstract_params
     console.print(_tensors(experiment, params))
     total = sum(map(tree.size, jax.tree.leaves(params)))
     memory = trajectory.memory(params, experiment.measures, experiment.prunable)
-    prunable = next(iter(memory.values())) // 4
+    prunable = experiment.prunable_weights()
     cells = grid.cells(config)
     lines = [
         f"{prunable:,} of {total:,} weights are prunable ({prunable / total:.1%}).",
@@ -46,9 +46,7 @@ def plan(experiment: Experiment, console: Console) -> None:
 
 def memory_line(experiment: Experiment) -> str:
     """Returns one sentence on what tracking costs in memory, per measure."""
-    memory = trajectory.memory(
-        experiment.abstract_params(), experiment.measures, experiment.prunable
-    )
+    memory = trajectory.memory(experiment.abstract_params, experiment.measures, experiment.prunable)
     parts = ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items())
     return f"tracking takes {_bytes(sum(memory.values()))} beside the parameters: {parts}"
 

@@ -35,6 +35,7 @@ class Experiment:
         workdir: where results go.
         data: token ids of both splits.
         model: untied from any parameters.
+        abstract_params: the parameters' shapes and dtypes.
         prunable: bool pytree like the parameters.
         measures: what is tracked.
         train_steps: of the dense phase.
@@ -50,6 +51,7 @@ class Experiment:
     workdir: workdir.Workdir
     data: data_lib.TextData
     model: nn.Module
+    abstract_params: PyTree
     prunable: PyTree
     measures: tuple[str, ...]
     train_steps: int
@@ -60,13 +62,15 @@ class Experiment:
     finetune_step: Callable[..., Any]
     eval_step: Callable[..., Any]
 
-    def abstract_params(self) -> PyTree:
-        """Returns the parameters' shapes and dtypes."""
-        return _abstract_params(self.model, self.config)
-
     def fresh_state(self, seed: int) -> state_lib.TrainState:
         """Returns the dense phase's state at step 0, statistics included."""
-        params = state_lib.init_params(self.model, seed, self.config.model.context)
+        params = jax.jit(state_lib.init_params, static_argnums=(0, 2))(
+            self.model, seed, self.config.model.context
+        )
+        return self.dense_state(params, seed)
+
+    def dense_state(self, params: PyTree, seed: int) -> state_lib.TrainState:
+        """Returns the dense phase's state around some parameters, which may be abstract."""
         settings = self.config.trajectory
         stats = trajectory.init(
             params,
@@ -78,6 +82,15 @@ class Experiment:
         )
         optimizer = optimizer_lib.build(self.config.train, self.train_steps)
         return state_lib.create(params, optimizer, seed, stats=stats)
+
+    def prunable_weights(self) -> int:
+        """Returns how many weights may be pruned."""
+        sizes = jax.tree.map(
+            lambda leaf, chosen: tree.size(leaf) if chosen else 0,
+            self.abstract_params,
+            self.prunable,
+        )
+        return sum(jax.tree.leaves(sizes))
 
     def finetune_state(
         self, params: PyTree, seed: int, masks: PyTree | None
@@ -119,7 +132,7 @@ class Experiment:
         indices = {
             name: sample_indices(name, tree.size(leaf))
             for (name, leaf), (_, chosen) in zip(
-                tree.named_leaves(self.abstract_params()),
+                tree.named_leaves(self.abstract_params),
                 tree.named_leaves(self.prunable),
                 strict=True,
             )
@@ -139,21 +152,21 @@ def sample_indices(name: str, size: int) -> np.ndarray:
     return np.sort(rng.choice(size, min(SAMPLED_PER_TENSOR, size), replace=False))
 
 
-def setup(config: Config, path: Path | None) -> Experiment:
+def setup(config: Config, path: Path) -> Experiment:
     """Returns the experiment, with everything checked that can be before any training.
 
     Args:
         config: settings.
-        path: the working directory, which this claims; None: only to look, nothing is written.
+        path: the working directory, of which nothing is made yet; see `workdir.claim`.
 
     Raises:
-        InputError: whatever is wrong with the config, the data or the workdir.
+        InputError: whatever is wrong with the config or the data.
     """
     grid.cells(config)
     measures = grid.measures(config)
     data = data_lib.load(config.data, config.model.context)
     model = gpt.build(config.model, vocab_size(config, data))
-    params = _abstract_params(model, config)
+    params = jax.eval_shape(lambda: state_lib.init_params(model, 0, config.model.context))
     prunable = tree.prunable(params, config.prune.include, config.prune.exclude)
     epoch = max(1, len(data.train) // (config.data.batch * config.model.context))
     train_steps = to_steps(config.train.steps, epoch=epoch)
@@ -168,9 +181,10 @@ def setup(config: Config, path: Path | None) -> Experiment:
     )
     return Experiment(
         config=config,
-        workdir=workdir.claim(path, config) if path else workdir.Workdir(Path()),
+        workdir=workdir.Workdir(path),
         data=data,
         model=model,
+        abstract_params=params,
         prunable=prunable,
         measures=measures,
         train_steps=train_steps,
@@ -201,10 +215,6 @@ def vocab_size(config: Config, data: data_lib.TextData) -> int:
             "symbols; raise it, or set None"
         )
     return wanted or found
-
-
-def _abstract_params(model: nn.Module, config: Config) -> PyTree:
-    return jax.eval_shape(lambda: state_lib.init_params(model, 0, config.model.context))
 
 
 def _check_lengths(config: Config, train: int, finetune: int, track_every: int) -> None:

@@ -1,9 +1,11 @@
 """The working directory: where things lie, whose they are, and that no two runs share them."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,9 @@ class Workdir:
 
     Attributes:
         path: the folder.
-        lock: the open lock file; held until the process ends, however it ends.
     """
 
     path: Path
-    lock: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def dense(self, seed: int) -> Path:
         """Folder of the dense phase."""
@@ -43,12 +43,16 @@ class Workdir:
         return self.path / "results.csv"
 
 
-def claim(path: Path, config: Config) -> Workdir:
-    """Returns the workdir for this config, made or reopened, and locked against other runs.
+@contextlib.contextmanager
+def claim(workdir: Workdir, config: Config) -> Iterator[None]:
+    """Makes or reopens the workdir for this config, and holds it against other runs.
+
+    The lock is the operating system's: it is gone with the process, however that ends.
 
     Raises:
         InputError: it cannot be written, belongs to another config, or another run is using it.
     """
+    path = workdir.path
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a")
@@ -56,20 +60,20 @@ def claim(path: Path, config: Config) -> Workdir:
         raise InputError(
             f"workdir {str(path)!r} cannot be written ({error.strerror}); choose another --workdir"
         ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(
-            f"workdir {str(path)!r} is in use by another run; wait for it or choose another"
-        ) from error
-    workdir = Workdir(path, lock)
-    made_by = path / "config.json"
-    if made_by.exists():
-        _check_same(workdir, config, read_json(made_by))
-    else:
-        values = dataclasses.asdict(config)
-        write_json(made_by, {"fingerprint": config.fingerprint(), "config": values})
-    return workdir
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"workdir {str(path)!r} is in use by another run; wait for it or choose another"
+            ) from error
+        made_by = path / "config.json"
+        if made_by.exists():
+            _check_same(workdir, config, read_json(made_by))
+        else:
+            values = dataclasses.asdict(config)
+            write_json(made_by, {"fingerprint": config.fingerprint(), "config": values})
+        yield
 
 
 def config_of(path: Path) -> Config:

@@ -58,9 +58,10 @@ def train_step(
     step = state.step + 1
     stats = state.stats
     if stats is not None:
-        stats = jax.lax.cond(
-            step % track_every == 0, trajectory.update, lambda kept, _: kept, stats, params
-        )
+        # A loop of one turn or none, since XLA updates its carry in place; on either branch of
+        # lax.cond it copies the statistics, in every step.
+        due = (step % track_every == 0).astype(jnp.int32)
+        stats = jax.lax.fori_loop(0, due, lambda _, kept: trajectory.update(kept, params), stats)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     state = dataclasses.replace(state, step=step, params=params, opt_state=opt_state, stats=stats)
     return state, metrics

@@ -1,0 +1,147 @@
+"""Every wrong input of a user: one sentence with the name, the reason and the mend, exit code 2."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from swe_prune import cli
+
+
+def fails(capsys, arguments):
+    """Returns the one sentence that a command with wrong input prints."""
+    code = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert code == 2, captured.err
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("swe_prune: ")
+    return lines[0].removeprefix("swe_prune: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.stepz=3", ("config.train has no setting 'stepz'", "'steps'")),
+        ("nonsense=3", ("config has no setting 'nonsense'", "Known:")),
+        ("model.width='wide'", ("config.model.width must be int", "'wide'")),
+        ("model.width=31", ("config.model.width = 31", "multiple of heads")),
+        ("model.activation=gelo", ("'gelo'", "'gelu'")),
+        ("model.vocab_size=9", ("vocab_size = 9 is too small", "raise it")),
+        ("study.criteria=['swee']", ("unknown criterion 'swee'", "'swe'")),
+        ("study.sparsities=[1.0]", ("config.study.sparsities = 1.0", "[0, 1)")),
+        ("study.sparsities=[-0.1]", ("config.study.sparsities = -0.1", "[0, 1)")),
+        ("study.scopes=['layer']", ("config.study.scopes = 'layer'", "'tensor'")),
+        ("study.std_rates=[-1.0]", ("config.study.std_rates = -1.0", "0 or more")),
+        ("trajectory.measures=['late_men']", ("unknown measure 'late_men'", "'late_mean'")),
+        ("trajectory.every=1000", ("0 snapshots", "lower")),
+        ("trajectory.window_start=99", ("the window starts at 99", "lower")),
+        ("prune.include=['kernl$']", ("include rule 'kernl$' matches no weight", "Weights:")),
+        ("prune.exclude=['nothing_like_it']", ("exclude rule 'nothing_like_it'", "matches no")),
+        ("data.dataset=no_such_dataset", ("no_such_dataset",)),
+        ("data.dataset=/no/such/file.txt", ("/no/such/file.txt",)),
+        ("data.train_split=training", ("'training'", "train")),
+        ("data.eval_windows=9", ("config.data.eval_windows = 9", "multiple of eval_batch")),
+        ("train.steps='many'", ("duration 'many'", "write e.g. 500")),
+        ("train.steps=0", ("config.train.steps is 0", "at least one")),
+    ],
+)
+def test_a_wrong_setting_is_named_with_the_mend(override, parts, tmp_path, plays_dir, capsys):
+    config = tiny.config_file(tmp_path, tiny.config(plays_dir))
+    work = tmp_path / "work"
+    message = fails(
+        capsys, ["run", f"--config={config}", f"--workdir={work}", f"--config.{override}"]
+    )
+    for part in parts:
+        assert part in message
+    assert not (work / "seed_0").exists()
+
+
+def test_a_config_that_is_none(tmp_path, capsys):
+    work = f"--workdir={tmp_path / 'work'}"
+    assert "is not a file" in fails(capsys, ["run", "--config=absent.py", work])
+    broken = tmp_path / "broken.py"
+    broken.write_text("import no_such_module_here")
+    assert "fails to run: ModuleNotFoundError" in fails(capsys, ["run", f"--config={broken}", work])
+    empty = tmp_path / "empty.py"
+    empty.write_text("")
+    assert "defines no get_config()" in fails(capsys, ["run", f"--config={empty}", work])
+    assert "no config.json" in fails(capsys, ["run", work])
+    assert "unknown argument '--confg=x'" in fails(capsys, ["run", work, "--confg=x"])
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"", "empty"),
+        (b"abc\x00def" * 400, "binary"),
+        (b"\xff\xfe\xfa" * 400, ""),
+        (b"hi", "short"),
+    ],
+    ids=["empty", "binary", "not utf-8", "short"],
+)
+def test_a_text_that_cannot_be_trained_on(content, part, tmp_path, capsys):
+    text = tmp_path / "mine.txt"
+    text.write_bytes(content)
+    config = tiny.config_file(tmp_path, tiny.config())
+    message = fails(
+        capsys,
+        [
+            "run",
+            f"--config={config}",
+            f"--workdir={tmp_path / 'w'}",
+            f"--config.data.dataset={text}",
+        ],
+    )
+    assert "mine.txt" in message
+    assert part in message
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path, plays_dir, capsys):
+    config = tiny.config_file(tmp_path, tiny.config(plays_dir))
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    for place in (in_the_way, in_the_way / "below", "/proc/none"):
+        message = fails(capsys, ["run", f"--config={config}", f"--workdir={place}"])
+        assert "cannot be written" in message
+        assert "choose another --workdir" in message
+
+
+def test_phases_out_of_order_say_what_comes_first(tmp_path, plays_dir, capsys):
+    config = tiny.config_file(tmp_path, tiny.config(plays_dir))
+    arguments = [f"--config={config}", f"--workdir={tmp_path / 'work'}"]
+    for command, missing in (("prune", "train"), ("finetune", "train"), ("report", "results.csv")):
+        code = cli.main([command, *(arguments if command != "report" else arguments[1:])])
+        assert code == 2
+        assert missing in capsys.readouterr().err
+
+
+def test_plan_trains_nothing_and_names_every_tensor(tmp_path, plays_dir, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    config = tiny.config_file(tmp_path, tiny.config(plays_dir))
+    assert cli.main(["plan", f"--config={config}"]) == 0
+    shown = capsys.readouterr().out
+    parts = ["block_0/mlp/up/kernel", "dense: embedding", "dense: fewer than two axes"]
+    parts += ["16 cells over seeds 0, 1", "Tracking late_mean takes 12.29 kB", "About "]
+    for part in parts:
+        assert part in shown
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny_config.py"]
+
+
+def test_a_full_disk_ends_in_a_sentence_and_the_same_command_goes_on(tmp_path, plays_dir):
+    settings = tiny.config(plays_dir)
+    study = dataclasses.replace(settings.study, seeds=(0,), std_criteria=(), criteria=("swe",))
+    config = tiny.config_file(tmp_path, dataclasses.replace(settings, study=study))
+    command = [sys.executable, "-m", "swe_prune", "train", f"--config={config}"]
+    command.append(f"--workdir={tmp_path / 'work'}")
+    limited = ["bash", "-c", 'ulimit -f 12; exec "$@"', "limited", *command]
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "0"}
+    first = subprocess.run(limited, capture_output=True, text=True, env=environment)
+    assert first.returncode == 1, first.stderr
+    assert "Traceback" not in first.stderr
+    assert "run the same command again" in first.stderr.splitlines()[-1]
+    assert subprocess.run(command, env=environment).returncode == 0

@@ -1,0 +1,233 @@
+import csv
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+
+from swe_prune import cli, experiment, masks, tree
+from swe_prune.config import StudyConfig, TrajectoryConfig
+from swe_prune.errors import InputError
+from swe_prune.experiment import grid, phases, results
+from swe_prune.training.metrics import read_lines
+from swe_prune.training.progress import Progress
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, plays_dir):
+    """The tiny experiment run once through the command line."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = tiny.config_file(folder, tiny.config(plays_dir))
+    code = cli.main(["run", f"--config={config}", f"--workdir={folder / 'work'}"])
+    assert code == 0
+    return folder / "work"
+
+
+def table(workdir):
+    with (workdir / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_has_a_row_per_cell_with_every_column_filled(finished, plays_dir):
+    rows = table(finished)
+    cells = grid.cells(tiny.config(plays_dir))
+    assert len(rows) == len(cells) == 4 + 12
+    assert tuple(rows[0]) == results.COLUMNS
+    for row, cell in zip(rows, cells, strict=True):
+        assert (int(row["seed"]), row["criterion"], row["rule"]) == (
+            cell.seed,
+            cell.criterion,
+            cell.rule,
+        )
+        for column in results.COLUMNS:
+            assert row[column] != ""
+            if column not in ("criterion", "rule"):
+                assert np.isfinite(float(row[column]))
+
+
+def test_equal_sparsity_is_met_to_the_weight(finished):
+    for path in finished.glob("seed_*/cells/*/result.json"):
+        cell = json.loads(path.read_text())
+        tensors = cell["tensors"].values()
+        total = sum(t["total"] for t in tensors)
+        removed = total - sum(t["kept"] for t in tensors)
+        assert cell["sparsity_prunable"] == removed / total
+        if cell["rule"] in ("tensor", "global"):
+            assert removed == int(total * cell["requested"] + 0.5)
+        if cell["rule"] == "tensor":
+            assert all(2 * t["kept"] == t["total"] for t in tensors)
+        assert sum(cell["histogram"]["dense"]) == total
+        assert sum(cell["histogram"]["pruned"]) == total - removed
+        assert sum(cell["histogram"]["finetuned"]) == total - removed
+
+
+def test_swe_spread_ranks_as_magnitude_within_a_tensor_and_swe_does_not(finished, plays_dir):
+    settings = tiny.config(plays_dir)
+    shared = experiment.setup(settings, finished)
+    dense = phases.load_dense(shared, 0)
+    common = {"rule": "tensor", "level": 0.5, "seed": 0}
+
+    def mask(criterion):
+        return phases.prune_step(
+            dense.params, dense.stats, shared.prunable, criterion=criterion, **common
+        )
+
+    def agree(a, b):
+        return all(
+            (np.asarray(x) == np.asarray(y)).all()
+            for (_, x), (_, y) in zip(tree.named_leaves(a), tree.named_leaves(b), strict=True)
+            if x is not None
+        )
+
+    assert agree(mask("swe_spread"), mask("magnitude"))
+    assert not agree(mask("swe"), mask("magnitude"))
+
+
+def test_the_masks_on_disk_are_those_of_the_table(finished, plays_dir):
+    settings = tiny.config(plays_dir)
+    shared = experiment.setup(settings, finished)
+    for row, cell in zip(table(finished), grid.cells(settings), strict=True):
+        summary = masks.summary(phases.load_masks(shared, cell))
+        assert float(row["sparsity_prunable"]) == summary.sparsity
+
+
+def test_running_again_changes_nothing(finished, plays_dir, capsys):
+    before = (finished / "results.csv").read_bytes()
+    stamps = {p: p.stat().st_mtime_ns for p in finished.glob("seed_*/**/result.json")}
+    assert stamps
+    assert cli.main(["run", f"--workdir={finished}"]) == 0
+    assert (finished / "results.csv").read_bytes() == before
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+
+
+def test_evaluate_computes_the_recorded_losses_again(finished, plays_dir):
+    shared = experiment.setup(tiny.config(plays_dir), finished)
+    rows = experiment.evaluate(shared, Progress())
+    assert len(rows) == 2 + 16
+    for row in rows:
+        assert row["computed"] == pytest.approx(row["recorded"], rel=1e-6), row["model"]
+
+
+def test_trajectory_samples_follow_the_weights(finished):
+    lines = read_lines(finished / "seed_0" / "dense" / "trajectory.jsonl")
+    assert [line["step"] for line in lines] == list(range(0, 25, 3))
+    first, last = lines[0]["values"], lines[-1]["values"]
+    for name in first:
+        assert len(first[name]) == 48
+        assert first[name] != last[name]
+    cell = json.loads((finished / "seed_0/cells/tensor-magnitude-0.5/result.json").read_text())
+    for name, kept in cell["sample_kept"].items():
+        kept = np.array(kept)
+        sizes = np.abs(last[name])
+        assert sizes[kept].min() >= sizes[~kept].max()
+
+
+def test_a_phase_at_a_time_ends_with_the_same_table(finished, tmp_path, plays_dir):
+    config = tiny.config_file(tmp_path, tiny.config(plays_dir))
+    arguments = [f"--config={config}", f"--workdir={tmp_path / 'work'}"]
+    for command in ("train", "prune", "finetune"):
+        assert cli.main([command, *arguments]) == 0
+    for ours, theirs in zip(table(tmp_path / "work"), table(finished), strict=True):
+        ours.pop("seconds"), theirs.pop("seconds")
+        assert ours == theirs
+
+
+def test_a_rate_that_prunes_everything_stops_before_fine_tuning_and_keeps_the_rest(
+    finished, tmp_path, plays_dir, capsys
+):
+    settings = tiny.config(plays_dir)
+    study = dataclasses.replace(settings.study, std_rates=(0.5, 90.0))
+    config = tiny.config_file(tmp_path, dataclasses.replace(settings, study=study))
+    work = tmp_path / "work"
+    assert cli.main(["run", f"--config={config}", f"--workdir={work}"]) == 2
+    assert "'std-swe-90' of seed 0: rate = 90.0 prunes every weight; lower it" in (
+        capsys.readouterr().err
+    )
+    assert (work / "seed_0/dense/result.json").exists()
+    assert (work / "seed_0/cells/std-swe-0.5/result.json").exists()
+    assert not (work / "seed_0/control/result.json").exists()
+
+
+def test_a_diverged_run_says_where_and_saves_no_checkpoint_of_it(tmp_path, plays_dir, capsys):
+    settings = tiny.config(plays_dir)
+    train = dataclasses.replace(settings.train, learning_rate=1e38, warmup=0, steps=24)
+    config = tiny.config_file(tmp_path, dataclasses.replace(settings, train=train))
+    work = tmp_path / "work"
+    assert cli.main(["train", f"--config={config}", f"--workdir={work}"]) == 1
+    message = capsys.readouterr().err
+    assert "training diverged; lower the learning rate" in message
+    assert len(message.strip().splitlines()[-1].split("swe_prune: ")) == 2
+    assert not list((work / "seed_0/dense/checkpoints").glob("[0-9]*"))
+
+
+def test_a_damaged_result_is_named(finished, tmp_path, capsys):
+    work = tmp_path / "work"
+    shutil.copytree(finished, work)
+    damaged = work / "seed_0/cells/tensor-swe-0.5/result.json"
+    damaged.write_text(damaged.read_text()[:100])
+    assert cli.main(["run", f"--workdir={work}"]) == 2
+    assert f"{damaged} is damaged" in capsys.readouterr().err
+
+
+def test_a_damaged_dense_checkpoint_is_named(finished, tmp_path, capsys):
+    work = tmp_path / "work"
+    shutil.copytree(finished, work)
+    (work / "seed_0/cells/tensor-swe-0.5/result.json").unlink()
+    newest = work / "seed_0/dense/checkpoints/24"
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    assert cli.main(["run", f"--workdir={work}"]) == 2
+    assert "checkpoint 24 in " in (message := capsys.readouterr().err)
+    assert "is damaged" in message
+
+
+def test_another_config_is_refused_with_the_difference(finished, tmp_path, plays_dir, capsys):
+    settings = dataclasses.replace(tiny.config(plays_dir), log_every=7)
+    config = tiny.config_file(tmp_path, settings)
+    assert cli.main(["run", f"--config={config}", f"--workdir={finished}"]) == 2
+    assert "made by another config: log_every (4 there, 7 now)" in capsys.readouterr().err
+
+
+def test_a_second_run_on_the_workdir_is_refused(tmp_path, plays_dir):
+    settings = tiny.config(plays_dir)
+    workdir = experiment.Workdir(tmp_path)
+    with experiment.claim(workdir, settings):
+        with (
+            pytest.raises(InputError, match="is in use by another run"),
+            experiment.claim(workdir, settings),
+        ):
+            pass
+    with experiment.claim(workdir, settings):
+        pass
+
+
+def test_cells_are_unique_and_their_needs_are_checked(plays_dir):
+    settings = tiny.config(plays_dir)
+    assert grid.measures(settings) == ("late_mean",)
+    doubled = dataclasses.replace(
+        settings, study=dataclasses.replace(settings.study, sparsities=(0.5, 0.5))
+    )
+    assert grid.cells(doubled) == grid.cells(settings)
+    lacking = dataclasses.replace(settings, trajectory=TrajectoryConfig(measures=("votes",)))
+    with pytest.raises(InputError, match="lacks 'late_mean'"):
+        grid.measures(lacking)
+    nothing = dataclasses.replace(settings, study=StudyConfig(std_criteria=(), criteria=()))
+    with pytest.raises(InputError, match="no cells"):
+        grid.cells(nothing)
+
+
+def test_late_mean_values_can_go_on_instead_of_the_final_ones(finished, plays_dir):
+    settings = tiny.config(plays_dir)
+    averaged = dataclasses.replace(
+        settings, prune=dataclasses.replace(settings.prune, values_from="late_mean")
+    )
+    shared = experiment.setup(averaged, finished)
+    dense = phases.load_dense(shared, 0)
+    values = phases.starting_values(shared, dense)
+    late = dense.stats.buffers["late_mean"]["block_0"]["mlp"]["up"]["kernel"]
+    np.testing.assert_array_equal(values["block_0"]["mlp"]["up"]["kernel"], late)
+    np.testing.assert_array_equal(
+        values["final_norm"]["scale"], dense.params["final_norm"]["scale"]
+    )

@@ -1,0 +1,71 @@
+"""kill -9 at any moment, the same command again: the numbers are those of an undisturbed run."""
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+
+from swe_prune.training.metrics import read_lines
+
+TIMES = {"seconds", "tokens_per_second"}
+
+
+def start(folder, config):
+    command = [sys.executable, "-m", "swe_prune", "run"]
+    command += [f"--config={config}", f"--workdir={folder}"]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+
+
+def outcome(folder):
+    """Returns everything that a run measured, but for the clock."""
+    with (folder / "results.csv").open() as file:
+        rows = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+    lines = {
+        str(path.relative_to(folder)): [
+            {k: v for k, v in line.items() if k not in TIMES} for line in read_lines(path)
+        ]
+        for path in sorted(folder.rglob("*.jsonl"))
+    }
+    return rows, lines
+
+
+def wait_for(process, ready, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_three_moments_ends_bit_identical(tmp_path, plays_dir):
+    config = tiny.config_file(tmp_path, tiny.config(plays_dir))
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    finish(start(undisturbed, config))
+
+    moments = (
+        lambda: (killed / "seed_0/dense/checkpoints/8.checksums").exists(),  # between checkpoints
+        lambda: any(killed.glob("seed_0/dense/checkpoints/16*")),  # while one is written
+        lambda: any(killed.glob("seed_0/cells/*/checkpoints/2*")),  # in the middle of a cell
+    )
+    rng = random.Random(0)
+    for moment in moments:
+        process = start(killed, config)
+        wait_for(process, moment)
+        time.sleep(rng.uniform(0, 0.02))
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    finish(start(killed, config))
+    assert outcome(killed) == outcome(undisturbed)
