@@ -51,7 +51,8 @@ def by_std(scores: PyTree, rate: float | Array, *, spread: float | None = None) 
     if not traced:
         select.reject_nan(list(named), nans)
         allocation.reject_no_spread(list(named), undefined)
-        if int(tree.count_true(kept)) == 0:
+        counts = _counts(dict(zip(named, kept, strict=True)))
+        if not any(int(n) for n in counts.values()):
             raise InputError(f"rate = {rate!r} prunes every weight; lower it")
     return _like(scores, named, kept)
 
@@ -109,7 +110,7 @@ def by_sparsity(
             axes = _normal_axes(name, score.shape, input_axes) if scope == "row" else None
             size = tree.size(score) if axes is None else math.prod(score.shape[a] for a in axes)
             keep = size - allocation.removed_count(size, sparsity)
-            kept.append(_named_top_k(name, score, keep, axes))
+            kept.append(select.top_k_mask(score, keep, axes=axes, name=name))
     return _like(scores, named, kept)
 
 
@@ -127,9 +128,10 @@ def _by_pattern(
         axes[name] = _normal_axes(name, score.shape, input_axes)
         matrices[name] = patterns.as_matrix(score, axes[name])
         patterns.check_divides(name, matrices[name].shape[0], m)
-    _reject_nan_of(named)
     return [
-        patterns.from_matrix(patterns.n_of_m_mask(matrix, n, m), named[name].shape, axes[name])
+        patterns.from_matrix(
+            patterns.n_of_m_mask(matrix, n, m, name), named[name].shape, axes[name]
+        )
         for name, matrix in matrices.items()
     ]
 
@@ -143,24 +145,6 @@ def _normal_axes(
             f"input_axes gave {axes} for {name!r} of shape {shape}; give axes that it has"
         )
     return tuple(sorted({axis % len(shape) for axis in axes}))
-
-
-def _named_top_k(name: str, score: Array, k: int, axes: tuple[int, ...] | None) -> Array:
-    if axes is None:
-        return select.top_k_masks([score], k, names=[name])[0]
-    _reject_nan_of({name: score})
-    return select.top_k_mask(score, k, axes=axes)
-
-
-def _reject_nan_of(named: dict[str, Array]) -> None:
-    if not _is_traced(list(named.values())):
-        nans = [_count_nan(score) for score in named.values()]
-        select.reject_nan(list(named), nans)
-
-
-@jax.jit
-def _count_nan(score: Array) -> Array:
-    return tree.count_each([jnp.isnan(score)])[0]
 
 
 def _is_traced(values: list[Any]) -> bool:
@@ -234,13 +218,18 @@ def summary(mask: PyTree) -> Summary:
     1
     """
     named = {name: leaf for name, leaf in tree.named_leaves(mask) if leaf is not None}
-    counts = jax.device_get({name: tree.count_true([leaf]) for name, leaf in named.items()})
+    counts = jax.device_get(_counts(named))
     tensors = {name: Tally(int(counts[name]), tree.size(leaf)) for name, leaf in named.items()}
     return Summary(
         kept=sum(tally.kept for tally in tensors.values()),
         total=sum(tally.total for tally in tensors.values()),
         tensors=tensors,
     )
+
+
+@jax.jit
+def _counts(masks: dict[str, Array]) -> dict[str, tree.Count]:
+    return {name: tree.count_true([mask]) for name, mask in masks.items()}
 
 
 def keep(

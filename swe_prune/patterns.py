@@ -25,7 +25,9 @@ def parse_n_of_m(pattern: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def n_of_m_mask(score_RxC: Float[Array, "R C"], n: int, m: int) -> Bool[Array, "R C"]:
+def n_of_m_mask(
+    score_RxC: Float[Array, "R C"], n: int, m: int, name: str = "scores"
+) -> Bool[Array, "R C"]:
     """Returns the mask that keeps the n largest of every m consecutive inputs of each output.
 
     Ties are broken by the lower input index.
@@ -34,10 +36,11 @@ def n_of_m_mask(score_RxC: Float[Array, "R C"], n: int, m: int) -> Bool[Array, "
         score_RxC: scores of a kernel, inputs along the first axis.
         n: kept of each group, 1 ≤ n ≤ m.
         m: group size; must divide R.
+        name: what an error calls the scores.
     """
     rows, columns = score_RxC.shape
     grouped = score_RxC.reshape(rows // m, m, columns)
-    return select.top_k_mask(grouped, n, axes=(1,)).reshape(rows, columns)
+    return select.top_k_mask(grouped, n, axes=(1,), name=name).reshape(rows, columns)
 
 
 def check_divides(name: str, inputs: int, m: int) -> None:

@@ -46,6 +46,7 @@ def top_k_mask(
     k: int | Int[Array, ""],
     *,
     axes: tuple[int, ...] | None = None,
+    name: str = "scores",
 ) -> Bool[Array, "..."]:
     """Returns a mask of `x.shape` with exactly k True, at the k largest elements.
 
@@ -55,6 +56,7 @@ def top_k_mask(
         x: floats, fewer than 2^32 of them.
         k: how many to keep, 0 ≤ k ≤ elements; may be traced, then it is clipped to that range.
         axes: select within every slice along these axes, k in each; None: over all of `x`.
+        name: what an error calls the array.
 
     Raises:
         InputError: k out of range, or a NaN in `x`. Neither can be seen while tracing: there NaN
@@ -71,7 +73,7 @@ def top_k_mask(
     if isinstance(x, Tracer):
         return _select([x], _count_of(k), axes)[0]
     masks, nans = _checked_select([x], _count_of(k), axes)
-    reject_nan(["scores"], nans)
+    reject_nan([name], nans)
     return masks[0]
 
 
