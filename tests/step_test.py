@@ -136,8 +136,9 @@ def test_masks_and_statistics_compile_away_when_there_are_none(params):
 
     plain, full = text(), text(masks=half(params), stats=trajectory.init(params))
     assert "pred" not in plain.split("func.func public @main")[1].split("{")[0]
-    assert "stablehlo.case" not in plain
-    assert "stablehlo.case" in full
+    assert plain.count("stablehlo.while") < full.count("stablehlo.while")  # random bits loop too
+    assert "bf16" not in plain  # the carries of the statistics
+    assert "stablehlo.case" not in full  # whose branches would copy the statistics in every step
     assert plain.count("stablehlo.select") < full.count("stablehlo.select")
 
 
