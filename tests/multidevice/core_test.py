@@ -1,0 +1,154 @@
+"""The core on eight devices: the same masks, no gathered weight, statistics laid out as weights."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from swe_prune import importance, masks, select, trajectory
+
+pytestmark = [
+    pytest.mark.multidevice,
+    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see multidevice_test"),
+]
+SPECS = {"inputs": P("x", None), "outputs": P(None, "y"), "both": P("x", "y"),
+         "one axis over all": P(("x", "y"), None), "replicated": P()}  # fmt: skip
+ROWS, COLUMNS = 32, 64
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+
+
+def weights(seed=0):
+    """Few distinct values, so that ties are cut; a vector that stays dense."""
+    rng = np.random.default_rng(seed)
+    return {
+        "a": {"kernel": rng.normal(size=(ROWS, COLUMNS)).round(1).astype(np.float32)},
+        "b": {"kernel": rng.normal(size=(ROWS, COLUMNS)).astype(np.float32), "bias": np.ones(8)},
+    }
+
+
+def placed(params, mesh, spec):
+    return jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(mesh, spec if np.ndim(x) == 2 else P())), params
+    )
+
+
+MAKE = {
+    "tensor": lambda s: masks.by_sparsity(s, 0.6, "tensor"),
+    "global": lambda s: masks.by_sparsity(s, 0.6, "global"),
+    "row": lambda s: masks.by_sparsity(s, 0.6, "row"),
+    "2:4": lambda s: masks.by_sparsity(s, 0.5, pattern="2:4"),
+    "std": lambda s: masks.by_std(s, 1.4),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("rule", MAKE)
+def test_mask_is_that_of_one_device(mesh, rule, spec):
+    alone = importance.score("magnitude", weights())
+    spread = importance.score("magnitude", placed(weights(), mesh, SPECS[spec]))
+    expected, got = MAKE[rule](alone), MAKE[rule](spread)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    inside = jax.jit(MAKE[rule])(spread)
+    jax.tree.map(np.testing.assert_array_equal, inside, expected)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_masks_are_laid_out_as_the_scores(mesh, spec):
+    scores = placed({"w": weights()["a"]["kernel"]}, mesh, SPECS[spec])
+    for rule in ("tensor", "global", "std"):
+        mask = MAKE[rule](scores)
+        assert mask["w"].sharding.is_equivalent_to(scores["w"].sharding, 2), rule
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_statistics_are_laid_out_as_the_weights(mesh, spec):
+    params = placed(weights(), mesh, SPECS[spec])
+    measures = tuple(trajectory.BUFFERS)
+    stats = trajectory.init(params, measures)
+    updated = jax.jit(trajectory.update)(stats, params)
+    merged = jax.jit(trajectory.merge)(updated, trajectory.init(params, measures, start=1))
+    for each in (stats, updated, merged, trajectory.update(stats, params)):
+        for name, buffer in each.buffers.items():
+            for tensor in "ab":
+                buffered, weight = buffer[tensor]["kernel"], params[tensor]["kernel"]
+                assert buffered.sharding.is_equivalent_to(weight.sharding, 2), name
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_statistics_are_those_of_one_device(mesh, spec):
+    step, measures = jax.jit(trajectory.update), tuple(trajectory.BUFFERS)
+    alone = trajectory.init(weights(), measures)
+    spread = trajectory.init(placed(weights(), mesh, SPECS[spec]), measures)
+    for seed in range(4):
+        alone = step(alone, weights(seed))
+        spread = step(spread, placed(weights(seed), mesh, SPECS[spec]))
+    for measure in measures:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
+            trajectory.read(spread, measure), trajectory.read(alone, measure),
+        )  # fmt: skip
+
+
+def collectives(text):
+    """(operation, elements of its result) of every collective in a compiled text."""
+    pattern = (
+        r"= ([^=]*?) (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)\w*\("
+    )
+    for shapes, operation in re.findall(pattern, text.replace("-start", "")):
+        sizes = re.findall(r"\w+\[([\d,]*)\]", shapes)
+        yield operation, max(math.prod(map(int, filter(None, s.split(",")))) for s in sizes)
+
+
+def compiled(f, *args, out=None):
+    return jax.jit(f, out_shardings=out).lower(*args).compile().as_text()
+
+
+PROGRAMS = {
+    "top_k_mask": lambda x, k: select.top_k_mask(x, k),
+    "top_k_mask by rows": lambda x, k: select.top_k_mask(x, k % 8, axes=(0,)),
+    "top_k_masks": lambda x, k: select.top_k_masks([x, x + 1], k),
+    "by_std": lambda x, k: masks.by_std({"w": jnp.abs(x)}, k / 100),
+    "update": lambda x, k: trajectory.update(
+        trajectory.init({"w": x}, tuple(trajectory.BUFFERS)), {"w": x * k}
+    ),
+}
+
+
+@pytest.mark.parametrize("spec", ["inputs", "outputs", "both", "one axis over all"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_weight_leaves_its_device(mesh, name, spec):
+    sharding = NamedSharding(mesh, SPECS[spec])
+    x = jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32, sharding=sharding)
+    k = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
+    found = list(collectives(compiled(PROGRAMS[name], x, k)))
+    assert "all-gather" not in {operation for operation, _ in found}
+    assert "all-to-all" not in {operation for operation, _ in found}
+    # What is reduced are counts: a few candidates, for rows one of each for every column.
+    most = 8 * COLUMNS if "rows" in name else 8
+    assert all(elements <= most for _, elements in found), found
+
+
+def test_the_check_sees_a_gather(mesh):
+    x = jax.device_put(jnp.ones((ROWS, COLUMNS)), NamedSharding(mesh, P("x", "y")))
+    gathered = compiled(lambda x: x + 1, x, out=NamedSharding(mesh, P()))
+    assert ("all-gather", ROWS * COLUMNS) in list(collectives(gathered))
+    assert "all-gather" in dict(collectives(compiled(jnp.sort, x.ravel())))
+    turned = compiled(lambda x: x * 2, x, out=NamedSharding(mesh, P(("x", "y"), None)))
+    assert {operation for operation, _ in collectives(turned)} & {"all-to-all", "all-gather",
+                                                                  "collective-permute"}  # fmt: skip
+
+
+def test_selection_reduces_its_candidates_together(mesh):
+    x = jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32,
+                             sharding=NamedSharding(mesh, P("x", "y")))  # fmt: skip
+    text = compiled(PROGRAMS["top_k_mask"], x, jax.ShapeDtypeStruct((), jnp.int32))
+    assert "all-reduce" in {operation for operation, _ in collectives(text)}
