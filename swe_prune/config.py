@@ -218,13 +218,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        values = module.get_config() if hasattr(module, "get_config") else None
     except Exception as error:
         raise InputError(
             f"config {str(path)!r} fails to run: {type(error).__name__}: {error}; correct the file"
         ) from error
     if not hasattr(module, "get_config"):
         raise InputError(f"config {str(path)!r} defines no get_config(); add it")
-    values = module.get_config().to_dict()
+    if not isinstance(values, Mapping | ConfigDict):
+        raise InputError(
+            f"get_config() of {str(path)!r} returns {type(values).__name__}; return a ConfigDict"
+        )
+    values = ConfigDict(values).to_dict()
     for override in overrides:
         _apply_override(values, override)
     config = from_dict(values)
@@ -240,10 +245,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     for group in groups:
         values = values.setdefault(group, {})
         if not isinstance(values, dict):
-            raise InputError(f"override {override!r}: {group!r} is no group of settings")
+            raise InputError(f"override {override!r}: {group!r} is no group of settings; name one")
     try:
         values[leaf] = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         values[leaf] = text
 
 

@@ -261,8 +261,11 @@ def count_each(
 
 
 def _fused_counts(masks: Sequence[Array], axes: tuple[int, ...]) -> list[Array]:
-    def add(left: Sequence[Array], right: Sequence[Array]) -> tuple[Array, ...]:
-        return tuple(a + b for a, b in zip(left, right, strict=True))
-
     operands = tuple(mask.astype(jnp.uint32) for mask in masks)
-    return list(jax.lax.reduce(operands, (jnp.zeros((), jnp.uint32),) * len(masks), add, axes))
+    zeros = (jnp.zeros((), jnp.uint32),) * len(masks)
+    return list(jax.lax.reduce(operands, zeros, _add_each, axes))
+
+
+def _add_each(left: Sequence[Array], right: Sequence[Array]) -> tuple[Array, ...]:
+    # Of the module, as jax compiles an eager reduction anew for every new function.
+    return tuple(a + b for a, b in zip(left, right, strict=True))

@@ -1,0 +1,217 @@
+import dataclasses
+
+import pytest
+from ml_collections import ConfigDict
+
+from swe_prune import config
+from swe_prune.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [
+        (0, 0), (7, 7), ("7 steps", 7), ("1 step", 1), ("5%", 100), (" 5 % ", 100), ("0.01%", 1),
+        ("0%", 0), ("100%", 2000), ("33.33%", 667), ("2 epochs", 300), ("1 epoch", 150),
+        ("0.5epochs", 75), (".25 epochs", 38), ("0 epochs", 0),
+    ],
+)  # fmt: skip
+def test_durations_become_steps(duration, steps):
+    assert config.to_steps(duration, total=2000, epoch=150) == steps
+
+
+@pytest.mark.parametrize(
+    "duration",
+    [-1, "-5%", "five", "5", "", "5 hours", "%", "1e3 steps", True, None, 5.0, "5%%", "1.2.3%"],
+)
+def test_malformed_durations_are_refused(duration):
+    with pytest.raises(InputError, match="is none of"):
+        config.to_steps(duration, total=100, epoch=10)
+
+
+@pytest.mark.parametrize(("duration", "known"), [("5%", {"epoch": 3}), ("1 epoch", {"total": 3})])
+def test_a_unit_without_a_length_is_refused(duration, known):
+    with pytest.raises(InputError, match="has no length; give steps"):
+        config.to_steps(duration, **known)
+
+
+def test_nothing_given_is_the_defaults():
+    assert config.from_dict({}) == config.Config()
+    assert config.from_dict(ConfigDict()) == config.Config()
+
+
+def test_groups_fill_nested_dataclasses_and_leave_the_rest():
+    made = config.from_dict(ConfigDict({"model": {"layers": 2}, "study": {"seeds": [3, 4]}}))
+    assert made.model == config.ModelConfig(layers=2)
+    assert made.study.seeds == (3, 4)
+    assert made.study.sparsities == config.StudyConfig().sparsities
+
+
+def test_what_was_made_can_be_made_again():
+    assert config.from_dict(dataclasses.asdict(config.Config())) == config.Config()
+
+
+@pytest.mark.parametrize(
+    ("values", "path", "value"),
+    [
+        ({"train": {"learning_rate": 1}}, "train.learning_rate", 1.0),
+        ({"train": {"steps": "2 epochs"}}, "train.steps", "2 epochs"),
+        ({"model": {"vocab_size": None}}, "model.vocab_size", None),
+        ({"model": {"qkv_bias": False}}, "model.qkv_bias", False),
+        ({"prune": {"include": ["a", "b"]}}, "prune.include", ("a", "b")),
+        ({"study": {"std_rates": [1, 1.5]}}, "study.std_rates", (1.0, 1.5)),
+    ],
+)
+def test_values_take_the_type_of_their_setting(values, path, value):
+    made = config.from_dict(values)
+    for key in path.split("."):
+        made = getattr(made, key)
+    assert made == value
+    assert type(made) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"modle": {}}, "config has no setting 'modle'; did you mean 'model'"),
+        ({"model": {"layer": 2}}, "config.model has no setting 'layer'; did you mean 'layers'"),
+        ({"model": {"layers": 2.0}}, "config.model.layers must be int and got 2.0"),
+        ({"model": {"layers": True}}, "config.model.layers must be int and got True"),
+        ({"model": {"layers": "2"}}, "config.model.layers must be int"),
+        ({"model": {"layers": None}}, "config.model.layers must be int"),
+        ({"model": {"use_bias": 1}}, "config.model.use_bias must be bool and got 1"),
+        ({"model": {"dropout": True}}, "config.model.dropout must be float and got True"),
+        ({"model": {"dropout": "0.1"}}, "config.model.dropout must be float"),
+        ({"model": 3}, "config.model is a group of settings and got 3"),
+        ({"train": {"steps": True}}, r"config.train.steps must be int \| str and got True"),
+        ({"train": {"steps": 5.0}}, r"config.train.steps must be int \| str and got 5.0"),
+        ({"study": {"seeds": 3}}, r"config.study.seeds must be tuple.* and got 3"),
+        ({"study": {"criteria": "swe"}}, r"config.study.criteria must be .* and got 'swe'"),
+        ({"study": {"seeds": [0, "1"]}}, r"config.study.seeds\[1\] must be int and got '1'"),
+        ({"study": {"seeds": [0, True]}}, r"config.study.seeds\[1\] must be int and got True"),
+        ({"prune": {"include": "kernel"}}, "config.prune.include must be"),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_refused_by_their_path(values, sentence):
+    with pytest.raises(InputError, match=sentence):
+        config.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"model": {"width": 100, "heads": 6}}, "model.width = 100"),
+        ({"model": {"layers": 0}}, "model.layers = 0"),
+        ({"model": {"dropout": 1.0}}, "model.dropout = 1.0"),
+        ({"model": {"dropout": float("nan")}}, "model.dropout"),
+        ({"data": {"eval_windows": 65}}, "data.eval_windows = 65"),
+        ({"data": {"validation_fraction": 0.0}}, "data.validation_fraction"),
+        ({"train": {"learning_rate": 0.0}}, "train.learning_rate"),
+        ({"finetune": {"clip": float("inf")}}, "finetune.clip"),
+        ({"trajectory": {"window_start": 0}}, "trajectory.window_start"),
+        ({"study": {"std_rates": [-1]}}, "study.std_rates"),
+        ({"study": {"sparsities": [1.0]}}, "study.sparsities"),
+        ({"study": {"scopes": ["layer"]}}, "study.scopes = 'layer'"),
+        ({"prune": {"values_from": "clone"}}, "prune.values_from"),
+        ({"log_every": 0}, "log_every"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_the_run(values, sentence):
+    with pytest.raises(InputError, match=f"config.{sentence}.*cannot be used"):
+        config.validate(config.from_dict(values))
+
+
+def test_defaults_are_valid():
+    config.validate(config.Config())
+
+
+def test_fingerprint_tells_every_setting_apart_and_nothing_else():
+    base = config.Config()
+    assert base.fingerprint() == config.from_dict(dataclasses.asdict(base)).fingerprint()
+    others = [
+        {"name": "other"}, {"model": {"layers": 5}}, {"study": {"seeds": [0]}},
+        {"trajectory": {"power": 0.6}},
+    ]  # fmt: skip
+    prints = {config.from_dict(values).fingerprint() for values in others}
+    assert len(prints | {base.fingerprint()}) == 5
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="some.py"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+GOOD = """
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict({"name": "tiny", "model": {"layers": 2}})
+"""
+
+
+def test_load_reads_a_file_and_applies_overrides_over_it(write):
+    path = write(GOOD)
+    assert config.load(path) == config.Config(name="tiny", model=config.ModelConfig(layers=2))
+    made = config.load(
+        str(path),
+        ["model.layers=3", "train.steps=2 epochs", "study.seeds=[5]", "name=a=b", "data.batch=8",
+         "prune.include=('x',)", "model.vocab_size=None", "trajectory.power=1"],
+    )  # fmt: skip
+    assert made.model.layers == 3
+    assert made.train.steps == "2 epochs"
+    assert made.study.seeds == (5,)
+    assert made.name == "a=b"
+    assert made.prune.include == ("x",)
+    assert made.trajectory.power == 1.0
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("model.layers", "has no '='"),
+        ("model.layer=3", "did you mean 'layers'"),
+        ("modle.layers=3", "did you mean 'model'"),
+        ("model.layers=three", "model.layers must be int and got 'three'"),
+        ("model.layers.deep=3", "'layers' is no group of settings"),
+        ("model=3", "config.model is a group of settings"),
+        ("=3", "config has no setting ''"),
+        ("study.seeds={[]: 1}", "config.study.seeds must be"),
+        ("model.layers=0", "model.layers = 0 cannot be used"),
+    ],
+)
+def test_overrides_are_checked_as_the_file_is(write, override, sentence):
+    with pytest.raises(InputError, match=sentence):
+        config.load(write(GOOD), [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "sentence"),
+    [
+        (GOOD, "some.yaml", "is not Python; give a .py file"),
+        ("x = 1", "some.py", "defines no get_config"),
+        ("def get_config(:", "some.py", "fails to run: SyntaxError"),
+        ("1 / 0", "some.py", "fails to run: ZeroDivisionError"),
+        ("import nowhere_to_be_found", "some.py", "fails to run: ModuleNotFoundError"),
+        ("def get_config():\n    1 / 0", "some.py", "fails to run: ZeroDivisionError"),
+        ("get_config = 3", "some.py", "fails to run: TypeError"),
+        ("def get_config(): pass", "some.py", "returns NoneType; return a ConfigDict"),
+    ],
+)
+def test_files_that_give_no_config_are_refused(write, text, name, sentence):
+    with pytest.raises(InputError, match=sentence):
+        config.load(write(text, name))
+
+
+def test_a_plain_dict_will_do(write):
+    path = write('def get_config():\n    return {"model": {"layers": 2}}')
+    assert config.load(path, ["train.clip=2"]).train.clip == 2.0
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "none.py"):
+        with pytest.raises(InputError, match="is not a file"):
+            config.load(path)
