@@ -2,6 +2,7 @@
 
 The activations travel as N x D, tokens of the whole batch by width: a matrix product over two axes
 is the one shape that every backend runs at full speed. Heads exist inside `attention` only.
+Dropout acts on the embedding and on what each block adds, not on the attention's weights.
 
 Sources: Vaswani et al. 2017 (attention), Radford et al. 2019 (GPT-2: pre-norm, the initialization),
 https://github.com/karpathy/nanoGPT (one flag for all biases, the 10.7 M character-level model).
@@ -28,6 +29,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 INIT_STDDEV = 0.02
+QUERY_PARTS = (
+    4  # of the causal attention; more would save up to half of the work, in smaller pieces
+)
+MIN_QUERIES = 64  # in a part; fewer do not fill a matrix product
 
 
 def build(config: ModelConfig, vocab_size: int) -> "GPT":
@@ -103,7 +108,11 @@ class GPT(nn.Module):
             x_NxD = Block(cfg, name=f"block_{layer}")(x_NxD, batch, train)
         x_NxD = _norm(cfg, "final_norm")(x_NxD)
         if cfg.tied_head:
-            logits_NxV = embed.attend(x_NxD)
+            # Not embed.attend, whose logits would be rounded to config.dtype.
+            table_VxD = embed.embedding.astype(cfg.dtype)
+            logits_NxV = jnp.einsum(
+                "nd,vd->nv", x_NxD, table_VxD, preferred_element_type=jnp.float32
+            )
         else:
             logits_NxV = _dense(cfg, self.vocab_size, "head")(x_NxD)
         return logits_NxV.astype(jnp.float32).reshape(batch, length, self.vocab_size)
@@ -152,20 +161,47 @@ class MLP(nn.Module):
     def __call__(self, x_NxD: Array) -> Array:  # noqa: D102 (the class's)
         cfg = self.config
         h_NxF = _dense(cfg, cfg.hidden_ratio * cfg.width, "up")(x_NxD)
-        h_NxF = ACTIVATIONS[cfg.activation](h_NxF)
+        # Only its input is kept for the backward pass; what lies between is cheaper made anew.
+        h_NxF = jax.checkpoint(ACTIVATIONS[cfg.activation])(h_NxF)
         return _dense(cfg, cfg.width, "down", residual=True)(h_NxF)
 
 
-def attention(q_BxLxHxK: Array, k_BxLxHxK: Array, v_BxLxHxK: Array) -> Array:
-    """Returns softmax(mask(q kᵀ / √K)) v, each token attending to itself and those before it."""
+@jax.checkpoint  # the backward pass may make the L x L arrays anew: O(L) is kept of each head
+def attention(
+    q_BxLxHxK: Float[Array, "B L H K"],
+    k_BxLxHxK: Float[Array, "B L H K"],
+    v_BxLxHxK: Float[Array, "B L H K"],
+) -> Float[Array, "B L H K"]:
+    """Returns softmax(mask(q kᵀ / √K)) v, each token attending to itself and those before it.
+
+    The queries are taken in up to QUERY_PARTS consecutive parts, and a part meets only the keys up
+    to its own last token: with four parts 5/8 of the products and exponentials remain. Scores and
+    softmax are float32; the products are of the inputs' dtype and accumulate in float32.
+    """
     length, width = q_BxLxHxK.shape[1], q_BxLxHxK.shape[-1]
-    scores_BxHxLxL = jnp.einsum(
-        "blhk,bmhk->bhlm", q_BxLxHxK, k_BxLxHxK, preferred_element_type=jnp.float32
-    )
-    causal_LxL = jnp.tril(jnp.ones((length, length), bool))
-    scores_BxHxLxL = jnp.where(causal_LxL, scores_BxHxLxL / math.sqrt(width), -jnp.inf)
-    weights_BxHxLxL = jax.nn.softmax(scores_BxHxLxL).astype(v_BxLxHxK.dtype)
-    return jnp.einsum("bhlm,bmhk->blhk", weights_BxHxLxL, v_BxLxHxK)
+    q_BxHxLxK = (q_BxLxHxK / math.sqrt(width)).swapaxes(1, 2)
+    k_BxHxLxK, v_BxHxLxK = k_BxLxHxK.swapaxes(1, 2), v_BxLxHxK.swapaxes(1, 2)
+    part = math.ceil(length / max(1, min(QUERY_PARTS, length // MIN_QUERIES)))
+    parts = []
+    for start in range(0, length, part):
+        stop = min(start + part, length)
+        q, k, v = q_BxHxLxK[:, :, start:stop], k_BxHxLxK[:, :, :stop], v_BxHxLxK[:, :, :stop]
+        parts.append(_attend(q, k, v, start))
+    return jnp.concatenate(parts, axis=2).swapaxes(1, 2)
+
+
+def _attend(q_BxHxQxK: Array, k_BxHxLxK: Array, v_BxHxLxK: Array, start: int) -> Array:
+    """Returns the outputs B x H x Q x K of Q queries, of which the first is at position `start`."""
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores_BxHxQxL = dot("bhqk,bhlk->bhql", q_BxHxQxK, k_BxHxLxK)
+    seen_QxL = jnp.tri(*scores_BxHxQxL.shape[2:], k=start, dtype=bool)
+    scores_BxHxQxL = jnp.where(seen_QxL, scores_BxHxQxL, -jnp.inf)
+    # The maximum cancels in the quotient, so no gradient need flow through it.
+    top_BxHxQx1 = jax.lax.stop_gradient(scores_BxHxQxL.max(-1, keepdims=True))
+    weights_BxHxQxL = jnp.exp(scores_BxHxQxL - top_BxHxQx1)
+    # Divided after the product, where the array is L / K times smaller.
+    y_BxHxQxK = dot("bhql,bhlk->bhqk", weights_BxHxQxL.astype(v_BxHxLxK.dtype), v_BxHxLxK)
+    return (y_BxHxQxK / weights_BxHxQxL.sum(-1, keepdims=True)).astype(v_BxHxLxK.dtype)
 
 
 def _dense(
