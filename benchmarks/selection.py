@@ -97,7 +97,7 @@ def row(n: int, share: int, ties: bool) -> list[str]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--large", action="store_true", help="also 1e8 weights")
     sizes = [10**6, 10**7] + ([10**8] if parser.parse_args().large else [])
     device = jax.devices()[0]

@@ -229,7 +229,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(
             f"get_config() of {str(path)!r} returns {type(values).__name__}; return a ConfigDict"
         )
-    values = ConfigDict(values).to_dict()
+    values = (values if isinstance(values, ConfigDict) else ConfigDict(values)).to_dict()
     for override in overrides:
         _apply_override(values, override)
     config = from_dict(values)

@@ -298,9 +298,8 @@ def _joined(
 ) -> dict[str, Array]:
     """Returns the buffers of one weight over the snapshots of x and then y."""
 
-    def carries(name: str) -> tuple[Array, Array]:
-        zero = jnp.zeros_like(x[name])
-        return tuple(of.get(name + _CARRY, zero).astype(jnp.float32) for of in (x, y))
+    def carry_of(part: dict[str, Array], name: str) -> Array:
+        return part.get(name + _CARRY, jnp.zeros_like(part[name])).astype(jnp.float32)
 
     new = {}
     for name in x:
@@ -311,7 +310,7 @@ def _joined(
         elif name in ("votes", "sign_flips"):
             new[name] = x[name] + y[name]
         elif name in _CARRIED:
-            x_carry, y_carry = carries(name)
+            x_carry, y_carry = carry_of(x, name), carry_of(y, name)
             if name in ("path_length", "sum_of_squares"):
                 increment, carry = y[name], x_carry + y_carry
             else:
@@ -319,8 +318,7 @@ def _joined(
                 increment = step * (y[name] - x[name])
                 carry = x_carry + step * (y_carry - x_carry)
             if name == "sum_of_squares":
-                mean_carries = carries("mean")
-                apart = (y["mean"] - x["mean"]) + (mean_carries[1] - mean_carries[0])
+                apart = (y["mean"] - x["mean"]) + (carry_of(y, "mean") - carry_of(x, "mean"))
                 carry = carry + between * apart**2
             partial, error = _two_sum(x[name], increment)
             new[name], rest = _two_sum(partial, carry + error)
