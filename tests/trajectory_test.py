@@ -139,9 +139,9 @@ def long_histories():
     yield "oscillating about 0.1", 0.1 + base * (-1) ** t
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def scanned(thetas, measures):
-    stats = trajectory.init(params(thetas[0]), measures)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def scanned(thetas, measures, compensated):
+    stats = trajectory.init(params(thetas[0]), measures, compensated=compensated)
     return jax.lax.scan(lambda s, x: (trajectory.update(s, params(x)), None), stats, thetas[1:])[0]
 
 
@@ -149,12 +149,29 @@ def scanned(thetas, measures):
 def test_no_digits_are_lost_over_100_000_snapshots(name):
     thetas = dict(long_histories())[name].astype(np.float32)
     measures = ("late_mean", "mean", "variance", "mean_abs", "path_length")
-    assert_measures(scanned(jnp.asarray(thetas), measures), thetas, measures=measures, atol=1e-7)
+    stats = scanned(jnp.asarray(thetas), measures, True)
+    assert_measures(stats, thetas, measures=measures, atol=1e-7)
 
 
-def test_without_compensation_the_two_bytes_are_saved_and_short_runs_are_as_good():
+@pytest.mark.parametrize("name", [name for name, _ in long_histories()])
+def test_one_float32_a_weight_is_enough_for_500_snapshots(name):
+    thetas = dict(long_histories())[name][:501].astype(np.float32)
+    measures = ("late_mean", "mean", "mean_abs")
+    stats = scanned(jnp.asarray(thetas), measures, False)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(stats.buffers))
+    assert_measures(stats, thetas, measures=measures, atol=1e-7)
+
+
+def test_100_000_snapshots_need_compensation():
+    thetas = dict(long_histories())["drifting"].astype(np.float32)
+    plain, exact = scanned(jnp.asarray(thetas), ("mean",), False), whole(thetas, "mean")
+    error = np.abs(value(plain, "mean") / exact - 1).max()
+    assert 1e-5 < error < 3e-3
+
+
+def test_by_default_every_measure_is_float32_and_nothing_else():
     thetas = history(30)
-    stats = tracked(thetas, compensated=False)
+    stats = tracked(thetas)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(stats.buffers))
     assert_measures(stats, thetas)
 
@@ -186,10 +203,10 @@ def test_merging_with_nothing_changes_nothing():
 
 def test_merging_keeps_the_digits_of_many_parts():
     thetas = np.linspace(1, 4, 2001)[:, None, None] * np.ones(SHAPE)
-    merged = tracked(thetas[:1], ("mean", "path_length"))
+    merged = tracked(thetas[:1], ("mean", "path_length"), compensated=True)
     merge = jax.jit(trajectory.merge)
     for t in range(2000):
-        one = tracked(thetas[t : t + 2], ("mean", "path_length"), start=t)
+        one = tracked(thetas[t : t + 2], ("mean", "path_length"), start=t, compensated=True)
         merged = merge(merged, one)
     assert_measures(merged, thetas.astype(np.float32), measures=("mean", "path_length"))
 
@@ -261,11 +278,10 @@ def test_buffers_are_shared_and_memory_says_what_they_take():
         for name, buffer in stats.buffers.items()
     }
     assert actual == trajectory.memory(params(history(0)[0]), measures)
-    assert [name for name in actual if not name.endswith("_carry")] == [
-        "first", "last", "mean", "path_length", "sum_of_squares",
-    ]  # fmt: skip
+    assert list(actual) == ["first", "last", "mean", "path_length", "sum_of_squares"]
     abstract = jax.eval_shape(params, history(0)[0])
-    assert trajectory.memory(abstract, measures, compensated=False)["mean"] == 4 * 12
+    assert trajectory.memory(abstract, measures)["mean"] == 4 * 12
+    assert trajectory.memory(abstract, measures, compensated=True)["mean_carry"] == 2 * 12
 
 
 def test_one_measure_may_be_given_as_a_string():
@@ -304,7 +320,7 @@ def test_reading_what_was_not_tracked_is_refused():
 
 @pytest.mark.parametrize(
     "other",
-    [{"power": 1.0}, {"window_start": 2}, {"measures": ("mean",)}, {"compensated": False}],
+    [{"power": 1.0}, {"window_start": 2}, {"measures": ("mean",)}, {"compensated": True}],
 )
 def test_merging_statistics_of_different_settings_is_refused(other):
     a = trajectory.init(params(np.ones(SHAPE)), **{"measures": ("late_mean",)})
