@@ -20,7 +20,7 @@ known. The running mean and variance follow Welford (Technometrics 4(3), 1962) a
 Chan, Golub and LeVeque (Stanford STAN-CS-79-773, 1979).
 
 Each buffer is one float32 per weight. A float32 forgets increments below half its last place: a
-mean of 100,000 snapshots of a weight that drifts is wrong by 1e-3, one of 500 by less than 1e-5
+mean of 100,000 snapshots of a weight that drifts is wrong by 1e-3, one of 200 by less than 1e-5
 (both in tests/trajectory_test.py). For runs that long, `compensated=True` lets each mean and sum
 carry its rounding error (TwoSum; Knuth, TAOCP 2, 4.2.2) in a bfloat16 beside it.
 """
@@ -107,7 +107,7 @@ def init(
         vote_rate: for `votes`.
         start: snapshots taken before, when these statistics continue others (see `merge`).
         compensated: carry rounding errors along, for two more bytes a weight and mean or sum;
-            worth it beyond some thousand snapshots.
+            worth it beyond some hundred snapshots.
 
     Raises:
         InputError: unknown or no measure, nothing to track, a window that starts before

@@ -73,17 +73,18 @@ def made(kind, dtype):
     )
 
 
-def moved(params, t):
-    return jax.tree.map(
+@jax.jit
+def snapshot(stats, params, t):
+    params = jax.tree.map(
         lambda x: x + (jnp.sin(x * 9 + t) * 0.3).astype(x.dtype) if tree.is_weight(x) else x, params
     )
+    return params, trajectory.update(stats, params)
 
 
 def tracked(params):
-    stats, update = trajectory.init(params, MEASURES), jax.jit(trajectory.update)
+    stats = trajectory.init(params, MEASURES)
     for t in range(3):
-        params = moved(params, t)
-        stats = update(stats, params)
+        params, stats = snapshot(stats, params, t)
     return params, stats
 
 

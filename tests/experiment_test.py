@@ -193,12 +193,12 @@ def test_another_config_is_refused_with_the_difference(finished, tmp_path, plays
 def test_a_second_run_on_the_workdir_is_refused(tmp_path, plays_dir):
     settings = tiny.config(plays_dir)
     workdir = experiment.Workdir(tmp_path)
-    with experiment.claim(workdir, settings):
-        with (
-            pytest.raises(InputError, match="is in use by another run"),
-            experiment.claim(workdir, settings),
-        ):
-            pass
+    with (
+        experiment.claim(workdir, settings),
+        pytest.raises(InputError, match="is in use by another run"),
+        experiment.claim(workdir, settings),
+    ):
+        pass
     with experiment.claim(workdir, settings):
         pass
 
