@@ -151,11 +151,13 @@ def test_a_new_criterion_is_one_function_and_one_decorator(monkeypatch):
 
     @importance.register("scaled")
     def scaled(weight, factor=2.0):
-        return factor * weight
+        return (factor * weight).astype(jnp.bfloat16)
 
     assert "scaled" in importance.names()
     score = importance.score("scaled", PARAMS, factor=3.0)["up"]["kernel"]
-    np.testing.assert_allclose(score, 3 * PARAMS["up"]["kernel"])
+    assert score.dtype == jnp.float32
+    # rtol: of a criterion that computes in bfloat16.
+    np.testing.assert_allclose(score, 3 * PARAMS["up"]["kernel"], rtol=2**-8)
     with pytest.raises(ValueError, match="registered already"):
         importance.register("scaled")(scaled)
     with pytest.raises(ValueError, match="which nothing provides"):
