@@ -80,10 +80,11 @@ def assert_measures(stats, thetas, *, atol=1e-6, measures=MEASURES, **settings):
         )
 
 
+@pytest.mark.parametrize("compensated", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_every_measure_equals_its_definition_over_the_whole_history(dtype):
+def test_every_measure_equals_its_definition_over_the_whole_history(dtype, compensated):
     thetas = history(23, dtype=dtype)
-    assert_measures(tracked(thetas), thetas)
+    assert_measures(tracked(thetas, compensated=compensated), thetas)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2])
@@ -211,10 +212,11 @@ def test_merging_keeps_the_digits_of_many_parts():
     assert_measures(merged, thetas.astype(np.float32), measures=("mean", "path_length"))
 
 
-def test_restored_statistics_continue_bit_for_bit():
+@pytest.mark.parametrize("compensated", [True, False])
+def test_restored_statistics_continue_bit_for_bit(compensated):
     thetas = history(16)
-    uninterrupted = tracked(thetas)
-    half = tracked(thetas[:9])
+    uninterrupted = tracked(thetas, compensated=compensated)
+    half = tracked(thetas[:9], compensated=compensated)
     leaves, treedef = jax.tree.flatten(half)
     restored = treedef.unflatten([jnp.asarray(np.array(leaf)) for leaf in leaves])
     for theta in thetas[9:]:

@@ -73,9 +73,10 @@ def test_masks_are_laid_out_as_the_scores(mesh, spec):
 def test_statistics_are_laid_out_as_the_weights(mesh, spec):
     params = placed(weights(), mesh, SPECS[spec])
     measures = tuple(trajectory.BUFFERS)
-    stats = trajectory.init(params, measures)
+    stats = trajectory.init(params, measures, compensated=True)
     updated = jax.jit(trajectory.update)(stats, params)
-    merged = jax.jit(trajectory.merge)(updated, trajectory.init(params, measures, start=1))
+    later = trajectory.init(params, measures, start=1, compensated=True)
+    merged = jax.jit(trajectory.merge)(updated, later)
     for each in (stats, updated, merged, trajectory.update(stats, params)):
         for name, buffer in each.buffers.items():
             for tensor in "ab":
@@ -118,7 +119,7 @@ PROGRAMS = {
     "top_k_masks": lambda x, k: select.top_k_masks([x, x + 1], k),
     "by_std": lambda x, k: masks.by_std({"w": jnp.abs(x)}, k / 100),
     "update": lambda x, k: trajectory.update(
-        trajectory.init({"w": x}, tuple(trajectory.BUFFERS)), {"w": x * k}
+        trajectory.init({"w": x}, tuple(trajectory.BUFFERS), compensated=True), {"w": x * k}
     ),
 }
 
