@@ -1,4 +1,7 @@
-"""The paper's experiment on a small character model: the demo."""
+"""The paper's experiment on a small character model: the demo.
+
+    python -m swe_prune run --config=configs/shakespeare_char.py --workdir=runs/demo
+"""
 
 from ml_collections import ConfigDict
 
@@ -7,21 +10,31 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "name": "shakespeare_char",
-            "model": {"layers": 3, "heads": 4, "width": 128, "context": 64},
-            "data": {"batch": 32, "eval_windows": 256, "eval_batch": 128},
+            "model": {"layers": 2, "heads": 4, "width": 96, "context": 64},
+            "data": {"batch": 16, "eval_windows": 256, "eval_batch": 64},
             "train": {
-                "steps": 600,
+                "steps": 800,
                 "learning_rate": 3e-3,
                 "final_learning_rate": 3e-4,
                 "warmup": 50,
+                "checkpoint_every": "25%",
             },
+            "trajectory": {"every": "5%"},  # twenty snapshots
             "finetune": {
-                "steps": 60,
+                "steps": 80,
                 "learning_rate": 1e-3,
-                "final_learning_rate": 1e-4,
+                "final_learning_rate": 0.0,
                 "warmup": 10,
                 "eval_every": 0,
-                "checkpoint_every": 0,
+                "checkpoint_every": 0,  # a killed cell starts again: it takes seconds
+            },
+            "study": {
+                "std_criteria": ("swe", "swe_spread", "magnitude"),
+                "std_rates": (0.5, 1.0, 1.4, 2.0, 3.0),
+                "std_seeds": (0, 1),
+                "criteria": ("swe", "mean_abs", "magnitude", "random"),
+                "sparsities": (0.3, 0.5, 0.6, 0.8, 0.9),
+                "seeds": (0, 1),
             },
         }
     )

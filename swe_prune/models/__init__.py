@@ -7,4 +7,5 @@ One legend for the letters that carry shapes in names (`x_BxLxD`), here and in t
     D  model width                F  hidden width of the MLP
     H  attention heads            K  width of one head, D // H
     R  inputs of a kernel         C  outputs of a kernel (a Flax Dense kernel is R x C)
+    Q  queries of one part of the attention
 """
