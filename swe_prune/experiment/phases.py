@@ -1,20 +1,21 @@
 """What is done, phase by phase. Each leaves a result.json and is skipped when that is there."""
 
+import contextlib
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune import masks as masks_lib
 from swe_prune import trajectory, tree
 from swe_prune.checkpoint import Checkpoints
 from swe_prune.errors import InputError, RunError
-from swe_prune.experiment import grid, results
-from swe_prune.experiment.setup import Experiment, sample_indices
+from swe_prune.experiment import artifacts, grid, results
+from swe_prune.experiment.setup import Experiment
 from swe_prune.experiment.workdir import read_json, remove
 from swe_prune.training import loop
 from swe_prune.training.metrics import write_json
@@ -23,7 +24,6 @@ from swe_prune.training.state import TrainState
 from swe_prune.training.step import prune_step
 
 FINETUNE_DATA = 1 << 16  # added to the seed, so that fine-tuning sees the text in another order
-HISTOGRAM_BINS = 80
 
 
 def run(experiment: Experiment, progress: Progress) -> None:
@@ -44,16 +44,15 @@ def train(experiment: Experiment, progress: Progress) -> None:
         phase = experiment.phase(
             f"dense, seed {seed}", folder, experiment.config.train, experiment.train_steps
         )
-        with progress.phase(phase.name, phase.steps) as advance:
-            state, seconds = loop.fit(
-                phase,
-                experiment.fresh_state(seed),
-                experiment.train_step,
-                experiment.batches(seed),
-                evaluate=experiment.validation_loss,
-                sample=experiment.sampler(),
-                progress=advance,
-            )
+        state, seconds = _fit(
+            experiment,
+            progress,
+            phase,
+            experiment.fresh_state(seed),
+            experiment.train_step,
+            data_seed=seed,
+            sample=artifacts.sampler(experiment.prunable),
+        )
         loss = _finite(experiment.validation_loss(state.params), phase.name)
         result = {
             "dense_loss": loss,
@@ -114,11 +113,10 @@ def _prune_cell(
     loss = _finite(experiment.validation_loss(params), cell.name)
     seconds = time.perf_counter() - begun
     tally = masks_lib.summary(masks)
-    edges = _edges(dense.params, masks)
+    edges = artifacts.histogram_edges(dense.params, masks)
     folder = experiment.workdir.cell(cell)
-    store = Checkpoints(folder / "masks", keep=1)
-    store.save(0, masks, {"cell": cell.name})
-    store.close()
+    with contextlib.closing(Checkpoints(folder / "masks", keep=1)) as store:
+        store.save(0, masks, {"cell": cell.name})
     result = {
         "seed": cell.seed,
         "criterion": cell.criterion,
@@ -134,14 +132,10 @@ def _prune_cell(
         "tensors": {n: {"kept": t.kept, "total": t.total} for n, t in tally.tensors.items()},
         "histogram": {
             "edges": edges,
-            "dense": _histogram(dense.params, masks, edges, kept_only=False),
-            "pruned": _histogram(params, masks, edges, kept_only=True),
+            "dense": artifacts.histogram(dense.params, masks, edges, kept_only=False),
+            "pruned": artifacts.histogram(params, masks, edges, kept_only=True),
         },
-        "sample_kept": {
-            name: np.asarray(mask).reshape(-1)[sample_indices(name, mask.size)]
-            for name, mask in tree.named_leaves(masks)
-            if mask is not None
-        },
+        "sample_kept": artifacts.sampled(masks),
     }
     write_json(folder / "result.json", result)
 
@@ -173,11 +167,12 @@ def _finetune_cell(
     result["finetuned_loss"] = _finite(experiment.validation_loss(state.params), name)
     result["seconds"] += seconds
     edges = result["histogram"]["edges"]
-    result["histogram"]["finetuned"] = _histogram(state.params, masks, edges, kept_only=True)
+    result["histogram"]["finetuned"] = artifacts.histogram(
+        state.params, masks, edges, kept_only=True
+    )
     if experiment.config.keep_finetuned:
-        store = Checkpoints(folder / "finetuned", keep=1)
-        store.save(experiment.finetune_steps, state.params, {"cell": cell.name})
-        store.close()
+        with contextlib.closing(Checkpoints(folder / "finetuned", keep=1)) as store:
+            store.save(experiment.finetune_steps, state.params, {"cell": cell.name})
     write_json(folder / "result.json", result)
     remove(folder / "checkpoints")
     progress.say(
@@ -258,13 +253,36 @@ def _tune(
     experiment: Experiment, progress: Progress, name: str, folder: Any, state: Any, seed: int
 ) -> tuple[TrainState, float]:
     phase = experiment.phase(name, folder, experiment.config.finetune, experiment.finetune_steps)
-    with progress.phase(name, phase.steps) as advance:
+    step = experiment.finetune_step
+    return _fit(experiment, progress, phase, state, step, data_seed=seed + FINETUNE_DATA)
+
+
+def _fit(
+    experiment: Experiment,
+    progress: Progress,
+    phase: loop.Phase,
+    state: TrainState,
+    step: Callable[..., Any],
+    *,
+    data_seed: int,
+    sample: Callable[[PyTree], dict[str, Any]] | None = None,
+) -> tuple[TrainState, float]:
+    """Returns the state after a phase and its seconds, resuming from its own checkpoints."""
+    with contextlib.ExitStack() as stack:
+        checkpoints = None
+        if phase.checkpoint_every:
+            checkpoints = stack.enter_context(
+                contextlib.closing(Checkpoints(phase.folder / "checkpoints"))
+            )
+        advance = stack.enter_context(progress.phase(phase.name, phase.steps))
         return loop.fit(
             phase,
             state,
-            experiment.finetune_step,
-            experiment.batches(seed + FINETUNE_DATA),
+            step,
+            experiment.batches(data_seed),
+            checkpoints=checkpoints,
             evaluate=experiment.validation_loss,
+            sample=sample,
             progress=advance,
         )
 
@@ -283,11 +301,8 @@ def _todo(experiment: Experiment, missing: str | None) -> list[tuple[int, list[g
 
 
 def _restore(folder: Any, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
-    store = Checkpoints(folder)
-    try:
+    with contextlib.closing(Checkpoints(folder)) as store:
         return store.restore(like)
-    finally:
-        store.close()
 
 
 def _finite(loss: float, name: str) -> float:
@@ -312,28 +327,3 @@ def _revived(params: PyTree, masks: PyTree) -> Any:
         is_leaf=tree.is_none,
     )
     return sum(jax.tree.leaves(revived))
-
-
-def _edges(params: PyTree, masks: PyTree) -> np.ndarray:
-    largest = max(
-        float(jnp.max(jnp.abs(weight)))
-        for (_, weight), (_, mask) in zip(
-            tree.named_leaves(params), tree.named_leaves(masks), strict=True
-        )
-        if mask is not None
-    )
-    # Float32, as the weights are: the largest must not fall outside by a rounding.
-    return np.linspace(-largest, largest, HISTOGRAM_BINS + 1, dtype=np.float32)
-
-
-def _histogram(params: PyTree, masks: PyTree, edges: Any, *, kept_only: bool) -> np.ndarray:
-    edges = np.asarray(edges, np.float32)
-    counts = np.zeros(len(edges) - 1, np.int64)
-    for (_, weight), (_, mask) in zip(
-        tree.named_leaves(params), tree.named_leaves(masks), strict=True
-    ):
-        if mask is not None:
-            values = np.asarray(weight)[np.asarray(mask)] if kept_only else np.asarray(weight)
-            # What training moved beyond the outermost edges belongs to the outermost bins.
-            counts += np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
-    return counts

@@ -1,13 +1,11 @@
 """Everything that is built once for an experiment: data, model, steps compiled on first use."""
 
 import dataclasses
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
 from jaxtyping import PyTree
 
@@ -22,8 +20,6 @@ from swe_prune.training import optimizer as optimizer_lib
 from swe_prune.training import state as state_lib
 from swe_prune.training import step as step_lib
 from swe_prune.training.loop import Phase
-
-SAMPLED_PER_TENSOR = 48  # weights whose trajectories the report may draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,30 +122,6 @@ class Experiment:
             checkpoint_every=to_steps(settings.checkpoint_every, total=steps),
             sample_every=self.track_every,
         )
-
-    def sampler(self) -> Callable[[PyTree], dict[str, Any]]:
-        """Returns the compiled function from parameters to the sampled weights of each tensor."""
-        indices = {
-            name: sample_indices(name, tree.size(leaf))
-            for (name, leaf), (_, chosen) in zip(
-                tree.named_leaves(self.abstract_params),
-                tree.named_leaves(self.prunable),
-                strict=True,
-            )
-            if chosen
-        }
-
-        def sample(params: PyTree) -> dict[str, Any]:
-            named = dict(tree.named_leaves(params))
-            return {name: named[name].reshape(-1)[index] for name, index in indices.items()}
-
-        return jax.jit(sample)
-
-
-def sample_indices(name: str, size: int) -> np.ndarray:
-    """Returns the flat indices, int64, of the weights of a tensor whose trajectories are kept."""
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
-    return np.sort(rng.choice(size, min(SAMPLED_PER_TENSOR, size), replace=False))
 
 
 def setup(config: Config, path: Path) -> Experiment:

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import jax
 from jaxtyping import PyTree
 
-from swe_prune.checkpoint import Checkpoints
 from swe_prune.training import metrics as metrics_lib
 from swe_prune.training.state import TrainState
 from swe_prune.training.step import Batch, Metrics
@@ -35,17 +34,33 @@ class BatchIterator(Protocol):
         ...
 
 
+class Saver(Protocol):
+    """Where the states of one phase are kept: what `checkpoint.Checkpoints` is."""
+
+    def latest(self) -> int | None:
+        """Returns the number of the newest checkpoint, or None."""
+        ...
+
+    def save(self, step: int, tree: PyTree, extra: dict[str, Any]) -> None:
+        """Writes a checkpoint, whole or not at all."""
+        ...
+
+    def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """Returns the newest."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """One phase of training and where it keeps what it makes.
 
     Attributes:
         name: shown to the user.
-        folder: holds `checkpoints/`, `metrics.jsonl` and, with samples, `trajectory.jsonl`.
+        folder: holds `metrics.jsonl` and, with samples, `trajectory.jsonl`.
         steps: length.
         log_every: steps between lines of metrics.
         eval_every: steps between evaluations; 0: none.
-        checkpoint_every: steps between checkpoints; 0: none at all, the phase is short.
+        checkpoint_every: steps between checkpoints; 0: none.
         sample_every: steps between samples of the weights; 0: none.
     """
 
@@ -64,6 +79,7 @@ def fit(
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     batches: BatchIterator,
     *,
+    checkpoints: Saver | None = None,
     evaluate: Callable[[PyTree], float] | None = None,
     sample: Callable[[PyTree], dict[str, Any]] | None = None,
     progress: Callable[[int, dict[str, float]], None] = lambda step, shown: None,
@@ -75,6 +91,7 @@ def fit(
         state: at step 0; it is donated. A checkpoint of the phase takes its place.
         step: the compiled train step.
         batches: positioned at its start; a checkpoint's position takes its place.
+        checkpoints: of this phase; None: a phase that is killed starts again.
         evaluate: validation loss of parameters.
         sample: a few weights of every tensor, for the report's trajectories.
         progress: called with the step and what is known of it.
@@ -82,7 +99,6 @@ def fit(
     Raises:
         RunError: the loss is not finite; no later checkpoint than the last good one exists.
     """
-    checkpoints = Checkpoints(phase.folder / "checkpoints") if phase.checkpoint_every else None
     before = 0.0
     if checkpoints is not None and checkpoints.latest() is not None:
         state, extra = checkpoints.restore(state)
@@ -114,6 +130,4 @@ def fit(
             checkpoints.save(number, state, {"batches": batches.get_state(), "seconds": seconds})
     meter.flush()
     jax.block_until_ready(state)
-    if checkpoints is not None:
-        checkpoints.close()
     return state, before + time.perf_counter() - begun

@@ -1,0 +1,74 @@
+"""What the report draws of the weights: a fixed sample of each tensor, and histograms."""
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from swe_prune import tree
+
+SAMPLED_PER_TENSOR = 48  # weights whose trajectories the report may draw
+HISTOGRAM_BINS = 80
+
+
+def sample_indices(name: str, size: int) -> np.ndarray:
+    """Returns the flat indices, int64, of the weights of a tensor whose trajectories are kept."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    return np.sort(rng.choice(size, min(SAMPLED_PER_TENSOR, size), replace=False))
+
+
+def sampled(values: PyTree) -> dict[str, Any]:
+    """Returns the sampled elements of every tensor by name; None leaves are left out."""
+    return {
+        name: leaf.reshape(-1)[sample_indices(name, tree.size(leaf))]
+        for name, leaf in tree.named_leaves(values)
+        if leaf is not None
+    }
+
+
+def sampler(prunable: PyTree) -> Callable[[PyTree], dict[str, Any]]:
+    """Returns the compiled function from parameters to the sampled weights of prunable tensors."""
+
+    def sample(params: PyTree) -> dict[str, Any]:
+        return sampled(
+            tree.map_named(lambda _, weight, chosen: weight if chosen else None, params, prunable)
+        )
+
+    return jax.jit(sample)
+
+
+def histogram_edges(params: PyTree, masks: PyTree) -> np.ndarray:
+    """Returns float32 edges that span the weights of the masked tensors, symmetric about 0."""
+    largest = max(
+        float(jnp.max(jnp.abs(weight)))
+        for (_, weight), (_, mask) in zip(
+            tree.named_leaves(params), tree.named_leaves(masks), strict=True
+        )
+        if mask is not None
+    )
+    # Float32, as the weights are: the largest must not fall outside by a rounding.
+    return np.linspace(-largest, largest, HISTOGRAM_BINS + 1, dtype=np.float32)
+
+
+def histogram(params: PyTree, masks: PyTree, edges: Any, *, kept_only: bool) -> np.ndarray:
+    """Returns int64 counts of the masked tensors' weights per bin.
+
+    Args:
+        params: weights.
+        masks: bool pytree, None where dense; dense tensors are not counted.
+        edges: from `histogram_edges`; what lies beyond them goes into the outermost bins.
+        kept_only: leave out what the mask removes.
+    """
+    edges = np.asarray(edges, np.float32)
+    counts = np.zeros(len(edges) - 1, np.int64)
+    for (_, weight), (_, mask) in zip(
+        tree.named_leaves(params), tree.named_leaves(masks), strict=True
+    ):
+        if mask is not None:
+            values = np.asarray(weight)[np.asarray(mask)] if kept_only else np.asarray(weight)
+            counts += np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
+    return counts
