@@ -87,8 +87,8 @@ def _dispatch(options: argparse.Namespace, overrides: list[str]) -> None:
         experiment_lib.plan(experiment, Console())
         return
     progress = Progress()
-    progress.say(experiment_lib.memory_line(experiment))
     with experiment_lib.claim(experiment.workdir, config):
+        progress.say(experiment_lib.memory_line(experiment))
         if options.command == "evaluate":
             _print_evaluation(experiment_lib.evaluate(experiment, progress))
             return

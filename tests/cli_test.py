@@ -79,7 +79,7 @@ def test_a_config_that_is_none(tmp_path, capsys):
         (b"", "empty"),
         (b"abc\x00def" * 400, "binary"),
         (b"\xff\xfe\xfa" * 400, ""),
-        (b"hi", "short"),
+        (b"hi", "has 2 characters"),
     ],
     ids=["empty", "binary", "not utf-8", "short"],
 )
@@ -87,15 +87,9 @@ def test_a_text_that_cannot_be_trained_on(content, part, tmp_path, capsys):
     text = tmp_path / "mine.txt"
     text.write_bytes(content)
     config = tiny.config_file(tmp_path, tiny.config())
-    message = fails(
-        capsys,
-        [
-            "run",
-            f"--config={config}",
-            f"--workdir={tmp_path / 'w'}",
-            f"--config.data.dataset={text}",
-        ],
-    )
+    data = (f"dataset={text}", "train_chars=None", "validation_chars=None")
+    settings = [f"--config.data.{setting}" for setting in data]
+    message = fails(capsys, ["run", f"--config={config}", f"--workdir={tmp_path / 'w'}", *settings])
     assert "mine.txt" in message
     assert part in message
 
