@@ -19,6 +19,7 @@ from swe_prune.experiment.setup import Experiment
 from swe_prune.experiment.workdir import read_json, remove
 from swe_prune.training import loop
 from swe_prune.training.metrics import write_json
+from swe_prune.training.phase import Phase
 from swe_prune.training.progress import Progress
 from swe_prune.training.state import TrainState
 from swe_prune.training.step import prune_step
@@ -260,7 +261,7 @@ def _tune(
 def _fit(
     experiment: Experiment,
     progress: Progress,
-    phase: loop.Phase,
+    phase: Phase,
     state: TrainState,
     step: Callable[..., Any],
     *,

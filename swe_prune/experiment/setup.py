@@ -19,7 +19,7 @@ from swe_prune.models import gpt
 from swe_prune.training import optimizer as optimizer_lib
 from swe_prune.training import state as state_lib
 from swe_prune.training import step as step_lib
-from swe_prune.training.loop import Phase
+from swe_prune.training.phase import Phase
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,16 +4,15 @@ The device is never waited for except to evaluate and to save: metrics are fetch
 A phase that finds a checkpoint of its own goes on from it as if it had never stopped.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 from jaxtyping import PyTree
 
 from swe_prune.training import metrics as metrics_lib
+from swe_prune.training.phase import Phase
 from swe_prune.training.state import TrainState
 from swe_prune.training.step import Batch, Metrics
 
@@ -48,29 +47,6 @@ class Saver(Protocol):
     def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """Returns the newest."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """One phase of training and where it keeps what it makes.
-
-    Attributes:
-        name: shown to the user.
-        folder: holds `metrics.jsonl` and, with samples, `trajectory.jsonl`.
-        steps: length.
-        log_every: steps between lines of metrics.
-        eval_every: steps between evaluations; 0: none.
-        checkpoint_every: steps between checkpoints; 0: none.
-        sample_every: steps between samples of the weights; 0: none.
-    """
-
-    name: str
-    folder: Path
-    steps: int
-    log_every: int
-    eval_every: int = 0
-    checkpoint_every: int = 0
-    sample_every: int = 0
 
 
 def fit(

@@ -6,15 +6,13 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from swe_prune.errors import RunError
-
-if TYPE_CHECKING:
-    from swe_prune.training.loop import Phase
+from swe_prune.training.phase import Phase
 
 
 class JsonLines:
@@ -73,7 +71,7 @@ class Meter:
 
     def __init__(
         self,
-        phase: "Phase",
+        phase: Phase,
         first: int,
         log: JsonLines,
         progress: Callable[[int, dict[str, float]], None],

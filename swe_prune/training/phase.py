@@ -1,0 +1,27 @@
+"""The settings of one phase of training."""
+
+import dataclasses
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One phase of training and where it keeps what it makes.
+
+    Attributes:
+        name: shown to the user.
+        folder: holds `metrics.jsonl` and, with samples, `trajectory.jsonl`.
+        steps: length.
+        log_every: steps between lines of metrics.
+        eval_every: steps between evaluations; 0: none.
+        checkpoint_every: steps between checkpoints; 0: none.
+        sample_every: steps between samples of the weights; 0: none.
+    """
+
+    name: str
+    folder: Path
+    steps: int
+    log_every: int
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    sample_every: int = 0
