@@ -77,6 +77,10 @@ def _dispatch(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.command == "report":
         _report(options.workdir)
         return
+    if options.command == "run":
+        from swe_prune import report
+
+        report.need_extra()  # now rather than after hours of training
     config = _config(options, overrides)
     # jax and all that comes with it, only once there is something to do
     from swe_prune import experiment as experiment_lib

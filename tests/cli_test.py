@@ -113,6 +113,16 @@ def test_phases_out_of_order_say_what_comes_first(tmp_path, plays_dir, capsys):
         assert missing in capsys.readouterr().err
 
 
+def test_a_run_without_the_extra_for_its_report_says_so_first(
+    tmp_path, plays_dir, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    config = tiny.config_file(tmp_path, tiny.config(plays_dir))
+    message = fails(capsys, ["run", f"--config={config}", f"--workdir={tmp_path / 'work'}"])
+    assert "pip install 'swe-prune[report]'" in message
+    assert not (tmp_path / "work").exists()
+
+
 def test_plan_trains_nothing_and_names_every_tensor(tmp_path, plays_dir, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")

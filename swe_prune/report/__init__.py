@@ -7,6 +7,6 @@ made on any machine the working directory was copied to. The path of a number th
       └──────────────────────▶ curves, weights (figures) ─┴▶ sections ─▶ page
 """
 
-from swe_prune.report.page import build
+from swe_prune.report.page import build, need_extra
 
-__all__ = ["build"]
+__all__ = ["build", "need_extra"]

@@ -28,7 +28,7 @@ def build(workdir: Path) -> list[Path]:
     Raises:
         InputError: no finished cell, a malformed file, or the extra `report` is not installed.
     """
-    _need_extra()
+    need_extra()
     # Only now: these import matplotlib, which the rest of the library does without.
     from swe_prune.report import look, sections
 
@@ -47,7 +47,8 @@ def build(workdir: Path) -> list[Path]:
     ]
 
 
-def _need_extra() -> None:
+def need_extra() -> None:
+    """Raises InputError when the extra `report` is not installed."""
     for name in ("matplotlib", "jinja2"):
         try:
             importlib.import_module(name)
