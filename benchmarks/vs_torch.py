@@ -25,9 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import timing
-import torch
-import torch.nn.functional as F
-from torch import nn
+# torch is an extra that linting does without
+import torch  # pyright: ignore[reportMissingImports]
+import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
+from torch import nn  # pyright: ignore[reportMissingImports]
 
 from swe_prune.config import ModelConfig
 from swe_prune.models import gpt
