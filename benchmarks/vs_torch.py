@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import timing
+
 # torch is an extra that linting does without
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
