@@ -128,7 +128,7 @@ class Block(nn.Module):
         cfg = self.config
         drop = nn.Dropout(cfg.dropout, deterministic=not train)
         y_NxD = _norm(cfg, "attention_norm")(x_NxD)
-        x_NxD = x_NxD + drop(Attention(cfg, name="attention")(y_NxD, batch, train))
+        x_NxD = x_NxD + drop(Attention(cfg, name="attention")(y_NxD, batch))
         y_NxD = _norm(cfg, "mlp_norm")(x_NxD)
         return x_NxD + drop(MLP(cfg, name="mlp")(y_NxD))
 
@@ -139,7 +139,7 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_NxD: Array, batch: int, train: bool) -> Array:  # noqa: D102 (the class's)
+    def __call__(self, x_NxD: Array, batch: int) -> Array:  # noqa: D102 (the class's)
         cfg = self.config
         qkv_bias = cfg.use_bias if cfg.qkv_bias is None else cfg.qkv_bias
 
