@@ -242,11 +242,10 @@ def starting_values(experiment: Experiment, dense: TrainState) -> PyTree:
         return dense.params
     assert dense.stats is not None
     late_mean = trajectory.read(dense.stats, "late_mean")
-    return jax.tree.map(
-        lambda mean, weight: weight if mean is None else mean.astype(weight.dtype),
+    return tree.map_leaves(
+        lambda _, mean, weight: weight if mean is None else mean.astype(weight.dtype),
         late_mean,
         dense.params,
-        is_leaf=tree.is_none,
     )
 
 
@@ -321,10 +320,5 @@ def _size(params: PyTree) -> int:
 
 @jax.jit
 def _revived(params: PyTree, masks: PyTree) -> Any:
-    revived = jax.tree.map(
-        lambda m, w: None if m is None else jnp.sum(~m & (w != 0)),
-        masks,
-        params,
-        is_leaf=tree.is_none,
-    )
-    return sum(jax.tree.leaves(revived))
+    revived = tree.map_tracked(lambda mask, weight: ~mask & (weight != 0), masks, params)
+    return tree.count_true(jax.tree.leaves(revived))

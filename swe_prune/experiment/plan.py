@@ -1,5 +1,6 @@
 """What would be done, and what it would cost: printed before any training."""
 
+import collections
 import time
 from typing import Any
 
@@ -22,19 +23,17 @@ def plan(experiment: Experiment, console: Console) -> None:
     params = experiment.abstract_params
     console.print(_tensors(experiment, params))
     total = sum(map(tree.size, jax.tree.leaves(params)))
-    memory = trajectory.memory(params, experiment.measures, experiment.prunable)
     prunable = experiment.prunable_weights()
     cells = grid.cells(config)
+    rules = collections.Counter(cell.rule for cell in cells)
     lines = [
         f"{prunable:,} of {total:,} weights are prunable ({prunable / total:.1%}).",
-        f"Tracking {', '.join(experiment.measures)} takes {_bytes(sum(memory.values()))}: "
-        + ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items())
-        + f"; the weights themselves take {_bytes(4 * total)}.",
+        f"{memory_line(experiment)}; the weights themselves take {_bytes(4 * total)}.",
         f"Snapshots every {experiment.track_every} of {experiment.train_steps} steps, late mean "
         f"over snapshots {config.trajectory.window_start} to "
         f"{experiment.train_steps // experiment.track_every} with power {config.trajectory.power}.",
         f"{len(cells)} cells over seeds {', '.join(map(str, grid.seeds(config)))}: "
-        + ", ".join(f"{n} by {rule!r}" for rule, n in _count_rules(cells).items())
+        + ", ".join(f"{n} by {rule!r}" for rule, n in rules.items())
         + f"; {experiment.finetune_steps} fine-tuning steps each.",
         "A mask makes weights zero, no file smaller and no dense matrix product faster; for that, "
         "whole rows, columns or neurons must be cut out.",
@@ -48,7 +47,9 @@ def memory_line(experiment: Experiment) -> str:
     """Returns one sentence on what tracking costs in memory, per measure."""
     memory = trajectory.memory(experiment.abstract_params, experiment.measures, experiment.prunable)
     parts = ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items())
-    return f"tracking takes {_bytes(sum(memory.values()))} beside the parameters: {parts}"
+    return (
+        f"Tracking {', '.join(experiment.measures)} takes {_bytes(sum(memory.values()))}: {parts}"
+    )
 
 
 def _tensors(experiment: Experiment, params: Any) -> Table:
@@ -64,13 +65,6 @@ def _tensors(experiment: Experiment, params: Any) -> Table:
         row = (name, str(leaf.shape), f"{tree.size(leaf):,}", verdict)
         table.add_row(*map(escape, row))  # a rule may look like rich's markup
     return table
-
-
-def _count_rules(cells: list[grid.Cell]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for cell in cells:
-        counts[cell.rule] = counts.get(cell.rule, 0) + 1
-    return counts
 
 
 def _estimate(experiment: Experiment, cells: int) -> str:
