@@ -4,6 +4,7 @@ One module per family; importing them here fills the registry.
 """
 
 import zlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,11 +13,25 @@ from jaxtyping import PyTree
 
 from swe_prune import tree
 from swe_prune.errors import InputError
-from swe_prune.importance import magnitude, trajectory
-from swe_prune.importance.registry import Criterion, get, names, register
-from swe_prune.trajectory import TrajectoryStats, read
+from swe_prune.importance import bezier, curvature, gradient, magnitude, trajectory
+from swe_prune.importance.optimizer_state import second_moment
+from swe_prune.importance.registry import MEASURED, Criterion, get, names, register
+from swe_prune.trajectory import BUFFERS, TrajectoryStats, read
 
-__all__ = ["Criterion", "get", "magnitude", "names", "register", "score", "trajectory"]
+__all__ = [
+    "MEASURED",
+    "Criterion",
+    "bezier",
+    "curvature",
+    "get",
+    "gradient",
+    "magnitude",
+    "names",
+    "register",
+    "score",
+    "second_moment",
+    "trajectory",
+]
 
 
 def score(
@@ -24,8 +39,11 @@ def score(
     params: PyTree,
     *,
     stats: TrajectoryStats | None = None,
+    opt_state: PyTree | None = None,
+    measured: Mapping[str, PyTree] | None = None,
     prunable: PyTree | None = None,
     seed: int = 0,
+    input_axes: Callable[[str, tuple[int, ...]], tuple[int, ...]] = tree.input_axes,
     **options: Any,
 ) -> PyTree:
     """Returns the scores of a criterion: a float32 pytree like the parameters, None where dense.
@@ -36,50 +54,92 @@ def score(
         name: one of `names()`.
         params: pytree of weights, floating, any dtype.
         stats: trajectory statistics, for a criterion that reads them.
+        opt_state: of any optax chain, for a criterion that reads Adam's second moment.
+        measured: by need, pytrees like the parameters with None where there is nothing: what
+            `calibration.inputs` and `calibration.gradients` return, or both in one mapping.
         prunable: bool pytree; None: the weights that `stats` tracks, or without statistics
             `tree.prunable(params)`.
-        seed: for `random`; each tensor draws from its own stream, named by its path.
-        **options: of the criterion, such as `rate`.
+        seed: for random draws; each tensor draws from its own stream, named by its path.
+        input_axes: along which axes the inputs of a kernel run; the default knows Flax.
+        **options: of the criterion, such as `power`.
 
     Raises:
-        InputError: unknown name or option, or a need that was not given.
+        InputError: unknown name or option, a need that was not given, or one of another shape.
 
     >>> score("magnitude", {"up": {"kernel": jnp.array([[1.0, -2.0]])}})["up"]["kernel"].tolist()
     [[1.0, 2.0]]
     """
     criterion = get(name)
-    for option in options:
-        if option not in criterion.options:
-            has = ", ".join(criterion.options) or "none"
-            raise InputError(f"criterion {name!r} has no option {option!r}; its options: {has}")
-    if criterion.measures and stats is None:
-        raise InputError(
-            f"criterion {name!r} needs trajectory statistics; pass stats= from "
-            f"trajectory.init(params, measures={criterion.measures!r}) updated while training"
-        )
-    inputs = {m: read(stats, m) for m in criterion.measures if stats is not None}
+    criterion.check_options(options)
+    needed = _gather(criterion, params, stats, opt_state, measured or {})
     if prunable is not None and not any(jax.tree.leaves(prunable)):
         raise InputError("no weight is prunable, so there is nothing to score; widen the rules")
     if prunable is None:
         prunable = _tracked(params, stats) if stats is not None else tree.prunable(params)
 
-    def leaf(path: str, weight: Any, chosen: bool, *measured: Any) -> Any:
+    def leaf(path: str, weight: Any, chosen: bool, *values: Any) -> Any:
         if not chosen:
             return None
-        given: dict[str, Any] = dict(zip(inputs, measured, strict=True))
-        for measure, value in given.items():
-            if value is None:
-                raise InputError(
-                    f"{path!r} is prunable but {measure!r} was not tracked for it; pass the same "
-                    "prunable= to trajectory.init and importance.score"
-                )
+        given: dict[str, Any] = dict(zip(needed, values, strict=True))
+        for need, value in given.items():
+            _check_given(name, path, weight, need, value)
         if "weight" in criterion.needs:
             given["weight"] = weight.astype(jnp.float32)
+        if "inputs" in criterion.needs:
+            given["inputs"] = input_axes(path, weight.shape)
         if "key" in criterion.needs:
             given["key"] = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
         return criterion.function(**given, **options).astype(jnp.float32)
 
-    return tree.map_named(leaf, params, prunable, *inputs.values())
+    return tree.map_named(leaf, params, prunable, *needed.values())
+
+
+def _gather(
+    criterion: Criterion,
+    params: PyTree,
+    stats: TrajectoryStats | None,
+    opt_state: PyTree | None,
+    measured: Mapping[str, PyTree],
+) -> dict[str, PyTree]:
+    """Returns the pytree of every need that comes from outside the weights."""
+    if criterion.measures and stats is None:
+        raise InputError(
+            f"criterion {criterion.name!r} needs trajectory statistics; pass stats= from "
+            f"trajectory.init(params, measures={criterion.measures!r}) updated while training"
+        )
+    found = {m: read(stats, m) for m in criterion.measures if stats is not None}
+    for need in criterion.measured:
+        if need in measured:
+            found[need] = measured[need]
+        elif need == "second_moment" and opt_state is not None:
+            found[need] = second_moment(opt_state, params)
+        else:
+            raise InputError(f"criterion {criterion.name!r} needs {need!r}; {MEASURED[need]}")
+    return found
+
+
+def _check_given(name: str, path: str, weight: Any, need: str, value: Any) -> None:
+    if value is None and need in BUFFERS:
+        raise InputError(
+            f"{path!r} is prunable but {need!r} was not tracked for it; pass the same "
+            "prunable= to trajectory.init and importance.score"
+        )
+    if value is None:
+        raise InputError(
+            f"criterion {name!r} needs {need!r}, which was not measured for {path!r}; "
+            f"{MEASURED[need]}, with the same prunable="
+        )
+    if need == "hessian":
+        return  # one row for each input, which the criterion knows
+    try:
+        fits = jnp.broadcast_shapes(value.shape, weight.shape) == weight.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise InputError(
+            f"{need!r} of {path!r} has shape {value.shape} and the weight {weight.shape}; measure "
+            "it on these parameters"
+        )
 
 
 def _tracked(params: PyTree, stats: TrajectoryStats) -> PyTree:

@@ -17,3 +17,24 @@ def magnitude(weight: Float[Array, "..."]) -> Float[Array, "..."]:
 def random(key: Array, weight: Float[Array, "..."]) -> Float[Array, "..."]:
     """U(0, 1): what pruning costs when nothing is known of a weight."""
     return jax.random.uniform(key, weight.shape)
+
+
+@register("magnitude_square")
+def magnitude_square(weight: Float[Array, "..."]) -> Float[Array, "..."]:
+    """w²: ranks weights as `magnitude` does, and groups of them by their L2 norm when summed."""
+    return weight**2
+
+
+@register("lamp", sorts=True)
+def lamp(weight: Float[Array, "..."]) -> Float[Array, "..."]:
+    """w² / Σ of the squares that are not smaller: layer-adaptive magnitude for global selection.
+
+    Within a tensor it ranks as `magnitude`; between tensors it evens out their scales. Among equal
+    weights the later ones by flat index count as larger (Lee, Park, Mo, Ahn and Shin, ICLR 2021).
+    """
+    square = jnp.ravel(weight) ** 2
+    order = jnp.argsort(square, stable=True)
+    ascending = square[order]
+    not_smaller = jax.lax.cumsum(ascending, reverse=True)
+    ascending = jnp.where(ascending > 0, ascending / not_smaller, 0.0)
+    return jnp.zeros_like(square).at[order].set(ascending).reshape(weight.shape)

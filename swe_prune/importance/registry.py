@@ -6,16 +6,30 @@ A criterion is a function of arrays of one tensor, named by what it needs, and o
     def magnitude(weight):
         return jnp.abs(weight)
 
-Needs: `weight`, `key` (a random key of its own), and every measure of `trajectory.BUFFERS`.
+Needs: `weight`; `key`, a random key of its own; `inputs`, the axes along which its inputs run;
+every measure of `trajectory.BUFFERS`; and what `MEASURED` lists. An argument with a default is an
+option.
 """
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.trajectory import BUFFERS
+
+MEASURED: Mapping[str, str] = {
+    "second_moment": "pass opt_state= of an optimizer that keeps squared gradients, such as Adam",
+    "gradient": "pass measured=calibration.gradients(loss, params, batches)",
+    "gradient_square": "pass measured=calibration.gradients(loss, params, batches)",
+    "input_norm": "pass measured=calibration.inputs(model, variables, batches)",
+    "hessian": "pass measured=calibration.inputs(model, variables, batches, hessian=True)",
+    "learned": "pass measured={'learned': …}, the scores that movement pruning learned",
+}
+"""What a criterion may need beside the weights and their trajectory, and how to come by it."""
+
+_OWN = ("weight", "key", "inputs")  # what `importance.score` knows by itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +43,7 @@ class Criterion:
         options: the names of those with one.
         spread: what the paper's std rule compares the scores with: None, the standard deviation
             of the tensor's own scores; a number, when the scores come in units of their threshold.
+        sorts: whether it sorts within a tensor, so that a tensor divided over devices is gathered.
     """
 
     name: str
@@ -36,17 +51,34 @@ class Criterion:
     needs: tuple[str, ...]
     options: tuple[str, ...]
     spread: float | None
+    sorts: bool
 
     @property
     def measures(self) -> tuple[str, ...]:
         """The trajectory measures among the needs."""
         return tuple(need for need in self.needs if need in BUFFERS)
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The needs that calibration or the optimizer provides."""
+        return tuple(need for need in self.needs if need in MEASURED)
+
+    def check_options(self, options: Iterable[str]) -> None:
+        """Raises InputError for an option that the criterion does not have."""
+        for option in options:
+            if option not in self.options:
+                has = ", ".join(self.options) or "none"
+                raise InputError(
+                    f"criterion {self.name!r} has no option {option!r}; its options: {has}"
+                )
+
 
 _CRITERIA: dict[str, Criterion] = {}
 
 
-def register(name: str, *, spread: float | None = None) -> Callable[[Any], Any]:
+def register(
+    name: str, *, spread: float | None = None, sorts: bool = False
+) -> Callable[[Any], Any]:
     """Returns the decorator that registers a criterion under a name; a name twice is an error."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,9 +88,9 @@ def register(name: str, *, spread: float | None = None) -> Callable[[Any], Any]:
         needs = tuple(a.name for a in arguments if a.default is a.empty)
         options = tuple(a.name for a in arguments if a.default is not a.empty)
         for need in needs:
-            if need not in ("weight", "key") and need not in BUFFERS:
+            if need not in _OWN and need not in BUFFERS and need not in MEASURED:
                 raise ValueError(f"criterion {name!r} needs {need!r}, which nothing provides")
-        _CRITERIA[name] = Criterion(name, function, needs, options, spread)
+        _CRITERIA[name] = Criterion(name, function, needs, options, spread, sorts)
         return function
 
     return decorate

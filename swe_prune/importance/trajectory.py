@@ -50,3 +50,52 @@ def votes(votes: Float[Array, "..."]) -> Float[Array, "..."]:
 def mean_abs(mean_abs: Float[Array, "..."]) -> Float[Array, "..."]:
     """Σ |θ(t)| / n: the mean magnitude over all snapshots."""
     return mean_abs
+
+
+@register("mean")
+def mean(mean: Float[Array, "..."]) -> Float[Array, "..."]:
+    """|Σ θ(t) / n|: the plain mean over the whole run, `swe` with power 0 and no window."""
+    return jnp.abs(mean)
+
+
+@register("stability")
+def stability(mean: Float[Array, "..."], variance: Float[Array, "..."]) -> Float[Array, "..."]:
+    """|mean| / std over the snapshots: how surely a weight is not zero, as a t-value has it.
+
+    A weight that never moved has no spread: +inf where it is not zero, 0 where it is.
+    """
+    size = jnp.abs(mean)
+    return jnp.where(size > 0, size / jnp.sqrt(variance), 0.0)
+
+
+@register("variance")
+def variance(variance: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Σ (θ(t) − mean)² / n: what training still changes is kept, what lies still goes."""
+    return variance
+
+
+@register("path_length")
+def path_length(path_length: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Σ |θ(t) − θ(t−1)|: how far a weight wandered."""
+    return path_length
+
+
+@register("displacement")
+def displacement(displacement: Float[Array, "..."]) -> Float[Array, "..."]:
+    """|θ(n) − θ(0)|: how far training took a weight from where it began."""
+    return jnp.abs(displacement)
+
+
+@register("sign_flips")
+def sign_flips(sign_flips: Float[Array, "..."]) -> Float[Array, "..."]:
+    """1 / (1 + flips): a weight that never changed its sign is worth most.
+
+    Many weights tie, which flat index breaks: a measure to combine rather than to prune by.
+    """
+    return 1 / (1 + sign_flips)
+
+
+@register("last")
+def last(last: Float[Array, "..."]) -> Float[Array, "..."]:
+    """|θ(n)|: the magnitude at the last snapshot, which may lie before the last step."""
+    return jnp.abs(last)

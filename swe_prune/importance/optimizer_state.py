@@ -1,0 +1,84 @@
+"""The curvature that the optimizer holds already: Adam's second moment, from any optax chain."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from swe_prune import tree
+from swe_prune.errors import InputError
+
+_FIELDS = ("nu", "sum_of_squares")
+"""What optax calls running means or sums of squared gradients, in the states of its transforms."""
+
+
+def second_moment(opt_state: PyTree, params: PyTree) -> PyTree:
+    """Returns the running mean of squared gradients, float32 like params, None where there is none.
+
+    It is v of Adam, vₜ = b₂ vₜ₋₁ + (1 − b₂) gₜ², without the bias correction, which is one factor
+    for all weights: the diagonal of the empirical Fisher information of batch gradients, at no
+    extra memory. Found wherever it is in the state: through `chain`, `masked`, `multi_transform`
+    (each tensor's from its own optimizer), `MultiSteps` and `inject_hyperparams`; of Adam and its
+    kin, RMSProp and AdaGrad. Adafactor's two vectors are multiplied out, v = r cᵀ / mean(r)
+    (Shazeer and Stern, ICML 2018). Adamax's is no square, as it keeps a maximum of |g|.
+
+    Args:
+        opt_state: state of an optax chain that has been updated with gradients of `params`.
+        params: pytree of weights.
+
+    Raises:
+        InputError: the state holds no second moment at all (SGD, Lion, Adafactor's not yet made).
+    """
+    found: dict[str, Any] = {}
+    shapes = {n: leaf.shape for n, leaf in tree.named_leaves(params) if tree.is_weight(leaf)}
+    for name, moment in _moments(opt_state, shapes):
+        if name in shapes and moment.shape == shapes[name]:
+            found.setdefault(name, moment.astype(jnp.float32))
+    if not found:
+        raise InputError(
+            "the optimizer's state holds no second moment laid out like the parameters; use Adam or "
+            "another optimizer that keeps squared gradients, or a criterion without 'second_moment'"
+        )
+    return tree.map_named(lambda name, _: found.get(name), params)
+
+
+def _moments(opt_state: PyTree, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Any]]:
+    for field in _FIELDS:
+        for _, part in optax.tree_utils.tree_get_all_with_path(opt_state, field):
+            yield from _arrays(part)
+    for state in _factored_states(opt_state):
+        rows, columns = dict(_arrays(state.v_row)), dict(_arrays(state.v_col))
+        for name, whole in _arrays(state.v):
+            if name in shapes and whole.shape == shapes[name]:
+                yield name, whole
+            elif name in shapes and len(shapes[name]) >= 2:
+                yield name, _multiplied_out(rows[name], columns[name], shapes[name])
+
+
+def _arrays(part: PyTree) -> Iterator[tuple[str, Any]]:
+    return ((name, leaf) for name, leaf in tree.named_leaves(part) if hasattr(leaf, "shape"))
+
+
+def _factored_states(opt_state: PyTree) -> list[Any]:
+    def is_factored(node: Any) -> bool:
+        return all(hasattr(node, field) for field in ("v_row", "v_col", "v"))
+
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_factored)
+    return [node for node in nodes if is_factored(node)]
+
+
+def _multiplied_out(
+    row: Float[Array, "..."], column: Float[Array, "..."], shape: tuple[int, ...]
+) -> Float[Array, "..."]:
+    """Returns r cᵀ / mean(r), the second moment that Adafactor's vectors stand for.
+
+    Optax leaves the largest axis out of `v_row` and the second largest out of `v_col`.
+    """
+    second, largest = (int(axis) for axis in np.argsort(shape)[-2:])
+    rows = jnp.expand_dims(row, largest)
+    mean = jnp.mean(rows, axis=second, keepdims=True)
+    return rows / mean * jnp.expand_dims(column, second)
