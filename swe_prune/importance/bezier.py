@@ -73,7 +73,7 @@ def profile(control: tuple[float, float, float, float], bins: int) -> Float[Arra
 
 
 def bin_count(size: int) -> int:
-    """Returns the number of bins for an output of so many weights: √size rounded down, made even."""
+    """Returns the bins for an output of so many weights: √size rounded down, then up to even."""
     root = math.isqrt(size)
     return root + root % 2
 

@@ -40,8 +40,8 @@ def second_moment(opt_state: PyTree, params: PyTree) -> PyTree:
             found.setdefault(name, moment.astype(jnp.float32))
     if not found:
         raise InputError(
-            "the optimizer's state holds no second moment laid out like the parameters; use Adam or "
-            "another optimizer that keeps squared gradients, or a criterion without 'second_moment'"
+            "the optimizer's state holds no second moment laid out like the parameters; use Adam "
+            "or another that keeps squared gradients, or a criterion without 'second_moment'"
         )
     return tree.map_named(lambda name, _: found.get(name), params)
 
