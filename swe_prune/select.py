@@ -43,7 +43,7 @@ def sortable_bits(x: Float[Array, "..."]) -> UInt[Array, "..."]:
 
 def top_k_mask(
     x: Float[Array, "..."],
-    k: int | Int[Array, ""],
+    k: int | Int[Array, ""] | tree.Count,
     *,
     axes: tuple[int, ...] | None = None,
     name: str = "scores",
@@ -54,7 +54,8 @@ def top_k_mask(
 
     Args:
         x: floats, fewer than 2^32 of them.
-        k: how many to keep, 0 ≤ k ≤ elements; may be traced, then it is clipped to that range.
+        k: how many to keep, 0 ≤ k ≤ elements; may be traced, then it is clipped to that range. A
+            `tree.Count` is clipped too; with `axes` it may hold a number for every slice.
         axes: select within every slice along these axes, k in each; None: over all of `x`.
         name: what an error calls the array.
 
@@ -70,7 +71,7 @@ def top_k_mask(
     slice_size = tree.size(x) if axes is None else math.prod(x.shape[a] for a in axes)
     check_k(k, slice_size)
     check_floats([x])
-    if isinstance(x, Tracer):
+    if _is_traced(x, k):
         return _select([x], _count_of(k), axes)[0]
     masks, nans = _checked_select([x], _count_of(k), axes)
     reject_nan([name], nans)
@@ -79,7 +80,7 @@ def top_k_mask(
 
 def top_k_masks(
     xs: Sequence[Float[Array, "..."]],
-    k: int | Int[Array, ""],
+    k: int | Int[Array, ""] | tree.Count,
     *,
     names: Sequence[str] | None = None,
 ) -> list[Bool[Array, "..."]]:
@@ -101,15 +102,21 @@ def top_k_masks(
         return []
     common = jnp.result_type(*xs)  # keys of different widths would not compare
     xs = [x if x.dtype == common else x.astype(common) for x in xs]
-    if any(isinstance(x, Tracer) for x in xs):
+    if _is_traced(xs, k):
         return _select(xs, _count_of(k), None)
     masks, nans = _checked_select(xs, _count_of(k), None)
     reject_nan(names or [f"scores[{i}]" for i in range(len(xs))], nans)
     return masks
 
 
+def _is_traced(*values: Any) -> bool:
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
+
+
 def check_k(k: Any, size: int) -> None:
     """Raises InputError for a k that is no integer or, unless it is traced, outside [0, size]."""
+    if isinstance(k, tree.Count):
+        return
     if not jnp.issubdtype(jnp.result_type(k), jnp.integer):
         raise InputError(f"k = {k!r} is no integer; give how many elements to keep")
     if not isinstance(k, Tracer) and not 0 <= int(k) <= size:
@@ -127,6 +134,8 @@ def check_floats(xs: Sequence[Any]) -> None:
 
 
 def _count_of(k: Any) -> tree.Count:
+    if isinstance(k, tree.Count):
+        return k
     return tree.count(jnp.maximum(k, 0) if isinstance(k, Tracer) else int(k))
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree, UInt32
+from jaxtyping import Array, Float, PyTree, UInt32
 
 from swe_prune.errors import InputError
 
@@ -216,6 +216,36 @@ def count(value: Any) -> Count:
         return Count(jnp.uint32(int(value) >> 16), jnp.uint32(int(value) & 0xFFFF))
     value = jnp.asarray(value).astype(jnp.uint32)
     return Count(value >> 16, value & 0xFFFF)
+
+
+def share(size: int, fraction: Float[Array, ""], *, up: bool = True) -> Count:
+    """Returns size · fraction as an integer, exactly, for a fraction that may be traced.
+
+    A float32 product would be wrong from 2^24 on; here the size and the fraction's 48 binary
+    digits are multiplied in limbs of 16.
+
+    Args:
+        size: below 2^48.
+        fraction: float32, clipped to [0, 1]; what it has below 2^-48 is cut off.
+        up: round to the nearest integer, halves up; False: down.
+    """
+    clipped = jnp.clip(jnp.asarray(fraction, jnp.float32), 0.0, 1.0) * 2**24
+    above = jnp.floor(clipped)
+    below = jnp.floor((clipped - above) * 2**24)  # a difference and a power of 2, both exact
+    above, below = above.astype(jnp.uint32), below.astype(jnp.uint32)
+    digits = [below & 0xFFFF, (below >> 16) | ((above & 0xFF) << 8), above >> 8]
+    limbs = [jnp.uint32(size >> shift & 0xFFFF) for shift in (0, 16, 32)]
+    columns = [jnp.uint32(0)] * 6  # each a sum of at most 7 numbers below 2^16
+    for i, digit in enumerate(digits):
+        for j, limb in enumerate(limbs):
+            product = digit * limb
+            columns[i + j] += product & 0xFFFF
+            columns[i + j + 1] += product >> 16
+    columns[2] += jnp.uint32(0x8000 if up else 0)  # a half
+    carry = jnp.uint32(0)
+    for i, column in enumerate(columns):
+        columns[i], carry = (column + carry) & 0xFFFF, (column + carry) >> 16
+    return Count((columns[5] << 16) | columns[4], columns[3])
 
 
 def total(counts: Sequence[Count]) -> Count:

@@ -1,4 +1,6 @@
+import math
 import re
+from fractions import Fraction
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -223,3 +225,20 @@ def test_inputs_run_along_the_axes_of_flax(name, shape, axes):
 def test_default_rules_are_regular_expressions():
     for rule in tree.DENSE_BY_DEFAULT.values():
         re.compile(rule)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.integers(0, 2**48 - 1),
+    st.floats(0, 1, width=32).filter(lambda x: x == 0 or x >= 2**-24),
+    st.booleans(),
+)
+def test_a_share_is_the_exact_product_rounded(size, fraction, up):
+    exact = Fraction(size) * Fraction(fraction) + (Fraction(1, 2) if up else 0)
+    got = tree.share(size, jnp.float32(fraction), up=up)
+    assert int(got) == math.floor(exact)
+
+
+def test_a_share_beyond_its_range_is_clipped():
+    assert int(tree.share(2**40 + 1, jnp.float32(-0.5))) == 0
+    assert int(tree.share(2**40 + 1, jnp.float32(1.5))) == 2**40 + 1

@@ -1,0 +1,26 @@
+"""Scores to bool masks, and what masks are for: apply, count, and keep zeros zero.
+
+A mask is a bool pytree like the parameters, True where a weight stays, None where the tensor is
+dense. Masks made eagerly are checked (NaN, ranges); inside a jit the same code runs unchecked.
+
+rules     masks from scores: the paper's rule, and an exact sparsity by scope and pattern
+holding   apply a mask to weights, keep an optimizer from reviving them
+counts    how many are kept
+"""
+
+from swe_prune.masks.counts import Summary, Tally, summary
+from swe_prune.masks.holding import apply, hold_moments, keep
+from swe_prune.masks.rules import ROUNDINGS, SCOPES, by_sparsity, by_std
+
+__all__ = [
+    "ROUNDINGS",
+    "SCOPES",
+    "Summary",
+    "Tally",
+    "apply",
+    "by_sparsity",
+    "by_std",
+    "hold_moments",
+    "keep",
+    "summary",
+]

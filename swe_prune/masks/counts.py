@@ -1,0 +1,55 @@
+"""How many weights a mask keeps, exactly, per tensor and in all."""
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, PyTree
+
+from swe_prune import tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """How many weights a mask keeps of how many, as Python ints."""
+
+    kept: int
+    total: int
+
+    @property
+    def pruned(self) -> int:
+        """Weights removed."""
+        return self.total - self.kept
+
+    @property
+    def sparsity(self) -> float:
+        """Share removed; 0 of nothing."""
+        return self.pruned / self.total if self.total else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary(Tally):
+    """The whole mask, and each masked tensor by name; dense tensors are not in it."""
+
+    tensors: dict[str, Tally] = dataclasses.field(default_factory=dict)
+
+
+def summary(mask: PyTree) -> Summary:
+    """Returns exact counts per tensor and in all.
+
+    >>> summary({"w": jnp.array([True, False, False]), "b": None}).kept
+    1
+    """
+    named = {name: leaf for name, leaf in tree.named_leaves(mask) if leaf is not None}
+    counts = jax.device_get(kept_counts(named))
+    tensors = {name: Tally(int(counts[name]), tree.size(leaf)) for name, leaf in named.items()}
+    return Summary(
+        kept=sum(tally.kept for tally in tensors.values()),
+        total=sum(tally.total for tally in tensors.values()),
+        tensors=tensors,
+    )
+
+
+@jax.jit
+def kept_counts(masks: dict[str, Array]) -> dict[str, tree.Count]:
+    """Returns how many are True of each, by name."""
+    return {name: tree.count_true([mask]) for name, mask in masks.items()}
