@@ -1,4 +1,4 @@
-"""How much to take where: the paper's std rule, and rates against sparsities.
+"""The paper's std rule, and its rates against sparsities.
 
 The std rule thresholds each tensor at a multiple of the standard deviation of its own scores
 (arXiv 2502.17071: σ(|W|) · PruneRate; unbiased, as torch.std). The rate is no sparsity: what is
@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune import select, tree
+from swe_prune.allocation.count import check_sparsity, removed_count
 from swe_prune.errors import InputError
 
 _HALF_NORMAL_STD = math.sqrt(1 - 2 / math.pi)  # std of |x| for x ~ N(0, 1): 0.6028
@@ -43,25 +44,6 @@ def gaussian_rate(sparsity: float) -> float:
     """
     check_sparsity(sparsity)
     return NormalDist().inv_cdf((1 + sparsity) / 2) / _HALF_NORMAL_STD
-
-
-def check_sparsity(sparsity: Any) -> None:
-    """Raises InputError for a sparsity outside [0, 1)."""
-    if isinstance(sparsity, jax.Array) or not 0 <= sparsity < 1:
-        raise InputError(
-            f"sparsity = {sparsity!r} is no share in [0, 1); give the share of weights to remove"
-        )
-
-
-def removed_count(size: int, sparsity: float) -> int:
-    """Returns how many of `size` elements a sparsity removes: the nearest integer, halves up.
-
-    (Wanda and SparseGPT round down, which differs only where size · sparsity is no integer.)
-
-    >>> removed_count(10, 0.25), removed_count(100, 0.29)
-    (3, 29)
-    """
-    return int(size * sparsity + 0.5)
 
 
 def std_threshold(score: Float[Array, "..."], rate: float | Array, spread: Any = None) -> Array:
