@@ -3,6 +3,9 @@
 import math
 
 import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 
@@ -56,3 +59,189 @@ def test_apportioning_makes_good_what_rounding_spoils():
     assert allocation.apportion([1.0, 1.0], [1, 5], 4) == [1, 3]
     assert allocation.apportion([2.0, 2.0], [2, 2], 1) == [1, 0]
     assert allocation.apportion([0.5, 0.5, 0.5], [1, 1, 1], 2) == [1, 1, 0], "ties by order"
+
+
+# ---- rules of the shapes alone ----
+
+SHAPES = {"a/kernel": (100, 200), "b/kernel": (200, 10), "c/kernel": (3, 3, 16, 32), "d": (7, 13)}
+SIZES = {name: math.prod(shape) for name, shape in SHAPES.items()}
+TOTAL = sum(SIZES.values())
+share = st.floats(0, 0.999)
+
+
+def exact(got, sparsity, sizes=None):
+    """What every allocation owes: the total to the weight, and no tensor beyond its size."""
+    sizes = SIZES if sizes is None else sizes
+    assert got.sizes == sizes
+    assert got.removed_total == allocation.removed_count(sum(sizes.values()), sparsity)
+    assert all(0 <= got.removed[name] <= size for name, size in sizes.items())
+
+
+OF_SHAPES = {
+    "uniform": allocation.uniform,
+    "erk": allocation.erk,
+    "er, power 2": lambda shapes, s: allocation.erk(shapes, s, power=2.0, kernel=False),
+    "table": lambda shapes, s: allocation.table({"a": 0.9, "b": 0.1, ".*": 0.5}, shapes, s),
+}
+
+
+@pytest.mark.parametrize("rule", OF_SHAPES)
+@given(first=share, second=share)
+@settings(max_examples=100, deadline=None)
+def test_rules_of_shapes_are_exact_and_monotone(rule, first, second):
+    less, more = sorted([first, second])
+    low, high = OF_SHAPES[rule](SHAPES, less), OF_SHAPES[rule](SHAPES, more)
+    exact(low, less)
+    exact(high, more)
+    # One weight may come back, as in every rounding by largest remainders.
+    assert all(low.removed[name] <= high.removed[name] + 1 for name in SHAPES)
+
+
+@given(
+    shapes=st.dictionaries(
+        st.text("abc", min_size=1, max_size=3),
+        st.lists(st.integers(1, 50), min_size=1, max_size=4).map(tuple),
+        min_size=1, max_size=6,
+    ),
+    sparsity=share,
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_uniform_and_erk_are_exact_on_any_shapes(shapes, sparsity):
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    exact(allocation.uniform(shapes, sparsity), sparsity, sizes)
+    exact(allocation.erk(shapes, sparsity), sparsity, sizes)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.5, 0.9])
+def test_uniform_takes_the_share_of_every_tensor_to_a_weight(sparsity):
+    got = allocation.uniform(SHAPES, sparsity)
+    for name, size in SIZES.items():
+        assert abs(got.removed[name] - size * sparsity) < 1
+
+
+def test_shapes_scores_and_abstract_arrays_say_the_same():
+    arrays = {"x": {"kernel": jnp.ones((4, 5)), "bias": None}, "y": jnp.ones((2, 3))}
+    abstract = jax.eval_shape(lambda: arrays)
+    shapes = {"x": {"kernel": (4, 5), "bias": None}, "y": (2, 3)}
+    of_each = [allocation.uniform(tree, 0.4) for tree in (arrays, abstract, shapes)]
+    assert of_each[0] == of_each[1] == of_each[2]
+    assert of_each[0].removed == {"x/kernel": 8, "y": 2}
+
+
+def erk_oracle(shapes, sparsity, power=1.0, kernel=True):
+    """METHODS 15.9 by bisection of ε, where the rule solves for it and makes tensors dense."""
+    dims = [np.array(shape if kernel else shape[-2:], np.float64) for shape in shapes.values()]
+    raw = np.array([(d.sum() / d.prod()) ** power for d in dims])
+    sizes = np.array([math.prod(shape) for shape in shapes.values()], np.float64)
+    low, high = 0.0, 1e9
+    for _ in range(200):
+        epsilon = (low + high) / 2
+        enough = (np.minimum(1, epsilon * raw) * sizes).sum() >= (1 - sparsity) * sizes.sum()
+        low, high = (low, epsilon) if enough else (epsilon, high)
+    return np.minimum(1, epsilon * raw), epsilon
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("power", [1.0, 0.5])
+@pytest.mark.parametrize("sparsity", [0.3, 0.8, 0.95])
+def test_erk_densities_are_those_of_the_formula(sparsity, power, kernel):
+    # A total of whole weights at these sparsities, as the rule meets whole weights.
+    shapes = {"a": (100, 200), "b": (200, 10), "c": (3, 3, 20, 40), "d": (20, 5, 8)}
+    expected, epsilon = erk_oracle(shapes, sparsity, power, kernel)
+    got, scale = allocation.erk_densities(shapes, sparsity, power=power, kernel=kernel)
+    np.testing.assert_allclose(list(got.values()), expected, rtol=1e-9)
+    assert scale == pytest.approx(epsilon, rel=1e-9)
+    gone = allocation.erk(shapes, sparsity, power=power, kernel=kernel)
+    for name, density in zip(shapes, expected, strict=True):
+        assert abs(gone.removed[name] - (1 - density) * math.prod(shapes[name])) < 1 + 1e-6
+
+
+def test_erk_gives_the_check_values():
+    densities, scale = allocation.erk_densities({"a": (100, 200), "b": (200, 10)}, 0.8)
+    assert densities == {
+        "a": pytest.approx(0.129412, abs=1e-6),
+        "b": pytest.approx(0.905882, abs=1e-6),
+    }
+    assert scale == pytest.approx(8.627451, abs=1e-6)
+
+
+def test_erk_makes_small_tensors_dense_and_the_others_give():
+    got = allocation.erk({"large": (1000, 1000), "small": (10, 4)}, 0.5)
+    assert got.removed == {"large": 500_020, "small": 0}
+
+
+def test_erk_without_sparsity_keeps_everything():
+    assert allocation.erk(SHAPES, 0.0).removed_total == 0
+    assert list(allocation.erk_densities(SHAPES, 0.0)[0].values()) == pytest.approx([1.0] * 4)
+
+
+def test_table_gives_each_tensor_what_its_first_rule_says():
+    got = allocation.table({"^a": 0.9, "kernel": 0.25, ".*": 0.0}, SHAPES)
+    assert got.removed == {"a/kernel": 18_000, "b/kernel": 500, "c/kernel": 1152, "d": 0}
+
+
+def test_table_scales_what_stays_to_meet_a_total():
+    got = allocation.table({"^a": 0.9, "^b": 0.1, ".*": 0.5}, SHAPES, 0.85)
+    keep = {"a/kernel": 0.1, "b/kernel": 0.9, "c/kernel": 0.5, "d": 0.5}
+    factor = 0.15 * TOTAL / sum(keep[name] * size for name, size in SIZES.items())
+    for name, size in SIZES.items():
+        assert abs(size - got.removed[name] - factor * keep[name] * size) < 1
+    full = allocation.table({"^a": 0.9, "^b": 0.1, ".*": 0.5}, SHAPES, 0.1)
+    assert full.removed["b/kernel"] == full.removed["d"] == 0, "none keeps more than it has"
+    exact(full, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: allocation.uniform(SHAPES, 1.0), "no share in"),
+        (lambda: allocation.uniform(SHAPES, math.nan), "no share in"),
+        (lambda: allocation.uniform({"a": None}, 0.5), "no tensors were given"),
+        (lambda: allocation.uniform({"a": (0, 3)}, 0.5), "no tensors were given"),
+        (lambda: allocation.erk({"a": 3.0}, 0.5), "'a' is 3.0, neither an array nor a shape"),
+        (lambda: allocation.erk(SHAPES, 0.5, power=math.nan), "power = nan is out of"),
+        (lambda: allocation.table({"a/": 0.5}, SHAPES), "no rule of the table matches 'b/kernel'"),
+        (lambda: allocation.table({".*": 0.5, "a": 0.1}, SHAPES), "rule 'a' matches no tensor"),
+        (lambda: allocation.table({"(": 0.5}, SHAPES), "no regular expression"),
+        (lambda: allocation.table({".*": 1.5}, SHAPES), "no share in"),
+    ],
+)
+def test_bad_shapes_and_rules_are_refused(call, sentence):
+    with pytest.raises(InputError, match=sentence):
+        call()
+
+
+# ---- groups ----
+
+NAMES = ["gpt2/h_0/up/kernel", "gpt2/h_0/attention/head_1/kernel", "gpt2/h_10/up/kernel",
+         "encoder/layers/3/mlp/kernel", "encoder/layers/4/mlp/kernel", "block7/kernel",
+         "readout/kernel"]  # fmt: skip
+
+
+def test_a_block_is_the_first_numbered_component_of_the_path():
+    assert allocation.grouped(NAMES) == {
+        "gpt2/h_0": NAMES[:2], "gpt2/h_10": NAMES[2:3], "encoder/layers/3": NAMES[3:4],
+        "encoder/layers/4": NAMES[4:5], "block7": NAMES[5:6], "readout/kernel": NAMES[6:],
+    }  # fmt: skip
+
+
+def test_groups_may_be_tensors_rules_or_a_function():
+    assert allocation.grouped(NAMES, "tensor") == {name: [name] for name in NAMES}
+    assert allocation.grouped(NAMES, {"first": "up", "rest": "."}) == {
+        "first": [NAMES[0], NAMES[2]], "rest": [NAMES[1], *NAMES[3:]]
+    }  # fmt: skip
+    assert list(allocation.grouped(NAMES, lambda name: name[0])) == ["g", "e", "b", "r"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "sentence"),
+    [
+        ("blok", "groups 'blok' is none of block, tensor"),
+        ({"all": ".", "none": "up"}, "group 'none' has no tensors"),
+        ({"some": "up"}, "is in no group"),
+        ({"some": "("}, "no regular expression"),
+    ],
+)
+def test_groups_that_do_not_cover_are_refused(groups, sentence):
+    with pytest.raises(InputError, match=sentence):
+        allocation.grouped(NAMES, groups)

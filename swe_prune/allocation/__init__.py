@@ -1,5 +1,6 @@
 """How much to take where: every rule that shares a sparsity out over the tensors."""
 
+from swe_prune.allocation.by_shape import erk, erk_densities, table, uniform
 from swe_prune.allocation.count import Allocation, apportion, check_sparsity, removed_count
 from swe_prune.allocation.deviation import (
     gaussian_rate,
@@ -9,16 +10,24 @@ from swe_prune.allocation.deviation import (
     spreads,
     std_threshold,
 )
+from swe_prune.allocation.tensors import GROUPINGS, Groups, grouped
 
 __all__ = [
+    "GROUPINGS",
     "Allocation",
+    "Groups",
     "apportion",
     "check_sparsity",
+    "erk",
+    "erk_densities",
     "gaussian_rate",
     "gaussian_sparsity",
+    "grouped",
     "rate_for_sparsity",
     "reject_no_spread",
     "removed_count",
     "spreads",
     "std_threshold",
+    "table",
+    "uniform",
 ]

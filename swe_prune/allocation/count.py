@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,46 @@ def apportion(targets: Sequence[float], sizes: Sequence[int], total: int) -> lis
             less = min(-left, 1, parts[i])
             parts[i], left = parts[i] - less, left + less
     return parts
+
+
+def scaled(shares: Sequence[float], sizes: Sequence[int], total: int) -> tuple[list[float], float]:
+    """Returns min(1, factor · share) and the factor, such that these shares make a total.
+
+    Args:
+        shares: positive, in any unit.
+        sizes: what the shares are of.
+        total: at most the sum of the sizes.
+
+    >>> scaled([1, 1, 8], [10, 10, 10], 14)
+    ([0.2, 0.2, 1.0], 0.2)
+    """
+    full: set[int] = set()
+    factor = 0.0
+    while whole := math.fsum(shares[i] * sizes[i] for i in range(len(sizes)) if i not in full):
+        factor = (total - sum(sizes[i] for i in full)) / whole
+        over = {i for i, share in enumerate(shares) if i not in full and factor * share > 1}
+        if not over:
+            break
+        full |= over
+    return [1.0 if i in full else factor * share for i, share in enumerate(shares)], factor
+
+
+def shifted(shares: Sequence[float], sizes: Sequence[int], total: int) -> list[float]:
+    """Returns the shares plus one number, within [0, 1], at which they make a total of the sizes.
+
+    >>> [round(share, 6) for share in shifted([0.0, 0.5], [10, 10], 12)]
+    [0.35, 0.85]
+    """
+
+    def clipped(shift: float) -> list[float]:
+        return [min(max(share + shift, 0.0), 1.0) for share in shares]
+
+    low, high = -max(shares), 1 - min(shares)
+    for _ in range(100):  # halves the bracket to the last bit
+        middle = (low + high) / 2
+        reached = math.fsum(s * size for s, size in zip(clipped(middle), sizes, strict=True))
+        low, high = (middle, high) if reached < total else (low, middle)
+    return clipped(high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,3 +166,10 @@ class Allocation:
             "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
             for line in cells
         )
+
+
+def meet(targets: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> Allocation:
+    """Returns the allocation next to the targets whose total is `removed_count(all, sparsity)`."""
+    total = removed_count(sum(sizes.values()), sparsity)
+    parts = apportion([targets[name] for name in sizes], [*sizes.values()], total)
+    return Allocation(dict(zip(sizes, parts, strict=True)), dict(sizes))
