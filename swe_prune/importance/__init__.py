@@ -3,6 +3,7 @@
 One module per family; importing them here fills the registry.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,15 @@ from jaxtyping import PyTree
 
 from swe_prune import tree
 from swe_prune.errors import InputError
-from swe_prune.importance import bezier, curvature, gradient, magnitude, trajectory
+from swe_prune.importance import (
+    activation,
+    bezier,
+    curvature,
+    gradient,
+    magnitude,
+    reconstruction,
+    trajectory,
+)
 from swe_prune.importance.optimizer_state import second_moment
 from swe_prune.importance.registry import MEASURED, Criterion, get, names, register
 from swe_prune.trajectory import BUFFERS, TrajectoryStats, read
@@ -21,12 +30,14 @@ from swe_prune.trajectory import BUFFERS, TrajectoryStats, read
 __all__ = [
     "MEASURED",
     "Criterion",
+    "activation",
     "bezier",
     "curvature",
     "get",
     "gradient",
     "magnitude",
     "names",
+    "reconstruction",
     "register",
     "score",
     "second_moment",
@@ -82,7 +93,7 @@ def score(
             return None
         given: dict[str, Any] = dict(zip(needed, values, strict=True))
         for need, value in given.items():
-            _check_given(name, path, weight, need, value)
+            _check_given(name, path, weight, need, value, input_axes)
         if "weight" in criterion.needs:
             given["weight"] = weight.astype(jnp.float32)
         if "inputs" in criterion.needs:
@@ -118,7 +129,14 @@ def _gather(
     return found
 
 
-def _check_given(name: str, path: str, weight: Any, need: str, value: Any) -> None:
+def _check_given(
+    name: str,
+    path: str,
+    weight: Any,
+    need: str,
+    value: Any,
+    input_axes: Callable[[str, tuple[int, ...]], tuple[int, ...]],
+) -> None:
     if value is None and need in BUFFERS:
         raise InputError(
             f"{path!r} is prunable but {need!r} was not tracked for it; pass the same "
@@ -130,16 +148,23 @@ def _check_given(name: str, path: str, weight: Any, need: str, value: Any) -> No
             f"{MEASURED[need]}, with the same prunable="
         )
     if need == "hessian":
-        return  # one row for each input, which the criterion knows
-    try:
-        fits = jnp.broadcast_shapes(value.shape, weight.shape) == weight.shape
-    except ValueError:
-        fits = False
+        inputs = math.prod(weight.shape[axis] for axis in input_axes(path, weight.shape))
+        fits, wanted = value.shape == (inputs, inputs), f"{inputs} inputs"
+    else:
+        fits, wanted = _spreads(value.shape, weight.shape), f"the shape {weight.shape}"
     if not fits:
         raise InputError(
-            f"{need!r} of {path!r} has shape {value.shape} and the weight {weight.shape}; measure "
-            "it on these parameters"
+            f"{need!r} of {path!r} has shape {value.shape} and the weight {wanted}; measure it on "
+            "these parameters, and pass input_axes= if its inputs run along other axes"
         )
+
+
+def _spreads(shape: tuple[int, ...], onto: tuple[int, ...]) -> bool:
+    """Returns whether an array can be multiplied with one of another shape and leave it so."""
+    try:
+        return jnp.broadcast_shapes(shape, onto) == onto
+    except ValueError:
+        return False
 
 
 def _tracked(params: PyTree, stats: TrajectoryStats) -> PyTree:

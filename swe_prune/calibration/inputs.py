@@ -1,0 +1,233 @@
+"""What comes into the layers of a Linen model on calibration data."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import errors as flax_errors
+from flax import linen as nn
+from jaxtyping import Array, PyTree
+
+from swe_prune import tree
+from swe_prune.calibration import batches as of_batches
+from swe_prune.calibration import watch
+from swe_prune.errors import InputError
+
+Call = Callable[[Any, Any, Any], Any]
+
+
+def inputs(
+    model: nn.Module,
+    variables: Mapping[str, PyTree],
+    batches: Iterable[PyTree],
+    *,
+    hessian: bool = False,
+    call: Call | None = None,
+    prunable: PyTree | None = None,
+    dense_like: tuple[type, ...] = (),
+) -> dict[str, PyTree]:
+    """Returns what the layers of a model are given on calibration batches, for `importance.score`.
+
+        input_norm_j = √(Σ x_j² / n)        hessian = (2 / n) Σ x xᵀ
+
+    The sums run over all tokens of all sequences, and n counts sequences, as Wanda and SparseGPT
+    do. The batches are streamed: one compiled step for each shape of batch, its sums accumulated on
+    the device in float32. They may be divided over devices along their first axis. A layer that is
+    used several times is given all those inputs.
+
+    Args:
+        model: any Linen module; its Dense, DenseGeneral (so Flax's attention) and ungrouped Conv
+            layers are watched, inside `nn.remat` too, and inside an `nn.scan` or `nn.vmap` that
+            lists "calibration" in its variable_axes.
+        variables: {"params": …} and other collections, as `model.apply` takes them.
+        batches: pytrees of arrays whose first axis runs over the sequences.
+        hessian: whether to measure the Hessian too, R² numbers for a kernel of R inputs.
+        call: (model, variables, batch) → anything, how to run the model; None: apply it to the
+            batch, or to what a batch that is a dict has as "inputs".
+        prunable: bool pytree, which kernels to measure; None: `tree.prunable(params)`.
+        dense_like: classes of your own layers that compute x @ kernel over the last axis.
+
+    Returns:
+        Pytrees like the parameters with None where nothing was measured. "input_norm": float32 of
+        the kernel's shape along its inputs and 1 along its outputs. With `hessian`, "hessian":
+        float32, R x R over the kernel's inputs in their order.
+
+    Raises:
+        InputError: no batch, one that the model does not take, NaN or inf in what a layer is given,
+            or a kernel to be measured that no layer used.
+
+    Sources: Sun et al., "A simple and effective pruning approach for large language models", 2024;
+    Frantar and Alistarh, "SparseGPT", 2023.
+
+    >>> variables = {"params": {"kernel": jnp.ones((2, 1))}}
+    >>> norm = inputs(nn.Dense(1, use_bias=False), variables, [jnp.array([[3.0, 0], [4, 0]])])
+    >>> (norm["input_norm"]["kernel"] ** 2).ravel().tolist()
+    [12.5, 0.0]
+    """
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise InputError("variables= holds no 'params'; give {'params': params} as model.apply has")
+    params = variables["params"]
+    prunable = tree.prunable(params) if prunable is None else prunable
+    wanted = chosen(params, prunable)
+    step = measuring(model, call or applied, wanted, hessian=hessian, dense_like=dense_like)
+    sums, n = accumulated(step, variables, batches)
+    check_used(wanted, sums)
+    return finished(params, sums, n, hessian=hessian)
+
+
+def applied(model: nn.Module, variables: Any, batch: Any) -> Any:
+    """Returns the model applied to a batch, or to the batch's "inputs"."""
+    has_inputs = isinstance(batch, Mapping) and "inputs" in batch
+    return model.apply(variables, batch["inputs"] if has_inputs else batch)
+
+
+def chosen(params: PyTree, prunable: PyTree) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the prunable weights by name.
+
+    Raises:
+        InputError: there is none.
+    """
+    flags = tree.map_named(lambda _, leaf, flag: bool(flag), params, prunable)
+    named = zip(tree.named_leaves(params), tree.named_leaves(flags), strict=True)
+    wanted = {name: leaf.shape for (name, leaf), (_, flag) in named if flag}
+    if not wanted:
+        raise InputError("no weight is prunable, so there is nothing to measure; widen the rules")
+    return wanted
+
+
+def measuring(
+    model: nn.Module,
+    call: Call,
+    wanted: Mapping[str, Any],
+    *,
+    hessian: bool,
+    dense_like: tuple[type, ...] = (),
+) -> Callable[[Any, Any], dict[str, dict[str, Array]]]:
+    """Returns the function of (variables, batch) that gives `watch.sums`, not yet compiled."""
+
+    def measure(variables: Any, batch: Any) -> dict[str, dict[str, Array]]:
+        return watch.sums(
+            lambda: call(model, variables, batch), wanted, hessian=hessian, dense_like=dense_like
+        )
+
+    return measure
+
+
+def accumulated(
+    measure: Callable[[Any, Any], Any],
+    variables: PyTree,
+    batches: Iterable[PyTree],
+    count: Callable[[PyTree, int], int] = of_batches.sequences,
+) -> tuple[dict[str, dict[str, Array]], int]:
+    """Returns the sums over all batches, and the number of sequences in them.
+
+    Args:
+        measure: as `measuring` returns it.
+        variables: of the model.
+        batches: streamed.
+        count: (batch, its number) → how many sequences it has.
+
+    Raises:
+        InputError: as `inputs`.
+    """
+
+    def add(variables: Any, state: Any, batch: Any, number: Any) -> Any:
+        sums, first_bad = state
+        new = measure(variables, batch)
+        bad = {name: ~jnp.all(jnp.isfinite(leaf["square"])) for name, leaf in new.items()}
+        first_bad = {
+            name: jnp.where((at < 0) & bad[name], number, at) for name, at in first_bad.items()
+        }
+        return jax.tree.map(jnp.add, sums, new), first_bad
+
+    step = jax.jit(add, donate_argnums=1)
+    state, known, total, number = None, set(), 0, -1
+    for number, batch in enumerate(batches):
+        total += count(batch, number)
+        shapes = str(of_batches.shapes(batch))
+        if shapes not in known:  # a batch that does not fit is found before it is run
+            new = _traced(measure, variables, batch, number)
+            known.add(shapes)
+            state = _zeros(new) if state is None else state
+            _check_same(state[0], new, number)
+        state = step(variables, state, batch, number)
+    if state is None:
+        raise of_batches.nothing_given()
+    sums, first_bad = state
+    _reject_not_finite(jax.device_get(first_bad))
+    return sums, total
+
+
+def _traced(measure: Callable[[Any, Any], Any], variables: Any, batch: Any, number: int) -> Any:
+    try:
+        return jax.eval_shape(measure, variables, batch)
+    except InputError:
+        raise
+    except (TypeError, ValueError, IndexError, KeyError, flax_errors.FlaxError) as error:
+        raise InputError(
+            f"calibration batch {number}, {of_batches.described(batch)}, cannot be run through the "
+            f"model ({type(error).__name__}: {str(error).splitlines()[0]}); give batches of the "
+            "shape and dtype that it takes, or call= to say how it takes them"
+        ) from error
+
+
+def _zeros(new: Any) -> Any:
+    return (
+        jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), new),
+        {name: jnp.int32(-1) for name in new},
+    )
+
+
+def _check_same(sums: Any, new: Any, number: int) -> None:
+    shapes = [jax.tree.map(lambda leaf: leaf.shape, each) for each in (sums, new)]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"calibration batch {number} uses other layers, or as other inputs, than batch 0; give "
+            "batches that run through the same layers"
+        )
+
+
+def _reject_not_finite(first_bad: Mapping[str, Any]) -> None:
+    bad = {name: int(at) for name, at in first_bad.items() if at >= 0}
+    if bad:
+        name = min(bad, key=lambda name: bad[name])
+        raise InputError(
+            f"what comes into {name!r} has NaN or inf (or squares beyond float32) in calibration "
+            f"batch {bad[name]}; find the bad batch or the weight that makes them"
+        )
+
+
+def check_used(wanted: Mapping[str, Any], sums: Mapping[str, Any]) -> None:
+    """Raises InputError for a kernel that is wanted and that no layer used."""
+    missing = [name for name in wanted if name not in sums]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"no Dense-like layer used {missing[0]!r}{more} on the calibration batches; leave it "
+            "out with prunable=, or let call= run all of the model"
+        )
+
+
+def finished(
+    params: PyTree, sums: Mapping[str, Mapping[str, Array]], n: int, *, hessian: bool
+) -> dict[str, PyTree]:
+    """Returns the measures, pytrees like the parameters, of sums over n sequences."""
+
+    def norm(name: str, weight: Any) -> Any:
+        if name not in sums:
+            return None
+        square = sums[name]["square"]
+        if weight.shape[: square.ndim] != square.shape:
+            raise InputError(
+                f"{name!r} has shape {weight.shape} and its inputs {square.shape}; scan the "
+                "parameters along axis 0, or leave it out with prunable="
+            )
+        return jnp.sqrt(square / n).reshape(square.shape + (1,) * (weight.ndim - square.ndim))
+
+    measured = {"input_norm": tree.map_named(norm, params)}
+    if hessian:
+        measured["hessian"] = tree.map_named(
+            lambda name, _: sums[name]["outer"] * (2 / n) if name in sums else None, params
+        )
+    return measured
