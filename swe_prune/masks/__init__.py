@@ -8,7 +8,7 @@ holding   apply a mask to weights, keep an optimizer from reviving them
 counts    how many are kept
 """
 
-from swe_prune.masks.counts import Summary, Tally, summary
+from swe_prune.masks.counts import Summary, Tally, revived, summary
 from swe_prune.masks.holding import apply, hold_moments, keep
 from swe_prune.masks.rules import ROUNDINGS, SCOPES, by_sparsity, by_std
 
@@ -22,5 +22,6 @@ __all__ = [
     "by_std",
     "hold_moments",
     "keep",
+    "revived",
     "summary",
 ]

@@ -15,7 +15,6 @@ from swe_prune.masks.counts import kept_counts
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 SCOPES = ("tensor", "global", "row")
-_ALLOCATION = getattr(allocation, "Allocation", ())
 ROUNDINGS = ("nearest", "down")
 InputAxes = Callable[[str, tuple[int, ...]], tuple[int, ...]]
 
@@ -68,7 +67,7 @@ _std_masks_jit = jax.jit(_std_masks)
 
 def by_sparsity(
     scores: PyTree,
-    sparsity: "float | Float[Array, ''] | allocation.Allocation",
+    sparsity: float | Float[Array, ""] | allocation.Allocation,
     scope: str = "tensor",
     *,
     pattern: str | None = None,
@@ -115,7 +114,7 @@ def by_sparsity(
                 f"{kind} {name!r} is none of {', '.join(names)}; {did_you_mean(name, names)}"
             )
     named = _scored(scores)
-    if isinstance(sparsity, _ALLOCATION):
+    if isinstance(sparsity, allocation.Allocation):
         _check_allocation(sparsity, named, scope)
     elif not isinstance(sparsity, Tracer):
         sparsity = _concrete(sparsity)
@@ -164,7 +163,7 @@ def _gone(size: int, sparsity: float, rounding: str) -> int:
 
 def _of_units(one: patterns.Units, sparsity: Any, rounding: str) -> Array:
     size = tree.size(one.score)
-    if isinstance(sparsity, _ALLOCATION):
+    if isinstance(sparsity, allocation.Allocation):
         gone = sum(sparsity.removed[name] for name in one.tensors)
         keep = size - allocation.removed_count(gone, 1 / one.weights)
     else:
@@ -182,7 +181,7 @@ def _check_some_stay(one: patterns.Units, keep: Any, size: int, sparsity: Any) -
 
 
 def _shown(sparsity: Any, one: patterns.Units) -> str:
-    if isinstance(sparsity, _ALLOCATION):
+    if isinstance(sparsity, allocation.Allocation):
         return f"{sparsity.sparsities[one.tensors[0]]:g}"
     return f"{sparsity:g}"
 
@@ -203,7 +202,7 @@ def _global(units: list[patterns.Units], sparsity: Any, rounding: str) -> list[A
 def _by_row(name: str, score: Array, sparsity: Any, rounding: str, input_axes: InputAxes) -> Array:
     axes = _normal_axes(name, score.shape, input_axes)
     inputs = math.prod(score.shape[axis] for axis in axes)
-    if isinstance(sparsity, _ALLOCATION):
+    if isinstance(sparsity, allocation.Allocation):
         keep = _shared_out(sparsity.removed[name], score.shape, axes)
     else:
         keep = _keep(inputs, sparsity, rounding)
@@ -224,7 +223,7 @@ def _n_of_m(
     named: dict[str, Array], sparsity: Any, pattern: str, input_axes: InputAxes
 ) -> dict[str, Array]:
     n, m = patterns.parse_n_of_m(pattern)
-    if isinstance(sparsity, (Tracer, _ALLOCATION)):
+    if isinstance(sparsity, Tracer | allocation.Allocation):
         what = "a traced share" if isinstance(sparsity, Tracer) else "an allocation"
         raise InputError(
             f"pattern {pattern!r} fixes the sparsity at {1 - n / m:g}, which {what} cannot change; "
@@ -248,7 +247,7 @@ def _n_of_m(
     }
 
 
-def _check_allocation(given: "allocation.Allocation", named: dict[str, Array], scope: str) -> None:
+def _check_allocation(given: allocation.Allocation, named: dict[str, Array], scope: str) -> None:
     if scope == "global":
         raise InputError(
             "an allocation says how much each tensor loses, which scope 'global' would overrule; "
