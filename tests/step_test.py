@@ -8,11 +8,13 @@ import pytest
 
 from swe_prune import importance, masks, trajectory, tree
 from swe_prune.config import ModelConfig, PhaseConfig
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, RunError
 from swe_prune.models import gpt
 from swe_prune.training import optimizer as optimizer_lib
 from swe_prune.training import state as state_lib
 from swe_prune.training import step as step_lib
+from swe_prune.training.metrics import JsonLines, Meter
+from swe_prune.training.phase import Phase
 
 MODEL = gpt.build(ModelConfig(layers=1, heads=2, width=16, context=8, dropout=0.1), vocab_size=11)
 PHASE = PhaseConfig(steps=50, warmup=2, learning_rate=1e-2)
@@ -75,6 +77,24 @@ def test_pruned_weights_are_zero_after_every_step_and_so_are_their_moments(param
     assert moments
     assert not any(moment[gone].any() for moment in moments)
     assert all(moment[~gone].any() for moment in moments)
+
+
+def test_the_step_counts_what_came_back_and_the_loop_refuses_it(params, tmp_path, monkeypatch):
+    optimizer = optax.adam(1e-2)
+
+    def revived():
+        state = state_lib.create(jax.tree.map(jnp.copy, params), optimizer, 0, masks=half(params))
+        return step_lib.compile_train_step(MODEL, optimizer)(state, batch(0))[1]
+
+    assert int(revived()["revived"]) == 0
+    monkeypatch.setattr(step_lib.masks, "keep", lambda optimizer, mask: optimizer)
+    metrics = revived()
+    assert int(metrics["revived"]) > 0
+    phase = Phase("fine-tuning", tmp_path, steps=1, log_every=1)
+    meter = Meter(phase, 0, JsonLines(tmp_path / "metrics.jsonl", 0), lambda *_: None)
+    meter.late(1, metrics, tokens=1)
+    with pytest.raises(RunError, match="'fine-tuning' are not 0 after step 1"):
+        meter.flush()
 
 
 def test_the_statistics_see_the_weights_after_every_nth_step(params):

@@ -100,7 +100,7 @@ class Meter:
         """Handles the step that is still pending, waiting for the device.
 
         Raises:
-            RunError: its loss or gradient norm is not finite.
+            RunError: its loss or gradient norm is not finite, or pruned weights came back.
         """
         if self._pending is None:
             return
@@ -114,6 +114,11 @@ class Meter:
                     "diverged; lower the learning rate or the clip norm; earlier checkpoints are "
                     f"kept in {self._phase.folder}"
                 )
+        if values.pop("revived", 0):
+            raise RunError(
+                f"pruned weights of phase {self._phase.name!r} are not 0 after step {step}; wrap "
+                "the optimizer in masks.keep, outermost"
+            )
         if step == self._first + 1:  # its time was spent compiling
             self._clock, self._tokens = time.perf_counter(), 0
         elif (seconds := time.perf_counter() - self._clock) > 0:

@@ -36,7 +36,9 @@ def train_step(
     optimizer: optax.GradientTransformation,
     track_every: int,
 ) -> tuple[TrainState, Metrics]:
-    """Returns the state after one optimizer step, and its metrics as float32 scalars.
+    """Returns the state after one optimizer step, and its metrics as scalars.
+
+    With masks the metrics count the pruned weights that are not 0, "revived": always none.
 
     Args:
         state: masks and statistics are used where they are not None.
@@ -63,6 +65,8 @@ def train_step(
         due = (step % track_every == 0).astype(jnp.int32)
         stats = jax.lax.fori_loop(0, due, lambda _, kept: trajectory.update(kept, params), stats)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    if state.masks is not None:
+        metrics["revived"] = masks.revived(params, state.masks).saturated()
     state = dataclasses.replace(state, step=step, params=params, opt_state=opt_state, stats=stats)
     return state, metrics
 
