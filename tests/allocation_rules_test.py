@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from swe_prune import allocation
+from swe_prune import allocation, masks
 from swe_prune.allocation import Allocation
 from swe_prune.errors import InputError
 
@@ -245,3 +245,107 @@ def test_groups_may_be_tensors_rules_or_a_function():
 def test_groups_that_do_not_cover_are_refused(groups, sentence):
     with pytest.raises(InputError, match=sentence):
         allocation.grouped(NAMES, groups)
+
+
+# ---- rules of the scores ----
+
+
+def random_scores(seed=0, ties=False):
+    rng = np.random.default_rng(seed)
+    scores = {
+        "block_0": {"up": rng.gamma(2.0, size=(30, 40)), "down": rng.gamma(1.0, size=(40, 20))},
+        "block_1": {"up": 3 * rng.gamma(0.5, size=(30, 40)), "bias": None},
+        "readout": rng.random(size=(7, 11)),
+    }
+    return jax.tree.map(lambda x: jnp.asarray(x.round(1) if ties else x, jnp.float32), scores)
+
+
+SCORES = random_scores()
+SCORE_SIZES = {"block_0/down": 800, "block_0/up": 1200, "block_1/up": 1200, "readout": 77}
+
+
+def flat(scores):
+    """The scores as float64 numpy by name, in the order of jax's leaves."""
+    leaves = jax.tree_util.tree_flatten_with_path(scores)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf, np.float64)
+        for path, leaf in leaves
+    }
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.6, 0.97])
+def test_by_scores_is_what_global_selection_removes(sparsity, ties):
+    scores = random_scores(ties=ties)
+    got = allocation.by_scores(scores, sparsity)
+    exact(got, sparsity, SCORE_SIZES)
+    every = np.concatenate([x.ravel() for x in flat(scores).values()])
+    # Of ties the first ones stay: the last come first among those that go.
+    order = np.lexsort((-np.arange(every.size), every))[: got.removed_total]
+    ends = np.cumsum(list(SCORE_SIZES.values()))
+    counts = np.bincount(np.searchsorted(ends, order, side="right"), minlength=4)
+    assert list(got.removed.values()) == counts.tolist()
+    mask = masks.by_sparsity(scores, sparsity, "global")
+    assert got.removed == {name: int((~m.astype(bool)).sum()) for name, m in flat(mask).items()}
+
+
+@pytest.mark.parametrize("spread", [None, 1.0])
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.6, 0.9])
+def test_std_is_what_the_std_rule_removes(sparsity, spread):
+    got = allocation.std(SCORES, sparsity, spread=spread)
+    exact(got, sparsity, SCORE_SIZES)
+    rate, achieved = allocation.rate_for_sparsity(SCORES, sparsity, spread=spread)
+    assert achieved == got.sparsity
+    for name, score in flat(SCORES).items():
+        of = score.std(ddof=1) if spread is None else spread
+        assert abs((score <= rate * of).sum() - got.removed[name]) <= 1, "float32 against float64"
+
+
+def test_std_between_ties_takes_a_share_of_each():
+    scores = {"a": jnp.array([1.0] * 6 + [9.0] * 2), "b": jnp.array([1.0] * 3 + [9.0])}
+    got = [allocation.std(scores, n / 12, spread=1.0).removed for n in (0, 3, 6, 9, 10)]
+    assert got == [
+        {"a": 0, "b": 0}, {"a": 2, "b": 1}, {"a": 4, "b": 2}, {"a": 6, "b": 3}, {"a": 7, "b": 3}
+    ]  # fmt: skip
+
+
+BY_SCORE = {"by_scores": allocation.by_scores, "std": allocation.std}
+
+
+@pytest.mark.parametrize("rule", BY_SCORE)
+@given(first=share, second=share, ties=st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_rules_of_scores_are_exact_and_monotone(rule, first, second, ties):
+    less, more = sorted([first, second])
+    scores = random_scores(ties=ties)
+    low, high = BY_SCORE[rule](scores, less), BY_SCORE[rule](scores, more)
+    exact(low, less, SCORE_SIZES)
+    exact(high, more, SCORE_SIZES)
+    slack = 0 if rule == "by_scores" else 1
+    assert all(low.removed[name] <= high.removed[name] + slack for name in SCORE_SIZES)
+
+
+@pytest.mark.parametrize("rule", BY_SCORE)
+@pytest.mark.parametrize(
+    ("scores", "sparsity", "sentence"),
+    [
+        ({"w": None}, 0.5, "no scores were given"),
+        ({"w": jnp.zeros((0, 3))}, 0.5, "no scores were given"),
+        ({"a": jnp.ones(2), "b": jnp.array([1.0, jnp.nan])}, 0.5, "'b' have 1 NaN"),
+        ({"a": jnp.ones(2, jnp.int32)}, 0.5, "no floating-point array"),
+        ({"a": jnp.ones(2)}, -0.5, "no share in"),
+    ],
+)
+def test_bad_scores_are_refused(rule, scores, sparsity, sentence):
+    with pytest.raises(InputError, match=sentence):
+        BY_SCORE[rule](scores, sparsity)
+
+
+def test_what_the_std_rule_cannot_reach_is_refused():
+    with pytest.raises(InputError, match="removes at most 2 of 6 weights"):
+        allocation.std({"a": jnp.ones(4), "b": jnp.array([1.0, 2.0])}, 0.5)
+
+
+def test_an_allocation_inside_jit_is_refused():
+    with pytest.raises(InputError, match=r"allocate outside jax.jit"):
+        jax.jit(lambda scores: allocation.by_scores(scores, 0.5).sparsity)({"a": jnp.ones(3)})

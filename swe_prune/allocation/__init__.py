@@ -1,5 +1,6 @@
 """How much to take where: every rule that shares a sparsity out over the tensors."""
 
+from swe_prune.allocation.by_score import by_scores
 from swe_prune.allocation.by_shape import erk, erk_densities, table, uniform
 from swe_prune.allocation.count import Allocation, apportion, check_sparsity, removed_count
 from swe_prune.allocation.deviation import (
@@ -8,6 +9,7 @@ from swe_prune.allocation.deviation import (
     rate_for_sparsity,
     reject_no_spread,
     spreads,
+    std,
     std_threshold,
 )
 from swe_prune.allocation.tensors import GROUPINGS, Groups, grouped
@@ -17,6 +19,7 @@ __all__ = [
     "Allocation",
     "Groups",
     "apportion",
+    "by_scores",
     "check_sparsity",
     "erk",
     "erk_densities",
@@ -27,6 +30,7 @@ __all__ = [
     "reject_no_spread",
     "removed_count",
     "spreads",
+    "std",
     "std_threshold",
     "table",
     "uniform",

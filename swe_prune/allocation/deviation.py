@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune import select, tree
-from swe_prune.allocation.count import check_sparsity, removed_count
+from swe_prune.allocation.count import Allocation, check_sparsity, meet, removed_count
+from swe_prune.allocation.tensors import scored
 from swe_prune.errors import InputError
 
 _HALF_NORMAL_STD = math.sqrt(1 - 2 / math.pi)  # std of |x| for x ~ N(0, 1): 0.6028
@@ -77,8 +78,13 @@ _spreads = jax.jit(spreads)
 
 
 @jax.jit
+def _kept_each(scores: list[Array], rate: Array, of_each: list[Array]) -> list[tree.Count]:
+    return [tree.count_true([score > s * rate]) for score, s in zip(scores, of_each, strict=True)]
+
+
+@jax.jit
 def _kept(scores: list[Array], rate: Array, of_each: list[Array]) -> tree.Count:
-    return tree.count_true([score > s * rate for score, s in zip(scores, of_each, strict=True)])
+    return tree.total(_kept_each(scores, rate, of_each))
 
 
 def rate_for_sparsity(
@@ -100,32 +106,80 @@ def rate_for_sparsity(
         InputError: sparsity outside [0, 1), no scores, NaN among them, or scores without a
             standard deviation.
     """
-    check_sparsity(sparsity)
-    named = {name: leaf for name, leaf in tree.named_leaves(scores) if leaf is not None}
-    leaves = list(named.values())
-    total = sum(map(tree.size, leaves))
-    if not total:
-        raise InputError("no scores were given: every leaf is None, that is dense; widen the rules")
-    of_each, nans, undefined = _spreads(leaves, spread)
-    select.reject_nan(list(named), nans)
-    reject_no_spread(list(named), undefined)
+    search = _Search(scores, sparsity, spread)
+    above = search.smallest_removing(search.wanted)
+    below = search.smallest_removing(search.removed(max(above - 1, 0)))
+    best = min((below, above), key=lambda bits: (abs(search.removed(bits) - search.wanted), bits))
+    return float(_float_of(best)), search.removed(best) / search.total
 
-    def removed(bits: int) -> int:
-        return total - int(_kept(leaves, _float_of(bits), of_each))
 
-    def smallest_removing(least: int) -> int:
-        """The float32 rate, as its bits, which order as positive floats do."""
+def std(scores: PyTree, sparsity: float, *, spread: float | None = None) -> Allocation:
+    """Returns what the std rule takes of each tensor at the rate that meets a sparsity.
+
+    Of tensor l goes the count of scores ≤ rate · std(scores_l), as `masks.by_std` removes them.
+    Where ties keep every rate from the exact total, each tensor's count lies between those at the
+    last rate below it and the first above, by linear interpolation.
+
+    Args:
+        scores: float32 pytree, None where dense.
+        sparsity: share to remove of all the scored weights, in [0, 1).
+        spread: as in `masks.by_std`.
+
+    Raises:
+        InputError: as `rate_for_sparsity`, or a sparsity that no rate reaches, as a tensor of
+            equal scores has no spread to multiply.
+
+    >>> std({"a": jnp.arange(8.0), "b": jnp.array([3.0, 4.0])}, 0.5).removed
+    {'a': 5, 'b': 0}
+    """
+    search = _Search(scores, sparsity, spread)
+    above = search.smallest_removing(search.wanted)
+    most = search.removed_each(above)
+    least = search.removed_each(above - 1) if above else [0] * len(most)
+    if sum(most) < search.wanted:
+        raise InputError(
+            f"sparsity {sparsity} is out of reach of the std rule, which removes at most "
+            f"{sum(most)} of {search.total} weights here, as tensors of equal scores have no "
+            "spread to multiply; allocate them by another rule"
+        )
+    way = (search.wanted - sum(least)) / max(sum(most) - sum(least), 1)
+    targets = {
+        name: low + way * (high - low)
+        for name, low, high in zip(search.sizes, least, most, strict=True)
+    }
+    return meet(targets, search.sizes, sparsity)
+
+
+class _Search:
+    """The bisection of the rate: scores that were checked, and what goes of them at a rate.
+
+    A rate is given as the bits of a float32, which order as positive floats do.
+    """
+
+    def __init__(self, scores: PyTree, sparsity: float, spread: float | None):
+        check_sparsity(sparsity)
+        named = scored(scores)
+        self.leaves = list(named.values())
+        self.of_each, nans, undefined = _spreads(self.leaves, spread)
+        select.reject_nan(list(named), nans)
+        reject_no_spread(list(named), undefined)
+        self.sizes = {name: tree.size(leaf) for name, leaf in named.items()}
+        self.total = sum(self.sizes.values())
+        self.wanted = removed_count(self.total, sparsity)
+
+    def removed(self, bits: int) -> int:
+        return self.total - int(_kept(self.leaves, _float_of(bits), self.of_each))
+
+    def removed_each(self, bits: int) -> list[int]:
+        kept = jax.device_get(_kept_each(self.leaves, _float_of(bits), self.of_each))
+        return [size - int(n) for size, n in zip(self.sizes.values(), kept, strict=True)]
+
+    def smallest_removing(self, least: int) -> int:
         low, high = -1, _LARGEST_BITS
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if removed(middle) < least else (low, middle)
+            low, high = (middle, high) if self.removed(middle) < least else (low, middle)
         return high
-
-    wanted = removed_count(total, sparsity)
-    above = smallest_removing(wanted)
-    below = smallest_removing(removed(max(above - 1, 0)))
-    best = min((below, above), key=lambda bits: (abs(removed(bits) - wanted), bits))
-    return float(_float_of(best)), removed(best) / total
 
 
 _LARGEST_BITS = 0x7F7FFFFF  # of the largest finite float32
