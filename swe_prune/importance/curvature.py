@@ -30,6 +30,21 @@ def swe_curvature(
     return late_mean**2 * second_moment**power
 
 
+@register("forecast_curvature")
+def forecast_curvature(
+    weight: Float[Array, "..."],
+    late_mean: Float[Array, "..."],
+    second_moment: Float[Array, "..."],
+    power: float = 0.5,
+    horizon: float = 0.5,
+) -> Float[Array, "..."]:
+    """(w + horizon · (w − late mean))² v^power: where the weight is heading, and the curvature.
+
+    A larger horizon costs more before fine-tuning and less after it; see the README's table.
+    """
+    return (weight + horizon * (weight - late_mean)) ** 2 * second_moment**power
+
+
 @register("stability_curvature")
 def stability_curvature(
     weight: Float[Array, "..."],

@@ -16,6 +16,19 @@ def swe(late_mean: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.abs(late_mean)
 
 
+@register("forecast")
+def forecast(
+    weight: Float[Array, "..."], late_mean: Float[Array, "..."], horizon: float = 0.5
+) -> Float[Array, "..."]:
+    """|w + horizon · (w − late mean)|: where the weight is heading, on from where it came from.
+
+    `swe` looks back along the line from the late mean to the final weight, this looks ahead: a
+    weight that shrank goes before one of the same size that grew. At horizon 0 it is `magnitude`,
+    at −1 `swe`. The measure is the same, so the same statistics serve both.
+    """
+    return jnp.abs(weight + horizon * (weight - late_mean))
+
+
 @register("swe_abs")
 def swe_abs(late_mean_abs: Float[Array, "..."]) -> Float[Array, "..."]:
     """Σ wₜ |θ(t)| / Σ wₜ: the ablation of `swe` that averages magnitudes."""
