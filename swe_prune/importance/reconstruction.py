@@ -111,7 +111,7 @@ def _factored(hessian_RxR: Array, damping: Array) -> tuple[Array, Array]:
         damped_RxR = alive_RxR + damping * mean * eye_RxR
         lower_RxR = jnp.linalg.cholesky(damped_RxR[::-1, ::-1], symmetrize_input=False)
         upper_RxR = lower_RxR[::-1, ::-1]
-        return jax.scipy.linalg.solve_triangular(upper_RxR, eye_RxR, lower=False)
+        return jnp.triu(jax.scipy.linalg.solve_triangular(upper_RxR, eye_RxR, lower=False))
 
     def failed(state: tuple[Array, Array, Array]) -> Array:
         tries, _, factor_RxR = state
