@@ -1,6 +1,10 @@
 """Trajectory-based weight pruning for JAX.
 
-Track what every weight did while it trained, score it, mask it, fine-tune:
+In one line, with what you have of a trained model:
+
+    pruned = swe_prune.prune(params, sparsity=0.5)
+
+Or step by step. Track what every weight did while it trained, score it, mask it, fine-tune:
 
     from swe_prune import importance, masks, trajectory
 
@@ -13,15 +17,18 @@ Track what every weight did while it trained, score it, mask it, fine-tune:
 """
 
 from swe_prune import allocation, errors, importance, masks, patterns, select, trajectory, tree
+from swe_prune.one_call import Pruned, prune
 from swe_prune.version import __version__
 
 __all__ = [
+    "Pruned",
     "__version__",
     "allocation",
     "errors",
     "importance",
     "masks",
     "patterns",
+    "prune",
     "select",
     "trajectory",
     "tree",

@@ -10,7 +10,7 @@ import swe_prune
 PACKAGE = Path(swe_prune.__file__).parent
 HOUSE = [
     "version", "errors", "tree", "config", "trajectory", "select", "schedules", "importance",
-    "allocation", "patterns", "masks", "calibration", "blockwise", "models", "data", "training",
+    "allocation", "patterns", "masks", "one_call", "calibration", "blockwise", "models", "data", "training",
     "structured", "parallel", "checkpoint", "evaluation", "interop", "experiment", "report", "cli",
     "__main__",
 ]  # fmt: skip

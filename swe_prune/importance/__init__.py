@@ -23,7 +23,7 @@ from swe_prune.importance import (
     reconstruction,
     trajectory,
 )
-from swe_prune.importance.optimizer_state import second_moment
+from swe_prune.importance.optimizer_state import has_second_moment, second_moment
 from swe_prune.importance.registry import MEASURED, Criterion, get, names, register
 from swe_prune.trajectory import BUFFERS, TrajectoryStats, read
 
@@ -35,6 +35,7 @@ __all__ = [
     "curvature",
     "get",
     "gradient",
+    "has_second_moment",
     "magnitude",
     "names",
     "reconstruction",

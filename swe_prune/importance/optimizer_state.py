@@ -16,6 +16,11 @@ _FIELDS = ("nu", "sum_of_squares")
 """What optax calls running means or sums of squared gradients, in the states of its transforms."""
 
 
+def has_second_moment(opt_state: PyTree, params: PyTree) -> bool:
+    """Returns whether an optimizer's state holds a second moment of any of the weights."""
+    return bool(_found(opt_state, params))
+
+
 def second_moment(opt_state: PyTree, params: PyTree) -> PyTree:
     """Returns the running mean of squared gradients, float32 like params, None where there is none.
 
@@ -33,17 +38,22 @@ def second_moment(opt_state: PyTree, params: PyTree) -> PyTree:
     Raises:
         InputError: the state holds no second moment at all (SGD, Lion, Adafactor's not yet made).
     """
-    found: dict[str, Any] = {}
-    shapes = {n: leaf.shape for n, leaf in tree.named_leaves(params) if tree.is_weight(leaf)}
-    for name, moment in _moments(opt_state, shapes):
-        if name in shapes and moment.shape == shapes[name]:
-            found.setdefault(name, moment.astype(jnp.float32))
+    found = _found(opt_state, params)
     if not found:
         raise InputError(
             "the optimizer's state holds no second moment laid out like the parameters; use Adam "
             "or another that keeps squared gradients, or a criterion without 'second_moment'"
         )
     return tree.map_named(lambda name, _: found.get(name), params)
+
+
+def _found(opt_state: PyTree, params: PyTree) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    shapes = {n: leaf.shape for n, leaf in tree.named_leaves(params) if tree.is_weight(leaf)}
+    for name, moment in _moments(opt_state, shapes):
+        if name in shapes and moment.shape == shapes[name]:
+            found.setdefault(name, moment.astype(jnp.float32))
+    return found
 
 
 def _moments(opt_state: PyTree, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Any]]:

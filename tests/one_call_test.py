@@ -1,0 +1,91 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import swe_prune
+from swe_prune import importance, masks, trajectory
+from swe_prune.errors import InputError
+
+RNG = np.random.default_rng(0)
+PARAMS = {
+    "embed": {"embedding": jnp.asarray(RNG.normal(size=(5, 8)), jnp.float32)},
+    "up": {"kernel": jnp.asarray(RNG.normal(size=(8, 12)), jnp.float32), "bias": jnp.ones(12)},
+    "down": {"kernel": jnp.asarray(RNG.normal(size=(12, 8)), jnp.bfloat16)},
+}
+
+
+def trained(optimizer):
+    stats, state = trajectory.init(PARAMS), optimizer.init(PARAMS)
+    for t in range(3):
+        params = jax.tree.map(lambda x, t=t: x * (1 + 0.2 * jnp.sin(t + 9 * x)), PARAMS)
+        stats = trajectory.update(stats, params)
+        _, state = optimizer.update(params, state, params)
+    return stats, state
+
+
+ADAM, SGD = optax.adamw(1e-3), optax.sgd(1e-3, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "tracked", "criterion", "scope", "why"),
+    [
+        (ADAM, True, "forecast_curvature", "global", "it has the late mean and the optimizer's"),
+        (ADAM, False, "magnitude_curvature", "global", "but no late mean"),
+        (SGD, True, "forecast", "tensor", "an optimizer without a second moment"),
+        (None, True, "forecast", "tensor", "no optimizer state"),
+        (None, False, "magnitude", "tensor", "no optimizer state and no late mean"),
+    ],
+)
+def test_it_takes_the_best_that_is_at_hand_and_says_so(
+    optimizer, tracked, criterion, scope, why, capsys
+):
+    stats, state = trained(optimizer or SGD)
+    given = {"stats": stats if tracked else None, "opt_state": state if optimizer else None}
+    pruned = swe_prune.prune(PARAMS, 0.5, **given)
+    expected = masks.by_sparsity(importance.score(criterion, PARAMS, **given), 0.5, scope)
+    assert (pruned.criterion, pruned.summary.sparsity) == (criterion, 0.5)
+    jax.tree.map(np.testing.assert_array_equal, pruned.masks, expected)
+    jax.tree.map(np.testing.assert_array_equal, pruned.params, masks.apply(PARAMS, expected))
+    assert pruned.params["down"]["kernel"].dtype == jnp.bfloat16
+    told = capsys.readouterr().out
+    assert told == f"{pruned}\n"
+    assert f"Removed 96 of 192 prunable weights (50.0 %) by '{criterion}'" in told
+    assert why in told
+    assert "40 (embedding)" in told
+    assert "12 (fewer than two axes)" in told
+    assert "up/kernel" in told
+
+
+def test_it_does_as_it_is_told(capsys):
+    pruned = swe_prune.prune(PARAMS, 0.5, criterion="magnitude", pattern="2:4", verbose=False)
+    assert not capsys.readouterr().out
+    groups = np.asarray(pruned.masks["up"]["kernel"]).reshape(2, 4, 12)
+    assert (groups.sum(1) == 2).all()
+    assert "pattern '2:4'" in str(pruned)
+    by_row = swe_prune.prune(PARAMS, 0.25, scope="row", verbose=False)
+    assert (~np.asarray(by_row.masks["up"]["kernel"])).sum(0).tolist() == [2] * 12
+
+
+def test_zeros_stay_through_fine_tuning():
+    pruned = swe_prune.prune(PARAMS, 0.5, verbose=False)
+    optimizer = masks.keep(ADAM, pruned.masks)
+    state, params = optimizer.init(pruned.params), pruned.params
+    updates, state = optimizer.update(PARAMS, state, params)
+    assert int(masks.revived(optax.apply_updates(params, updates), pruned.masks)) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: swe_prune.prune(PARAMS, 1.5), "no share in"),
+        (lambda: swe_prune.prune(PARAMS, criterion="magnitud"), "did you mean 'magnitude'"),
+        (lambda: swe_prune.prune(PARAMS, criterion="wanda"), "needs 'input_norm'"),
+        (lambda: swe_prune.prune({"bias": jnp.ones(3)}), "no weight is prunable"),
+        (lambda: jax.jit(lambda p: swe_prune.prune(p).params)(PARAMS), "outside of jit"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_in_a_sentence(call, sentence):
+    with pytest.raises(InputError, match=sentence):
+        call()
