@@ -36,6 +36,7 @@ class Summary(Tally):
 def summary(mask: PyTree) -> Summary:
     """Returns exact counts per tensor and in all.
 
+    >>> import jax.numpy as jnp
     >>> summary({"w": jnp.array([True, False, False]), "b": None}).kept
     1
     """
@@ -58,6 +59,7 @@ def kept_counts(masks: dict[str, Array]) -> dict[str, tree.Count]:
 def revived(params: PyTree, mask: PyTree) -> tree.Count:
     """Returns how many pruned weights are not 0, exactly: a proof to compute inside a step.
 
+    >>> import jax.numpy as jnp
     >>> int(revived({"w": jnp.array([0.5, 0.0])}, {"w": jnp.array([False, False])}))
     1
     """
