@@ -31,8 +31,11 @@ def bezier(
     bins over [−max |w|, max |w|] instead, which is ours. There are floor(√(weights of the output))
     bins, one more if that is odd. A curve without any slope has p = 0: nothing goes with "*".
 
-    Source: Islam and Belhaouari, LOD 2022, and its repository SmartPruningDeepNN, which sorts the
-    weights of the running mean ("weighted clone", here `bezier_swe`) or the current ones.
+    The authors' code sorts the current weights, or those of the running mean ("weighted clone",
+    here `bezier_swe`).
+
+    When: to repeat its paper.
+    Source: Islam and Belhaouari, LOD 2022, repository SmartPruningDeepNN.
     """
     if method not in ("*", "+"):
         raise InputError(f"method = {method!r} of 'bezier' is none of '*', '+'; give one of them")
@@ -55,7 +58,11 @@ def bezier_swe(
     method: str = "*",
     symmetric: bool = False,
 ) -> Float[Array, "..."]:
-    """`bezier` over the histogram of the late mean, Σ wₜ θ(t) / Σ wₜ, instead of the weights."""
+    """`bezier` over the histogram of the late mean, Σ wₜ θ(t) / Σ wₜ, instead of the weights.
+
+    When: to repeat its paper with the running mean.
+    Source: as `bezier`.
+    """
     return bezier(key, late_mean, inputs, control, method, symmetric)
 
 

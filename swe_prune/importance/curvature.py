@@ -18,7 +18,11 @@ from swe_prune.importance.registry import register
 def magnitude_curvature(
     weight: Float[Array, "..."], second_moment: Float[Array, "..."], power: float = 0.5
 ) -> Float[Array, "..."]:
-    """w² v^power: the final weight and the curvature at it (optimal brain damage at power 1)."""
+    """w² v^power: the final weight and the curvature at it (optimal brain damage at power 1).
+
+    When: at hand for any Adam-trained weights, and the least loss before fine-tuning.
+    Source: optimal brain damage (LeCun, Denker and Solla, 1989) with Adam's v for h.
+    """
     return weight**2 * second_moment**power
 
 
@@ -26,7 +30,11 @@ def magnitude_curvature(
 def swe_curvature(
     late_mean: Float[Array, "..."], second_moment: Float[Array, "..."], power: float = 0.5
 ) -> Float[Array, "..."]:
-    """(Σ wₜ θ(t) / Σ wₜ)² v^power: the late mean of `swe` and the curvature."""
+    """(Σ wₜ θ(t) / Σ wₜ)² v^power: the late mean of `swe` and the curvature.
+
+    When: to see what curvature adds to the paper's criterion.
+    Source: this project.
+    """
     return late_mean**2 * second_moment**power
 
 
@@ -41,6 +49,9 @@ def forecast_curvature(
     """(w + horizon · (w − late mean))² v^power: where the weight is heading, and the curvature.
 
     A larger horizon costs more before fine-tuning and less after it; see the README's table.
+
+    When: first choice for weights that Adam trained while they were tracked.
+    Source: this project; measured in the README.
     """
     return (weight + horizon * (weight - late_mean)) ** 2 * second_moment**power
 
@@ -53,7 +64,11 @@ def stability_curvature(
     second_moment: Float[Array, "..."],
     power: float = 0.5,
 ) -> Float[Array, "..."]:
-    """w² v^power · |mean| / (|mean| + std): curvature, less for a weight that did not settle."""
+    """w² v^power · |mean| / (|mean| + std): curvature, less for a weight that did not settle.
+
+    When: when nothing is fine-tuned after pruning.
+    Source: this project.
+    """
     size = jnp.abs(mean)
     settled = jnp.where(size > 0, size / (size + jnp.sqrt(variance)), 0.0)
     return weight**2 * second_moment**power * settled
@@ -63,7 +78,11 @@ def stability_curvature(
 def path_curvature(
     path_length: Float[Array, "..."], second_moment: Float[Array, "..."], power: float = 0.5
 ) -> Float[Array, "..."]:
-    """(Σ |θ(t) − θ(t−1)|)² v^power: how far a weight wandered, and the curvature."""
+    """(Σ |θ(t) − θ(t−1)|)² v^power: how far a weight wandered, and the curvature.
+
+    When: as an ablation.
+    Source: this project.
+    """
     return path_length**2 * second_moment**power
 
 
@@ -71,5 +90,9 @@ def path_curvature(
 def displacement_curvature(
     displacement: Float[Array, "..."], second_moment: Float[Array, "..."], power: float = 0.5
 ) -> Float[Array, "..."]:
-    """(θ(n) − θ(0))² v^power: how far training took a weight, and the curvature."""
+    """(θ(n) − θ(0))² v^power: how far training took a weight, and the curvature.
+
+    When: as an ablation.
+    Source: this project.
+    """
     return displacement**2 * second_moment**power

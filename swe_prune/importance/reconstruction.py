@@ -27,8 +27,11 @@ def sparsegpt(
     What removing the weight costs when the weights of later inputs make up for it as well as they
     can (optimal brain surgeon, in one order of inputs for all outputs). An input that is always 0
     scores 0. One pass over calibration data and R² numbers for a kernel of R inputs; the weight
-    update that belongs to it is `blockwise.sparsegpt`. Source: Frantar and Alistarh, "SparseGPT:
-    massive language models can be accurately pruned in one-shot", ICML 2023.
+    update that belongs to it is `blockwise.sparsegpt`.
+
+    When: for pretrained language models, best with the weight update of `blockwise`.
+    Source: Frantar and Alistarh, "SparseGPT: massive language models can be accurately pruned in
+        one-shot", ICML 2023.
 
     Args:
         weight: a kernel.
