@@ -349,3 +349,117 @@ def test_what_the_std_rule_cannot_reach_is_refused():
 def test_an_allocation_inside_jit_is_refused():
     with pytest.raises(InputError, match=r"allocate outside jax.jit"):
         jax.jit(lambda scores: allocation.by_scores(scores, 0.5).sparsity)({"a": jnp.ones(3)})
+
+
+# ---- OWL ----
+
+
+def owl_ratios(scores, m):
+    """METHODS 15.10: D of block_0, of block_1 and of the tensor outside of any block."""
+    named = flat(scores)
+    blocks = [["block_0/down", "block_0/up"], ["block_1/up"], ["readout"]]
+    every = [np.concatenate([named[name].ravel() for name in names]) for names in blocks]
+    return [100 * (a > m * a.mean()).mean() for a in every], [a.size for a in every]
+
+
+def owl_oracle(outliers, sizes, sparsity, lam):
+    """The formula, then one shift of all the blocks to the total, found by stepping down."""
+    d = np.array(outliers)
+    r = (d - d.min()) / (d.max() - d.min()) * 2 * lam
+    wanted = 1 - (r - r.mean() + (1 - sparsity))
+    shifts = np.linspace(-1, 1, 2_000_001)
+    reached = sum(np.clip(w + shifts, 0, 1) * n for w, n in zip(wanted, sizes, strict=True))
+    total = allocation.removed_count(sum(sizes), sparsity)
+    return np.clip(wanted + shifts[np.argmin(np.abs(reached - total))], 0, 1)
+
+
+@pytest.mark.parametrize("m", [1.5, 3.0])
+@pytest.mark.parametrize(("sparsity", "lam"), [(0.5, 0.08), (0.7, 0.2), (0.05, 0.15), (0.95, 0.1)])
+def test_owl_is_the_formula_shifted_to_the_total(sparsity, lam, m):
+    got = allocation.owl(SCORES, sparsity, lam=lam, m=m)
+    exact(got, sparsity, SCORE_SIZES)
+    expected = owl_oracle(*owl_ratios(SCORES, m), sparsity, lam)
+    of = dict(zip(SCORE_SIZES, expected[[0, 0, 1, 2]], strict=True))
+    for name, size in SCORE_SIZES.items():
+        assert abs(got.removed[name] - of[name] * size) <= 1 + 0.01
+
+
+def test_owl_of_equal_blocks_is_the_published_formula():
+    rng = np.random.default_rng(3)
+    scores = {f"layer_{i}": {"w": jnp.asarray(rng.gamma(1 / (i + 1), size=(50, 40)), jnp.float32)}
+              for i in range(4)}  # fmt: skip
+    d = [100 * (a > 5 * a.mean()).mean() for a in flat(scores).values()]
+    got = allocation.owl(scores, 0.7)
+    expected = allocation.owl_sparsities(d, 0.7)
+    assert np.ptp(expected) == pytest.approx(0.16)
+    np.testing.assert_allclose(list(got.sparsities.values()), expected, atol=1 / 2000)
+
+
+def test_owl_gives_the_check_value():
+    got = allocation.owl_sparsities([1, 2, 4], 0.7, 0.08)
+    np.testing.assert_allclose(got, [0.771111, 0.717778, 0.611111], atol=5e-7)
+
+
+def test_owl_without_differences_is_uniform():
+    assert allocation.owl_sparsities([3.0, 3.0], 0.6) == [0.6, 0.6]
+    scores = {"block_0": jnp.ones((10, 10)), "block_1": jnp.ones((20, 10))}
+    assert allocation.owl(scores, 0.6).removed == {"block_0": 60, "block_1": 120}
+
+
+def test_owl_groups_are_the_users():
+    tensors = allocation.owl(SCORES, 0.6, m=1.5, groups="tensor").sparsities
+    blocks = allocation.owl(SCORES, 0.6, m=1.5).sparsities
+    assert blocks["block_0/up"] == pytest.approx(blocks["block_0/down"], abs=2 / 800)
+    assert abs(tensors["block_0/up"] - tensors["block_0/down"]) > 0.01
+    one = allocation.owl(SCORES, 0.6, groups={"all": "."})
+    assert list(one.sparsities.values()) == pytest.approx([0.6] * 4, abs=1 / 77)
+
+
+def test_owl_of_half_precision_counts_in_float32():
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), SCORES)
+    full = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    assert allocation.owl(half, 0.6, m=2.0) == allocation.owl(full, 0.6, m=2.0)
+
+
+@pytest.mark.parametrize(("lam", "n", "of"), [(2.0, 2, 4), (4.0, 4, 8), (9.0, 1, 4)])
+def test_owl_n_of_m_moves_n_by_the_centred_ratio(lam, n, of):
+    d = np.array(owl_ratios(SCORES, 1.5)[0])
+    r = (d - d.min()) / (d.max() - d.min()) * lam
+    kept = np.clip(n + np.round(r - r.mean()), 1, of).astype(int)
+    got = allocation.owl_n_of_m(SCORES, n, of, lam=lam, m=1.5)
+    expected = [f"{kept[i]}:{of}" for i in (0, 0, 1, 2)]
+    assert [got[name] for name in SCORE_SIZES] == expected
+    assert len(set(expected)) > 1
+
+
+@given(first=share, second=share, lam=st.floats(0, 0.5))
+@settings(max_examples=25, deadline=None)
+def test_owl_is_exact_and_monotone(first, second, lam):
+    less, more = sorted([first, second])
+    low = allocation.owl(SCORES, less, lam=lam, m=2.0)
+    high = allocation.owl(SCORES, more, lam=lam, m=2.0)
+    exact(low, less, SCORE_SIZES)
+    exact(high, more, SCORE_SIZES)
+    assert all(low.removed[name] <= high.removed[name] + 1 for name in SCORE_SIZES)
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "sentence"),
+    [
+        ({"a": jnp.array([1.0, jnp.nan])}, {}, "'a' have 1 NaN"),
+        ({"a": jnp.array([1.0, jnp.inf])}, {}, "group 'a' are infinite"),
+        ({"a": jnp.array([1.0, -1.0])}, {}, "group 'a' have negative values"),
+        ({"a": None}, {}, "no scores were given"),
+        ({"a": jnp.ones(2)}, {"lam": -1}, "lam = -1 is negative"),
+        ({"a": jnp.ones(2)}, {"m": math.inf}, "m = inf is negative or not finite"),
+        ({"a": jnp.ones(2)}, {"groups": {"x": "b"}}, "'a' is in no group"),
+    ],
+)
+def test_bad_input_of_owl_is_refused(scores, options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        allocation.owl(scores, 0.5, **options)
+
+
+def test_n_beyond_its_group_is_refused():
+    with pytest.raises(InputError, match="5 of 4 weights cannot be kept"):
+        allocation.owl_n_of_m(SCORES, 5, 4)

@@ -12,6 +12,7 @@ from swe_prune.allocation.deviation import (
     std,
     std_threshold,
 )
+from swe_prune.allocation.outliers import owl, owl_n_of_m, owl_sparsities
 from swe_prune.allocation.tensors import GROUPINGS, Groups, grouped
 
 __all__ = [
@@ -26,6 +27,9 @@ __all__ = [
     "gaussian_rate",
     "gaussian_sparsity",
     "grouped",
+    "owl",
+    "owl_n_of_m",
+    "owl_sparsities",
     "rate_for_sparsity",
     "reject_no_spread",
     "removed_count",

@@ -173,3 +173,25 @@ def meet(targets: Mapping[str, float], sizes: Mapping[str, int], sparsity: float
     total = removed_count(sum(sizes.values()), sparsity)
     parts = apportion([targets[name] for name in sizes], [*sizes.values()], total)
     return Allocation(dict(zip(sizes, parts, strict=True)), dict(sizes))
+
+
+def meet_by_group(
+    sparsities: Sequence[float],
+    members: Mapping[str, Sequence[str]],
+    sizes: Mapping[str, int],
+    sparsity: float,
+) -> Allocation:
+    """Returns the allocation whose groups have these sparsities, shifted alike to meet the total.
+
+    Args:
+        sparsities: of each group, in the order of `members`.
+        members: the names of the tensors of each group.
+        sizes: of every tensor.
+        sparsity: share to remove of all the weights.
+    """
+    whole = [sum(sizes[name] for name in names) for names in members.values()]
+    met = shifted(sparsities, whole, removed_count(sum(sizes.values()), sparsity))
+    targets = dict.fromkeys(sizes, 0.0)
+    for share, names in zip(met, members.values(), strict=True):
+        targets.update({name: share * sizes[name] for name in names})
+    return meet(targets, sizes, sparsity)
