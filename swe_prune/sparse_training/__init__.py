@@ -1,0 +1,31 @@
+"""Training that changes its masks: functions for any loop, on pytrees of any kind.
+
+All of them run inside a jit with the step, the sparsity and the fraction traced, so one compiled
+train step serves the whole training.
+
+on_schedule       prune at the due steps of a schedule
+drop_and_grow     RigL and SET: exchange the weakest weights for new ones
+straight_through  sparse in the forward pass, dense in the gradient
+movement          scores that are learned while training
+rewind            back to early values, or to an early learning rate
+"""
+
+from swe_prune.sparse_training import movement
+from swe_prune.sparse_training.drop_and_grow import REGROWN, drop_and_grow, rigl, set
+from swe_prune.sparse_training.on_schedule import all_kept, prune_on_schedule
+from swe_prune.sparse_training.rewind import rewind, rewound_schedule
+from swe_prune.sparse_training.straight_through import ste_magnitude, straight_through
+
+__all__ = [
+    "REGROWN",
+    "all_kept",
+    "drop_and_grow",
+    "movement",
+    "prune_on_schedule",
+    "rewind",
+    "rewound_schedule",
+    "rigl",
+    "set",
+    "ste_magnitude",
+    "straight_through",
+]

@@ -1,0 +1,206 @@
+"""RigL and SET: at a constant sparsity, exchange the weakest weights for new ones.
+
+In every tensor, of a active weights n = ⌊fraction · a⌋ with the smallest |w| are dropped, then the
+n with the largest growth score are grown among all that the drop did not keep. The ones just
+dropped are among those, and may be grown again. Ties are broken by flat index: of equal weights
+the first stay, of equal candidates the first are grown.
+
+Evci et al., "Rigging the lottery" (ICML 2020), with its code's order of drop and growth; Mocanu et
+al., "Scalable training of artificial neural networks with adaptive sparse connectivity" (2018).
+"""
+
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt32
+
+from swe_prune import masks, select, tree
+from swe_prune.errors import InputError, did_you_mean
+from swe_prune.sparse_training.checks import check_fits
+from swe_prune.sparse_training.ranking import among
+
+REGROWN = ("keep", "reset")
+"""What becomes of a weight that is dropped and grown in one update: as it was, or 0 and new."""
+
+
+def drop_and_grow(
+    params: PyTree,
+    mask: PyTree,
+    opt_state: PyTree,
+    fraction: float | Float[Array, ""],
+    grow_scores: PyTree,
+    *,
+    regrown: str = "keep",
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Returns parameters, masks and optimizer state after one exchange, counts unchanged.
+
+    A newly grown weight is 0, and so are its moments: the parts of the optimizer's state that are
+    laid out like the parameters, whatever the chain. What is dropped becomes 0 in both as well.
+
+    Args:
+        params: pytree of weights.
+        mask: bool pytree, None where dense.
+        opt_state: of any optax optimizer, or None.
+        fraction: share of each tensor's active weights to exchange, in [0, 1]; may be traced. It
+            is read as float32 with no loss from that: 0.7 of 10 is 7.
+        grow_scores: float pytree like the parameters; only its masked leaves are read.
+        regrown: "keep" leaves a weight that is dropped and grown at once as it was, "reset" makes
+            it 0 and its moments too.
+
+    Raises:
+        InputError: a fraction outside [0, 1], an unknown `regrown`, masks that are not bool or fit
+            neither weights nor scores, no mask at all, or a NaN (unless traced; there a NaN is
+            the first to be dropped and the last to be grown).
+    """
+    _check(params, mask, fraction, grow_scores, regrown)
+    n = tree.map_tracked(lambda keep: exchanged(tree.count_each([keep])[0], fraction), mask)
+    stay = tree.map_named(_stay, mask, params, n)
+    new = tree.map_named(_grown, stay, grow_scores, n)
+    # What was active and still is has a value to go on with; of the regrown only if they keep it.
+    held = stay if regrown == "reset" else tree.map_tracked(jnp.logical_and, mask, new)
+    return masks.apply(params, held), new, zero_moments(opt_state, held)
+
+
+def rigl(
+    params: PyTree,
+    mask: PyTree,
+    opt_state: PyTree,
+    grads: PyTree,
+    fraction: float | Float[Array, ""],
+    *,
+    regrown: str = "keep",
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Returns `drop_and_grow` by the magnitude of the dense gradient.
+
+    `grads` is the gradient at the masked weights before any masking of its own: what `jax.grad`
+    gives, since zeros are weights like any other to it. `schedules.Constant(…).is_due(step)` says
+    when, `schedules.cosine_drop_fraction` how much; `jax.lax.cond` skips the work in between.
+
+    Args:
+        params: pytree of weights.
+        mask: bool pytree, None where dense.
+        opt_state: of any optax optimizer, or None.
+        grads: pytree like the parameters.
+        fraction: share of each tensor's active weights to exchange; may be traced.
+        regrown: of `REGROWN`.
+
+    Raises:
+        InputError: as `drop_and_grow`.
+
+    >>> w, m = {"w": jnp.array([3.0, 1.0, 0.0])}, {"w": jnp.array([True, True, False])}
+    >>> w, m, _ = rigl(w, m, None, {"w": jnp.array([0.0, 1.0, -2.0])}, 0.5)
+    >>> w["w"].tolist(), m["w"].tolist()
+    ([3.0, 0.0, 0.0], [True, False, True])
+    """
+    scores = tree.map_leaves(
+        lambda _, keep, g: None if keep is None or g is None else jnp.abs(g), mask, grads
+    )
+    return drop_and_grow(params, mask, opt_state, fraction, scores, regrown=regrown)
+
+
+def set(
+    params: PyTree,
+    mask: PyTree,
+    opt_state: PyTree,
+    key: PRNGKeyArray,
+    fraction: float | Float[Array, ""],
+    *,
+    regrown: str = "keep",
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Returns `drop_and_grow` with growth at random: sparse evolutionary training.
+
+    Args:
+        params: pytree of weights.
+        mask: bool pytree, None where dense.
+        opt_state: of any optax optimizer, or None.
+        key: a new one for every update; each tensor draws from its own stream, named by its path.
+        fraction: share of each tensor's active weights to exchange; may be traced.
+        regrown: of `REGROWN`.
+
+    Raises:
+        InputError: as `drop_and_grow`.
+    """
+    scores = tree.map_named(
+        lambda name, keep: jax.random.uniform(
+            jax.random.fold_in(key, zlib.crc32(name.encode())), keep.shape
+        ),
+        mask,
+    )
+    return drop_and_grow(params, mask, opt_state, fraction, scores, regrown=regrown)
+
+
+def _stay(name: str, keep: Array, weight: Array, n: Array) -> Array:
+    active = tree.count_each([keep])[0]
+    return select.top_k_mask(among(jnp.abs(weight), keep, name), active - n, name=name)
+
+
+def _grown(name: str, stay: Array, score: Array, n: Array) -> Array:
+    return stay | select.top_k_mask(among(score, ~stay, name), n, name=name)
+
+
+def exchanged(active: UInt32[Array, ""], fraction: float | Float[Array, ""]) -> UInt32[Array, ""]:
+    """Returns ⌊fraction · active⌋ exactly, where both may be traced.
+
+    Below 2^22 active weights a fraction that is the float32 nearest to m / active gives m, although
+    it may lie below: float32(0.7) · 10 is less than 7.
+    """
+    fraction = jnp.asarray(fraction, jnp.float32)
+    clipped = jnp.clip(fraction, 0.0, 1.0) * 2**24
+    above = jnp.floor(clipped)
+    below = jnp.floor((clipped - above) * 2**24)  # a difference and a power of 2, both exact
+    above, below = above.astype(jnp.uint32), below.astype(jnp.uint32)
+    active = active.astype(jnp.uint32)
+    n = jnp.uint32(0)
+    # Long multiplication by the fraction's 48 binary digits, 16 at a time from the lowest.
+    for digit in (below & 0xFFFF, (below >> 16) | ((above & 0xFF) << 8), above >> 8):
+        low = (active & 0xFFFF) * digit
+        carry = ((n & 0xFFFF) + (low & 0xFFFF)) >> 16
+        n = (active >> 16) * digit + (n >> 16) + (low >> 16) + carry
+    next_share = (n + 1).astype(jnp.float32) / active.astype(jnp.float32)
+    rounded_off = (active < 2**22) & (n < active) & (next_share <= fraction)
+    return n + rounded_off.astype(jnp.uint32)
+
+
+def zero_moments(opt_state: PyTree, held: PyTree) -> PyTree:
+    """Returns an optimizer's state with 0 in its moments wherever `held` is False.
+
+    A part of the state belongs to a parameter when its path ends in the parameter's, which is so
+    in all of optax, and has the parameter's shape, which a factored statistic has not.
+
+    Args:
+        opt_state: of any chain; the optimizer itself is not needed.
+        held: bool pytree like the parameters, None where dense.
+    """
+    by_path = dict(jax.tree_util.tree_flatten_with_path(held, is_leaf=tree.is_none)[0])
+
+    def hold(path: Any, leaf: Any) -> Any:
+        ends = (path[start:] for start in range(len(path) + 1))  # the longest first
+        keep = next((by_path[end] for end in ends if end in by_path), None)
+        if keep is None or jnp.shape(leaf) != keep.shape:
+            return leaf
+        return jnp.where(keep, leaf, jnp.zeros_like(leaf))
+
+    return jax.tree_util.tree_map_with_path(hold, opt_state)
+
+
+def _check(params: PyTree, mask: PyTree, fraction: Any, scores: PyTree, regrown: str) -> None:
+    if regrown not in REGROWN:
+        raise InputError(
+            f"regrown {regrown!r} is none of {', '.join(REGROWN)}; {did_you_mean(regrown, REGROWN)}"
+        )
+    if not isinstance(fraction, Tracer) and not 0 <= float(fraction) <= 1:
+        raise InputError(
+            f"fraction = {fraction!r} is no share in [0, 1]; give that of the active weights to "
+            "exchange"
+        )
+    if not jax.tree.leaves(mask):
+        raise InputError("no tensor has a mask, so nothing can be exchanged; make masks first")
+
+    def leaf(name: str, keep: Any, weight: Any, score: Any) -> None:
+        check_fits(name, keep, weight)
+        check_fits(name, keep, score, "growth score")
+
+    tree.map_named(leaf, mask, params, scores)

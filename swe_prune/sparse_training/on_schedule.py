@@ -1,0 +1,164 @@
+"""Pruning at the due steps of a schedule, inside the user's own train step."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, PyTree
+
+from swe_prune import importance, masks, schedules, tree
+from swe_prune.errors import InputError
+from swe_prune.sparse_training.checks import check_fits
+from swe_prune.sparse_training.ranking import among
+
+_NOT_MONOTONE = {"reduce": ("l2", "abs_sum"), "across": ("prod",)}
+
+
+def all_kept(params: PyTree, prunable: PyTree | None = None) -> PyTree:
+    """Returns the masks that training starts with: True everywhere, None where dense.
+
+    Args:
+        params: pytree of weights.
+        prunable: bool pytree; None: `tree.prunable(params)`.
+
+    >>> all_kept({"up": {"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)}})
+    {'up': {'bias': None, 'kernel': Array([[ True,  True]], dtype=bool)}}
+    """
+    prunable = tree.prunable(params) if prunable is None else prunable
+    return tree.map_named(
+        lambda _, weight, chosen: jnp.ones_like(weight, dtype=bool) if chosen else None,
+        params,
+        prunable,
+    )
+
+
+def prune_on_schedule(
+    schedule: schedules.Schedule,
+    score: str | Callable[..., PyTree],
+    *,
+    scope: str = "tensor",
+    regrow: bool = False,
+    **options: Any,
+) -> Callable[..., PyTree]:
+    """Returns `update(step, mask, params, …)`, which gives new masks at due steps, else the same.
+
+    At a due step the weights are scored and the lowest go until the schedule's share is gone,
+    exactly: `allocation.removed_count(size, schedule.sparsity(step))` of each tensor, or of all
+    together. What a due step costs is skipped at the others. With a traced step there is one
+    program for the whole schedule; with a Python integer the same masks are made eagerly, checked.
+
+        prune = sparse_training.prune_on_schedule(schedules.Cubic(0.9, 0, 1000, 100), "magnitude")
+
+        @jax.jit
+        def train_step(step, params, opt_state, mask, batch):
+            mask = prune(step, mask, params)
+            params = masks.apply(params, mask)
+            ...                                # masks.keep(optimizer, mask).update(…)
+
+    The schedule's share reaches a traced selection as a float32: the one nearest to it that gives
+    the same counts. Where there is none, with 2^24 weights and more to rank at once, it is the
+    nearest, whose counts differ by less than 1e-7 of the weights.
+
+    Args:
+        schedule: of `swe_prune.schedules`, or an object with the same methods.
+        score: a criterion's name, scored by `importance.score` on the tensors that have a mask; or
+            a function of what follows the mask in a call, to scores with None where dense.
+        scope: of `masks.by_sparsity`.
+        regrow: False: a pruned weight stays pruned, whatever its score; True: it may return, as
+            long as its value is kept somewhere, as straight-through training does.
+        **options: of `masks.by_sparsity`, such as `pattern`.
+
+    Raises:
+        InputError: an unknown criterion, or a reduction of scores under which pruned units cannot
+            be told from others. In a call: as `importance.score` and `masks.by_sparsity`.
+    """
+    if isinstance(score, str):
+        importance.get(score)
+    for option, names in _NOT_MONOTONE.items():
+        if not regrow and options.get(option) in names:
+            raise InputError(
+                f"{option} = {options[option]!r} makes the scores of pruned weights positive, so "
+                "they would come back; give another or regrow=True"
+            )
+    levels = _levels(schedule)
+
+    def scored(mask: PyTree, args: tuple[Any, ...], named: dict[str, Any]) -> PyTree:
+        if not isinstance(score, str):
+            return score(*args, **named)
+        prunable = tree.map_leaves(lambda _, weight, keep: keep is not None, args[0], mask)
+        return importance.score(score, *args, prunable=prunable, **named)
+
+    def renewed(mask: PyTree, share: Any, args: tuple[Any, ...], named: dict[str, Any]) -> PyTree:
+        scores = tree.map_leaves(_fitting, mask, scored(mask, args, named))
+        if regrow:
+            return masks.by_sparsity(scores, share(scores), scope, **options)
+        scores = tree.map_named(lambda name, keep, s: among(s, keep, name), mask, scores)
+        made = masks.by_sparsity(scores, share(scores), scope, **options)
+        return tree.map_tracked(jnp.logical_and, mask, made)
+
+    def update(step: schedules.Step, mask: PyTree, *args: Any, **named: Any) -> PyTree:
+        if not isinstance(step, Tracer):
+            step = int(step)
+            if not schedule.is_due(step):
+                return mask
+            return renewed(mask, lambda _: schedule.sparsity(step), args, named)
+
+        def share(scores: PyTree) -> Float[Array, ""]:
+            sizes = _ranked_together(scores, scope, options)
+            table = _as_float32(levels[1], sizes, options.get("rounding", "nearest"))
+            last = jnp.searchsorted(jnp.asarray(levels[0]), step, side="right") - 1
+            return jnp.asarray(table)[jnp.maximum(last, 0)]
+
+        return jax.lax.cond(
+            schedule.is_due(step),
+            lambda mask, args, named: renewed(mask, share, args, named),
+            lambda mask, args, named: mask,
+            mask,
+            args,
+            named,
+        )
+
+    return update
+
+
+def _fitting(name: str, keep: Any, score: Any) -> Any:
+    if keep is None:
+        return None
+    check_fits(name, keep, score, "score")
+    return score
+
+
+def _levels(schedule: schedules.Schedule) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the steps at which the sparsity changes, int32, and what it is from there on."""
+    endless = isinstance(schedule, schedules.Constant)
+    steps = (schedule.begin,) if endless else schedule.due_steps()
+    if not steps:
+        raise InputError("the schedule is never due; give it at least one step")
+    return np.asarray(steps, np.int32), np.asarray([schedule.sparsity(t) for t in steps])
+
+
+def _ranked_together(scores: PyTree, scope: str, options: dict[str, Any]) -> Sequence[int]:
+    """Returns of how many scores each a share is taken; nothing for units and rows."""
+    if scope == "row" or options.get("pattern") is not None:
+        return ()
+    sizes = [tree.size(leaf) for leaf in jax.tree.leaves(scores)]
+    return [sum(sizes)] if scope == "global" else sizes
+
+
+def _as_float32(shares: np.ndarray, sizes: Sequence[int], rounding: str) -> np.ndarray:
+    """Returns float32 shares of the same counts: the nearest, or a neighbour of it."""
+    half = 0.0 if rounding == "down" else 0.5
+
+    def differs(candidate: np.ndarray) -> np.ndarray:
+        pairs = [(np.floor(n * s + half) for s in (candidate.astype(float), shares)) for n in sizes]
+        return np.any([a != b for a, b in pairs], axis=0) if pairs else np.zeros(len(shares), bool)
+
+    nearest = shares.astype(np.float32)
+    best = nearest
+    for towards in (np.float32(1), np.float32(0)):
+        neighbour = np.nextafter(nearest, towards)
+        best = np.where(differs(best) & ~differs(neighbour), neighbour, best)
+    return best
