@@ -1,6 +1,7 @@
 """What every rule that shares a sparsity out gives, against the formulas in float64 numpy."""
 
 import math
+import zlib
 
 import hypothesis.strategies as st
 import jax
@@ -463,3 +464,185 @@ def test_bad_input_of_owl_is_refused(scores, options, sentence):
 def test_n_beyond_its_group_is_refused():
     with pytest.raises(InputError, match="5 of 4 weights cannot be kept"):
         allocation.owl_n_of_m(SCORES, 5, 4)
+
+
+# ---- ECoFLaP ----
+
+
+def test_water_fill_gives_the_check_value():
+    assert allocation.water_fill([1, 1, 8], [1000] * 3, 0.5, 0.6) == [430, 430, 640]
+    assert allocation.water_fill([1, 1, 8], [1000] * 3, 0.5) == [430, 430, 640]
+
+
+def test_a_full_group_leaves_its_share_to_the_others():
+    # 100 left of 200: the first takes its room of 60, then 40 are shared as 1 : 3.
+    assert allocation.water_fill([100, 1, 3], [100, 200, 200], 0.4, 0.6) == [100, 90, 110]
+
+
+def test_what_rounding_up_overshoots_comes_back_from_the_fullest():
+    # 1 left; rounding up gives one to each of three, and the fullest and the last give theirs back.
+    assert allocation.water_fill([1, 1, 1], [2, 3, 3], 0.5, 0.7) == [1, 2, 1]
+
+
+def test_groups_of_no_importance_share_what_is_left_by_room():
+    assert allocation.water_fill([0, 0, 0], [100, 200, 300], 0.5, 0.6) == [50, 100, 150]
+    # The first is full after 60 of the 180; the others matter nothing and share 120 by room.
+    assert allocation.water_fill([1, 0, 0], [100, 200, 300], 0.3, 0.6) == [100, 128, 192]
+
+
+@given(
+    groups=st.lists(
+        st.tuples(st.integers(10, 10**6), st.one_of(st.just(0.0), st.floats(1e-9, 1e9))),
+        min_size=1, max_size=8,
+    ),
+    sparsity=st.floats(0, 0.99),
+)  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_water_fill_is_exact_within_its_bounds(groups, sparsity):
+    sizes, scores = [n for n, _ in groups], [score for _, score in groups]
+    most = min(sparsity + 0.2, 1.0)
+    keep = allocation.water_fill(scores, sizes, sparsity, most)
+    assert sum(sizes) - sum(keep) == allocation.removed_count(sum(sizes), sparsity)
+    for kept, size in zip(keep, sizes, strict=True):
+        assert size - most * size - 1e-6 <= kept <= size
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (([1, 1], [10, 10], 0.5, 0.4), "max_sparsity = 0.4 is not between"),
+        (([1, 1], [3, 3], 0.5, 0.5), "out of reach: groups that may lose 50.00% each"),
+        (([1, math.nan], [10, 10], 0.5), "importance nan of a group"),
+        (([1, -1], [10, 10], 0.5), "importance -1 of a group"),
+        (([1], [10], 1.0), "no share in"),
+    ],
+)
+def test_what_cannot_be_filled_is_refused(args, sentence):
+    with pytest.raises(InputError, match=sentence):
+        allocation.water_fill(*args)
+
+
+PROBED = {
+    "block_0": {
+        "down": jnp.full((8, 6), 0.5, jnp.float32),
+        "up": jnp.full((6, 8), 2.0, jnp.float32),
+        "bias": jnp.ones(8, jnp.float32),
+    },
+    "block_1": {"up": jnp.full((10, 12), -1.0, jnp.float32)},
+}
+PROBED_SIZES = {"block_0/down": 48, "block_0/up": 48, "block_1/up": 120}
+
+
+def probe_batches(n=3):
+    """Weights of a loss that is linear in the parameters, so that its difference is exact."""
+    rng = np.random.default_rng(7)
+    return [jax.tree.map(lambda w: rng.normal(size=w.shape).astype(np.float32), PROBED)
+            for _ in range(n)]  # fmt: skip
+
+
+def linear_loss(params, batch):
+    return sum(jnp.vdot(w, c) for w, c in zip(jax.tree.leaves(params), jax.tree.leaves(batch),
+                                              strict=True))  # fmt: skip
+
+
+def noise(name, number, shape, seed):
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    return np.asarray(jax.random.normal(key, shape), np.float64)
+
+
+def probe_oracle(measure, seed):
+    """METHODS 6.1 in float64: for a linear loss the difference quotient is |Σ c z| whatever ε."""
+    sums = dict.fromkeys(PROBED_SIZES, 0.0)
+    for number, batch in enumerate(probe_batches()):
+        for name, c in flat(batch).items():
+            if name in sums:
+                g = abs((c * noise(name, number, c.shape, seed)).sum())
+                w = flat(PROBED)[name]
+                sums[name] += {"gradient": g, "weight_gradient": g * np.abs(w).sum(),
+                               "weight_gradient_square": ((w * g) ** 2).sum()}[measure]  # fmt: skip
+    return sums
+
+
+@pytest.mark.parametrize("measure", ["gradient", "weight_gradient", "weight_gradient_square"])
+def test_zeroth_order_importance_is_the_difference_quotient(measure):
+    # ε of 1, as a linear loss has no curvature to avoid and float32 then loses no digits.
+    got = allocation.zeroth_order_importance(
+        linear_loss, PROBED, iter(probe_batches()), measure=measure, epsilon=1.0, seed=5
+    )
+    expected = probe_oracle(measure, 5)
+    assert got.keys() == expected.keys(), "the bias is dense"
+    np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_only_one_tensor_is_perturbed_and_both_ways():
+    seen = []
+
+    def loss(params, batch):
+        jax.debug.callback(lambda p: seen.append(flat(p)), params, ordered=True)
+        return linear_loss(params, batch)
+
+    allocation.zeroth_order_importance(loss, PROBED, probe_batches(1), epsilon=0.25)
+    jax.effects_barrier()
+    assert len(seen) == 2 * len(PROBED_SIZES)
+    for name, plus, minus in zip(PROBED_SIZES, seen[::2], seen[1::2], strict=True):
+        for other, weight in flat(PROBED).items():
+            step = 0.25 * noise(name, 0, weight.shape, 0) if other == name else 0
+            np.testing.assert_allclose(plus[other], weight + step, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(minus[other], weight - step, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_is_compiled_once():
+    traces = []
+
+    def loss(params, batch):
+        traces.append(1)
+        return linear_loss(params, batch)
+
+    allocation.zeroth_order_importance(loss, PROBED, probe_batches(2))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_ecoflap_fills_blocks_by_their_importance(reduce):
+    got = allocation.ecoflap(
+        linear_loss, PROBED, probe_batches(), 0.5, epsilon=1.0, seed=5, reduce=reduce
+    )
+    exact(got, 0.5, PROBED_SIZES)
+    of = probe_oracle("gradient", 5)
+    scores = [of["block_0/down"] + of["block_0/up"], of["block_1/up"]]
+    if reduce == "mean":
+        scores = [scores[0] / 96, scores[1] / 120]
+    keep = allocation.water_fill(scores, [96, 120], 0.5)
+    removed = list(got.removed.values())
+    assert [removed[0] + removed[1], removed[2]] == [96 - keep[0], 120 - keep[1]]
+    assert abs(removed[0] - removed[1]) <= 1, "tensors of a block lose the same share"
+    assert got == allocation.ecoflap(
+        linear_loss, PROBED, iter(probe_batches()), 0.5, epsilon=1.0, seed=5, reduce=reduce
+    )
+
+
+def test_another_seed_probes_in_other_directions():
+    first, second = (
+        allocation.zeroth_order_importance(linear_loss, PROBED, probe_batches(1), seed=seed)
+        for seed in (0, 1)
+    )
+    assert all(first[name] != second[name] for name in PROBED_SIZES)
+
+
+@pytest.mark.parametrize(
+    ("loss", "batches", "options", "sentence"),
+    [
+        (linear_loss, [], {}, "no batches were given"),
+        (lambda p, b: p["block_0"]["bias"], [0], {}, r"the loss has shape \(8,\)"),
+        (lambda p, b: p["block_0"]["bias"][0] * b, [math.nan], {}, "the loss is nan on batch 0"),
+        (linear_loss, [], {"measure": "gradint"}, "did you mean 'gradient'"),
+        (linear_loss, [], {"reduce": "max"}, "unknown reduce 'max'"),
+        (linear_loss, [], {"epsilon": 0.0}, "epsilon = 0.0 is not positive"),
+        (linear_loss, [], {"max_sparsity": 0.1}, "max_sparsity = 0.1 is not between"),
+        (linear_loss, [], {"prunable": jax.tree.map(lambda _: False, PROBED)}, "is prunable"),
+    ],
+)
+def test_what_cannot_be_probed_is_refused(loss, batches, options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        allocation.ecoflap(loss, PROBED, batches, 0.5, **options)

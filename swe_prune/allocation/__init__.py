@@ -12,8 +12,10 @@ from swe_prune.allocation.deviation import (
     std,
     std_threshold,
 )
+from swe_prune.allocation.filling import water_fill
 from swe_prune.allocation.outliers import owl, owl_n_of_m, owl_sparsities
 from swe_prune.allocation.tensors import GROUPINGS, Groups, grouped
+from swe_prune.allocation.zeroth_order import ecoflap, zeroth_order_importance
 
 __all__ = [
     "GROUPINGS",
@@ -22,6 +24,7 @@ __all__ = [
     "apportion",
     "by_scores",
     "check_sparsity",
+    "ecoflap",
     "erk",
     "erk_densities",
     "gaussian_rate",
@@ -38,4 +41,6 @@ __all__ = [
     "std_threshold",
     "table",
     "uniform",
+    "water_fill",
+    "zeroth_order_importance",
 ]
