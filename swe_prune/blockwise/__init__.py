@@ -2,13 +2,19 @@
 
 solver    SparseGPT: a kernel's mask, and the update of the weights that stay
 ranking   Wanda's masks: the lowest of each output, and its variant
+wiring    how the blocks of a Linen model are run alone
+prune     the whole: each block on the inputs that the already pruned blocks before it give
 """
 
+from swe_prune.blockwise.prune import METHODS, KernelReport, prune_blocks
 from swe_prune.blockwise.ranking import wanda_mask, wanda_variant_mask
 from swe_prune.blockwise.solver import SolverReport, sparsegpt
 
 __all__ = [
+    "METHODS",
+    "KernelReport",
     "SolverReport",
+    "prune_blocks",
     "sparsegpt",
     "wanda_mask",
     "wanda_variant_mask",

@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 
 from swe_prune import tree
 from swe_prune.calibration import batches as of_batches
-from swe_prune.calibration.inputs import chosen
+from swe_prune.calibration.layer_inputs import chosen
 from swe_prune.errors import InputError
 
 

@@ -114,23 +114,8 @@ def measuring(
     return measure
 
 
-def accumulated(
-    measure: Callable[[Any, Any], Any],
-    variables: PyTree,
-    batches: Iterable[PyTree],
-    count: Callable[[PyTree, int], int] = of_batches.sequences,
-) -> tuple[dict[str, dict[str, Array]], int]:
-    """Returns the sums over all batches, and the number of sequences in them.
-
-    Args:
-        measure: as `measuring` returns it.
-        variables: of the model.
-        batches: streamed.
-        count: (batch, its number) → how many sequences it has.
-
-    Raises:
-        InputError: as `inputs`.
-    """
+def accumulating(measure: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """Returns the compiled step that adds a batch to the sums; what came before is given up."""
 
     def add(variables: Any, state: Any, batch: Any, number: Any) -> Any:
         sums, first_bad = state
@@ -141,13 +126,36 @@ def accumulated(
         }
         return jax.tree.map(jnp.add, sums, new), first_bad
 
-    step = jax.jit(add, donate_argnums=1)
-    state, known, total, number = None, set(), 0, -1
+    return jax.jit(add, donate_argnums=1)
+
+
+def accumulated(
+    measure: Callable[[Any, Any], Any],
+    variables: PyTree,
+    batches: Iterable[PyTree],
+    *,
+    step: Callable[..., Any] | None = None,
+    count: Callable[[PyTree, int], int] = of_batches.sequences,
+) -> tuple[dict[str, dict[str, Array]], int]:
+    """Returns the sums over all batches, and the number of sequences in them.
+
+    Args:
+        measure: as `measuring` returns it.
+        variables: of the model.
+        batches: streamed.
+        step: `accumulating(measure)`, to share what it has compiled; None: one of its own.
+        count: (batch, its number) → how many sequences it has.
+
+    Raises:
+        InputError: as `inputs`.
+    """
+    step = accumulating(measure) if step is None else step
+    state, known, total = None, set(), 0
     for number, batch in enumerate(batches):
         total += count(batch, number)
         shapes = str(of_batches.shapes(batch))
         if shapes not in known:  # a batch that does not fit is found before it is run
-            new = _traced(measure, variables, batch, number)
+            new = traced(measure, variables, batch, number)
             known.add(shapes)
             state = _zeros(new) if state is None else state
             _check_same(state[0], new, number)
@@ -159,9 +167,14 @@ def accumulated(
     return sums, total
 
 
-def _traced(measure: Callable[[Any, Any], Any], variables: Any, batch: Any, number: int) -> Any:
+def traced(run: Callable[[Any, Any], Any], variables: Any, batch: Any, number: int) -> Any:
+    """Returns the shapes of what `run(variables, batch)` gives, or the error that names the batch.
+
+    Raises:
+        InputError: the model cannot be run on this batch.
+    """
     try:
-        return jax.eval_shape(measure, variables, batch)
+        return jax.eval_shape(run, variables, batch)
     except InputError:
         raise
     except (TypeError, ValueError, IndexError, KeyError, flax_errors.FlaxError) as error:
