@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from swe_prune import allocation, masks
+from swe_prune import allocation, masks, tree
 from swe_prune.allocation import Allocation
 from swe_prune.errors import InputError
 
@@ -646,3 +646,199 @@ def test_another_seed_probes_in_other_directions():
 def test_what_cannot_be_probed_is_refused(loss, batches, options, sentence):
     with pytest.raises(InputError, match=sentence):
         allocation.ecoflap(loss, PROBED, batches, 0.5, **options)
+
+
+# ---- AlphaPruning ----
+
+
+def random_weights(seed=1):
+    rng = np.random.default_rng(seed)
+
+    def heavy(rows, columns, power):
+        return rng.normal(size=(rows, columns)) * np.arange(1, columns + 1) ** -power
+
+    params = {
+        "block_0": {"up": {"kernel": heavy(40, 24, 0.3), "bias": rng.normal(size=24)},
+                    "down": {"kernel": heavy(20, 36, 0.1)}},
+        "block_1": {"up": {"kernel": heavy(40, 24, 0.8)},
+                    "attention": {"query": {"kernel": rng.normal(size=(16, 2, 9))}}},
+        "conv": {"kernel": rng.normal(size=(3, 3, 4, 10))},
+    }  # fmt: skip
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+
+
+WEIGHTS = random_weights()
+# The matrices of inputs by outputs that Flax's kernels are.
+MATRICES = {
+    "block_0/down/kernel": (20, 36), "block_0/up/kernel": (40, 24),
+    "block_1/attention/query/kernel": (16, 18), "block_1/up/kernel": (40, 24),
+    "conv/kernel": (36, 10),
+}  # fmt: skip
+WEIGHT_SIZES = {name: math.prod(shape) for name, shape in MATRICES.items()}
+
+
+def alpha_oracle(tail=0.5):
+    alphas = {}
+    for name, shape in MATRICES.items():
+        eigenvalues = np.linalg.svd(flat(WEIGHTS)[name].reshape(shape), compute_uv=False) ** 2
+        k = math.ceil(tail * len(eigenvalues))
+        top = np.sort(eigenvalues)[::-1][:k]
+        alphas[name] = 1 + k / sum(math.log(top[i] / top[k - 1]) for i in range(k))
+    return alphas
+
+
+@pytest.mark.parametrize("tail", [0.25, 0.5, 1.0])
+def test_tail_exponents_are_hills_of_the_squared_singular_values(tail):
+    got, expected = allocation.tail_exponents(WEIGHTS, tail=tail), alpha_oracle(tail)
+    assert got.keys() == expected.keys(), "the bias is dense"
+    np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_hill_alpha_of_a_power_law_is_its_exponent():
+    # Quantiles of a density ∝ λ^−3.5 above 1, in no order.
+    quantiles = (1 - (np.arange(100_000) + 0.5) / 100_000) ** (-1 / 2.5)
+    shuffled = np.random.default_rng(0).permutation(quantiles)
+    assert allocation.hill_alpha(shuffled, 100_000) == pytest.approx(3.5, rel=1e-3)
+    assert allocation.hill_alpha(shuffled, 10_000) == pytest.approx(3.5, rel=1e-3)
+    scaled = allocation.hill_alpha(shuffled * 7, 500)
+    assert scaled == pytest.approx(allocation.hill_alpha(shuffled, 500), rel=1e-12)
+
+
+@pytest.mark.parametrize("groups", ["block", "tensor"])
+@pytest.mark.parametrize(("sparsity", "epsilon"), [(0.5, 0.3), (0.7, 0.1), (0.9, 0.3), (0.6, 0.0)])
+def test_alpha_pruning_is_linear_in_alpha_and_scaled_to_the_total(sparsity, epsilon, groups):
+    got = allocation.alpha_pruning(WEIGHTS, sparsity, epsilon=epsilon, groups=groups)
+    exact(got, sparsity, WEIGHT_SIZES)
+    alphas, members = alpha_oracle(), allocation.grouped(WEIGHT_SIZES, groups)
+    of = np.array([np.mean([alphas[name] for name in names]) for names in members.values()])
+    x = 1 - epsilon + 2 * epsilon * (of - of.min()) / (of.max() - of.min())
+    sizes = np.array([sum(WEIGHT_SIZES[name] for name in names) for names in members.values()])
+    low, high = 0.0, 100.0
+    for _ in range(200):  # η by bisection, where the rule solves for it
+        eta = (low + high) / 2
+        enough = (np.minimum(1, eta * x) * sizes).sum() >= sparsity * sizes.sum()
+        low, high = (low, eta) if enough else (eta, high)
+    for share_of, names in zip(np.minimum(1, eta * x), members.values(), strict=True):
+        for name in names:
+            assert abs(got.removed[name] - share_of * WEIGHT_SIZES[name]) < 1.5
+
+
+def test_equal_exponents_are_uniform():
+    params = {"block_0": {"kernel": WEIGHTS["conv"]["kernel"]},
+              "block_1": {"kernel": WEIGHTS["conv"]["kernel"]}}  # fmt: skip
+    got = allocation.alpha_pruning(params, 0.5)
+    assert got.removed == {"block_0/kernel": 180, "block_1/kernel": 180}
+    assert allocation.alpha_shares([2.0, 2.0]) == [1.0, 1.0]
+
+
+def test_eigenvalues_that_are_none_are_left_out():
+    rng = np.random.default_rng(2)
+    low_rank = rng.normal(size=(30, 6)) @ rng.normal(size=(6, 20))
+    top = np.sort(np.linalg.svd(low_rank, compute_uv=False) ** 2)[::-1][:3]
+    got = allocation.tail_exponents({"kernel": jnp.asarray(low_rank, jnp.float32)})
+    assert got["kernel"] == pytest.approx(1 + 3 / np.log(top / top[-1]).sum(), rel=1e-5)
+
+
+@given(first=share, second=share, epsilon=st.floats(0, 0.9))
+@settings(max_examples=15, deadline=None)
+def test_alpha_pruning_is_exact_and_monotone(first, second, epsilon):
+    less, more = sorted([first, second])
+    low = allocation.alpha_pruning(WEIGHTS, less, epsilon=epsilon)
+    high = allocation.alpha_pruning(WEIGHTS, more, epsilon=epsilon)
+    exact(low, less, WEIGHT_SIZES)
+    exact(high, more, WEIGHT_SIZES)
+    assert all(low.removed[name] <= high.removed[name] + 1 for name in WEIGHT_SIZES)
+
+
+@pytest.mark.parametrize(
+    ("weight", "options", "sentence"),
+    [
+        (np.zeros((4, 4)), {}, "'kernel' has no tail exponent: a tail of 0 of 0"),
+        (np.ones((4, 4)), {}, "a tail of 1 of 1 eigenvalues"),
+        (np.eye(4), {}, "run from 1 to 1, a tail without an exponent"),
+        (np.full((4, 4), np.inf), {}, "'kernel' has weights that are not finite"),
+        (np.full((4, 4), np.nan), {}, "'kernel' has weights that are not finite"),
+        (np.eye(4), {"epsilon": 1.0}, r"epsilon = 1.0 is not in \[0, 1\)"),
+        (np.eye(4), {"tail": 0.0}, r"tail = 0.0 is not in \(0, 1\]"),
+    ],
+)
+def test_weights_without_an_exponent_are_refused(weight, options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        allocation.alpha_pruning({"kernel": jnp.asarray(weight, jnp.float32)}, 0.5, **options)
+
+
+# ---- the registry ----
+
+
+def quadratic_loss(params, batch):
+    return batch * sum(jnp.vdot(w, w) for w in jax.tree.leaves(params))
+
+
+GIVEN = {
+    "params": WEIGHTS,
+    "scores": jax.tree.map(lambda w: jnp.abs(w) if w.ndim > 1 else None, WEIGHTS),
+    "loss": quadratic_loss,
+    "batches": [jnp.float32(1), jnp.float32(2)],
+}
+OPTIONS = {"table": {"rules": {"up": 0.7, ".*": 0.5}}, "owl": {"m": 2.0}}
+
+
+@pytest.mark.parametrize("name", allocation.names())
+def test_every_rule_is_exact_and_fits_the_masks(name):
+    got = allocation.allocate(name, 0.6, **GIVEN, **OPTIONS.get(name, {}))
+    exact(got, 0.6, WEIGHT_SIZES)
+    counts = masks.summary(masks.by_sparsity(GIVEN["scores"], got))
+    assert counts.sparsity == got.sparsity
+    assert f"{got.removed_total:,}" in str(got).splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", allocation.names())
+def test_a_rule_takes_only_what_it_needs_and_says_what_is_missing(name):
+    rule = allocation.get(name)
+    needs = {need: GIVEN["scores" if need == "shapes" else need] for need in rule.needs}
+    options = OPTIONS.get(name, {})
+    assert rule.function(**needs, sparsity=0.5, **options).removed_total == (
+        allocation.removed_count(sum(WEIGHT_SIZES.values()), 0.5)
+    )
+    for need in rule.needs:
+        given_else = {key: value for key, value in GIVEN.items() if key != need}
+        if need == "shapes":
+            given_else = {key: GIVEN[key] for key in ("loss", "batches")}
+        with pytest.raises(InputError, match=f"allocation '{name}' needs {need}; pass "):
+            allocation.allocate(name, 0.5, **given_else, **options)
+
+
+def test_params_alone_give_the_shapes_of_the_prunable_weights():
+    got = allocation.allocate("erk", 0.5, params=WEIGHTS)
+    assert got == allocation.allocate("erk", 0.5, scores=GIVEN["scores"])
+    rules = tree.prunable(WEIGHTS, include=("conv",))
+    assert allocation.allocate("uniform", 0.5, params=WEIGHTS, prunable=rules).sizes == {
+        "conv/kernel": 360
+    }
+
+
+def test_rules_of_weights_share_out_the_tensors_that_have_scores():
+    scores = {**GIVEN["scores"], "conv": {"kernel": None}}
+    got = allocation.allocate("alpha_pruning", 0.5, params=WEIGHTS, scores=scores)
+    assert got.sizes == {name: n for name, n in WEIGHT_SIZES.items() if name != "conv/kernel"}
+
+
+@pytest.mark.parametrize(
+    ("name", "sparsity", "options", "sentence"),
+    [
+        ("unifrom", 0.5, {}, "unknown allocation 'unifrom'; did you mean 'uniform'"),
+        ("owl", 0.5, {"lamda": 0.1}, "allocation 'owl' has no option 'lamda'; its options: lam, m"),
+        ("uniform", 0.5, {"lam": 0.1}, "its options: none"),
+        ("table", 0.5, {}, "allocation 'table' needs the option 'rules'"),
+        ("uniform", None, {}, "sparsity = None is no share"),
+        ("erk", 1.5, {}, "sparsity = 1.5 is no share"),
+    ],
+)
+def test_what_no_rule_can_do_is_refused(name, sparsity, options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        allocation.allocate(name, sparsity, **GIVEN, **options)
+
+
+def test_a_table_without_a_total_stands_as_it_is():
+    got = allocation.allocate("table", None, scores=GIVEN["scores"], rules={".*": 0.25})
+    assert got.removed == {name: n // 4 for name, n in WEIGHT_SIZES.items()}

@@ -13,14 +13,26 @@ from swe_prune.allocation.deviation import (
     std_threshold,
 )
 from swe_prune.allocation.filling import water_fill
+from swe_prune.allocation.heavy_tail import (
+    alpha_pruning,
+    alpha_shares,
+    hill_alpha,
+    tail_exponents,
+)
 from swe_prune.allocation.outliers import owl, owl_n_of_m, owl_sparsities
+from swe_prune.allocation.registry import NEEDS, Rule, allocate, get, names
 from swe_prune.allocation.tensors import GROUPINGS, Groups, grouped
 from swe_prune.allocation.zeroth_order import ecoflap, zeroth_order_importance
 
 __all__ = [
     "GROUPINGS",
+    "NEEDS",
     "Allocation",
     "Groups",
+    "Rule",
+    "allocate",
+    "alpha_pruning",
+    "alpha_shares",
     "apportion",
     "by_scores",
     "check_sparsity",
@@ -29,7 +41,10 @@ __all__ = [
     "erk_densities",
     "gaussian_rate",
     "gaussian_sparsity",
+    "get",
     "grouped",
+    "hill_alpha",
+    "names",
     "owl",
     "owl_n_of_m",
     "owl_sparsities",
@@ -40,6 +55,7 @@ __all__ = [
     "std",
     "std_threshold",
     "table",
+    "tail_exponents",
     "uniform",
     "water_fill",
     "zeroth_order_importance",

@@ -18,7 +18,7 @@ from swe_prune import tree
 from swe_prune.allocation import count
 from swe_prune.allocation.count import Allocation
 from swe_prune.allocation.filling import water_fill, within_groups
-from swe_prune.allocation.tensors import Groups, grouped
+from swe_prune.allocation.tensors import Groups, chosen, grouped
 from swe_prune.errors import InputError, did_you_mean
 
 MEASURES = ("gradient", "weight_gradient", "weight_gradient_square")
@@ -66,7 +66,7 @@ def ecoflap(
     """
     count.check_sparsity(sparsity)
     _check_name("reduce", reduce, REDUCTIONS)
-    sizes = {name: tree.size(leaf) for name, leaf in _chosen(params, prunable).items()}
+    sizes = {name: tree.size(leaf) for name, leaf in chosen(params, prunable).items()}
     members = grouped(sizes, groups)
     whole = [sum(sizes[name] for name in names) for names in members.values()]
     water_fill([0.0] * len(whole), whole, sparsity, max_sparsity)  # bad input shows before work
@@ -116,7 +116,7 @@ def zeroth_order_importance(
     _check_name("measure", measure, MEASURES)
     if not 0 < epsilon < math.inf:
         raise InputError(f"epsilon = {epsilon} is not positive and finite; give one such as 1e-3")
-    chosen = _chosen(params, prunable)
+    probed = chosen(params, prunable)
     names = [name for name, _ in tree.named_leaves(params)]
     leaves, treedef = jax.tree.flatten(params, is_leaf=tree.is_none)
     loss = jax.jit(loss)
@@ -127,11 +127,11 @@ def zeroth_order_importance(
         return _scalar(loss(treedef.unflatten(moved), batch), names[i], number)
 
     power = 2 if measure == "weight_gradient_square" else 1
-    sums = dict.fromkeys(chosen, 0.0)
+    sums = dict.fromkeys(probed, 0.0)
     number = -1
     for number, batch in enumerate(batches):
         for i, name in enumerate(names):
-            if name in chosen:
+            if name in probed:
                 key = _key(seed, number, name)
                 ends = [at(i, key, scale, batch, number) for scale in (epsilon, -epsilon)]
                 sums[name] += (abs(ends[0] - ends[1]) / (2 * epsilon)) ** power
@@ -139,7 +139,7 @@ def zeroth_order_importance(
         raise InputError("no batches were given, so there is no loss to probe; give at least one")
     if measure == "gradient":
         return sums
-    return {name: sums[name] * float(_power_sum(leaf, power)) for name, leaf in chosen.items()}
+    return {name: sums[name] * float(_power_sum(leaf, power)) for name, leaf in probed.items()}
 
 
 def _key(seed: int, number: int, name: str) -> Array:
@@ -179,16 +179,6 @@ def _scalar(value: Any, name: str, number: int) -> float:
             "batch, or perturb by a smaller epsilon"
         )
     return float(value)
-
-
-def _chosen(params: PyTree, prunable: PyTree | None) -> dict[str, Any]:
-    """Returns the prunable tensors by their names."""
-    marks = tree.prunable(params) if prunable is None else prunable
-    found = dict(tree.named_leaves(tree.map_named(lambda _, w, p: w if p else None, params, marks)))
-    chosen = {name: leaf for name, leaf in found.items() if leaf is not None}
-    if not chosen:
-        raise InputError("no weight is prunable, so there is nothing to allocate; widen the rules")
-    return chosen
 
 
 def _check_name(kind: str, name: str, known: tuple[str, ...]) -> None:
