@@ -68,8 +68,8 @@ def rigl(
     params: PyTree,
     mask: PyTree,
     opt_state: PyTree,
-    grads: PyTree,
     fraction: float | Float[Array, ""],
+    grads: PyTree,
     *,
     regrown: str = "keep",
 ) -> tuple[PyTree, PyTree, PyTree]:
@@ -83,15 +83,15 @@ def rigl(
         params: pytree of weights.
         mask: bool pytree, None where dense.
         opt_state: of any optax optimizer, or None.
-        grads: pytree like the parameters.
         fraction: share of each tensor's active weights to exchange; may be traced.
+        grads: pytree like the parameters.
         regrown: of `REGROWN`.
 
     Raises:
         InputError: as `drop_and_grow`.
 
     >>> w, m = {"w": jnp.array([3.0, 1.0, 0.0])}, {"w": jnp.array([True, True, False])}
-    >>> w, m, _ = rigl(w, m, None, {"w": jnp.array([0.0, 1.0, -2.0])}, 0.5)
+    >>> w, m, _ = rigl(w, m, None, 0.5, {"w": jnp.array([0.0, 1.0, -2.0])})
     >>> w["w"].tolist(), m["w"].tolist()
     ([3.0, 0.0, 0.0], [True, False, True])
     """
@@ -105,8 +105,8 @@ def set(
     params: PyTree,
     mask: PyTree,
     opt_state: PyTree,
-    key: PRNGKeyArray,
     fraction: float | Float[Array, ""],
+    key: PRNGKeyArray,
     *,
     regrown: str = "keep",
 ) -> tuple[PyTree, PyTree, PyTree]:
@@ -116,8 +116,8 @@ def set(
         params: pytree of weights.
         mask: bool pytree, None where dense.
         opt_state: of any optax optimizer, or None.
-        key: a new one for every update; each tensor draws from its own stream, named by its path.
         fraction: share of each tensor's active weights to exchange; may be traced.
+        key: a new one for every update; each tensor draws from its own stream, named by its path.
         regrown: of `REGROWN`.
 
     Raises:
