@@ -139,7 +139,9 @@ def tail_exponents(
     exponents = {}
     for name, weight in chosen(params, prunable).items():
         axes = tuple(input_axes(name, weight.shape))
-        gram_SxS = np.asarray(_gram(weight, axes, _mesh_sharding(weight)), np.float64)
+        sharding = _mesh_sharding(weight)
+        matrix_LxS = _matrix(weight, axes, sharding.mesh.size if sharding else 1)
+        gram_SxS = np.asarray(_gram(matrix_LxS, sharding), np.float64)
         if not np.isfinite(gram_SxS).all():
             raise InputError(
                 f"{name!r} has weights that are not finite, or squares that overflow; find out "
@@ -158,18 +160,20 @@ def tail_exponents(
     return exponents
 
 
-def _gram_traced(
-    weight: Array, axes: tuple[int, ...], sharding: NamedSharding | None
-) -> Float[Array, "S S"]:
+def _matrix_traced(weight: Array, axes: tuple[int, ...], multiple: int) -> Float[Array, "L S"]:
+    """Returns the weight as a matrix, its long side first and filled up with zeros."""
     others = tuple(axis for axis in range(weight.ndim) if axis not in axes)
     rows = math.prod(weight.shape[axis] for axis in axes)
     matrix_RxC = weight.astype(jnp.float32).transpose(*axes, *others).reshape(rows, -1)
     matrix_LxS = matrix_RxC if matrix_RxC.shape[0] >= matrix_RxC.shape[1] else matrix_RxC.T
+    return jnp.pad(matrix_LxS, ((0, -matrix_LxS.shape[0] % multiple), (0, 0)))
+
+
+def _gram_traced(
+    matrix_LxS: Float[Array, "L S"], sharding: NamedSharding | None
+) -> Float[Array, "S S"]:
     if sharding is not None:
-        # Divided along the sum, a product needs no more of a weight than its part; zeros fill up
-        # what the devices do not divide.
-        short = -matrix_LxS.shape[0] % sharding.mesh.size
-        matrix_LxS = jnp.pad(matrix_LxS, ((0, short), (0, 0)))
+        # Divided along the sum, a product needs no more of a weight than its part.
         matrix_LxS = jax.lax.with_sharding_constraint(matrix_LxS, sharding)
     gram_SxS = jnp.matmul(matrix_LxS.T, matrix_LxS, precision=jax.lax.Precision.HIGHEST)
     if sharding is not None:
@@ -178,7 +182,9 @@ def _gram_traced(
     return gram_SxS
 
 
-_gram = jax.jit(_gram_traced, static_argnums=(1, 2))
+# Two programs: in one, the partitioner gathers a weight that has to be filled up.
+_matrix = jax.jit(_matrix_traced, static_argnums=(1, 2))
+_gram = jax.jit(_gram_traced, static_argnums=1)
 
 
 def _mesh_sharding(weight: Any) -> NamedSharding | None:
