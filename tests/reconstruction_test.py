@@ -67,7 +67,7 @@ def sparsegpt_oracle(weight_RxC, hessian, sparsity, block, n_of_m=None):
     return w.T, mask.T
 
 
-@pytest.mark.parametrize("r", [1, 7, 40])
+@pytest.mark.parametrize("r", [1, 40])
 def test_inverse_factor_is_the_cholesky_factor_of_the_inverse(r):
     hessian = hessian_of(correlated(3 * r, r))
     factor, damping = reconstruction.inverse_factor(jnp.asarray(hessian, jnp.float32))
@@ -136,8 +136,8 @@ def test_criterion_is_the_weight_squared_over_the_factors_diagonal(shape):
     assert (np.reshape(score, (12, 5))[2] == 0).all()
 
 
-@pytest.mark.parametrize("block", [1, 8, 12, 24, 128])
-@pytest.mark.parametrize("sparsity", [0.3, 0.5])
+@pytest.mark.parametrize("block", [1, 8, 128])
+@pytest.mark.parametrize("sparsity", [0.3, 0.5])  # compiled once for both
 def test_solver_equals_plain_loops(block, sparsity):
     weight, hessian = drawn(24, 10, seed=3), hessian_of(correlated(100, 24))
     got, mask, report = sparsegpt(weight, jnp.asarray(hessian, jnp.float32), sparsity, block=block)
@@ -149,7 +149,7 @@ def test_solver_equals_plain_loops(block, sparsity):
     assert report.removed == (~kept).sum()
 
 
-@pytest.mark.parametrize(("rows", "block"), [(25, 8), (23, 10), (7, 128), (130, 128)])
+@pytest.mark.parametrize(("rows", "block"), [(23, 10), (130, 128)])
 def test_a_last_block_that_is_smaller_has_its_own_count(rows, block):
     weight, hessian = drawn(rows, 6, seed=4), hessian_of(correlated(4 * rows, rows))
     got, mask, report = sparsegpt(weight, jnp.asarray(hessian, jnp.float32), 0.45, block=block)
@@ -160,7 +160,7 @@ def test_a_last_block_that_is_smaller_has_its_own_count(rows, block):
     assert report.removed == sum(int(size * 6 * 0.45) for size in blocks) == (~kept).sum()
 
 
-@pytest.mark.parametrize(("pattern", "block"), [("2:4", 8), ("4:8", 24), ("1:3", 128), ("2:4", 16)])
+@pytest.mark.parametrize(("pattern", "block"), [("2:4", 8), ("1:3", 128)])
 def test_n_of_m_is_chosen_of_the_updated_weights(pattern, block):
     weight, hessian = drawn(24, 10, seed=6), hessian_of(correlated(100, 24))
     n, m = map(int, pattern.split(":"))

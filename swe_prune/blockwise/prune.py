@@ -292,8 +292,30 @@ def _check_order(of_kinds: list[list[wiring.Wire]], number: int) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _OnHost:
+    """An array that was brought to host memory, and how it was divided over devices."""
+
+    value: np.ndarray
+    sharding: Any
+
+
 def _kept(leaves: Sequence[Any], offload: bool) -> list[Any]:
-    return list(jax.device_get(leaves)) if offload else list(leaves)
+    if not offload:
+        return list(leaves)
+    return [
+        _OnHost(jax.device_get(leaf), leaf.sharding) if isinstance(leaf, jax.Array) else leaf
+        for leaf in leaves
+    ]
+
+
+def _on_device(state: wiring.Activations) -> wiring.Activations:
+    return jax.tree.map(
+        lambda leaf: (
+            jax.device_put(leaf.value, leaf.sharding) if isinstance(leaf, _OnHost) else leaf
+        ),
+        state,
+    )
 
 
 class _Runner:
@@ -330,7 +352,11 @@ class _Runner:
     ) -> dict[str, Any]:
         """Returns the sums of the block's kernels over all batches."""
         sums, _ = measuring.accumulated(
-            self.measure, part, states, step=self.step, count=lambda _, number: counts[number]
+            self.measure,
+            part,
+            map(_on_device, states),
+            step=self.step,
+            count=lambda _, number: counts[number],
         )
         measuring.check_used(self.wanted, sums)
         return sums
@@ -343,7 +369,7 @@ class _Runner:
         offload: bool,
     ) -> wiring.Activations:
         """Returns what goes into the next block, less what no later block asks for."""
-        made = self.forward(part, state)
+        made = self.forward(part, _on_device(state))
         needed = {
             source.value
             for wires in later

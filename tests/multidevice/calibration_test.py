@@ -120,3 +120,21 @@ def test_blocks_are_pruned_as_on_one_device(mesh, variables, method, offload):
     )
     jax.tree.map(np.testing.assert_array_equal, spread[1], alone[1])
     assert_close(spread[0], alone[0])
+
+
+def test_activations_come_back_from_host_memory_divided_as_they_were(mesh, variables, monkeypatch):
+    seen, back = [], blockwise.prune._on_device
+
+    def watched(state):
+        assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+        seen.extend(jax.tree.leaves(back(state)))
+        return back(state)
+
+    monkeypatch.setattr(blockwise.prune, "_on_device", watched)
+    blockwise.prune_blocks(
+        Model(), placed(variables, mesh, P()), over_data(mesh), blocks=r"block_\d", sparsity=0.5,
+        offload=True,
+    )  # fmt: skip
+    assert len(seen) == 3 * (3 + 2)  # batches, to be measured and to go on, the last not
+    assert all(len(leaf.sharding.device_set) == 8 for leaf in seen)
+    assert all(len({str(s.index) for s in leaf.addressable_shards}) == 4 for leaf in seen)
