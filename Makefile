@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 comma  := ,
 ACCEL  := $(if $(JAX),$(comma)$(JAX))
 STAMP   = $(VENV)/.installed-$(1)$(JAX)
-FORMAT := swe_prune configs tests benchmarks setup.py
+FORMAT := swe_prune configs tests benchmarks docs setup.py
 
 .PHONY: demo test lint bench clean
 
