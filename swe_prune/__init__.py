@@ -16,7 +16,20 @@ Or step by step. Track what every weight did while it trained, score it, mask it
     optimizer = masks.keep(optimizer, mask)       # zeros stay zero
 """
 
-from swe_prune import allocation, errors, importance, masks, patterns, select, trajectory, tree
+from swe_prune import (
+    allocation,
+    blockwise,
+    calibration,
+    errors,
+    importance,
+    masks,
+    patterns,
+    schedules,
+    select,
+    sparse_training,
+    trajectory,
+    tree,
+)
 from swe_prune.one_call import Pruned, prune
 from swe_prune.version import __version__
 
@@ -24,12 +37,16 @@ __all__ = [
     "Pruned",
     "__version__",
     "allocation",
+    "blockwise",
+    "calibration",
     "errors",
     "importance",
     "masks",
     "patterns",
     "prune",
+    "schedules",
     "select",
+    "sparse_training",
     "trajectory",
     "tree",
 ]

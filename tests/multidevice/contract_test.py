@@ -27,7 +27,10 @@ RULES = {
     "output rows": lambda s: masks.by_sparsity(s, 0.6, pattern="row"),
     "input columns": lambda s: masks.by_sparsity(s, 0.6, pattern="column"),
     "neuron": lambda s: masks.by_sparsity(s, 0.6, pattern="neuron"),
-    "erk": lambda s: masks.by_sparsity(s, allocation.erk(s, 0.6)),
+    **{
+        name: lambda s, name=name: masks.by_sparsity(s, allocation.allocate(name, 0.6, scores=s))
+        for name in ("uniform", "erk")
+    },
     "erk in rows": lambda s: masks.by_sparsity(s, allocation.erk(s, 0.6), "row"),
 }
 UNITS = ("block", "output rows", "input columns", "neuron")  # whose scores are sums
