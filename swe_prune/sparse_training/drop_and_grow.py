@@ -142,10 +142,10 @@ def _grown(name: str, stay: Array, score: Array, n: Array) -> Array:
 
 
 def exchanged(active: UInt32[Array, ""], fraction: float | Float[Array, ""]) -> UInt32[Array, ""]:
-    """Returns ⌊fraction · active⌋ exactly, where both may be traced.
+    """Returns ⌊fraction · active⌋, where both may be traced: exactly, as for the decimal meant.
 
-    Below 2^22 active weights a fraction that is the float32 nearest to m / active gives m, although
-    it may lie below: float32(0.7) · 10 is less than 7.
+    float32(0.7) · 10 is less than 7, which 0.7 of 10 is. So below 2^22 active weights a product
+    that misses an integer by no more than float32 rounds off, a share of 2^-22, is that integer.
     """
     fraction = jnp.asarray(fraction, jnp.float32)
     clipped = jnp.clip(fraction, 0.0, 1.0) * 2**24
@@ -159,8 +159,9 @@ def exchanged(active: UInt32[Array, ""], fraction: float | Float[Array, ""]) -> 
         low = (active & 0xFFFF) * digit
         carry = ((n & 0xFFFF) + (low & 0xFFFF)) >> 16
         n = (active >> 16) * digit + (n >> 16) + (low >> 16) + carry
-    next_share = (n + 1).astype(jnp.float32) / active.astype(jnp.float32)
-    rounded_off = (active < 2**22) & (n < active) & (next_share <= fraction)
+    # A product of floats is the same on every backend; a quotient is not.
+    nearly = fraction * active.astype(jnp.float32) * (1 + 2**-22)
+    rounded_off = (active < 2**22) & (n < active) & ((n + 1).astype(jnp.float32) <= nearly)
     return n + rounded_off.astype(jnp.uint32)
 
 
