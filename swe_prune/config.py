@@ -15,7 +15,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,11 @@ from swe_prune.errors import InputError, did_you_mean
 
 Duration = int | str
 """Steps as an int, or a string `"5%"` or `"2 epochs"`."""
+
+SCOPES = ("tensor", "global", "row", "std")
+SCHEDULES = ("one-shot", "cubic", "iterative")
+RECOVERIES = ("none", "finetune", "rewarm", "rewind")
+"""What `CellConfig` may have of each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +106,47 @@ class PruneConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CalibrationConfig:
+    """The calibration text: random windows of the training split, for criteria that need data."""
+
+    windows: int = 128
+    batch: int = 32
+    seed: int = 0  # of the choice of windows
+
+
+@dataclasses.dataclass(frozen=True)
+class CellConfig:
+    """One cell of a study, for each of its seeds; see `sweep.py` for many at once.
+
+    Recovery is the training that follows pruning with the masks held, each against a control: the
+    dense model trained as long on the same learning rates.
+
+        none      nothing
+        finetune  the settings of `finetune`
+        rewarm    these, with the learning rate warmed up to the peak of `train` again
+        rewind    the last steps of the learning rate of `train` once more (Renda et al., 2020)
+
+    A schedule that is not one-shot prunes during the recovery, whose length stays the same.
+    """
+
+    criterion: str = "magnitude"  # a registered name, or "blockwise:sparsegpt" and the like
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the criterion
+    scope: str = "tensor"  # or "global", "row"; "std": the paper's rule
+    allocation: str | None = None  # a name of allocation.names(), with scope "tensor" or "row"
+    pattern: str | None = None  # "2:4", "block:4x4", "row", "column", "neuron"
+    schedule: str = "one-shot"  # or "cubic", "iterative"
+    sparsity: float = 0.5  # with scope "std": the rate
+    recovery: str = "finetune"
+    recovery_steps: Duration | None = None  # None: finetune.steps
+    seeds: tuple[int, ...] | None = None  # None: those of the study
+
+
+@dataclasses.dataclass(frozen=True)
 class StudyConfig:
-    """The grid: two comparisons kept apart, each over its own criteria, levels and seeds."""
+    """The grid: two comparisons kept apart, each over its own criteria, levels and seeds.
+
+    `cells` come after the grid, as a sweep lists them.
+    """
 
     std_criteria: tuple[str, ...] = ("swe", "swe_spread", "magnitude")
     std_rates: tuple[float, ...] = (0.5, 1.0, 1.4, 2.0, 3.0)
@@ -111,6 +155,7 @@ class StudyConfig:
     sparsities: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
     scopes: tuple[str, ...] = ("tensor", "global")
     seeds: tuple[int, ...] = (0, 1)
+    cells: tuple[CellConfig, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +170,7 @@ class Config:
     trajectory: TrajectoryConfig = TrajectoryConfig()
     prune: PruneConfig = PruneConfig()
     study: StudyConfig = StudyConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
     log_every: int = 10
     keep_finetuned: bool = False  # keep the fine-tuned parameters of every cell, not only its masks
 
@@ -184,12 +230,17 @@ def from_dict(
 
 def _convert(value: Any, wanted: Any, path: str) -> Any:
     if dataclasses.is_dataclass(wanted):
+        if isinstance(value, typing.cast(type, wanted)):
+            return value
         if not isinstance(value, Mapping | ConfigDict):
             raise InputError(f"{path} is a group of settings and got {value!r}; set its members")
         return from_dict(value, typing.cast(type, wanted), path)
     options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     for option in options:
-        if typing.get_origin(option) is tuple:
+        if typing.get_origin(option) is Mapping:
+            if isinstance(value, Mapping):
+                return dict(value)
+        elif typing.get_origin(option) is tuple:
             if isinstance(value, Sequence) and not isinstance(value, str):
                 member = typing.get_args(option)[0]
                 return tuple(_convert(v, member, f"{path}[{i}]") for i, v in enumerate(value))
@@ -310,3 +361,32 @@ def validate(config: Config) -> None:
         config.prune.values_from,
         "give 'final' or 'late_mean'",
     )
+    for key in ("windows", "batch"):
+        value = getattr(config.calibration, key)
+        need(value >= 1, f"calibration.{key}", value, "give at least 1")
+    for number, cell in enumerate(study.cells):
+        _validate_cell(cell, f"study.cells[{number}]", need)
+
+
+def _validate_cell(cell: CellConfig, path: str, need: Callable[..., None]) -> None:
+    for key, known in (("scope", SCOPES), ("schedule", SCHEDULES), ("recovery", RECOVERIES)):
+        value = getattr(cell, key)
+        need(value in known, f"{path}.{key}", value, did_you_mean(value, known))
+    level, gradual = cell.sparsity, cell.schedule != "one-shot"
+    if cell.scope == "std":
+        need(level >= 0 and math.isfinite(level), f"{path}.sparsity", level,
+             "with scope 'std' it is a rate; give 0 or more")  # fmt: skip
+        need(not gradual, f"{path}.schedule", cell.schedule,
+             "a rate of scope 'std' is no sparsity to grow; choose another scope")  # fmt: skip
+        for key in ("allocation", "pattern"):
+            value = getattr(cell, key)
+            need(value is None, f"{path}.{key}", value,
+                 "scope 'std' allocates by its own rule; choose another scope")  # fmt: skip
+    else:
+        need(0 <= level < 1, f"{path}.sparsity", level, "give a share in [0, 1)")
+    need(cell.allocation is None or cell.scope != "global", f"{path}.allocation", cell.allocation,
+         "scope 'global' would overrule it; give scope 'tensor' or 'row'")  # fmt: skip
+    need(not (gradual and cell.recovery == "none"), f"{path}.schedule", cell.schedule,
+         "it prunes during the recovery; choose one that is not 'none'")  # fmt: skip
+    need(cell.seeds is None or len(cell.seeds) > 0, f"{path}.seeds", cell.seeds,
+         "give at least one, or None for those of the study")  # fmt: skip

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 from ml_collections import ConfigDict
@@ -215,3 +216,45 @@ def test_a_missing_file_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "none.py"):
         with pytest.raises(InputError, match="is not a file"):
             config.load(path)
+
+
+def test_cells_may_be_dicts_or_dataclasses_and_come_back_from_json():
+    cell = config.CellConfig(criterion="swe", options={"power": 1.0}, seeds=(0, 3), sparsity=0.7)
+    as_dict = {"criterion": "swe", "options": {"power": 1.0}, "seeds": [0, 3], "sparsity": 0.7}
+    made = config.from_dict(ConfigDict({"study": {"cells": [as_dict, as_dict]}}).to_dict())
+    assert made.study.cells == (cell, cell)
+    assert config.from_dict({"study": {"cells": (cell, as_dict)}}) == made
+    back = config.from_dict(json.loads(json.dumps(dataclasses.asdict(made))))
+    assert back == made
+    assert back.fingerprint() == made.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("cell", "sentence"),
+    [
+        ({"critrion": "swe"}, r"config.study.cells\[1\] has no setting 'critrion'.*'criterion'"),
+        ({"options": 3}, r"config.study.cells\[1\].options must be"),
+        (
+            {"scope": "layer"},
+            r"cells\[1\].scope = 'layer' cannot be used.*global, row, std, tensor",
+        ),
+        ({"schedule": "cubical"}, r"cells\[1\].schedule = 'cubical'.*did you mean 'cubic'"),
+        ({"recovery": "rewnd"}, r"cells\[1\].recovery = 'rewnd'.*did you mean 'rewind'"),
+        ({"sparsity": 1.0}, r"cells\[1\].sparsity = 1.0.*share in \[0, 1\)"),
+        ({"scope": "std", "sparsity": -1.0}, r"cells\[1\].sparsity = -1.0.*rate"),
+        ({"scope": "std", "schedule": "cubic"}, r"cells\[1\].schedule = 'cubic'.*rate"),
+        ({"scope": "std", "pattern": "row"}, r"cells\[1\].pattern = 'row'.*another scope"),
+        ({"scope": "global", "allocation": "erk"}, r"cells\[1\].allocation = 'erk'.*overrule"),
+        ({"schedule": "cubic", "recovery": "none"}, r"cells\[1\].schedule = 'cubic'.*'none'"),
+        ({"seeds": []}, r"cells\[1\].seeds = \(\).*at least one"),
+    ],
+)
+def test_cells_that_cannot_work_are_named_with_their_number(cell, sentence):
+    with pytest.raises(InputError, match=sentence):
+        config.validate(config.from_dict({"study": {"cells": [{}, cell]}}))
+
+
+@pytest.mark.parametrize("key", ["windows", "batch"])
+def test_calibration_needs_windows(key):
+    with pytest.raises(InputError, match=f"config.calibration.{key} = 0 cannot be used"):
+        config.validate(config.from_dict({"calibration": {key: 0}}))

@@ -107,6 +107,9 @@ def _prune_cell(
             rule=cell.rule,
             level=cell.requested,
             seed=cell.seed,
+            opt_state=dense.opt_state,
+            options=dict(cell.options),
+            pattern=cell.pattern,
         )
     except InputError as error:
         raise InputError(f"cell {cell.name!r} of seed {cell.seed}: {error}") from error

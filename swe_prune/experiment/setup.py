@@ -14,7 +14,7 @@ from swe_prune import trajectory, tree
 from swe_prune.config import Config, PhaseConfig, to_steps
 from swe_prune.errors import InputError
 from swe_prune.evaluation import mean_loss
-from swe_prune.experiment import grid, workdir
+from swe_prune.experiment import checks, grid, workdir
 from swe_prune.models import gpt
 from swe_prune.training import optimizer as optimizer_lib
 from swe_prune.training import state as state_lib
@@ -140,6 +140,7 @@ def setup(config: Config, path: Path) -> Experiment:
     model = gpt.build(config.model, vocab_size(config, data))
     params = jax.eval_shape(lambda: state_lib.init_params(model, 0, config.model.context))
     prunable = tree.prunable(params, config.prune.include, config.prune.exclude)
+    checks.check(grid.cells(config), params, prunable)
     epoch = max(1, len(data.train) // (config.data.batch * config.model.context))
     train_steps = to_steps(config.train.steps, epoch=epoch)
     finetune_steps = to_steps(config.finetune.steps, epoch=epoch)

@@ -9,7 +9,7 @@ is jitted: the state is donated, so masks and statistics live in place beside th
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,8 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float, PyTree
 
-from swe_prune import importance, masks, trajectory
+from swe_prune import allocation, importance, masks, trajectory
+from swe_prune.errors import InputError
 from swe_prune.training.losses import cross_entropy
 from swe_prune.training.state import TrainState
 
@@ -101,8 +102,12 @@ def prune_step(
     *,
     criterion: str,
     rule: str,
-    level: float,
+    level: float | allocation.Allocation,
     seed: int,
+    opt_state: PyTree | None = None,
+    measured: Mapping[str, PyTree] | None = None,
+    options: Mapping[str, Any] | None = None,
+    pattern: str | None = None,
 ) -> PyTree:
     """Returns the masks of one cell: scores, then the rule at its level.
 
@@ -115,24 +120,82 @@ def prune_step(
         prunable: bool pytree like params.
         criterion: a registered name.
         rule: "std" for the paper's rule, else the scope of equal sparsity.
-        level: the rate, or the sparsity.
+        level: the rate, the sparsity, or an allocation of it.
         seed: for criteria that draw random numbers.
+        opt_state: of the dense phase, for criteria that read Adam's second moment.
+        measured: what calibration gave, by need.
+        options: of the criterion.
+        pattern: of `masks.by_sparsity`.
     """
-    chosen, structure = jax.tree.flatten(prunable)
-    scores = _compile_score(criterion, structure, tuple(chosen), seed)(params, stats)
+    scores = score_step(
+        params,
+        stats,
+        prunable,
+        criterion=criterion,
+        seed=seed,
+        opt_state=opt_state,
+        measured=measured,
+        options=options,
+    )
     if rule == "std":
+        if isinstance(level, allocation.Allocation):
+            raise InputError("rule 'std' takes a rate and got an allocation; give a number")
         return masks.by_std(scores, level, spread=importance.get(criterion).spread)
-    return masks.by_sparsity(scores, level, scope=rule)
+    return masks.by_sparsity(scores, level, scope=rule, pattern=pattern)
+
+
+def score_step(
+    params: PyTree,
+    stats: trajectory.TrajectoryStats | None,
+    prunable: PyTree,
+    *,
+    criterion: str,
+    seed: int,
+    opt_state: PyTree | None = None,
+    measured: Mapping[str, PyTree] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> PyTree:
+    """Returns the scores of a criterion, compiled: float32 like params, None where dense.
+
+    Args:
+        params: as in `prune_step`, like the others.
+        stats: trajectory statistics.
+        prunable: bool pytree like params.
+        criterion: a registered name.
+        seed: for criteria that draw random numbers.
+        opt_state: for criteria that read Adam's second moment.
+        measured: what calibration gave; only what the criterion needs is taken.
+        options: of the criterion, numbers or strings.
+    """
+    needs = importance.get(criterion).needs
+    chosen, structure = jax.tree.flatten(prunable)
+    settings = tuple(sorted((options or {}).items()))
+    score = _compile_score(criterion, structure, tuple(chosen), seed, settings)
+    given = {need: values for need, values in (measured or {}).items() if need in needs}
+    return score(params, stats, opt_state if "second_moment" in needs else None, given)
 
 
 @functools.cache
 def _compile_score(
-    criterion: str, structure: Any, chosen: tuple[bool, ...], seed: int
+    criterion: str,
+    structure: Any,
+    chosen: tuple[bool, ...],
+    seed: int,
+    options: tuple[tuple[str, Any], ...],
 ) -> Callable[..., PyTree]:
     """Returns the compiled scores of a criterion; a sweep over levels compiles it once."""
     prunable = structure.unflatten(chosen)
 
-    def score(params: PyTree, stats: trajectory.TrajectoryStats | None) -> PyTree:
-        return importance.score(criterion, params, stats=stats, prunable=prunable, seed=seed)
+    def score(params: PyTree, stats: Any, opt_state: PyTree, measured: Any) -> PyTree:
+        return importance.score(
+            criterion,
+            params,
+            stats=stats,
+            opt_state=opt_state,
+            measured=measured,
+            prunable=prunable,
+            seed=seed,
+            **dict(options),
+        )
 
     return jax.jit(score)
