@@ -308,8 +308,8 @@ def most_alive(layers, monkeypatch, **options):
 def test_one_block_its_hessians_and_the_activations_are_in_memory_at_a_time(monkeypatch, offload):
     alive, block, hessians, activations = most_alive(2, monkeypatch, offload=offload)
     assert hessians < alive  # so the check sees what it is for
-    # Half a block more: what was pruned of it before, with its masks.
-    assert alive <= 1.6 * block + hessians + (0 if offload else activations)
+    # A quarter of a block more: norms, and a mask of the kernel before.
+    assert alive <= 1.25 * block + hessians + (0 if offload else activations)
     deeper, *_ = most_alive(4, monkeypatch, offload=offload)
     assert deeper <= alive + 0.05 * block
 

@@ -201,6 +201,17 @@ def test_layers_of_ones_own_and_a_call_of_ones_own():
     assert_measured(measured, "kernel", x, 4)
 
 
+def test_a_subclass_that_calls_its_parents_method_is_measured_once():
+    class Doubled(nn.Dense):
+        @nn.compact
+        def __call__(self, inputs):
+            return 2 * super().__call__(inputs)
+
+    x = drawn(4, 5)
+    variables = Doubled(3).init(KEY, x)
+    assert_measured(calibration.inputs(Doubled(3), variables, [x], hessian=True), "kernel", x, 4)
+
+
 def test_submodules_made_in_setup_and_state_that_the_model_returns():
     class Model(nn.Module):
         def setup(self):

@@ -66,7 +66,7 @@ def sums(
         if roots and module.scope.root is roots[0]:
             _open(module.scope)
         name = "/".join((*module.path, "kernel"))
-        # A subclass's call of super(), or a remat around a layer, comes by a second time.
+        # A subclass's call of super().__call__ comes by a second time.
         if name not in wanted or context.method_name != "__call__" or name in measuring:
             return call(*args, **kwargs)
         _store(name, module, [*args, *kwargs.values()][0], hessian, dense_like)
