@@ -407,6 +407,13 @@ def test_owl_without_differences_is_uniform():
     assert allocation.owl(scores, 0.6).removed == {"block_0": 60, "block_1": 120}
 
 
+def test_a_score_at_the_bound_is_no_outlier():
+    scores = {"block_0": jnp.ones(100), "block_1": jnp.array([0.0] * 50 + [2.0] * 50)}
+    # Of mean 1 each: at m = 1 none of the first and half of the second exceed it.
+    got = allocation.owl(scores, 0.5, m=1.0, lam=0.1)
+    assert got.removed == {"block_0": 60, "block_1": 40}
+
+
 def test_owl_groups_are_the_users():
     tensors = allocation.owl(SCORES, 0.6, m=1.5, groups="tensor").sparsities
     blocks = allocation.owl(SCORES, 0.6, m=1.5).sparsities
