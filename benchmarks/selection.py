@@ -76,7 +76,7 @@ def row(n: int, share: int, ties: bool) -> list[str]:
     against_sort = compare(
         ours, ready(lambda x: jnp.sort(x.ravel()), x), repetitions=repetitions, warmup=1
     )
-    against_top_k = "–"  # at 1e8 it alone would take longer than all the rest
+    against_top_k = "-"  # at 1e8 it alone would take longer than all the rest
     if n < LARGE:
         top_k = ready(lambda x: jax.lax.top_k(x.ravel(), k), x)
         against_top_k = spread(compare(ours, top_k, repetitions=repetitions, warmup=1))
