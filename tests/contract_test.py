@@ -12,7 +12,7 @@ import optax
 import pytest
 from flax import nnx
 
-from swe_prune import importance, masks, trajectory, tree
+from swe_prune import allocation, importance, masks, trajectory, tree
 from swe_prune.errors import InputError
 
 MEASURES = tuple(trajectory.BUFFERS)
@@ -255,6 +255,29 @@ def expected_kept(scores, rule):
         ]
         sizes = [(n, leaf.size // n) for n, leaf in zip(inputs, scores.values(), strict=True)]
     return sum(times * (n - int(n * 0.37 + 0.5)) for n, times in sizes)
+
+
+@pytest.mark.parametrize("name", [n for n in allocation.names() if n != "table"])
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+def test_every_allocation_meets_the_total_to_the_weight(trained, scored, name, scope):
+    def loss(params, batch):
+        weights = [leaf for leaf in jax.tree.leaves(params) if tree.is_weight(leaf)]
+        return sum(jnp.mean(jnp.sin(batch * w.astype(jnp.float32))) for w in weights)
+
+    scores = scored["magnitude"]
+    shared = allocation.allocate(
+        name,
+        0.37,
+        scores=scores,
+        params=trained.params,
+        loss=loss,
+        batches=[jnp.float32(3.0)],
+    )
+    sizes = {path: leaf.size for path, leaf in leaves(scores).items()}
+    assert shared.sizes == sizes
+    assert sum(shared.removed.values()) == int(sum(sizes.values()) * 0.37 + 0.5)
+    counts = masks.summary(masks.by_sparsity(scores, shared, scope)).tensors
+    assert {path: tally.pruned for path, tally in counts.items()} == shared.removed
 
 
 def test_std_rule_gives_masks_for_every_criterion(trained, scored):
