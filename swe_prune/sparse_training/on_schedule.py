@@ -88,6 +88,10 @@ def prune_on_schedule(
     def scored(mask: PyTree, args: tuple[Any, ...], named: dict[str, Any]) -> PyTree:
         if not isinstance(score, str):
             return score(*args, **named)
+        if not args:
+            raise InputError(
+                f"criterion {score!r} has no weights to score; give the parameters after the mask"
+            )
         prunable = tree.map_leaves(lambda _, weight, keep: keep is not None, args[0], mask)
         return importance.score(score, *args, prunable=prunable, **named)
 
