@@ -24,6 +24,8 @@ COMMANDS = {
     "report": "figures and page from what has finished",
 }
 
+SHARDED = ("run", "train", "prune", "finetune")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code."""
@@ -62,6 +64,13 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
             help="a get_config() file; without it, the config that made the workdir",
         )
         command.add_argument("--workdir", required=name != "plan", type=Path, metavar="DIR")
+        if name in SHARDED:
+            command.add_argument(
+                "--shard",
+                metavar="I/N",
+                help="take the cells whose number leaves I when divided by N; N processes, on one "
+                "machine or several, may share the workdir",
+            )
     options, rest = parser.parse_known_args(arguments)
     prefix = "--config."
     for argument in rest:
@@ -86,12 +95,14 @@ def _dispatch(options: argparse.Namespace, overrides: list[str]) -> None:
     from swe_prune import experiment as experiment_lib
     from swe_prune.training.progress import Progress
 
-    experiment = experiment_lib.setup(config, options.workdir or Path())
+    text = getattr(options, "shard", None)
+    shard = None if text is None else experiment_lib.parse(text)
+    experiment = experiment_lib.setup(config, options.workdir or Path(), shard)
     if options.command == "plan":
         experiment_lib.plan(experiment, Console())
         return
     progress = Progress()
-    with experiment_lib.claim(experiment.workdir, config):
+    with experiment_lib.claim(experiment.workdir, config, shard):
         progress.say(experiment_lib.memory_line(experiment))
         if options.command == "evaluate":
             _print_evaluation(experiment_lib.evaluate(experiment, progress))

@@ -10,9 +10,10 @@ import tiny
 from swe_prune import cli, experiment, masks, tree
 from swe_prune.config import StudyConfig, TrajectoryConfig
 from swe_prune.errors import InputError
-from swe_prune.experiment import grid, phases, results
+from swe_prune.experiment import grid, models, results
 from swe_prune.training.metrics import read_lines
 from swe_prune.training.progress import Progress
+from swe_prune.training.step import prune_step
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,11 @@ def test_the_table_has_a_row_per_cell_with_every_column_filled(finished, plays_d
             cell.criterion,
             cell.rule,
         )
+        assert (row["schedule"], row["recovery"]) == ("one-shot", "finetune")
+        assert row["options"] == row["allocation"] == row["pattern"] == ""
+        words = ("criterion", "rule", "schedule", "recovery", "options", "allocation", "pattern")
         for column in results.COLUMNS:
-            assert row[column] != ""
-            if column not in ("criterion", "rule"):
+            if column not in words:
                 assert np.isfinite(float(row[column]))
 
 
@@ -66,13 +69,11 @@ def test_equal_sparsity_is_met_to_the_weight(finished):
 def test_swe_spread_ranks_as_magnitude_within_a_tensor_and_swe_does_not(finished, plays_dir):
     settings = tiny.config(plays_dir)
     shared = experiment.setup(settings, finished)
-    dense = phases.load_dense(shared, 0)
+    dense = models.load_dense(shared, 0)
     common = {"rule": "tensor", "level": 0.5, "seed": 0}
 
     def mask(criterion):
-        return phases.prune_step(
-            dense.params, dense.stats, shared.prunable, criterion=criterion, **common
-        )
+        return prune_step(dense.params, dense.stats, shared.prunable, criterion=criterion, **common)
 
     def agree(a, b):
         return all(
@@ -89,7 +90,7 @@ def test_the_masks_on_disk_are_those_of_the_table(finished, plays_dir):
     settings = tiny.config(plays_dir)
     shared = experiment.setup(settings, finished)
     for row, cell in zip(table(finished), grid.cells(settings), strict=True):
-        summary = masks.summary(phases.load_masks(shared, cell))
+        summary = masks.summary(models.load_masks(shared, cell))
         assert float(row["sparsity_prunable"]) == summary.sparsity
 
 
@@ -224,8 +225,8 @@ def test_late_mean_values_can_go_on_instead_of_the_final_ones(finished, plays_di
         settings, prune=dataclasses.replace(settings.prune, values_from="late_mean")
     )
     shared = experiment.setup(averaged, finished)
-    dense = phases.load_dense(shared, 0)
-    values = phases.starting_values(shared, dense)
+    dense = models.load_dense(shared, 0)
+    values = models.starting_values(shared, dense)
     late = dense.stats.buffers["late_mean"]["block_0"]["mlp"]["up"]["kernel"]
     np.testing.assert_array_equal(values["block_0"]["mlp"]["up"]["kernel"], late)
     np.testing.assert_array_equal(

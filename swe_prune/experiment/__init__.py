@@ -1,26 +1,35 @@
 """The paper's experiment as phases: train, score, prune, fine-tune, control, report.
 
-workdir   where things lie, whose they are, and that no two runs share them
-grid      the cells: criterion × rule × level × seed
-setup     everything that is built once: data, model, compiled steps
-phases    what is done, each phase skipped when its result is there
-results   the cells' results as one table
-plan      what would be done, and what it would cost
+workdir     where things lie, whose they are, and that no two runs share them
+shard       several processes on one workdir
+grid        the cells: criterion × rule × level × seed, and what else they may differ in
+checks      what cells ask for that cannot be done
+setup       everything that is built once: data, model, compiled steps
+recovery    the training after pruning, of the cells and of their controls
+phases      what is done, each phase skipped when its result is there
+pruning     the phase that prunes; scoring, what it scores by; calibration_text, its windows
+recovering  the phase that fine-tunes; gradual, pruning in the middle of it
+fitting     one phase of training; models, what it leaves on disk
+results     the cells' results as one table
+plan        what would be done, and what it would cost
 """
 
 from swe_prune.experiment.phases import control, evaluate, finetune, prune, run, train
 from swe_prune.experiment.plan import memory_line, plan
 from swe_prune.experiment.setup import Experiment, setup
+from swe_prune.experiment.shard import Shard, parse
 from swe_prune.experiment.workdir import Workdir, claim
 
 __all__ = [
     "Experiment",
+    "Shard",
     "Workdir",
     "claim",
     "control",
     "evaluate",
     "finetune",
     "memory_line",
+    "parse",
     "plan",
     "prune",
     "run",

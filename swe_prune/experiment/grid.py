@@ -26,10 +26,14 @@ class Recovery:
     steps: Duration | None = None
 
     @property
+    def label(self) -> str:
+        """What the results call it: the kind, and the steps where they are not the usual ones."""
+        return self.kind if self.steps is None else f"{self.kind}-{_plain(self.steps)}"
+
+    @property
     def name(self) -> str:
         """Part of a folder name; empty for fine-tuning of the usual length."""
-        kind = "" if self.kind == "finetune" else self.kind
-        return "-".join(filter(None, (kind, "" if self.steps is None else _plain(self.steps))))
+        return "" if self == Recovery() else self.label
 
 
 @dataclasses.dataclass(frozen=True)

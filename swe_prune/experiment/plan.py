@@ -34,13 +34,22 @@ def plan(experiment: Experiment, console: Console) -> None:
         f"{experiment.train_steps // experiment.track_every} with power {config.trajectory.power}.",
         f"{len(cells)} cells over seeds {', '.join(map(str, grid.seeds(config)))}: "
         + ", ".join(f"{n} by {rule!r}" for rule, n in rules.items())
-        + f"; {experiment.finetune_steps} fine-tuning steps each.",
+        + f"; {_recoveries(experiment)}.",
         "A mask makes weights zero, no file smaller and no dense matrix product faster; for that, "
         "whole rows, columns or neurons must be cut out.",
     ]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(_estimate(experiment, len(cells)), highlight=False, soft_wrap=True)
+    console.print(_estimate(experiment), highlight=False, soft_wrap=True)
+
+
+def _recoveries(experiment: Experiment) -> str:
+    """Returns how long the cells train after pruning, by kind of recovery."""
+    tunings = experiment.tunings.values()
+    usual = [f"{t.steps} fine-tuning steps each" for t in tunings if not t.recovery.name]
+    return ", ".join(
+        [*usual, *(f"{t.steps} steps of {t.recovery.name}" for t in tunings if t.recovery.name)]
+    )
 
 
 def memory_line(experiment: Experiment) -> str:
@@ -67,7 +76,7 @@ def _tensors(experiment: Experiment, params: Any) -> Table:
     return table
 
 
-def _estimate(experiment: Experiment, cells: int) -> str:
+def _estimate(experiment: Experiment) -> str:
     """Returns a sentence on the time, from a few real steps at a batch of some 2,048 tokens."""
     config = experiment.config
     batch = min(config.data.batch, max(1, TIMED_TOKENS // config.model.context))
@@ -80,9 +89,11 @@ def _estimate(experiment: Experiment, cells: int) -> str:
         state, _ = experiment.train_step(state, windows)
     jax.block_until_ready(state)
     per_step = (time.perf_counter() - begun) / TIMED_STEPS * config.data.batch / batch
-    seeds = len(grid.seeds(config))
-    steps = seeds * (experiment.train_steps + experiment.finetune_steps)
-    steps += cells * experiment.finetune_steps
+    cells = experiment.cells
+    seeds = {cell.seed for cell in cells}
+    controls = {(c.seed, c.recovery): experiment.tuning_steps(c) for c in cells}
+    steps = len(seeds) * experiment.train_steps + sum(controls.values())
+    steps += sum(map(experiment.tuning_steps, cells))
     return (
         f"About {_duration(per_step * steps)} on this machine for {steps:,} steps, evaluations and "
         f"compilation apart: {TIMED_STEPS} steps timed at batch {batch}, scaled to "

@@ -5,6 +5,7 @@ import io
 from typing import Any
 
 from swe_prune.experiment import grid
+from swe_prune.experiment.shard import held
 from swe_prune.experiment.workdir import Workdir, read_json
 
 COLUMNS = (
@@ -21,7 +22,21 @@ COLUMNS = (
     "finetuned_loss",
     "steps",
     "seconds",
+    # Added later, at the end, for those who read the columns before by their place.
+    "options",
+    "allocation",
+    "pattern",
+    "schedule",
+    "recovery",
+    "dense_train_loss",
+    "control_train_loss",
+    "pruned_train_loss",
+    "finetuned_train_loss",
+    "generalisation_gap",
+    "control_gap",
 )
+"""Of results.csv. Losses are nats per token; a gap is the validation minus the training loss, of
+the model after its recovery (before it, of the pruned one) and of its control."""
 
 
 def rows(workdir: Workdir, cells: list[grid.Cell]) -> list[dict[str, Any]]:
@@ -31,15 +46,28 @@ def rows(workdir: Workdir, cells: list[grid.Cell]) -> list[dict[str, Any]]:
         path = workdir.cell(cell) / "result.json"
         if path.exists():
             result = read_json(path)
-            control = workdir.control(cell.seed) / "result.json"
+            control = workdir.control(cell.seed, cell.recovery) / "result.json"
             if control.exists():
-                result["control_loss"] = read_json(control)["control_loss"]
+                result |= read_json(control) | {"seconds": result["seconds"]}
+            last = "finetuned" if "finetuned_loss" in result else "pruned"
+            for name, model in (("generalisation_gap", last), ("control_gap", "control")):
+                losses = [result.get(f"{model}{which}_loss") for which in ("", "_train")]
+                if None not in losses:
+                    result[name] = losses[0] - losses[1]
             found.append(result)
     return found
 
 
 def write(workdir: Workdir, cells: list[grid.Cell]) -> None:
-    """Writes results.csv, whole or not at all; what is not known yet is left empty."""
+    """Writes results.csv, whole or not at all; what is not known yet is left empty.
+
+    Processes that share the workdir take turns, so that the last table has all that is finished.
+    """
+    with held(workdir.path / ".results", "table", lambda _: None):
+        _write(workdir, cells)
+
+
+def _write(workdir: Workdir, cells: list[grid.Cell]) -> None:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(COLUMNS)

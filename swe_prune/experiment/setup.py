@@ -1,7 +1,7 @@
 """Everything that is built once for an experiment: data, model, steps compiled on first use."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from swe_prune import trajectory, tree
 from swe_prune.config import Config, PhaseConfig, to_steps
 from swe_prune.errors import InputError
 from swe_prune.evaluation import mean_loss
-from swe_prune.experiment import checks, grid, workdir
+from swe_prune.experiment import calibration_text, checks, grid, recovery, workdir
+from swe_prune.experiment.shard import Shard
 from swe_prune.models import gpt
 from swe_prune.training import optimizer as optimizer_lib
 from swe_prune.training import state as state_lib
@@ -34,12 +35,14 @@ class Experiment:
         abstract_params: the parameters' shapes and dtypes.
         prunable: bool pytree like the parameters.
         measures: what is tracked.
+        cells: this process's share of the study.
         train_steps: of the dense phase.
-        finetune_steps: of fine-tuning and of the control.
+        tunings: every recovery of the study, with its compiled step.
         track_every: steps between snapshots.
         validation: the fixed validation batches.
+        training: as many fixed windows of the training text.
+        calibration: random ones of it, in batches; empty when no cell needs them.
         train_step: compiled, for the dense phase.
-        finetune_step: compiled, for fine-tuning and the control.
         eval_step: compiled.
     """
 
@@ -50,12 +53,14 @@ class Experiment:
     abstract_params: PyTree
     prunable: PyTree
     measures: tuple[str, ...]
+    cells: list[grid.Cell]
     train_steps: int
-    finetune_steps: int
+    tunings: Mapping[grid.Recovery, recovery.Tuning]
     track_every: int
     validation: list[Any]
+    training: list[Any]
+    calibration: list[Any]
     train_step: Callable[..., Any]
-    finetune_step: Callable[..., Any]
     eval_step: Callable[..., Any]
 
     def fresh_state(self, seed: int) -> state_lib.TrainState:
@@ -88,14 +93,17 @@ class Experiment:
         )
         return sum(jax.tree.leaves(sizes))
 
-    def finetune_state(
-        self, params: PyTree, seed: int, masks: PyTree | None
+    def tuning_state(
+        self, tuning: recovery.Tuning, params: PyTree, seed: int, masks: PyTree | None
     ) -> state_lib.TrainState:
-        """Returns the state that fine-tuning (masks) or the control (None) starts from."""
-        optimizer = optimizer_lib.build(self.config.finetune, self.finetune_steps)
+        """Returns the state that a recovery (masks) or its control (None) starts from."""
         # A copy, since the step takes over its state and other cells start from these weights too.
         params = jax.tree.map(lambda weight: weight.copy(), params)
-        return state_lib.create(params, optimizer, seed, masks=masks)
+        return state_lib.create(params, tuning.optimizer, seed, masks=masks)
+
+    def tuning_steps(self, cell: grid.Cell) -> int:
+        """Returns how long a cell trains after pruning begins."""
+        return self.tunings[cell.recovery].steps if cell.recovery in self.tunings else 0
 
     def batches(self, seed: int) -> Any:
         """Returns the training iterator for one seed of the data order."""
@@ -108,8 +116,12 @@ class Experiment:
         )
 
     def validation_loss(self, params: PyTree) -> float:
-        """Returns nats per token on the fixed windows."""
+        """Returns nats per token on the fixed validation windows."""
         return mean_loss(self.eval_step, params, self.validation)
+
+    def training_loss(self, params: PyTree) -> float:
+        """Returns nats per token on as many fixed windows of the training text."""
+        return mean_loss(self.eval_step, params, self.training)
 
     def phase(self, name: str, folder: Path, settings: PhaseConfig, steps: int) -> Phase:
         """Returns the loop's settings for one phase."""
@@ -124,12 +136,13 @@ class Experiment:
         )
 
 
-def setup(config: Config, path: Path) -> Experiment:
+def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
     """Returns the experiment, with everything checked that can be before any training.
 
     Args:
         config: settings.
         path: the working directory, of which nothing is made yet; see `workdir.claim`.
+        shard: which cells this process takes; None: all.
 
     Raises:
         InputError: whatever is wrong with the config or the data.
@@ -143,15 +156,25 @@ def setup(config: Config, path: Path) -> Experiment:
     checks.check(grid.cells(config), params, prunable)
     epoch = max(1, len(data.train) // (config.data.batch * config.model.context))
     train_steps = to_steps(config.train.steps, epoch=epoch)
-    finetune_steps = to_steps(config.finetune.steps, epoch=epoch)
     track_every = to_steps(config.trajectory.every, total=train_steps)
-    _check_lengths(config, train_steps, finetune_steps, track_every)
-    windows = data_lib.eval_batches(
-        data.validation,
-        context=config.model.context,
-        windows=config.data.eval_windows,
-        batch=config.data.eval_batch,
+    _check_lengths(config, train_steps, track_every)
+    tunings = {
+        one: recovery.build(config, one, model, train_steps=train_steps, epoch=epoch)
+        for one in grid.recoveries(config)
+    }
+    validation, training = (
+        data_lib.eval_batches(
+            tokens,
+            context=config.model.context,
+            windows=config.data.eval_windows,
+            batch=config.data.eval_batch,
+        )
+        for tokens in (data.validation, data.train)
     )
+    cells = (shard or Shard()).part(grid.cells(config))
+    calibration = []
+    if any(map(calibration_text.calibrated, cells)):
+        calibration = calibration_text.windows(data.train, config.model.context, config.calibration)
     return Experiment(
         config=config,
         workdir=workdir.Workdir(path),
@@ -160,15 +183,15 @@ def setup(config: Config, path: Path) -> Experiment:
         abstract_params=params,
         prunable=prunable,
         measures=measures,
+        cells=cells,
         train_steps=train_steps,
-        finetune_steps=finetune_steps,
+        tunings=tunings,
         track_every=track_every,
-        validation=[dict(batch) for batch in windows],
+        validation=[dict(batch) for batch in validation],
+        training=[dict(batch) for batch in training],
+        calibration=calibration,
         train_step=step_lib.compile_train_step(
             model, optimizer_lib.build(config.train, train_steps), track_every
-        ),
-        finetune_step=step_lib.compile_train_step(
-            model, optimizer_lib.build(config.finetune, finetune_steps)
         ),
         eval_step=step_lib.compile_eval_step(model),
     )
@@ -190,10 +213,9 @@ def vocab_size(config: Config, data: data_lib.TextData) -> int:
     return wanted or found
 
 
-def _check_lengths(config: Config, train: int, finetune: int, track_every: int) -> None:
-    for name, steps in (("train", train), ("finetune", finetune)):
-        if steps < 1:
-            raise InputError(f"config.{name}.steps is {steps}; give at least one step")
+def _check_lengths(config: Config, train: int, track_every: int) -> None:
+    if train < 1:
+        raise InputError(f"config.train.steps is {train}; give at least one step")
     snapshots = train // track_every if track_every else 0
     if snapshots < config.trajectory.window_start:
         raise InputError(

@@ -7,11 +7,12 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from swe_prune.config import Config, from_dict
 from swe_prune.errors import InputError
-from swe_prune.experiment.grid import Cell
+from swe_prune.experiment.grid import Cell, Recovery
+from swe_prune.experiment.shard import Shard, held
 from swe_prune.training.metrics import write_json
 
 
@@ -29,9 +30,9 @@ class Workdir:
         """Folder of the dense phase."""
         return self.path / f"seed_{seed}" / "dense"
 
-    def control(self, seed: int) -> Path:
-        """Folder of the control: the dense model trained on."""
-        return self.path / f"seed_{seed}" / "control"
+    def control(self, seed: int, recovery: Recovery = Recovery()) -> Path:  # noqa: B008, frozen
+        """Folder of a recovery's control: the dense model trained on."""
+        return self.path / f"seed_{seed}" / "-".join(filter(None, ("control", recovery.name)))
 
     def cell(self, cell: Cell) -> Path:
         """Folder of one cell."""
@@ -44,10 +45,16 @@ class Workdir:
 
 
 @contextlib.contextmanager
-def claim(workdir: Workdir, config: Config) -> Iterator[None]:
+def claim(workdir: Workdir, config: Config, shard: Shard | None = None) -> Iterator[None]:
     """Makes or reopens the workdir for this config, and holds it against other runs.
 
-    The lock is the operating system's: it is gone with the process, however that ends.
+    Shards share it among themselves; a run of the whole study has it alone. The lock is the
+    operating system's: it is gone with the process, however that ends.
+
+    Args:
+        workdir: which.
+        config: settings.
+        shard: of a process that shares the work; None: the whole.
 
     Raises:
         InputError: it cannot be written, belongs to another config, or another run is using it.
@@ -60,20 +67,34 @@ def claim(workdir: Workdir, config: Config) -> Iterator[None]:
         raise InputError(
             f"workdir {str(path)!r} cannot be written ({error.strerror}); choose another --workdir"
         ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"workdir {str(path)!r} is in use by another run; wait for it or choose another"
-            ) from error
-        made_by = path / "config.json"
-        if made_by.exists():
-            _check_same(workdir, config, read_json(made_by))
-        else:
-            values = dataclasses.asdict(config)
-            write_json(made_by, {"fingerprint": config.fingerprint(), "config": values})
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock)
+        _take(lock, fcntl.LOCK_EX if shard is None else fcntl.LOCK_SH, f"workdir {str(path)!r}")
+        if shard is not None:
+            name = f"shard_{shard.index}_of_{shard.count}"
+            own = stack.enter_context((path / f".lock_{name}").open("a"))
+            _take(own, fcntl.LOCK_EX, f"shard {shard.index}/{shard.count} of {str(path)!r}")
+        with held(path / ".config", "settings of the workdir", lambda _: None):
+            _settle(workdir, config)
         yield
+
+
+def _take(lock: IO[str], kind: int, what: str) -> None:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"{what} is in use by another run; wait for it or choose another"
+        ) from error
+
+
+def _settle(workdir: Workdir, config: Config) -> None:
+    made_by = workdir.path / "config.json"
+    if made_by.exists():
+        _check_same(workdir, config, read_json(made_by))
+    else:
+        values = dataclasses.asdict(config)
+        write_json(made_by, {"fingerprint": config.fingerprint(), "config": values})
 
 
 def config_of(path: Path) -> Config:
@@ -94,10 +115,11 @@ def config_of(path: Path) -> Config:
 
 
 def _check_same(workdir: Workdir, config: Config, stored: dict[str, Any]) -> None:
-    if stored.get("fingerprint") == config.fingerprint():
+    # Compared as they are understood now, since a setting may be younger than the workdir.
+    now = from_dict(stored.get("config", {}))
+    if now == config:
         return
-    ours = _flat(dataclasses.asdict(config))
-    theirs = _flat(stored.get("config", {}))
+    ours, theirs = (_flat(dataclasses.asdict(one)) for one in (config, now))
     differing = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
     shown = ", ".join(
         f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} now)" for key in differing[:3]

@@ -1,9 +1,11 @@
 """What the settings ask for and the working directory does not hold yet."""
 
+import re
 from typing import Any
 
 from swe_prune.report.formats import percent, plural
-from swe_prune.report.records import CellKey, Results
+from swe_prune.report.read import label
+from swe_prune.report.records import USUAL, CellKey, Results, full_name
 
 _NAMED = 6  # cells named one by one; of more only the number is given
 
@@ -28,7 +30,21 @@ def expected(config: dict[str, Any]) -> list[CellKey]:
         for name in of("criteria")
         for sparsity in of("sparsities")
     ]
-    return paper + equal
+    listed = [key for cell in of("cells") for key in _listed(config, cell)]
+    return list(dict.fromkeys(paper + equal + listed))
+
+
+def _listed(config: dict[str, Any], cell: dict[str, Any]) -> list[CellKey]:
+    """Returns the cells that one entry of `study.cells` asks for, named as their rows are."""
+    steps, kind = cell.get("recovery_steps"), str(cell.get("recovery") or USUAL[1])
+    usual = steps is None or kind == "none" or steps == config.get("finetune", {}).get("steps")
+    recovery = kind if usual else f"{kind}-{re.sub(r'[^.,=+0-9A-Za-z_-]+', '-', str(steps))}"
+    options = sorted((cell.get("options") or {}).items())
+    text = ",".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in options)
+    criterion = label({**cell, "options": text})
+    name = full_name(criterion, str(cell.get("schedule") or USUAL[0]), recovery)
+    seeds = cell.get("seeds") or (config.get("study") or {}).get("seeds") or []
+    return [(int(s), str(cell["scope"]), name, float(cell["sparsity"])) for s in seeds]
 
 
 def _name(key: CellKey) -> str:
@@ -40,12 +56,13 @@ def _name(key: CellKey) -> str:
 def missing(results: Results) -> list[str]:
     """Returns one sentence for each kind of thing that is not there, none if all is."""
     lines = [*_missing_cells(results), *_missing_files(results)]
-    untuned = sum(row.finetuned_loss is None for row in results.rows)
-    if untuned == len(results.rows):
+    tuned = [row for row in results.study if row.recovery != "none"]
+    untuned = sum(row.finetuned_loss is None for row in tuned)
+    if untuned and untuned == len(tuned):
         lines.append("No cell is fine-tuned yet, so the paper's claims cannot be judged.")
     elif untuned:
-        lines.append(f"{plural(untuned, 'cell')} of {len(results.rows)} not fine-tuned yet.")
-    without = sorted({row.seed for row in results.rows if row.control_loss is None})
+        lines.append(f"{plural(untuned, 'cell')} of {len(tuned)} not fine-tuned yet.")
+    without = sorted({row.seed for row in tuned if row.control_loss is None})
     if without:
         seeds = ", ".join(map(str, without))
         lines.append(f"No control yet for {plural(len(without), 'seed')}: {seeds}.")
@@ -60,7 +77,8 @@ def _missing_cells(results: Results) -> list[str]:
     if results.config is None:
         return ["There is no config.json, so what else was asked for is not known."]
     wanted = expected(results.config)
-    there = {(row.seed, row.rule, row.criterion, round(row.requested, 6)) for row in results.rows}
+    found = (row.in_full() for row in results.study)
+    there = {(row.seed, row.rule, row.criterion, round(row.requested, 6)) for row in found}
     absent = [key for key in wanted if (*key[:3], round(key[3], 6)) not in there]
     if not absent:
         return []

@@ -9,12 +9,22 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from swe_prune.errors import InputError, did_you_mean
-from swe_prune.report.records import RULES, CellKey, Detail, Histogram, Results, Row, Trajectory
+from swe_prune.report.records import (
+    RULES,
+    USUAL,
+    CellKey,
+    Detail,
+    Histogram,
+    Results,
+    Row,
+    Trajectory,
+    full_name,
+)
 
 COLUMNS = [
     "seed", "criterion", "rule", "requested", "sparsity_prunable", "sparsity_total",
@@ -22,9 +32,18 @@ COLUMNS = [
     "seconds",
 ]  # fmt: skip
 
-_OPTIONAL = ("control_loss", "finetuned_loss")  # empty until that phase has run
+ADDED = [
+    "options", "allocation", "pattern", "schedule", "recovery", "dense_train_loss",
+    "control_train_loss", "pruned_train_loss", "finetuned_train_loss", "generalisation_gap",
+    "control_gap",
+]  # fmt: skip
+"""Columns that may follow; a table from before they were there does without."""
+
+_NAMING = ("options", "allocation", "pattern")  # that become part of the criterion's name
+_OPTIONAL = ("control_loss", "finetuned_loss", *ADDED)  # empty until that phase has run
 _KINDS: dict[str, type] = {
     "seed": int, "criterion": str, "rule": str, "nonzero_params": int, "steps": int,
+    "schedule": str, "recovery": str,
 }  # fmt: skip
 
 
@@ -35,7 +54,8 @@ def load(workdir: Path) -> Results:
         InputError: there is no finished cell, or a file is malformed; the file is named.
     """
     workdir = Path(workdir)
-    rows, repeated = read_rows(workdir / "results.csv")
+    study, repeated = read_rows(workdir / "results.csv")
+    plain = any(row.plain for row in study)
     config, fingerprint = _read_config(workdir / "config.json")
     training, trajectories, dense, controls, details = {}, {}, {}, {}, {}
     for folder in sorted(workdir.glob("seed_*")):
@@ -52,9 +72,13 @@ def load(workdir: Path) -> Results:
                 into[seed] = reader(folder / name)
         for path in sorted(folder.glob("cells/*/result.json")):
             key, detail = _read_detail(path, seed)
-            details[key] = detail
-    rows = [_with_control(row, controls, workdir) for row in rows]
-    return Results(config, fingerprint, rows, repeated, training, trajectories, dense, details)
+            if not plain or (detail.schedule, detail.recovery) == USUAL:
+                details[key] = detail
+    study = [_with_control(row, controls, workdir) for row in study]
+    rows = [row.in_full() for row in study if row.plain or not plain]
+    return Results(
+        config, fingerprint, rows, study, repeated, training, trajectories, dense, details
+    )
 
 
 def read_rows(path: Path) -> tuple[list[Row], int]:
@@ -68,13 +92,13 @@ def read_rows(path: Path) -> tuple[list[Row], int]:
         lines = list(csv.reader(_text(path).splitlines()))
     except csv.Error as error:
         raise _malformed(path, str(error)) from None
-    if not lines or lines[0] != COLUMNS:
+    if not lines or lines[0][: len(COLUMNS)] != COLUMNS:
         raise InputError(
             f"{str(path)!r} does not begin with the columns {','.join(COLUMNS)}; "
             "let the experiment write it anew"
         )
     rows = [
-        _row(values, f"{str(path)!r} line {number}")
+        _row(lines[0], values, f"{str(path)!r} line {number}")
         for number, values in enumerate(lines[1:], start=2)
         if values
     ]
@@ -83,23 +107,25 @@ def read_rows(path: Path) -> tuple[list[Row], int]:
             f"{str(path)!r} holds no finished cell yet, so there is nothing to report; "
             "run the experiment until its first cell is done"
         )
-    by_cell = {row.key: row for row in rows}
+    by_cell = {(*row.key, row.schedule, row.recovery): row for row in rows}
     return list(by_cell.values()), len(rows) - len(by_cell)
 
 
-def _row(values: list[str], where: str) -> Row:
-    if len(values) != len(COLUMNS):
+def _row(columns: list[str], values: list[str], where: str) -> Row:
+    if len(values) != len(columns):
         raise InputError(
-            f"{where} has {len(values)} values and not {len(COLUMNS)}; remove or repair the line"
+            f"{where} has {len(values)} values and not {len(columns)}; remove or repair the line"
         )
-    cell = dict(zip(COLUMNS, values, strict=True))
+    cell = dict(zip(columns, values, strict=True))
     if cell["rule"] not in RULES:
         raise InputError(
             f"{where} has the unknown rule {cell['rule']!r}; {did_you_mean(cell['rule'], RULES)}"
         )
     converted: dict[str, Any] = {}
-    for name in COLUMNS:
-        text = cell[name].strip()
+    for name in [*COLUMNS, *ADDED]:
+        text = cell.get(name, "").strip()
+        if name in _NAMING or (name in _KINDS and name in ADDED and not text):
+            continue
         try:
             converted[name] = (
                 None if name in _OPTIONAL and not text else _KINDS.get(name, float)(text)
@@ -108,6 +134,7 @@ def _row(values: list[str], where: str) -> Row:
             raise InputError(
                 f"{where} has {name} = {text!r}, which is no number; repair the line"
             ) from None
+    converted["criterion"] = label(cell)
     row = Row(**converted)
     if not (0 <= row.sparsity_prunable <= 1 and math.isfinite(row.requested)):
         raise InputError(
@@ -116,9 +143,14 @@ def _row(values: list[str], where: str) -> Row:
     return row
 
 
+def label(cell: Mapping[str, Any]) -> str:
+    """Returns the name of a criterion with its options, its allocation and its pattern."""
+    return " ".join([cell["criterion"], *(str(cell[name]) for name in _NAMING if cell.get(name))])
+
+
 def _with_control(row: Row, controls: dict[int, dict[str, Any]], workdir: Path) -> Row:
     # A cell may finish before its seed's control does: the control's own file is then the newer.
-    if row.control_loss is not None or row.seed not in controls:
+    if row.control_loss is not None or row.recovery != "finetune" or row.seed not in controls:
         return row
     path = workdir / f"seed_{row.seed}" / "control" / "result.json"
     loss = controls[row.seed].get("control_loss")
@@ -200,7 +232,9 @@ def _read_trajectory(path: Path) -> Trajectory:
 def _read_detail(path: Path, seed: int) -> tuple[CellKey, Detail]:
     value = _read_object(path)
     try:
-        key = (seed, str(value["rule"]), str(value["criterion"]), float(value["requested"]))
+        names = (label(value), str(value.get("schedule") or USUAL[0]))
+        names = (*names, str(value.get("recovery") or USUAL[1]))
+        key = (seed, str(value["rule"]), full_name(*names), float(value["requested"]))
         tensors = {
             name: (int(counts["kept"]), int(counts["total"]))
             for name, counts in value.get("tensors", {}).items()
@@ -211,7 +245,7 @@ def _read_detail(path: Path, seed: int) -> tuple[CellKey, Detail]:
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _malformed(path, f"{type(error).__name__}: {error}") from None
-    return key, Detail(tensors, histogram, kept)
+    return key, Detail(tensors, histogram, kept, *names[1:])
 
 
 def _histogram(value: dict[str, Any]) -> Histogram:

@@ -5,13 +5,19 @@ from typing import Any
 
 RULES = ("std", "tensor", "global", "row")
 
+USUAL = ("one-shot", "finetune")
+"""The schedule and the recovery that the comparisons of criteria are about."""
+
 CellKey = tuple[int, str, str, float]
 """(seed, rule, criterion, requested): what names one cell of the study."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One finished cell; losses are validation nats per token, None where not measured yet."""
+    """One finished cell; losses are validation nats per token, None where not measured yet.
+
+    The criterion is called by its name with its options, its allocation and its pattern.
+    """
 
     seed: int
     criterion: str
@@ -26,11 +32,43 @@ class Row:
     finetuned_loss: float | None
     steps: int
     seconds: float
+    schedule: str = "one-shot"
+    recovery: str = "finetune"
+    dense_train_loss: float | None = None
+    control_train_loss: float | None = None
+    pruned_train_loss: float | None = None
+    finetuned_train_loss: float | None = None
+    generalisation_gap: float | None = None
+    control_gap: float | None = None
 
     @property
     def key(self) -> CellKey:
-        """What names the cell."""
+        """What names the cell among those that were pruned at once and fine-tuned."""
         return (self.seed, self.rule, self.criterion, self.requested)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it was pruned at once and fine-tuned, which the comparisons are about."""
+        return (self.schedule, self.recovery) == USUAL
+
+    def in_full(self) -> "Row":
+        """Returns the row with its schedule and recovery in the name of its criterion."""
+        return dataclasses.replace(self, criterion=full_name(*self.names))
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """Criterion, schedule and recovery."""
+        return (self.criterion, self.schedule, self.recovery)
+
+
+def full_name(criterion: str, schedule: str, recovery: str) -> str:
+    """Returns a criterion's name with a schedule and a recovery that are not the usual ones.
+
+    >>> full_name("swe", "one-shot", "finetune"), full_name("swe", "cubic", "rewind")
+    ('swe', 'swe cubic rewind')
+    """
+    usual = (schedule, recovery) == USUAL
+    return criterion if usual else f"{criterion} {schedule} {recovery}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +96,8 @@ class Detail:
     tensors: dict[str, tuple[int, int]]  # (kept, total)
     histogram: Histogram | None
     sample_kept: dict[str, list[bool]]
+    schedule: str = USUAL[0]
+    recovery: str = USUAL[1]
 
     @property
     def total(self) -> int:
@@ -71,7 +111,8 @@ class Results:
 
     config: dict[str, Any] | None
     fingerprint: str | None
-    rows: list[Row]
+    rows: list[Row]  # those pruned at once and fine-tuned, or where there are none all
+    study: list[Row]  # all
     repeated: int  # rows of results.csv that a later row of the same cell replaced
     training: dict[int, list[dict[str, float]]]
     trajectories: dict[int, Trajectory]

@@ -5,6 +5,7 @@ import optax
 from jaxtyping import PyTree
 
 from swe_prune.config import PhaseConfig, to_steps
+from swe_prune.sparse_training import rewound_schedule
 
 
 def schedule(phase: PhaseConfig, steps: int) -> optax.Schedule:
@@ -24,19 +25,27 @@ def schedule(phase: PhaseConfig, steps: int) -> optax.Schedule:
     )
 
 
-def build(phase: PhaseConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+def build(
+    phase: PhaseConfig, steps: int, *, start: int = 0
+) -> optax.GradientTransformationExtraArgs:
     """Returns clipping by the global norm, then AdamW that decays matrices only.
 
     Biases and norms, which have one axis, are not decayed (GPT-2 and nanoGPT do the same).
+
+    Args:
+        phase: settings.
+        steps: length of the phase that the learning rate belongs to.
+        start: the step of it to begin at: the learning rate, and it alone, is rewound to there.
     """
 
     def matrices(params: PyTree) -> PyTree:
         return jax.tree.map(lambda weight: weight.ndim >= 2, params)
 
+    rate = schedule(phase, steps)
     return optax.chain(
         optax.clip_by_global_norm(phase.clip),
         optax.adamw(
-            schedule(phase, steps),
+            rewound_schedule(rate, start) if start else rate,
             b1=phase.b1,
             b2=phase.b2,
             weight_decay=phase.weight_decay,

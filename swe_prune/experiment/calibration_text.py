@@ -1,0 +1,54 @@
+"""The windows that cells are calibrated on: of the training text, chosen by a seed of their own."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt
+
+from swe_prune import allocation, importance
+from swe_prune.config import CalibrationConfig
+from swe_prune.errors import InputError
+from swe_prune.experiment.grid import Cell
+
+OF_INPUTS = {"input_norm", "hessian"}
+OF_GRADIENTS = {"gradient", "gradient_square"}
+
+
+def calibrated(cell: Cell) -> bool:
+    """Returns whether a cell reads the calibration windows."""
+    if cell.allocation is not None and "batches" in allocation.get(cell.allocation).needs:
+        return True
+    if cell.blockwise is not None:
+        return True
+    return bool(set(importance.get(cell.criterion).measured) & (OF_INPUTS | OF_GRADIENTS))
+
+
+def windows(
+    tokens: UInt[np.ndarray, " N"], context: int, settings: CalibrationConfig
+) -> list[dict[str, Any]]:
+    """Returns random windows of a text, in batches; the same for the same seed.
+
+    Args:
+        tokens: of the training text, so that none is ever evaluated on.
+        context: L.
+        settings: how many, in which batches, and the seed of the choice.
+
+    Returns:
+        {"inputs": int32 (B, L), "targets": int32 (B, L)} each; the last batch may be smaller.
+
+    Raises:
+        InputError: the text has not so many windows.
+    """
+    there = len(tokens) - context
+    if settings.windows > there:
+        raise InputError(
+            f"config.calibration.windows = {settings.windows} is more than the {there} windows "
+            "that the training text has; lower it or give more text"
+        )
+    chosen = np.random.default_rng(settings.seed).choice(there, settings.windows, replace=False)
+    window_WxL1 = tokens[chosen[:, None] + np.arange(context + 1)].astype(np.int32)
+    return [
+        {"inputs": part_BxL1[:, :-1], "targets": part_BxL1[:, 1:]}
+        for at in range(0, settings.windows, settings.batch)
+        for part_BxL1 in [window_WxL1[at : at + settings.batch]]
+    ]

@@ -1,0 +1,72 @@
+"""Several processes on one working directory: who does what, and who waits for whom."""
+
+import contextlib
+import dataclasses
+import fcntl
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from swe_prune.errors import InputError
+
+Item = TypeVar("Item")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One of several processes that share a study.
+
+    Attributes:
+        index: which one, from 0.
+        count: how many there are.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def part(self, items: Sequence[Item]) -> list[Item]:
+        """Returns the items whose number leaves `index` when divided by `count`.
+
+        >>> Shard(1, 3).part(["a", "b", "c", "d", "e"])
+        ['b', 'e']
+        """
+        return list(items[self.index :: self.count])
+
+
+def parse(text: str) -> Shard:
+    """Returns the shard that `i/n` says.
+
+    Raises:
+        InputError: it says none.
+
+    >>> parse("0/4")
+    Shard(index=0, count=4)
+    """
+    match = re.fullmatch(r"\s*([0-9]+)\s*/\s*([0-9]+)\s*", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise InputError(
+            f"--shard={text} is no share of the work; give i/n with i from 0 to n - 1, such as 0/2"
+        )
+    return Shard(int(match[1]), int(match[2]))
+
+
+@contextlib.contextmanager
+def held(folder: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Holds a folder against other processes, first waiting for the one that has it.
+
+    The lock is the operating system's: it is gone with the process, however that ends.
+
+    Args:
+        folder: made when there is none.
+        what: what the other process is doing there, for the message.
+        say: told once that there is something to wait for.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process is at the {what}; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
