@@ -113,6 +113,15 @@ def test_phases_out_of_order_say_what_comes_first(tmp_path, plays_dir, capsys):
         assert missing in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["2", "2/2", "-1/2", "a/b", "0/0", "1.0/2", ""])
+def test_a_shard_that_is_none(text, tmp_path, plays_dir, capsys):
+    config = tiny.config_file(tmp_path, tiny.config(plays_dir))
+    work = tmp_path / "work"
+    message = fails(capsys, ["run", f"--config={config}", f"--workdir={work}", f"--shard={text}"])
+    assert f"--shard={text} is no share of the work" in message
+    assert not work.exists()
+
+
 def test_a_run_without_the_extra_for_its_report_says_so_first(
     tmp_path, plays_dir, capsys, monkeypatch
 ):

@@ -8,7 +8,7 @@ setup       everything that is built once: data, model, compiled steps
 recovery    the training after pruning, of the cells and of their controls
 phases      what is done, each phase skipped when its result is there
 pruning     the phase that prunes; scoring, what it scores by; calibration_text, its windows
-recovering  the phase that fine-tunes; gradual, pruning in the middle of it
+recovering  the phase that fine-tunes; gradual and timing, pruning in the midst of it
 fitting     one phase of training; models, what it leaves on disk
 results     the cells' results as one table
 plan        what would be done, and what it would cost

@@ -13,24 +13,6 @@ from swe_prune.experiment import scoring
 from swe_prune.experiment.grid import Cell
 from swe_prune.training.state import TrainState
 
-RAMP = 0.6  # the share of the recovery in which pruning goes on; the rest heals with masks fixed
-UPDATES = 10  # of the masks on a cubic ramp, at most
-ROUNDS = 5  # of iterative pruning, at most
-
-
-def schedule(cell: Cell, steps: int) -> schedules.Schedule:
-    """Returns the schedule of a gradual cell within the steps of its recovery.
-
-    Cubic: from nothing at step 0 to the sparsity at 60 % of the recovery, in ten updates.
-    Iterative: five rounds over the same time, each removing the same share of what is left.
-    Shorter recoveries have fewer updates.
-    """
-    end = max(1, min(steps - 1, round(RAMP * steps)))
-    if cell.schedule == "cubic":
-        return schedules.Cubic(cell.requested, begin=0, end=end, every=max(1, end // UPDATES))
-    every = max(1, end // ROUNDS)
-    return schedules.Iterative(cell.requested, rounds=min(ROUNDS, 1 + end // every), every=every)
-
 
 def pruning_step(
     step: Callable[..., Any],

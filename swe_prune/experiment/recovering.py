@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 from swe_prune import masks as masks_lib
 from swe_prune import tree
 from swe_prune.errors import RunError
-from swe_prune.experiment import artifacts, gradual, pruning
+from swe_prune.experiment import artifacts, gradual, pruning, timing
 from swe_prune.experiment.fitting import tune
 from swe_prune.experiment.grid import Cell
 from swe_prune.experiment.models import finite, load_masks, save, starting_values
@@ -36,7 +36,7 @@ def finetune_cell(
     step = None
     if cell.gradual:
         masks = gradual.all_kept(experiment.prunable, start)
-        plan, renew = gradual.schedule(cell, tuning.steps), gradual.renewal(source, cell)
+        plan, renew = timing.schedule(cell, tuning.steps), gradual.renewal(source, cell)
         step = gradual.pruning_step(tuning.step, plan, renew)
     else:
         masks = load_masks(experiment, cell)

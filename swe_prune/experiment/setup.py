@@ -14,7 +14,7 @@ from swe_prune import trajectory, tree
 from swe_prune.config import Config, PhaseConfig, to_steps
 from swe_prune.errors import InputError
 from swe_prune.evaluation import mean_loss
-from swe_prune.experiment import calibration_text, checks, grid, recovery, workdir
+from swe_prune.experiment import calibration_text, checks, grid, recovery, timing, workdir
 from swe_prune.experiment.shard import Shard
 from swe_prune.models import gpt
 from swe_prune.training import optimizer as optimizer_lib
@@ -162,6 +162,9 @@ def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
         one: recovery.build(config, one, model, train_steps=train_steps, epoch=epoch)
         for one in grid.recoveries(config)
     }
+    for cell in grid.cells(config):
+        if cell.gradual:
+            timing.schedule(cell, tunings[cell.recovery].steps)
     validation, training = (
         data_lib.eval_batches(
             tokens,

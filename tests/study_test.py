@@ -1,0 +1,370 @@
+"""A study whose cells differ in every way that cells can, at a tiny size."""
+
+import csv
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from swe_prune import experiment, schedules, sweep, tree
+from swe_prune.config import CalibrationConfig, StudyConfig, from_dict, validate
+from swe_prune.errors import InputError
+from swe_prune.experiment import (
+    calibration_text,
+    gradual,
+    grid,
+    models,
+    recovery,
+    results,
+    scoring,
+    timing,
+)
+from swe_prune.training import optimizer
+from swe_prune.training.progress import Progress
+
+CELLS = sweep.chain(
+    [
+        {"scope": "global"},
+        {"scope": "global", "recovery": "none"},
+        {"scope": "global", "criterion": "swe_curvature"},
+        {"scope": "row", "criterion": "wanda"},
+        {"scope": "global", "criterion": "taylor"},
+        {"allocation": "erk"},
+        {"pattern": "neuron", "sparsity": 0.25},
+        {"pattern": "2:4", "recovery": "none"},
+        {"scope": "global", "schedule": "cubic", "recovery": "rewarm"},
+        {
+            "scope": "global",
+            "criterion": "swe",
+            "schedule": "iterative",
+            "recovery": "rewind",
+            "recovery_steps": 6,
+        },
+        {"criterion": "blockwise:sparsegpt"},
+    ]
+)
+NAMES = [
+    "global-magnitude-0.5",
+    "global-magnitude-0.5-none",
+    "global-swe_curvature-0.5",
+    "row-wanda-0.5",
+    "global-taylor-0.5",
+    "tensor-magnitude-0.5-erk",
+    "tensor-magnitude-0.25-neuron",
+    "tensor-magnitude-0.5-2-4-none",
+    "global-magnitude-0.5-cubic-rewarm",
+    "global-swe-0.5-iterative-rewind-6",
+    "tensor-blockwise-sparsegpt-0.5",
+]
+
+
+def config(plays_dir, cells=CELLS, seeds=(0,), **changes):
+    study = from_dict({"study": {"cells": cells}}).study
+    study = dataclasses.replace(study, std_criteria=(), criteria=(), seeds=seeds)
+    made = tiny.config(
+        plays_dir, study=study, calibration=CalibrationConfig(windows=6, batch=4), **changes
+    )
+    validate(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, plays_dir):
+    """The study run once."""
+    settings = config(plays_dir, keep_finetuned=True)
+    shared = experiment.setup(settings, tmp_path_factory.mktemp("study") / "work")
+    with experiment.claim(shared.workdir, settings):
+        experiment.run(shared, Progress())
+    return shared
+
+
+@pytest.fixture(scope="module")
+def table(done):
+    with done.workdir.results.open() as file:
+        rows = list(csv.DictReader(file))
+    return {cell.name: row for cell, row in zip(done.cells, rows, strict=True)}
+
+
+def test_every_cell_has_a_readable_name_and_a_row(done, table):
+    assert [cell.name for cell in done.cells] == list(table) == NAMES
+
+
+def test_every_count_is_met(table):
+    prunable = 12 * 16 * 16
+    for name, row in table.items():
+        total = prunable * 2 // 3 if "neuron" in name else prunable  # attention has no neurons
+        removed = round(float(row["requested"]) * total)
+        assert float(row["sparsity_prunable"]) == removed / prunable
+        assert int(row["nonzero_params"]) == int(table[NAMES[0]]["nonzero_params"]) + (
+            prunable // 2 - removed
+        )
+
+
+def test_a_cell_without_recovery_ends_where_its_pruning_left_it(table):
+    tuned, untouched = table["global-magnitude-0.5"], table["global-magnitude-0.5-none"]
+    assert untouched["finetuned_loss"] == untouched["control_loss"] == ""
+    assert untouched["steps"] == "0"
+    for column in ("pruned_loss", "pruned_train_loss", "sparsity_prunable"):
+        assert untouched[column] == tuned[column]
+    gap = float(untouched["pruned_loss"]) - float(untouched["pruned_train_loss"])
+    assert float(untouched["generalisation_gap"]) == pytest.approx(gap, rel=1e-12)
+
+
+def test_every_recovery_has_a_control_of_its_own(done, table):
+    folders = {path.name for path in (done.workdir.path / "seed_0").glob("control*")}
+    assert folders == {"control", "control-rewarm", "control-rewind-6"}
+    by_recovery = {row["recovery"]: row["control_loss"] for row in table.values()}
+    assert set(by_recovery) == {"none", "finetune", "rewarm", "rewind-6"}
+    assert len(set(by_recovery.values())) == 4
+    for cell, row in zip(done.cells, table.values(), strict=True):
+        assert row["control_loss"] == by_recovery[row["recovery"]], cell.name
+
+
+def test_gaps_are_validation_minus_training_loss(done, table):
+    dense = models.load_dense(done, 0)
+    for row in table.values():
+        assert float(row["dense_train_loss"]) == done.training_loss(dense.params)
+        if row["finetuned_loss"]:
+            gap = float(row["finetuned_loss"]) - float(row["finetuned_train_loss"])
+            assert float(row["generalisation_gap"]) == pytest.approx(gap, rel=1e-12)
+            gap = float(row["control_loss"]) - float(row["control_train_loss"])
+            assert float(row["control_gap"]) == pytest.approx(gap, rel=1e-12)
+
+
+def test_the_training_windows_are_fixed_and_of_the_training_text(done):
+    assert sum(len(batch["inputs"]) for batch in done.training) == sum(
+        len(batch["inputs"]) for batch in done.validation
+    )
+    first = done.training[0]["inputs"][0]
+    np.testing.assert_array_equal(first, done.data.train[: len(first)])
+
+
+def test_scores_are_those_of_the_formulas_in_float64(done):
+    dense = models.load_dense(done, 0)
+    source = scoring.source(done, dense, done.cells)
+    by_name = {cell.name: cell for cell in done.cells}
+    leaf = ("block_0", "mlp", "up", "kernel")
+
+    def at(values):
+        for key in leaf:
+            values = values[key]
+        return np.asarray(values, np.float64)
+
+    weight = at(dense.params)
+    adam = next(s for s in jax.tree.leaves(dense.opt_state, is_leaf=_is_adam) if _is_adam(s))
+    second = at(adam.nu)
+    late_mean = at(dense.stats.buffers["late_mean"])
+    found = at(scoring.scores(source, by_name["global-swe_curvature-0.5"]))
+    np.testing.assert_allclose(found, late_mean**2 * np.sqrt(second), rtol=1e-5)
+    gradient = _mean_gradient(done, dense.params)
+    found = at(scoring.scores(source, by_name["global-taylor-0.5"]))
+    np.testing.assert_allclose(found, np.abs(weight * at(gradient)), rtol=1e-4, atol=1e-12)
+
+
+def _is_adam(state):
+    return isinstance(state, optax.ScaleByAdamState)
+
+
+def _mean_gradient(shared, params):
+    def loss(params, batch):
+        logits = shared.model.apply({"params": params}, batch["inputs"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()
+
+    grad = jax.jit(jax.grad(loss))
+    parts = [(len(b["inputs"]), grad(params, b)) for b in shared.calibration]
+    total = sum(n for n, _ in parts)
+    return jax.tree.map(
+        lambda *g: (
+            sum(np.asarray(x, np.float64) * n for x, (n, _) in zip(g, parts, strict=True)) / total
+        ),
+        *(g for _, g in parts),
+    )
+
+
+def test_block_after_block_pruning_goes_on_with_the_weights_it_changed(done):
+    dense = models.load_dense(done, 0)
+    cell = done.cells[-1]
+    start = models.starting_values(done, dense, cell)
+    kept = models.load_masks(done, cell)["block_0"]["mlp"]["up"]["kernel"]
+    before, after = (np.asarray(p["block_0"]["mlp"]["up"]["kernel"]) for p in (dense.params, start))
+    assert (before[kept] != after[kept]).any()
+    np.testing.assert_array_equal(
+        start["embedding"]["embedding"], dense.params["embedding"]["embedding"]
+    )
+
+
+def test_gradual_masks_are_held_and_those_of_fixed_scores_are_one_shot_masks(done):
+    dense = models.load_dense(done, 0)
+    for cell in done.cells:
+        if cell.gradual:
+            masks = models.load_masks(done, cell)
+            params = models.load_finetuned(done, cell)
+            revived = tree.map_tracked(lambda m, w: int((~m & (w != 0)).sum()), masks, params)
+            assert sum(jax.tree.leaves(revived)) == 0
+    swe = next(cell for cell in done.cells if cell.schedule == "iterative")
+    once = scoring.cell_masks(scoring.source(done, dense, [swe]), swe)
+    for ours, theirs in zip(
+        jax.tree.leaves(models.load_masks(done, swe)), jax.tree.leaves(once), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_evaluate_computes_every_recorded_loss_again(done):
+    compared = experiment.evaluate(done, Progress())
+    assert len(compared) == 1 + 11 + 9
+    for row in compared:
+        assert row["computed"] == pytest.approx(row["recorded"], rel=1e-6), row["model"]
+
+
+def test_results_say_what_they_were_calibrated_on(done):
+    told = {}
+    for cell in done.cells:
+        result = json.loads((done.workdir.cell(cell) / "result.json").read_text())
+        told[cell.name] = result.get("calibration")
+    calibrated = {"row-wanda-0.5", "global-taylor-0.5", "tensor-blockwise-sparsegpt-0.5"}
+    assert {name for name, said in told.items() if said} == calibrated
+    assert told["row-wanda-0.5"] == {"windows": 6, "seed": 0}
+
+
+def test_calibration_windows_are_random_ones_of_the_text_they_are_given():
+    tokens = np.arange(100, dtype=np.uint8)
+    settings = CalibrationConfig(windows=5, batch=2, seed=3)
+    batches = calibration_text.windows(tokens, 8, settings)
+    assert [len(b["inputs"]) for b in batches] == [2, 2, 1]
+    inputs = np.concatenate([b["inputs"] for b in batches])
+    targets = np.concatenate([b["targets"] for b in batches])
+    np.testing.assert_array_equal(np.diff(inputs, axis=1), 1)
+    np.testing.assert_array_equal(targets, inputs + 1)
+    assert len({row[0] for row in inputs}) == 5
+    again = calibration_text.windows(tokens, 8, settings)
+    np.testing.assert_array_equal(batches[0]["inputs"], again[0]["inputs"])
+    other = calibration_text.windows(tokens, 8, dataclasses.replace(settings, seed=4))
+    assert (other[0]["inputs"] != batches[0]["inputs"]).any()
+    with pytest.raises(InputError, match=r"windows = 93 is more than the 92 windows.*lower it"):
+        calibration_text.windows(tokens, 8, CalibrationConfig(windows=93))
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 7, 80, 101])
+@pytest.mark.parametrize("kind", ["cubic", "iterative"])
+def test_a_gradual_schedule_ends_with_its_sparsity_before_the_recovery_does(kind, steps):
+    cell = grid.Cell(0, "magnitude", "tensor", 0.8, schedule=kind)
+    plan = timing.schedule(cell, steps)
+    due = plan.due_steps()
+    assert due[-1] < steps
+    shares = [plan.sparsity(step) for step in due]
+    assert shares[-1] == 0.8
+    assert shares == sorted(shares)
+    assert len(due) <= 12
+
+
+def test_a_pruning_step_prunes_when_due_and_goes_on_where_a_phase_resumes():
+    @dataclasses.dataclass(frozen=True)
+    class State:
+        step: int
+        pruned: tuple = ()
+
+    def step(state, batch):
+        return dataclasses.replace(state, step=state.step + 1), {}
+
+    def renew(state, sparsity):
+        return dataclasses.replace(state, pruned=(*state.pruned, (state.step, sparsity)))
+
+    plan = schedules.Iterative(0.5, rounds=3, every=2)
+    whole = State(0)
+    run = gradual.pruning_step(step, plan, renew)
+    for _ in range(6):
+        whole, _ = run(whole, None)
+    assert whole.pruned == tuple((t, plan.sparsity(t)) for t in (0, 2, 4))
+    resumed = State(3, whole.pruned[:2])
+    run = gradual.pruning_step(step, plan, renew)
+    for _ in range(3):
+        resumed, _ = run(resumed, None)
+    assert resumed == whole
+
+
+def test_rewarming_reaches_the_dense_peak_and_rewinding_the_dense_schedules_end(plays_dir):
+    settings = tiny.config(plays_dir)
+    settings = dataclasses.replace(
+        settings, finetune=dataclasses.replace(settings.finetune, learning_rate=1e-4)
+    )
+    shapes = {"train_steps": 24, "epoch": 100}
+
+    def rates(kind, steps=None):
+        built = recovery.build(settings, grid.Recovery(kind, steps), None, **shapes)
+        params = {"w": np.ones((2, 2), np.float32)}
+        state = built.optimizer.init(params)
+        found = []
+        for _ in range(built.steps):
+            # Adam's update of a constant gradient is the learning rate; decay adds rate · 0.1 · w.
+            updates, state = built.optimizer.update(
+                {"w": np.ones((2, 2), np.float32)}, state, params
+            )
+            found.append(-float(updates["w"][0, 0]) / 1.1)
+        return found
+
+    dense = [float(optimizer.schedule(settings.train, 24)(step)) for step in range(24)]
+    warmed = dataclasses.replace(settings.finetune, learning_rate=3e-3)
+    peak = [float(optimizer.schedule(warmed, 4)(step)) for step in range(4)]
+    usual = [float(optimizer.schedule(settings.finetune, 4)(step)) for step in range(4)]
+    np.testing.assert_allclose(rates("finetune"), usual, rtol=1e-4, atol=1e-12)
+    np.testing.assert_allclose(rates("rewarm"), peak, rtol=1e-4, atol=1e-12)
+    assert max(rates("rewarm")) == pytest.approx(3e-3, rel=1e-4)
+    np.testing.assert_allclose(rates("rewind", 7), dense[-7:], rtol=1e-4)
+    with pytest.raises(InputError, match="goes back 25 steps and the dense phase has 24"):
+        recovery.build(settings, grid.Recovery("rewind", 25), None, **shapes)
+
+
+@pytest.mark.parametrize(
+    ("cell", "sentence"),
+    [
+        ({"criterion": "swee"}, "cell 'tensor-swee-0.5'.*unknown criterion 'swee'.*'swe'|swee"),
+        ({"options": {"power": 1}}, "criterion 'magnitude' has no option 'power'"),
+        ({"criterion": "movement"}, "needs scores that movement pruning learned"),
+        ({"criterion": "blockwise:sparsegp"}, "unknown method 'sparsegp'.*'sparsegpt'"),
+        ({"criterion": "blockwise:wanda", "scope": "global"}, "kernel by kernel.*'tensor'"),
+        ({"criterion": "blockwise:wanda", "pattern": "row"}, "knows no pattern 'row'"),
+        ({"criterion": "blockwise:wanda", "options": {"x": 1}}, "no option 'x'.*block, damping"),
+        ({"allocation": "erkk"}, "unknown allocation 'erkk'.*'erk'"),
+        ({"allocation": "table"}, "allocation 'table' needs the option"),
+        ({"pattern": "2:5"}, "'2:5'"),
+        ({"pattern": "2:4", "sparsity": 0.6}, "keeps 2 of 4.*make the two agree"),
+        ({"pattern": "2:4", "schedule": "cubic"}, "fixes the sparsity of every tensor"),
+        ({"pattern": "column", "scope": "row"}, "give scope 'tensor' or 'global'"),
+        ({"pattern": "blok:4x4"}, "'blok:4x4'"),
+        ({"schedule": "cubic", "recovery_steps": 1}, "of which 1 step is too short; give 2"),
+        ({"recovery_steps": 0}, "recovery 'finetune' has 0 steps"),
+    ],
+)
+def test_a_cell_that_cannot_work_is_named_before_any_training(cell, sentence, tmp_path, plays_dir):
+    with pytest.raises(InputError, match=sentence):
+        experiment.setup(config(plays_dir, [cell]), tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_names_are_unique_and_doubles_are_dropped(plays_dir):
+    settings = config(plays_dir, [{}, {"recovery_steps": 4}, {"sparsity": 0.6}])
+    assert [cell.name for cell in grid.cells(settings)] == NAMES_OF_TWO
+    near = config(plays_dir, [{"sparsity": 0.5}, {"sparsity": 0.50000001}])
+    with pytest.raises(InputError, match=r"would both be called 'tensor-magnitude-0\.5'"):
+        grid.cells(near)
+
+
+NAMES_OF_TWO = ["tensor-magnitude-0.5", "tensor-magnitude-0.6"]
+
+
+def test_old_columns_stay_where_they_were():
+    assert results.COLUMNS[:13] == (
+        "seed", "criterion", "rule", "requested", "sparsity_prunable", "sparsity_total",
+        "nonzero_params", "dense_loss", "control_loss", "pruned_loss", "finetuned_loss", "steps",
+        "seconds",
+    )  # fmt: skip
+
+
+def test_a_study_without_cells_of_its_own_is_the_grid(plays_dir):
+    settings = tiny.config(plays_dir)
+    assert StudyConfig().cells == ()
+    assert all(cell.settings == [] for cell in grid.cells(settings))
