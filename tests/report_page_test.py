@@ -37,8 +37,9 @@ def headline_of(workdir):
 def test_every_file_is_returned_and_nothing_else_is_left(built):
     workdir, written = built
     assert written[0] == workdir / "report" / "report.html"
+    assert written[-1] == workdir / "report" / "tables.md"
     assert set(written) == set((workdir / "report").iterdir())
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written[1:])
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written[1:-1])
     names = {path.stem for path in written}
     assert {"loss_std_pruned", "loss_tensor_finetuned", "loss_global_against_control"} <= names
     assert {"tensors_std", "tensors_global", "histogram_swe", "training"} <= names
@@ -58,14 +59,14 @@ def test_the_page_is_one_file_and_asks_the_network_for_nothing(built):
     text = built[1][0].read_text()
     assert not re.findall(r"https?://|<script|@import|<link|url\(", text)
     sources = re.findall(r'src="([^"]{0,30})', text)
-    assert len(sources) == len(built[1]) - 1
+    assert len(sources) == len(built[1]) - 2
     assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
 
 
 def test_every_figure_has_its_own_words_and_every_table_its_caption(built):
     text = text_of(built[1][0])
     alts = re.findall(r'alt="([^"]+)"', text)
-    assert len(alts) == len(set(alts)) == len(built[1]) - 1
+    assert len(alts) == len(set(alts)) == len(built[1]) - 2
     assert all(len(alt) > 40 for alt in alts)
     tables = re.findall(r"<table>.*?</table>", text, re.DOTALL)
     assert len(tables) == 7

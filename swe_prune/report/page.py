@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swe_prune.errors import InputError
-from swe_prune.report import findings, read
+from swe_prune.report import findings, markdown, read
 from swe_prune.version import __version__
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _FIGURES = ("heat", "paths", "histograms", "training")  # groups of figures besi
 
 
 def build(workdir: Path) -> list[Path]:
-    """Writes `workdir/report/report.html` and the figures it shows as PNG, and returns their paths.
+    """Writes `workdir/report/report.html`, its figures as PNG and `tables.md`; returns the paths.
 
     The page is one file that needs neither network nor JavaScript. Partial results are shown, with
     a note of what is missing.
@@ -41,9 +41,10 @@ def build(workdir: Path) -> list[Path]:
         svgs = {picture.name: _svg(picture) for picture in pictures}
         pngs = {f"{picture.name}.png": _png(picture) for picture in pictures}
     html = _html(content, svgs).encode()
+    tables = {"tables.md": markdown.document(results).encode()}
     return [
         _write(workdir / "report" / name, data)
-        for name, data in {"report.html": html, **pngs}.items()
+        for name, data in {"report.html": html, **pngs, **tables}.items()
     ]
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from swe_prune.report import curves, missing, stats, tables, weights, words
+from swe_prune.report import curves, missing, stats, study, tables, weights, words
 from swe_prune.report.findings import Findings
 from swe_prune.report.formats import (
     DASH,
@@ -218,6 +218,8 @@ def settings(results: Results) -> list[dict[str, Any]]:
 
 
 def _setting(value: Any) -> str:
+    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+        return plural(len(value), "cell")
     if isinstance(value, list):
         return ", ".join(map(_setting, value)) or "none"
     if value is None:
@@ -227,8 +229,16 @@ def _setting(value: Any) -> str:
 
 def cost(results: Results) -> str:
     """Returns what the cells took, as measured."""
-    minutes = sum(row.seconds for row in results.rows) / 60
-    return f"The {plural(len(results.rows), 'cell')} took {minutes:.1f} minutes in all."
+    minutes = sum(row.seconds for row in results.study) / 60
+    return f"The {plural(len(results.study), 'cell')} took {minutes:.1f} minutes in all."
+
+
+def study_of(results: Results) -> dict[str, Any] | None:
+    """Returns the study's sentence and table; None where all cells are of the usual kind."""
+    if all(row.plain for row in results.study):
+        return None
+    found = study.combinations(results.study)
+    return {"answer": study.answer(found), "table": study.table(found)}
 
 
 def content(results: Results, found: Findings) -> dict[str, Any]:
@@ -243,6 +253,7 @@ def content(results: Results, found: Findings) -> dict[str, Any]:
         "how_to_read": HOW_TO_READ,
         "yardstick": words.yardstick(found),
         "comparisons": comparisons(results, found),
+        "study": study_of(results),
         "heat": heat(results, found),
         "paths": paths(results, found),
         "histograms": histograms(results, found),
