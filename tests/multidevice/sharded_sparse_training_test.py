@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sharded_core_test import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from sharded_core_test import collectives
 
 from swe_prune import masks, schedules, sparse_training
 from swe_prune.sparse_training import movement
