@@ -79,7 +79,12 @@ def by_sparsity(
 ) -> PyTree:
     """Returns masks that remove exactly the requested share of the lowest scores.
 
-    With a pattern, units of weights stay or go together and the share is met in units.
+    With a pattern, units of weights stay or go together and the share is met in units. Sparsity
+    counts what goes, n:m what stays. The count is exact: of equal scores at the threshold the
+    first by flat index stay. References differ on ties: the magnitude baseline of Wanda's code
+    removes everything up to the int(n · s)-th smallest, one more than asked and all its ties;
+    Wanda's own stable sort removes the first of them (`blockwise.wanda_mask` does so too);
+    jaxpruner's n:m ranks keep the last.
 
     Args:
         scores: float32 pytree, None where dense.
