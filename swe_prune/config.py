@@ -256,9 +256,29 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Returns the Config that the file's `get_config()` gives, with `a.b=value` overrides applied.
 
     Raises:
-        InputError: no such file, no `get_config`, an unknown key, or a value of another type.
+        InputError: as `read`; an unknown key, or a value of another type.
     """
-    path = Path(path)
+    values = read(path).to_dict()
+    for override in overrides:
+        _apply_override(values, override)
+    config = from_dict(values)
+    validate(config)
+    return config
+
+
+def read(path: str | Path, start: str | Path | None = None) -> ConfigDict:
+    """Returns what the file's `get_config()` gives, for another config file to start from.
+
+        config = read("../shakespeare_char.py", __file__)
+
+    Args:
+        path: of a Python file.
+        start: the file that a relative path is relative to; None: the working directory.
+
+    Raises:
+        InputError: no such file, no `get_config`, one that fails, or that returns something else.
+    """
+    path = Path(path) if start is None else Path(start).parent / path
     if not path.is_file():
         raise InputError(
             f"config {str(path)!r} is not a file; give the path of a get_config() file"
@@ -280,12 +300,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(
             f"get_config() of {str(path)!r} returns {type(values).__name__}; return a ConfigDict"
         )
-    values = (values if isinstance(values, ConfigDict) else ConfigDict(values)).to_dict()
-    for override in overrides:
-        _apply_override(values, override)
-    config = from_dict(values)
-    validate(config)
-    return config
+    return values if isinstance(values, ConfigDict) else ConfigDict(values)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

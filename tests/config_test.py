@@ -258,3 +258,24 @@ def test_cells_that_cannot_work_are_named_with_their_number(cell, sentence):
 def test_calibration_needs_windows(key):
     with pytest.raises(InputError, match=f"config.calibration.{key} = 0 cannot be used"):
         config.validate(config.from_dict({"calibration": {key: 0}}))
+
+
+def test_a_config_may_start_from_another(tmp_path):
+    (tmp_path / "first.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n    return ConfigDict({'name': 'first', 'log_every': 3})\n"
+    )
+    folder = tmp_path / "sweeps"
+    folder.mkdir()
+    (folder / "second.py").write_text(
+        "from swe_prune.config import read\n"
+        "def get_config():\n"
+        "    config = read('../first.py', __file__)\n"
+        "    config.name = 'second'\n"
+        "    return config\n"
+    )
+    loaded = config.load(folder / "second.py")
+    assert (loaded.name, loaded.log_every) == ("second", 3)
+    (tmp_path / "first.py").unlink()
+    with pytest.raises(InputError, match=r"first\.py' is not a file"):
+        config.load(folder / "second.py")
