@@ -11,11 +11,11 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swe_prune import experiment
+from swe_prune import cli, experiment
 from swe_prune.config import StudyConfig
 from swe_prune.errors import InputError
 from swe_prune.experiment import grid, phases, pruning
-from swe_prune.experiment.shard import Shard, held, parse
+from swe_prune.experiment.shard import Shard, held
 from swe_prune.training.progress import Progress
 
 
@@ -59,7 +59,7 @@ def test_shards_do_what_one_process_does(whole, tmp_path, plays_dir):
     assert [cell.name for cell in first.cells] == ["tensor-random-0.5", "global-random-0.5"]
     assert len(table(tmp_path / "shared")) == 2
     stamp = (tmp_path / "shared/seed_0/dense/result.json").stat().st_mtime_ns
-    run(settings, tmp_path / "shared", parse("0/2"))
+    assert cli.main(["run", f"--workdir={tmp_path / 'shared'}", "--shard=0/2"]) == 0
     assert (tmp_path / "shared/seed_0/dense/result.json").stat().st_mtime_ns == stamp
     assert table(tmp_path / "shared") == table(whole.workdir.path)
 

@@ -215,6 +215,43 @@ def test_gradual_masks_are_held_and_those_of_fixed_scores_are_one_shot_masks(don
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_what_a_gradual_cell_has_pruned_stays_so(done):
+    dense = models.load_dense(done, 0)
+    cell = next(cell for cell in done.cells if cell.schedule == "cubic")
+    source = scoring.source(done, dense, [cell])
+    # Kept are the smaller halves, which a criterion that forgets what is gone would not choose.
+    masks = tree.map_tracked(lambda keep: ~keep, scoring.cell_masks(source, cell))
+    state = dataclasses.replace(dense, masks=masks)
+    renewed = gradual.renewal(source, cell)(state, 0.75)
+    kept, given = (
+        np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(each)])
+        for each in (renewed.masks, masks)
+    )
+    assert kept.sum() == kept.size // 4
+    assert not (kept & ~given).any()
+    weights, sizes = (
+        np.concatenate(
+            [
+                np.abs(np.asarray(leaf)).ravel()
+                for leaf in jax.tree.leaves(tree.map_tracked(lambda _, w: w, masks, params))
+            ]
+        )
+        for params in (renewed.params, dense.params)
+    )
+    assert sizes[kept].min() >= sizes[given & ~kept].max()
+    assert (weights[~kept] == 0).all()
+
+
+def test_calibration_is_of_the_training_text_and_the_same_for_every_seed(done):
+    settings = done.config.calibration
+    expected = calibration_text.windows(done.data.train, 16, settings)
+    for ours, theirs in zip(done.calibration, expected, strict=True):
+        np.testing.assert_array_equal(ours["inputs"], theirs["inputs"])
+    joined = {tuple(row) for batch in done.calibration for row in batch["inputs"].tolist()}
+    text = done.data.train.tolist()
+    assert joined <= {tuple(text[at : at + 16]) for at in range(len(text) - 16)}
+
+
 def test_a_gradual_cell_that_is_killed_ends_as_if_it_had_not_been(done, tmp_path):
     shutil.copytree(done.workdir.path, tmp_path / "work")
     cell = next(cell for cell in done.cells if cell.schedule == "iterative")
