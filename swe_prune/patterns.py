@@ -18,7 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from swe_prune import select, tree
+from swe_prune import select
 from swe_prune.errors import InputError, did_you_mean
 
 NAMES = ("n:m", "block:RxC", "row", "column", "neuron")
