@@ -31,7 +31,11 @@ _SPARE = (
     ("#882255", ">", (0, (6, 2, 2, 2))),
     ("#44AA99", "h", (0, (4, 4))),
     ("#999933", "p", (0, (2, 3))),
+    ("#AA4499", "X", (0, (7, 1, 1, 1))),
+    ("#117733", "d", (0, (2, 1))),
+    ("#661100", "*", (0, (5, 2, 1, 2))),
 )
+_BESIDE = 6  # more names than this stand below the axes, where they cover no curve
 
 PRUNED = "#D55E00"
 KEPT = "#0072B2"
@@ -96,8 +100,14 @@ def panel(width: float = 4.1, height: float = 3.4) -> tuple[Figure, Axes]:
 
 
 def legend(axes: Axes) -> None:
-    """Names the curves where they leave room; an empty drawing, all diverged, needs no names."""
-    if axes.get_legend_handles_labels()[0]:
+    """Names the curves where they leave room, or below the axes; where all diverged, none."""
+    names = len(axes.get_legend_handles_labels()[0])
+    figure = axes.get_figure()
+    if names > _BESIDE and isinstance(figure, Figure):
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + 0.17 * -(-names // 2))
+        figure.legend(loc="outside lower center", ncols=2, columnspacing=1.0)
+    elif names:
         axes.legend(loc="best")
 
 
