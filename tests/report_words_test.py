@@ -88,6 +88,8 @@ def test_winning_and_losing_to_magnitude():
     assert "after fine-tuning it beats magnitude (2 won of 2 levels; \N{MINUS SIGN}0.0700" in text
     assert "votes loses to magnitude." in text
     assert "swe loses to magnitude." not in text
+    assert "swe beats magnitude. With equal sparsity per tensor" in text
+    assert "votes beats magnitude." not in text
 
 
 def test_swe_losing_to_magnitude_is_said_plainly():

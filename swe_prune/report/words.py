@@ -243,16 +243,28 @@ def rivalry(found: Findings, rival: str) -> list[Statement]:
 
 def losers(found: Findings) -> list[Statement]:
     """Returns a plain statement for each criterion that magnitude beats at more levels than not."""
+    return _against_magnitude(found, "loses to", ("loss", "lost"), ("win", "won"))
+
+
+def winners(found: Findings) -> list[Statement]:
+    """Returns a plain statement for each criterion that beats magnitude at more levels than not."""
+    return _against_magnitude(found, "beats", ("win", "won"), ("loss", "lost"))
+
+
+def _against_magnitude(
+    found: Findings, verb: str, this: tuple[str, str], other: tuple[str, str]
+) -> list[Statement]:
     places: dict[str, list[str]] = {}
     for one in found.contests:
-        lost, won = one.count("loss"), one.count("win")
-        if one.rival == "magnitude" and lost > won:
+        more, less = one.count(this[0]), one.count(other[0])
+        if one.rival == "magnitude" and more > less:
+            tally = f"{more} of {plural(len(one.bouts), 'level')} {this[1]}"
             places.setdefault(one.criterion, []).append(
                 f"{rule_phrase(one.rule)} {PHASES[one.phase]} "
-                f"({lost} of {plural(len(one.bouts), 'level')} lost, {won or 'none'} won)"
+                f"({tally}, {less or 'none'} {other[1]})"
             )
     return [
-        Statement(f"{name} loses to magnitude.", f"With {listing(where)}.")
+        Statement(f"{name} {verb} magnitude.", f"With {listing(where)}.")
         for name, where in places.items()
     ]
 
@@ -280,4 +292,5 @@ def statements(found: Findings) -> list[Statement]:
         *rivalry(found, "magnitude"),
         *rivalry(found, "random"),
         *losers(found),
+        *winners(found),
     ]
