@@ -13,7 +13,8 @@ has a control of its own: the dense model trained for the same steps at the same
 The report answers in one sentence whether some pruned and fine-tuned model generalises better than
 that; only the abstract of the paper is known, so the grid is ours.
 
-414 cells. TIME
+414 cells, 11 minutes in all of them on two CPU cores. To expect: the best, forecast_curvature at
+50 % with the learning rate warmed up again, ends 0.012 ± 0.005 below its control.
 """
 
 from ml_collections import ConfigDict
