@@ -142,13 +142,13 @@ def answer(found: Sequence[Combination]) -> str:
             f"control: {told}, and {elsewhere}, so that seeds or the choice may explain it."
         )
     small = (
-        f", though by less than the {MARGIN:g} that this report calls nothing"
+        f", which is less than the {MARGIN:g} that this report calls nothing"
         if others.mean > -MARGIN
         else ""
     )
     return (
-        f"Some pruned and fine-tuned model does generalise better than its control{small}: {told}, "
-        f"and {elsewhere}."
+        f"Some pruned and fine-tuned model does generalise better than its control: {told}, "
+        f"and {elsewhere}{small}."
     )
 
 
