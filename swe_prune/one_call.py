@@ -72,9 +72,9 @@ def prune(
 
     Without a `criterion`: `forecast_curvature` when both the trajectory's late mean and an
     optimizer with a second moment are given; `magnitude_curvature` with the optimizer alone;
-    `forecast` with the statistics alone; `magnitude` with nothing but the weights. Criteria with
-    curvature rank all tensors together, the others rank within each: the README's tables show
-    what each costs. Embeddings, norms, biases and the output head stay dense.
+    `magnitude` without one, since the trajectory alone does no better. Criteria with curvature
+    rank all tensors together, the others rank within each: the README's tables show what each
+    costs. Embeddings, norms, biases and the output head stay dense.
 
     Call it outside of jit. For calibrated criteria, allocations and schedules see `importance`,
     `allocation` and `schedules`.
@@ -144,9 +144,7 @@ def _choose(
     if curved:
         return "magnitude_curvature", "it has the optimizer's second moment, but no late mean"
     lacks = "no optimizer state" if opt_state is None else "an optimizer without a second moment"
-    if tracked:
-        return "forecast", f"it has the late mean, but {lacks}"
-    return "magnitude", f"it has {lacks} and no late mean"
+    return "magnitude", f"it has {lacks}, and without curvature nothing does reliably better"
 
 
 def _dense(params: PyTree, mask: PyTree) -> dict[str, int]:

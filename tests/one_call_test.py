@@ -33,9 +33,9 @@ ADAM, SGD = optax.adamw(1e-3), optax.sgd(1e-3, momentum=0.9)
     [
         (ADAM, True, "forecast_curvature", "global", "it has the late mean and the optimizer's"),
         (ADAM, False, "magnitude_curvature", "global", "but no late mean"),
-        (SGD, True, "forecast", "tensor", "an optimizer without a second moment"),
-        (None, True, "forecast", "tensor", "no optimizer state"),
-        (None, False, "magnitude", "tensor", "no optimizer state and no late mean"),
+        (SGD, True, "magnitude", "tensor", "an optimizer without a second moment"),
+        (None, True, "magnitude", "tensor", "no optimizer state, and without curvature"),
+        (None, False, "magnitude", "tensor", "no optimizer state, and without curvature"),
     ],
 )
 def test_it_takes_the_best_that_is_at_hand_and_says_so(

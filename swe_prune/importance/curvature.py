@@ -20,7 +20,7 @@ def magnitude_curvature(
 ) -> Float[Array, "..."]:
     """w² v^power: the final weight and the curvature at it (optimal brain damage at power 1).
 
-    When: at hand for any Adam-trained weights, and the least loss before fine-tuning.
+    When: for weights that Adam trained and nobody tracked.
     Source: optimal brain damage (LeCun, Denker and Solla, 1989) with Adam's v for h.
     """
     return weight**2 * second_moment**power
@@ -32,7 +32,7 @@ def swe_curvature(
 ) -> Float[Array, "..."]:
     """(Σ wₜ θ(t) / Σ wₜ)² v^power: the late mean of `swe` and the curvature.
 
-    When: to see what curvature adds to the paper's criterion.
+    When: for a model that has finished training and is not fine-tuned after pruning.
     Source: this project.
     """
     return late_mean**2 * second_moment**power
@@ -50,7 +50,7 @@ def forecast_curvature(
 
     A larger horizon costs more before fine-tuning and less after it; see the README's table.
 
-    When: first choice for weights that Adam trained while they were tracked.
+    When: first choice for tracked weights that Adam trained, when fine-tuning follows.
     Source: this project; measured in the README.
     """
     return (weight + horizon * (weight - late_mean)) ** 2 * second_moment**power
@@ -66,7 +66,8 @@ def stability_curvature(
 ) -> Float[Array, "..."]:
     """w² v^power · |mean| / (|mean| + std): curvature, less for a weight that did not settle.
 
-    When: when nothing is fine-tuned after pruning.
+    When: as an ablation of `magnitude_curvature`; it gains a little before fine-tuning where
+        training has converged, and loses a little elsewhere.
     Source: this project.
     """
     size = jnp.abs(mean)
