@@ -163,12 +163,12 @@ def chromium(page, profile, *arguments):
 
 @needs_chromium
 def test_a_browser_shows_the_finding_and_every_figure(built, tmp_path):
-    workdir, (page, *figures) = built
+    workdir, (page, *written) = built
     dom = html.unescape(chromium(page, tmp_path, "--dump-dom").decode())
     shown = re.search(r'id="finding">([^<]*)<', dom)
     assert shown is not None
     assert shown[1] == headline_of(workdir)
-    assert dom.count("<img") == len(figures)
+    assert dom.count("<img") == sum(path.suffix == ".png" for path in written)
 
 
 @needs_chromium
