@@ -5,13 +5,14 @@ A leaf is named by its path, `"block_0/mlp/up/kernel"`. `None` is a leaf here an
 
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree, UInt32
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt32
 
 from swe_prune.errors import InputError
 
@@ -112,7 +113,7 @@ def prunable(
     weights = {name: leaf for name, leaf in named_leaves(params) if is_weight(leaf)}
     for kind, rules in (("include", include), ("exclude", exclude)):
         for rule in rules or ():
-            if not any(_found(rule, name) for name in weights):
+            if not any(rule_matches(rule, name) for name in weights):
                 raise InputError(
                     f"{kind} rule {rule!r} matches no weight; correct it. "
                     f"Weights: {_abbreviated(list(weights))}"
@@ -136,17 +137,24 @@ def dense_reason(
         return "not a floating-point array"
     if include is None and leaf.ndim < 2:
         return "fewer than two axes"
-    if include is not None and not any(_found(rule, name) for rule in include):
+    if include is not None and not any(rule_matches(rule, name) for rule in include):
         return "no include rule matches"
     if exclude is None:
-        return next((kind for kind, rule in DENSE_BY_DEFAULT.items() if _found(rule, name)), "")
+        return next(
+            (kind for kind, rule in DENSE_BY_DEFAULT.items() if rule_matches(rule, name)), ""
+        )
     for rule in exclude:
-        if _found(rule, name):
+        if rule_matches(rule, name):
             return f"exclude rule {rule!r}"
     return ""
 
 
-def _found(rule: str, name: str) -> bool:
+def rule_matches(rule: str, name: str) -> bool:
+    """Returns whether a path rule is found in a name.
+
+    Raises:
+        InputError: the rule is no regular expression.
+    """
     try:
         return re.search(rule, name) is not None
     except re.error as error:
@@ -172,6 +180,11 @@ def input_axes(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) == 3 and re.search(r"(^|/)(query|key|(?<!kernel/)value)(/|$)", name):
         return (0,)
     return tuple(range(max(len(shape) - 1, min(len(shape), 1))))
+
+
+def named_key(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
+    """Returns a tensor's own random key, which depends on its name and on no other tensor."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def size(leaf: Any) -> int:
@@ -218,14 +231,14 @@ def count(value: Any) -> Count:
     return Count(value >> 16, value & 0xFFFF)
 
 
-def share(size: int, fraction: Float[Array, ""], *, up: bool = True) -> Count:
-    """Returns size · fraction as an integer, exactly, for a fraction that may be traced.
+def share(size: int | Count, fraction: Float[Array, ""], *, up: bool = True) -> Count:
+    """Returns size · fraction as an integer, exactly; both may be traced.
 
     A float32 product would be wrong from 2^24 on; here the size and the fraction's 48 binary
     digits are multiplied in limbs of 16.
 
     Args:
-        size: below 2^48.
+        size: below 2^48; traced, as a Count.
         fraction: float32, clipped to [0, 1]; what it has below 2^-48 is cut off.
         up: round to the nearest integer, halves up; False: down.
     """
@@ -234,7 +247,8 @@ def share(size: int, fraction: Float[Array, ""], *, up: bool = True) -> Count:
     below = jnp.floor((clipped - above) * 2**24)  # a difference and a power of 2, both exact
     above, below = above.astype(jnp.uint32), below.astype(jnp.uint32)
     digits = [below & 0xFFFF, (below >> 16) | ((above & 0xFF) << 8), above >> 8]
-    limbs = [jnp.uint32(size >> shift & 0xFFFF) for shift in (0, 16, 32)]
+    whole = size if isinstance(size, Count) else count(size)
+    limbs = [whole.low, whole.high & 0xFFFF, whole.high >> 16]
     columns = [jnp.uint32(0)] * 6  # each a sum of at most 7 numbers below 2^16
     for i, digit in enumerate(digits):
         for j, limb in enumerate(limbs):

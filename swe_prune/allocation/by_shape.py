@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from jaxtyping import PyTree
 
+from swe_prune import tree
 from swe_prune.allocation import count, tensors
 from swe_prune.allocation.count import Allocation
 from swe_prune.errors import InputError
@@ -113,7 +114,7 @@ def table(rules: Mapping[str, float], shapes: PyTree, sparsity: float | None = N
         count.check_sparsity(share)
     sizes = _sizes(tensors.shapes_of(shapes))
     rule_of = {
-        name: next((rule for rule in rules if tensors.rule_matches(rule, name)), None)
+        name: next((rule for rule in rules if tree.rule_matches(rule, name)), None)
         for name in sizes
     }
     for name, rule in rule_of.items():

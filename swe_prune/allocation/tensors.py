@@ -127,18 +127,6 @@ def _group_of(name: str, groups: Groups) -> str:
     if not isinstance(groups, Mapping):
         return groups(name)
     for group, rule in groups.items():
-        if rule_matches(rule, name):
+        if tree.rule_matches(rule, name):
             return group
     raise InputError(f"{name!r} is in no group; add a rule that matches it, such as '.*'")
-
-
-def rule_matches(rule: str, name: str) -> bool:
-    """Returns whether a path rule is found in a name.
-
-    Raises:
-        InputError: the rule is no regular expression.
-    """
-    try:
-        return re.search(rule, name) is not None
-    except re.error as error:
-        raise InputError(f"rule {rule!r} is no regular expression: {error}; correct it") from error

@@ -5,7 +5,6 @@ models", ICLR 2024; ylsung/ECoFLaP), with the perturbations of MeZO (Malladi et 
 """
 
 import math
-import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -144,7 +143,7 @@ def zeroth_order_importance(
 
 def _key(seed: int, number: int, name: str) -> Array:
     drawn = jax.random.fold_in(jax.random.key(seed), number)
-    return jax.random.fold_in(drawn, zlib.crc32(name.encode()))
+    return tree.named_key(drawn, name)
 
 
 def _perturbed_traced(

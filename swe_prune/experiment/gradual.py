@@ -4,13 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
-from jaxtyping import PyTree
-
 from swe_prune import masks as masks_lib
 from swe_prune import schedules, tree
 from swe_prune.experiment import scoring
 from swe_prune.experiment.grid import Cell
+from swe_prune.sparse_training.ranking import among
 from swe_prune.training.state import TrainState
 
 
@@ -53,22 +51,9 @@ def renewal(source: scoring.Source, cell: Cell) -> Callable[[TrainState, float],
     def renew(state: TrainState, sparsity: float) -> TrainState:
         of = scoring.scores(source, cell, state.params) if fixed is None else fixed
         share = scoring.level(source, cell, of, sparsity, state.params)
-        last = tree.map_tracked(_pruned_last, of, state.masks)
+        last = tree.map_named(lambda name, s, keep: among(s, keep, name), of, state.masks)
         masks = scoring.select(source, cell, last, share)
         params = masks_lib.apply(state.params, masks)
         return dataclasses.replace(state, params=params, masks=masks)
 
     return renew
-
-
-def all_kept(prunable: PyTree, params: PyTree) -> PyTree:
-    """Returns masks that remove nothing, None where dense."""
-    return tree.map_named(
-        lambda _, weight, chosen: jnp.ones(weight.shape, bool) if chosen else None,
-        params,
-        prunable,
-    )
-
-
-def _pruned_last(score: Any, mask: Any) -> Any:
-    return jnp.where(mask, score, -jnp.inf)

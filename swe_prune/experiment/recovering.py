@@ -6,7 +6,7 @@ import jax
 from jaxtyping import PyTree
 
 from swe_prune import masks as masks_lib
-from swe_prune import tree
+from swe_prune import sparse_training
 from swe_prune.errors import RunError
 from swe_prune.experiment import artifacts, gradual, pruning, timing
 from swe_prune.experiment.fitting import tune
@@ -17,6 +17,8 @@ from swe_prune.experiment.setup import Experiment
 from swe_prune.experiment.workdir import read_json, remove
 from swe_prune.training.metrics import write_json
 from swe_prune.training.progress import Progress
+
+_revived = jax.jit(masks_lib.revived)
 
 
 def finetune_cell(
@@ -35,7 +37,7 @@ def finetune_cell(
     start = starting_values(experiment, source.state, cell)
     step = None
     if cell.gradual:
-        masks = gradual.all_kept(experiment.prunable, start)
+        masks = sparse_training.all_kept(start, experiment.prunable)
         plan, renew = timing.schedule(cell, tuning.steps), gradual.renewal(source, cell)
         step = gradual.pruning_step(tuning.step, plan, renew)
     else:
@@ -83,9 +85,3 @@ def _replace_masks(
     )
     remove(folder / "masks")
     save(folder / "masks", masks, cell)
-
-
-@jax.jit
-def _revived(params: PyTree, masks: PyTree) -> Any:
-    revived = tree.map_tracked(lambda mask, weight: ~mask & (weight != 0), masks, params)
-    return tree.count_true(jax.tree.leaves(revived))

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from swe_prune import allocation, blockwise, calibration, importance, masks, tree
+from swe_prune import allocation, blockwise, calibration, importance, tree
 from swe_prune.errors import InputError
 from swe_prune.experiment.calibration_text import OF_GRADIENTS, OF_INPUTS
 from swe_prune.experiment.grid import Cell
@@ -108,8 +108,6 @@ def level(source: Source, cell: Cell, of: PyTree, sparsity: float, params: PyTre
 def cell_masks(source: Source, cell: Cell) -> PyTree:
     """Returns the masks of a cell of a registered criterion, at once and from the dense model."""
     of = scores(source, cell)
-    if cell.rule == "std":
-        return masks.by_std(of, cell.requested, spread=importance.get(cell.criterion).spread)
     share = level(source, cell, of, cell.requested, source.state.params)
     return select(source, cell, of, share)
 
@@ -120,7 +118,9 @@ def select(source: Source, cell: Cell, of: PyTree, share: Any) -> PyTree:
     A pattern may leave tensors dense, as "neuron" does with attention: theirs keep everything, and
     count in the sparsity of the whole.
     """
-    found = masks.by_sparsity(of, share, scope=cell.rule, pattern=cell.pattern)
+    found = step_lib.select_step(
+        of, criterion=cell.criterion, rule=cell.rule, level=share, pattern=cell.pattern
+    )
     return _whole(source, found)
 
 

@@ -4,7 +4,6 @@ One module per family; importing them here fills the registry.
 """
 
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -100,7 +99,7 @@ def score(
         if "inputs" in criterion.needs:
             given["inputs"] = input_axes(path, weight.shape)
         if "key" in criterion.needs:
-            given["key"] = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+            given["key"] = tree.named_key(jax.random.key(seed), path)
         return criterion.function(**given, **options).astype(jnp.float32)
 
     return tree.map_named(leaf, params, prunable, *needed.values())

@@ -9,7 +9,6 @@ Evci et al., "Rigging the lottery" (ICML 2020), with its code's order of drop an
 al., "Scalable training of artificial neural networks with adaptive sparse connectivity" (2018).
 """
 
-import zlib
 from typing import Any
 
 import jax
@@ -124,9 +123,7 @@ def set(
         InputError: as `drop_and_grow`.
     """
     scores = tree.map_named(
-        lambda name, keep: jax.random.uniform(
-            jax.random.fold_in(key, zlib.crc32(name.encode())), keep.shape
-        ),
+        lambda name, keep: jax.random.uniform(tree.named_key(key, name), keep.shape),
         mask,
     )
     return drop_and_grow(params, mask, opt_state, fraction, scores, regrown=regrown)
@@ -148,17 +145,8 @@ def exchanged(active: UInt32[Array, ""], fraction: float | Float[Array, ""]) -> 
     that misses an integer by no more than float32 rounds off, a share of 2^-22, is that integer.
     """
     fraction = jnp.asarray(fraction, jnp.float32)
-    clipped = jnp.clip(fraction, 0.0, 1.0) * 2**24
-    above = jnp.floor(clipped)
-    below = jnp.floor((clipped - above) * 2**24)  # a difference and a power of 2, both exact
-    above, below = above.astype(jnp.uint32), below.astype(jnp.uint32)
     active = active.astype(jnp.uint32)
-    n = jnp.uint32(0)
-    # Long multiplication by the fraction's 48 binary digits, 16 at a time from the lowest.
-    for digit in (below & 0xFFFF, (below >> 16) | ((above & 0xFF) << 8), above >> 8):
-        low = (active & 0xFFFF) * digit
-        carry = ((n & 0xFFFF) + (low & 0xFFFF)) >> 16
-        n = (active >> 16) * digit + (n >> 16) + (low >> 16) + carry
+    n = tree.share(tree.count(active), fraction, up=False).saturated()
     # A product of floats is the same on every backend; a quotient is not.
     nearly = fraction * active.astype(jnp.float32) * (1 + 2**-22)
     rounded_off = (active < 2**22) & (n < active) & ((n + 1).astype(jnp.float32) <= nearly)

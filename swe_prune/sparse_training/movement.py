@@ -22,7 +22,6 @@ L0 regularization" (ICLR 2018).
 """
 
 import math
-import zlib
 from typing import Any
 
 import jax
@@ -159,9 +158,7 @@ def l0_gates(scores: PyTree, key: PRNGKeyArray | None = None) -> PyTree:
         logits = score
         if key is not None:
             tiny = float(jnp.finfo(jnp.float32).eps)
-            drawn = jax.random.uniform(
-                jax.random.fold_in(key, zlib.crc32(name.encode())), score.shape, minval=tiny
-            )
+            drawn = jax.random.uniform(tree.named_key(key, name), score.shape, minval=tiny)
             logits = (jnp.log(drawn) - jnp.log1p(-drawn) + score) / _TEMPERATURE
         return jnp.clip(jax.nn.sigmoid(logits) * (_HIGH - _LOW) + _LOW, 0.0, 1.0)
 

@@ -137,6 +137,13 @@ def prune_step(
         measured=measured,
         options=options,
     )
+    return select_step(scores, criterion=criterion, rule=rule, level=level, pattern=pattern)
+
+
+def select_step(
+    scores: PyTree, *, criterion: str, rule: str, level: Any, pattern: str | None = None
+) -> PyTree:
+    """Returns the masks that a rule makes of a criterion's scores; arguments as in `prune_step`."""
     if rule == "std":
         if isinstance(level, allocation.Allocation):
             raise InputError("rule 'std' takes a rate and got an allocation; give a number")

@@ -1,7 +1,6 @@
 """Allocations on eight devices: those of one device, with no weight gathered to make them."""
 
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from sharded_core_test import collectives
 
 from swe_prune import allocation, tree
 from swe_prune.allocation import by_score, deviation, heavy_tail, outliers, zeroth_order
@@ -62,16 +62,6 @@ def test_allocation_is_that_of_one_device(mesh, name, spec):
         got.append(allocation.allocate(name, 0.6, params=params, scores=scores, **options))
     assert got[0] == got[1]
     assert len(set(got[0].sparsities.values())) > 1 or name == "uniform"
-
-
-def collectives(text):
-    """(operation, elements of its result) of every collective in a compiled text."""
-    pattern = (
-        r"= ([^=]*?) (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)\w*\("
-    )
-    for shapes, operation in re.findall(pattern, text.replace("-start", "")):
-        sizes = re.findall(r"\w+\[([\d,]*)\]", shapes)
-        yield operation, max(math.prod(map(int, filter(None, s.split(",")))) for s in sizes)
 
 
 SUMS = {
