@@ -261,3 +261,11 @@ W, H = jnp.ones((6, 2)), jnp.eye(6)
 def test_what_cannot_be_solved_is_refused_in_a_sentence(call, sentence):
     with pytest.raises(InputError, match=sentence):
         call()
+
+
+def test_a_hessian_of_infinities_is_refused_though_its_factor_is_finite():
+    # A Cholesky factor of infinities has the inverse 0, as finite as any.
+    with pytest.raises(InputError, match="hessian has NaN or inf"):
+        reconstruction.inverse_factor(jnp.full((4, 4), jnp.inf))
+    factor, _ = jax.jit(reconstruction.inverse_factor)(jnp.full((4, 4), jnp.inf))
+    assert np.isnan(factor).all()

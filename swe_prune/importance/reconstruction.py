@@ -127,5 +127,6 @@ def _factored(hessian_RxR: Array, damping: Array) -> tuple[Array, Array]:
 
     start = (jnp.int32(1), damping, attempt(damping))
     _, used, factor_RxR = jax.lax.while_loop(failed, again, start)
-    whole = jnp.all(jnp.isfinite(factor_RxR))
+    # Of both, since a factor of infinities has the inverse 0.
+    whole = jnp.all(jnp.isfinite(factor_RxR)) & jnp.all(jnp.isfinite(hessian_RxR))
     return jnp.where(whole, factor_RxR, jnp.nan), used
