@@ -173,8 +173,11 @@ def _without_keys(tree: PyTree) -> PyTree:
     def data(leaf: Any) -> Any:
         if not _is_key(leaf):
             return leaf
-        abstract = isinstance(leaf, jax.ShapeDtypeStruct)
-        return (jax.eval_shape if abstract else lambda f, x: f(x))(jax.random.key_data, leaf)
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.random.key_data(leaf)
+        bare = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        numbers = jax.eval_shape(jax.random.key_data, bare)
+        return jax.ShapeDtypeStruct(numbers.shape, numbers.dtype, sharding=leaf.sharding)
 
     return jax.tree.map(data, tree)
 

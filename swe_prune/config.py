@@ -106,6 +106,24 @@ class PruneConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RuleConfig:
+    """A partition rule: which parameters, and the mesh axis that divides each of their axes."""
+
+    pattern: str = ""  # a regular expression, searched in the parameter's name
+    axes: tuple[str | None, ...] = ()  # "data", "fsdp", "tensor", or None for one that stays whole
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How the devices share the work; see `parallel/`. A run may resume with other values."""
+
+    data: int | None = None  # None: the devices that fsdp and tensor leave
+    fsdp: int = 1
+    tensor: int = 1
+    rules: tuple[RuleConfig, ...] | None = None  # None: those of the model
+
+
+@dataclasses.dataclass(frozen=True)
 class CalibrationConfig:
     """The calibration text: random windows of the training split, for criteria that need data."""
 
@@ -171,6 +189,7 @@ class Config:
     prune: PruneConfig = PruneConfig()
     study: StudyConfig = StudyConfig()
     calibration: CalibrationConfig = CalibrationConfig()
+    parallel: ParallelConfig = ParallelConfig()
     log_every: int = 10
     keep_finetuned: bool = False  # keep the fine-tuned parameters of every cell, not only its masks
 
@@ -376,6 +395,9 @@ def validate(config: Config) -> None:
         config.prune.values_from,
         "give 'final' or 'late_mean'",
     )
+    for key in ("data", "fsdp", "tensor"):
+        value = getattr(config.parallel, key)
+        need(value is None or value >= 1, f"parallel.{key}", value, "give at least 1")
     for key in ("windows", "batch"):
         value = getattr(config.calibration, key)
         need(value >= 1, f"calibration.{key}", value, "give at least 1")

@@ -28,13 +28,16 @@ def load_dense(experiment: Experiment, seed: int) -> TrainState:
             f"the dense model of seed {seed} is not trained yet; run the command 'train' first"
         )
     like = jax.eval_shape(lambda p: experiment.dense_state(p, seed), experiment.abstract_params)
+    like = experiment.place(like, experiment.optimizer)
     return restored(folder / "checkpoints", like)
 
 
 def load_masks(experiment: Experiment, cell: Cell) -> PyTree:
     """Returns the masks of a pruned cell."""
     like = tree.map_named(
-        lambda _, leaf, chosen: jax.ShapeDtypeStruct(leaf.shape, jnp.bool_) if chosen else None,
+        lambda _, leaf, chosen: (
+            jax.ShapeDtypeStruct(leaf.shape, jnp.bool_, sharding=leaf.sharding) if chosen else None
+        ),
         experiment.abstract_params,
         experiment.prunable,
     )

@@ -12,6 +12,7 @@ from swe_prune.errors import InputError
 from swe_prune.experiment.grid import Recovery
 from swe_prune.training import optimizer as optimizer_lib
 from swe_prune.training import step as step_lib
+from swe_prune.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,13 @@ class Tuning:
 
 
 def build(
-    config: Config, recovery: Recovery, model: nn.Module, *, train_steps: int, epoch: int
+    config: Config,
+    recovery: Recovery,
+    model: nn.Module,
+    *,
+    train_steps: int,
+    epoch: int,
+    place: Callable[[TrainState, optax.GradientTransformation], TrainState],
 ) -> Tuning:
     """Returns a recovery's optimizer and compiled step; see `config.CellConfig` for the kinds.
 
@@ -44,6 +51,7 @@ def build(
         model: what is trained.
         train_steps: of the dense phase.
         epoch: steps of one pass over the training text.
+        place: lays a state out over the devices, given its optimizer.
 
     Raises:
         InputError: no step, or a rewinding to before the dense phase began.
@@ -66,5 +74,7 @@ def build(
         optimizer = optimizer_lib.build(settings, train_steps, start=train_steps - steps)
     else:
         optimizer = optimizer_lib.build(settings, steps)
-    step = step_lib.compile_train_step(model, optimizer)
+    step = step_lib.compile_train_step(
+        model, optimizer, place=lambda state: place(state, optimizer)
+    )
     return Tuning(recovery, settings, steps, optimizer, step)

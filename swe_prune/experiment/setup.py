@@ -1,16 +1,19 @@
 """Everything that is built once for an experiment: data, model, steps compiled on first use."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from flax import linen as nn
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from swe_prune import data as data_lib
-from swe_prune import trajectory, tree
+from swe_prune import parallel, trajectory, tree
 from swe_prune.config import Config, PhaseConfig, to_steps
 from swe_prune.errors import InputError
 from swe_prune.evaluation import mean_loss
@@ -32,7 +35,9 @@ class Experiment:
         workdir: where results go.
         data: token ids of both splits.
         model: untied from any parameters.
-        abstract_params: the parameters' shapes and dtypes.
+        mesh: the devices.
+        undivided: a sentence for each axis of a parameter that the mesh does not divide.
+        abstract_params: the parameters' shapes, dtypes and shardings.
         prunable: bool pytree like the parameters.
         measures: what is tracked.
         cells: this process's share of the study.
@@ -42,6 +47,7 @@ class Experiment:
         validation: the fixed validation batches.
         training: as many fixed windows of the training text.
         calibration: random ones of it, in batches; empty when no cell needs them.
+        optimizer: of the dense phase.
         train_step: compiled, for the dense phase.
         eval_step: compiled.
     """
@@ -50,6 +56,8 @@ class Experiment:
     workdir: workdir.Workdir
     data: data_lib.TextData
     model: nn.Module
+    mesh: Mesh
+    undivided: list[str]
     abstract_params: PyTree
     prunable: PyTree
     measures: tuple[str, ...]
@@ -60,15 +68,24 @@ class Experiment:
     validation: list[Any]
     training: list[Any]
     calibration: list[Any]
+    optimizer: optax.GradientTransformation
     train_step: Callable[..., Any]
     eval_step: Callable[..., Any]
 
     def fresh_state(self, seed: int) -> state_lib.TrainState:
-        """Returns the dense phase's state at step 0, statistics included."""
-        params = jax.jit(state_lib.init_params, static_argnums=(0, 2))(
-            self.model, seed, self.config.model.context
-        )
-        return self.dense_state(params, seed)
+        """Returns the dense phase's state at step 0, statistics included, born on its devices."""
+
+        def born(seed: Any) -> state_lib.TrainState:
+            params = state_lib.init_params(self.model, seed, self.config.model.context)
+            return self.place(self.dense_state(params, seed), self.optimizer)
+
+        return jax.jit(born)(seed)
+
+    def place(
+        self, state: state_lib.TrainState, optimizer: optax.GradientTransformation
+    ) -> state_lib.TrainState:
+        """Returns a state laid out over the devices; see `parallel.place_state`."""
+        return parallel.place_state(state, optimizer, self.abstract_params)
 
     def dense_state(self, params: PyTree, seed: int) -> state_lib.TrainState:
         """Returns the dense phase's state around some parameters, which may be abstract."""
@@ -81,8 +98,7 @@ class Experiment:
             window_start=settings.window_start,
             vote_rate=settings.vote_rate,
         )
-        optimizer = optimizer_lib.build(self.config.train, self.train_steps)
-        return state_lib.create(params, optimizer, seed, stats=stats)
+        return state_lib.create(params, self.optimizer, seed, stats=stats)
 
     def prunable_weights(self) -> int:
         """Returns how many weights may be pruned."""
@@ -99,7 +115,8 @@ class Experiment:
         """Returns the state that a recovery (masks) or its control (None) starts from."""
         # A copy, since the step takes over its state and other cells start from these weights too.
         params = jax.tree.map(lambda weight: weight.copy(), params)
-        return state_lib.create(params, tuning.optimizer, seed, masks=masks)
+        state = state_lib.create(params, tuning.optimizer, seed, masks=masks)
+        return self.place(state, tuning.optimizer)
 
     def tuning_steps(self, cell: grid.Cell) -> int:
         """Returns how long a cell trains after pruning begins."""
@@ -108,12 +125,13 @@ class Experiment:
     def batches(self, seed: int) -> Any:
         """Returns the training iterator for one seed of the data order."""
         settings = self.config
-        return data_lib.train_iterator(
+        windows = data_lib.train_iterator(
             self.data.train,
             context=settings.model.context,
             batch=settings.data.batch,
             seed=seed,
         )
+        return parallel.PlacedBatches(windows, self.mesh)
 
     def validation_loss(self, params: PyTree) -> float:
         """Returns nats per token on the fixed validation windows."""
@@ -151,15 +169,22 @@ def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
     measures = grid.measures(config)
     data = data_lib.load(config.data, config.model.context)
     model = gpt.build(config.model, vocab_size(config, data))
+    mesh = parallel.mesh(config.parallel)
+    for key in ("batch", "eval_batch"):
+        parallel.check_batch(getattr(config.data, key), f"config.data.{key}", mesh)
     params = jax.eval_shape(lambda: state_lib.init_params(model, 0, config.model.context))
+    specs, undivided = parallel.partition(params, _rules(config), mesh)
+    params = parallel.laid_out(params, specs, mesh)
     prunable = tree.prunable(params, config.prune.include, config.prune.exclude)
     checks.check(grid.cells(config), params, prunable)
     epoch = max(1, len(data.train) // (config.data.batch * config.model.context))
     train_steps = to_steps(config.train.steps, epoch=epoch)
     track_every = to_steps(config.trajectory.every, total=train_steps)
     _check_lengths(config, train_steps, track_every)
+    optimizer = optimizer_lib.build(config.train, train_steps)
+    place = functools.partial(parallel.place_state, params=params)
     tunings = {
-        one: recovery.build(config, one, model, train_steps=train_steps, epoch=epoch)
+        one: recovery.build(config, one, model, train_steps=train_steps, epoch=epoch, place=place)
         for one in grid.recoveries(config)
     }
     for cell in grid.cells(config):
@@ -177,12 +202,19 @@ def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
     cells = (shard or Shard()).part(grid.cells(config))
     calibration = []
     if any(map(calibration_text.calibrated, cells)):
+        for size in {config.calibration.batch, config.calibration.windows} - {0}:
+            parallel.check_batch(
+                min(size, config.calibration.windows), "config.calibration.batch, .windows", mesh
+            )
         calibration = calibration_text.windows(data.train, config.model.context, config.calibration)
+        calibration = [parallel.place_batch(batch, mesh) for batch in calibration]
     return Experiment(
         config=config,
         workdir=workdir.Workdir(path),
         data=data,
         model=model,
+        mesh=mesh,
+        undivided=undivided,
         abstract_params=params,
         prunable=prunable,
         measures=measures,
@@ -190,14 +222,22 @@ def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
         train_steps=train_steps,
         tunings=tunings,
         track_every=track_every,
-        validation=[dict(batch) for batch in validation],
-        training=[dict(batch) for batch in training],
+        validation=[parallel.place_batch(batch, mesh) for batch in validation],
+        training=[parallel.place_batch(batch, mesh) for batch in training],
         calibration=calibration,
+        optimizer=optimizer,
         train_step=step_lib.compile_train_step(
-            model, optimizer_lib.build(config.train, train_steps), track_every
+            model, optimizer, track_every, place=lambda state: place(state, optimizer)
         ),
         eval_step=step_lib.compile_eval_step(model),
     )
+
+
+def _rules(config: Config) -> list[tuple[str, tuple[str | None, ...]]]:
+    given = config.parallel.rules
+    if given is None:
+        return list(gpt.partition_rules(config.model))
+    return [(rule.pattern, rule.axes) for rule in given]
 
 
 def vocab_size(config: Config, data: data_lib.TextData) -> int:

@@ -28,6 +28,17 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
 }
 
+PARTITION_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(query|key|value|up)/kernel$", ("fsdp", "tensor")),
+    (r"(out|down)/kernel$", ("tensor", "fsdp")),
+    (r"position_embedding$", (None, "fsdp")),
+    (r"embedding/embedding$", ("tensor", "fsdp")),
+)
+"""How each parameter is divided over a mesh: the hidden axes by "tensor", the others by "fsdp"."""
+
+HEAD_RULE: tuple[str, tuple[str | None, ...]] = (r"head/kernel$", ("fsdp", "tensor"))
+"""Of the output head, where it is a parameter of its own."""
+
 INIT_STDDEV = 0.02
 QUERY_PARTS = (
     4  # of the causal attention; more would save up to half of the work, in smaller pieces
@@ -63,6 +74,11 @@ def build(config: ModelConfig, vocab_size: int) -> "GPT":
             f"make it a multiple of heads = {config.heads}"
         )
     return GPT(config, vocab_size)
+
+
+def partition_rules(config: ModelConfig) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+    """Returns the partition rules of a model's parameters; see `parallel.partition`."""
+    return PARTITION_RULES if config.tied_head else (*PARTITION_RULES, HEAD_RULE)
 
 
 class GPT(nn.Module):

@@ -73,10 +73,27 @@ def train_step(
 
 
 def compile_train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, track_every: int = 1
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    track_every: int = 1,
+    *,
+    place: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns the jitted train step; it takes over (donates) the state it is given."""
-    step = functools.partial(train_step, model=model, optimizer=optimizer, track_every=track_every)
+    """Returns the jitted train step; it takes over (donates) the state it is given.
+
+    Args:
+        model: as in `train_step`, like the next two.
+        optimizer: the optax chain.
+        track_every: steps between snapshots.
+        place: constrains the state that the step returns to a layout over devices.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        state, metrics = train_step(
+            state, batch, model=model, optimizer=optimizer, track_every=track_every
+        )
+        return place(state), metrics
+
     return jax.jit(step, donate_argnums=0)
 
 

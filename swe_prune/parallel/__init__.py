@@ -1,0 +1,27 @@
+"""Where arrays live when there are many devices: the mesh, the path rules, the state's layout.
+
+    mesh = parallel.mesh(config.parallel)                    # axes data, fsdp, tensor
+    specs, uneven = parallel.partition(params, rules, mesh)  # path rule -> PartitionSpec
+    params = parallel.laid_out(params, specs, mesh)          # abstract, born sharded under jit
+    state = parallel.place_state(state, optimizer, params)   # moments, masks, statistics follow
+
+The axes `data` and `fsdp` both divide the batch; `fsdp` divides the weights too, which are gathered
+where they are used; `tensor` divides the work inside a layer.
+"""
+
+from swe_prune.parallel.batches import BATCH, PlacedBatches, check_batch, place_batch
+from swe_prune.parallel.layout import laid_out, place_state
+from swe_prune.parallel.mesh import AXES, mesh
+from swe_prune.parallel.rules import partition
+
+__all__ = [
+    "AXES",
+    "BATCH",
+    "PlacedBatches",
+    "check_batch",
+    "laid_out",
+    "mesh",
+    "partition",
+    "place_batch",
+    "place_state",
+]

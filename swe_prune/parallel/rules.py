@@ -1,0 +1,85 @@
+"""From path rules to the partition of every parameter: the first rule that matches wins."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import PyTree
+
+from swe_prune import tree
+from swe_prune.errors import InputError
+
+Rule = tuple[str, tuple[str | None, ...]]
+"""A regular expression, and for each axis of the array a name of a mesh axis, or None."""
+
+
+def partition(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> tuple[PyTree, list[str]]:
+    """Returns the PartitionSpec of every parameter, and a sentence for each axis left whole.
+
+    The first rule found in a name (`re.search`) decides. An array of one axis or none that no rule
+    matches is replicated. An axis that its mesh axis does not divide evenly stays whole, which the
+    sentences report.
+
+    Args:
+        params: pytree of arrays, which may be abstract.
+        rules: in the order in which they are tried.
+        mesh: for the names and lengths of its axes.
+
+    Raises:
+        InputError: a rule that matches nothing, names an axis that the mesh has not or one twice,
+            or has more axes than its array; an array of two axes or more that no rule matches.
+    """
+    for rule, axes in rules:
+        named = [axis for axis in axes if axis is not None]
+        for axis in named:
+            if axis not in mesh.axis_names:
+                raise InputError(
+                    f"partition rule {rule!r} names axis {axis!r}, which the mesh has not; give "
+                    f"some of {', '.join(mesh.axis_names)}, or None"
+                )
+        if len(set(named)) < len(named):
+            raise InputError(
+                f"partition rule {rule!r} names an axis twice in {axes!r}; one mesh axis can "
+                "divide one axis of an array"
+            )
+    names = [name for name, leaf in tree.named_leaves(params) if leaf is not None]
+    for rule, _ in rules:
+        if not any(tree.rule_matches(rule, name) for name in names):
+            raise InputError(
+                f"partition rule {rule!r} matches no parameter; correct it. "
+                f"Parameters: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
+            )
+    uneven: list[str] = []
+
+    def spec(name: str, leaf: Any) -> PartitionSpec:
+        axes = _axes_of(name, leaf, rules)
+        whole = []
+        for size, axis in zip(leaf.shape, axes, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                uneven.append(
+                    f"{name} {list(leaf.shape)} stays whole over {axis!r}: {size} is no multiple "
+                    f"of {mesh.shape[axis]}"
+                )
+                axis = None
+            whole.append(axis)
+        return PartitionSpec(*whole)
+
+    return tree.map_named(spec, params), uneven
+
+
+def _axes_of(name: str, leaf: Any, rules: Sequence[Rule]) -> tuple[str | None, ...]:
+    for rule, axes in rules:
+        if tree.rule_matches(rule, name):
+            if len(axes) > leaf.ndim:
+                raise InputError(
+                    f"partition rule {rule!r} has {len(axes)} axes and {name!r} of shape "
+                    f"{tuple(leaf.shape)} has {leaf.ndim}; give at most as many"
+                )
+            return axes
+    if leaf.ndim > 1 and math.prod(leaf.shape) > 1:
+        raise InputError(
+            f"no partition rule matches {name!r} of shape {tuple(leaf.shape)}; add one, such as "
+            f"({name!r}, ({', '.join(['None'] * leaf.ndim)})) to keep it whole on every device"
+        )
+    return ()
