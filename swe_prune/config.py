@@ -83,6 +83,7 @@ class PhaseConfig:
     clip: float = 1.0  # of the global gradient norm
     eval_every: Duration = "10%"  # 0: only at the end
     checkpoint_every: Duration = "10%"  # 0: none; a killed phase starts again (not for train)
+    stop_after_skipped: int = 5  # steps in a row whose loss or gradient is not finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,6 +374,8 @@ def validate(config: Config) -> None:
     )
     for name in ("train", "finetune"):
         phase: PhaseConfig = getattr(config, name)
+        need(phase.stop_after_skipped >= 1, f"{name}.stop_after_skipped",
+             phase.stop_after_skipped, "give at least 1")  # fmt: skip
         for key in ("learning_rate", "clip"):
             value = getattr(phase, key)
             need(

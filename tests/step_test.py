@@ -13,7 +13,7 @@ from swe_prune.models import gpt
 from swe_prune.training import optimizer as optimizer_lib
 from swe_prune.training import state as state_lib
 from swe_prune.training import step as step_lib
-from swe_prune.training.metrics import JsonLines, Meter
+from swe_prune.training.metrics import JsonLines, Meter, read_lines
 from swe_prune.training.phase import Phase
 
 MODEL = gpt.build(ModelConfig(layers=1, heads=2, width=16, context=8, dropout=0.1), vocab_size=11)
@@ -94,6 +94,50 @@ def test_the_step_counts_what_came_back_and_the_loop_refuses_it(params, tmp_path
     meter = Meter(phase, 0, JsonLines(tmp_path / "metrics.jsonl", 0), lambda *_: None)
     meter.late(1, metrics, tokens=1)
     with pytest.raises(RunError, match="'fine-tuning' are not 0 after step 1"):
+        meter.flush()
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(params):
+    optimizer = optimizer_lib.build(PHASE, 50)
+    mask = half(params)
+    state = state_lib.create(jax.tree.map(jnp.copy, params), optimizer, 0, masks=mask)
+    step = step_lib.compile_train_step(MODEL, optimizer)
+    state, _ = step(state, batch(0))
+    broken = jax.tree.map(lambda weight: weight * jnp.inf, state.params["final_norm"])
+    for in_row in (1, 2):
+        before = jax.device_get((state.params, state.opt_state))
+        whole = dict(state.params)
+        bad = dataclasses.replace(
+            state, params=jax.tree.map(jnp.copy, whole | {"final_norm": broken})
+        )
+        bad, metrics = step(bad, batch(1))
+        assert not np.isfinite(metrics["loss"])
+        assert int(metrics["skipped"]) == int(metrics["skipped_in_row"]) == in_row
+        kept = jax.device_get(
+            (dict(bad.params) | {"final_norm": before[0]["final_norm"]}, bad.opt_state)
+        )
+        jax.tree.map(np.testing.assert_array_equal, kept, before)
+        state = dataclasses.replace(bad, params=jax.tree.map(jnp.asarray, before[0]))
+    state, metrics = step(state, batch(1))
+    assert np.isfinite(metrics["loss"])
+    assert (int(metrics["skipped"]), int(metrics["skipped_in_row"])) == (2, 0)
+    assert int(state.step) == 4
+
+
+def test_the_meter_leaves_out_what_is_not_finite_and_stops_after_so_many(tmp_path):
+    phase = Phase("dense", tmp_path, steps=9, log_every=1, stop_after_skipped=2)
+    meter = Meter(phase, 0, JsonLines(tmp_path / "metrics.jsonl", 0), lambda *_: None)
+    good = {"loss": 1.0, "grad_norm": 2.0, "skipped": 0, "skipped_in_row": 0}
+    bad = {"loss": np.nan, "grad_norm": 2.0, "skipped": 1, "skipped_in_row": 1}
+    for step, metrics in enumerate((good, bad), start=1):
+        meter.late(step, metrics, tokens=1)
+    meter.flush()
+    assert meter.in_trouble
+    first, second = read_lines(tmp_path / "metrics.jsonl")
+    assert (first["loss"], "skipped" in first) == (1.0, False)
+    assert ("loss" in second, second["skipped"]) == (False, 1)
+    meter.late(3, bad | {"skipped": 2, "skipped_in_row": 2}, tokens=1)
+    with pytest.raises(RunError, match=r"loss is nan at step 3 .* the 2. in a row .* from batch 1 "):
         meter.flush()
 
 

@@ -151,6 +151,7 @@ class Experiment:
             eval_every=to_steps(settings.eval_every, total=steps),
             checkpoint_every=to_steps(settings.checkpoint_every, total=steps),
             sample_every=self.track_every,
+            stop_after_skipped=settings.stop_after_skipped,
         )
 
 

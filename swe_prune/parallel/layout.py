@@ -80,6 +80,8 @@ def place_state(
         masks=None if state.masks is None else like_params(state.masks),
         stats=stats,
         rng=whole(state.rng),
+        skipped=whole(state.skipped),
+        skipped_in_row=whole(state.skipped_in_row),
     )
 
 

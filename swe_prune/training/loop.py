@@ -73,7 +73,8 @@ def fit(
         progress: called with the step and what is known of it.
 
     Raises:
-        RunError: the loss is not finite; no later checkpoint than the last good one exists.
+        RunError: the loss or gradient was not finite for too many steps in a row; no later
+            checkpoint than the last good one exists.
     """
     before = 0.0
     if checkpoints is not None and checkpoints.latest() is not None:
@@ -101,7 +102,9 @@ def fit(
             meter.flush()
             meter.evaluated(number, evaluate(state.params))
         if checkpoints is not None and due(phase.checkpoint_every, number):
-            meter.flush()  # a step that diverged must not be saved
+            meter.flush()
+            if meter.in_trouble and number != phase.steps:
+                continue  # what it may be in trouble for must not be saved
             seconds = before + time.perf_counter() - begun
             checkpoints.save(number, state, {"batches": batches.get_state(), "seconds": seconds})
     meter.flush()

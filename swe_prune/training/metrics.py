@@ -67,7 +67,11 @@ def _plain(value: Any) -> Any:
 
 
 class Meter:
-    """Takes each step's metrics while the next one computes; refuses a loss that is not finite."""
+    """Takes each step's metrics while the next one computes; stops when too many are not finite.
+
+    Attributes:
+        in_trouble: the last step that was handled was skipped, so no checkpoint is worth it.
+    """
 
     def __init__(
         self,
@@ -89,6 +93,7 @@ class Meter:
         self._shown: dict[str, float] = {}
         self._clock, self._tokens = time.perf_counter(), 0
         self._first = first
+        self.in_trouble = False
 
     def late(self, step: int, metrics: dict[str, Any], tokens: int) -> None:
         """Takes a step that was dispatched, and handles the one before it."""
@@ -100,20 +105,30 @@ class Meter:
         """Handles the step that is still pending, waiting for the device.
 
         Raises:
-            RunError: its loss or gradient norm is not finite, or pruned weights came back.
+            RunError: it is the last of too many in a row that were not finite, or pruned weights
+                came back.
         """
         if self._pending is None:
             return
         step, metrics = self._pending
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise RunError(
-                    f"{name} is {value} at step {step} of phase {self._phase.name!r}: training "
-                    "diverged; lower the learning rate or the clip norm; earlier checkpoints are "
-                    f"kept in {self._phase.folder}"
-                )
+        skipped = int(values.pop("skipped"))
+        in_row = int(values.pop("skipped_in_row"))
+        self.in_trouble = in_row > 0
+        if in_row >= self._phase.stop_after_skipped:
+            name = next(name for name, value in values.items() if not math.isfinite(value))
+            raise RunError(
+                f"{name} is {values[name]} at step {step} of phase {self._phase.name!r}, the "
+                f"{in_row}. in a row that was skipped for not being finite, from batch "
+                f"{step - in_row} of its order of the text on: training diverged; lower the "
+                "learning rate or the clip norm; earlier checkpoints are kept in "
+                f"{self._phase.folder}"
+            )
+        # JSON has no NaN, and a curve no place for one.
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
+        if skipped:
+            values["skipped"] = skipped
         if values.pop("revived", 0):
             raise RunError(
                 f"pruned weights of phase {self._phase.name!r} are not 0 after step {step}; wrap "

@@ -16,6 +16,7 @@ class Phase:
         eval_every: steps between evaluations; 0: none.
         checkpoint_every: steps between checkpoints; 0: none.
         sample_every: steps between samples of the weights; 0: none.
+        stop_after_skipped: so many steps in a row that are not finite end the run.
     """
 
     name: str
@@ -25,3 +26,4 @@ class Phase:
     eval_every: int = 0
     checkpoint_every: int = 0
     sample_every: int = 0
+    stop_after_skipped: int = 5

@@ -24,6 +24,8 @@ class TrainState:
         masks: bool pytree like params with None where dense, or None: nothing is pruned.
         stats: trajectory statistics, or None: nothing is tracked.
         rng: a typed jax random key; the step folds its number into it.
+        skipped: steps whose loss or gradient was not finite and that changed nothing, int32.
+        skipped_in_row: how many of them were the last ones, int32.
     """
 
     step: Int[Array, ""]
@@ -32,6 +34,8 @@ class TrainState:
     masks: PyTree | None
     stats: TrajectoryStats | None
     rng: Array
+    skipped: Int[Array, ""]
+    skipped_in_row: Int[Array, ""]
 
 
 def init_params(model: nn.Module, seed: int, context: int) -> PyTree:
@@ -57,4 +61,6 @@ def create(
         masks=masks,
         stats=stats,
         rng=jax.random.key(seed),
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_row=jnp.zeros((), jnp.int32),
     )

@@ -39,7 +39,9 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Returns the state after one optimizer step, and its metrics as scalars.
 
-    With masks the metrics count the pruned weights that are not 0, "revived": always none.
+    A loss or gradient that is not finite leaves weights and moments as they are and is counted:
+    "skipped" in all, "skipped_in_row" the last ones. With masks the metrics count the pruned
+    weights that are not 0, "revived": always none.
 
     Args:
         state: masks and statistics are used where they are not None.
@@ -58,6 +60,15 @@ def train_step(
         optimizer = masks.keep(optimizer, state.masks)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+    skipped = state.skipped + ~finite
+    in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
     step = state.step + 1
     stats = state.stats
     if stats is not None:
@@ -65,10 +76,19 @@ def train_step(
         # lax.cond it copies the statistics, in every step.
         due = (step % track_every == 0).astype(jnp.int32)
         stats = jax.lax.fori_loop(0, due, lambda _, kept: trajectory.update(kept, params), stats)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    metrics = {"loss": loss, "grad_norm": grad_norm}
+    metrics |= {"skipped": skipped, "skipped_in_row": in_row}
     if state.masks is not None:
         metrics["revived"] = masks.revived(params, state.masks).saturated()
-    state = dataclasses.replace(state, step=step, params=params, opt_state=opt_state, stats=stats)
+    state = dataclasses.replace(
+        state,
+        step=step,
+        params=params,
+        opt_state=opt_state,
+        stats=stats,
+        skipped=skipped,
+        skipped_in_row=in_row,
+    )
     return state, metrics
 
 
