@@ -1,6 +1,7 @@
 """`python -m swe_prune COMMAND`: parse, call, and turn errors into one sentence and an exit code.
 
-Exit codes: 0 done, 1 the run failed, 2 the input was wrong, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 the run failed, 2 the input was wrong, 75 preempted by SIGTERM (run the same
+command again to go on), 130 stopped by Ctrl-C.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from swe_prune import config as config_lib
-from swe_prune.errors import InputError, RunError
+from swe_prune.errors import InputError, Preempted, RunError
 
 COMMANDS = {
     "run": "every phase: train, prune, control, finetune, report",
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, overrides = _parse(arguments)
         _dispatch(options, overrides)
         return 0
-    except (InputError, RunError) as error:
+    except (InputError, RunError, Preempted) as error:
         print(f"swe_prune: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
@@ -93,6 +94,7 @@ def _dispatch(options: argparse.Namespace, overrides: list[str]) -> None:
     config = _config(options, overrides)
     # jax and all that comes with it, only once there is something to do
     from swe_prune import experiment as experiment_lib
+    from swe_prune.training.preemption import NOTICE
     from swe_prune.training.progress import Progress
 
     text = getattr(options, "shard", None)
@@ -102,7 +104,7 @@ def _dispatch(options: argparse.Namespace, overrides: list[str]) -> None:
         experiment_lib.plan(experiment, Console())
         return
     progress = Progress()
-    with experiment_lib.claim(experiment.workdir, config, shard):
+    with experiment_lib.claim(experiment.workdir, config, shard), NOTICE.heeded():
         progress.say(experiment_lib.memory_line(experiment))
         if options.command == "evaluate":
             _print_evaluation(experiment_lib.evaluate(experiment, progress))

@@ -1,6 +1,6 @@
-"""The two ways to end badly: the input was wrong, or the run failed.
+"""The ways to end before the end: the input was wrong, the run failed, or it was preempted.
 
-Both carry one sentence that names the thing, the reason and the mend. The command line prints that
+Each carries one sentence that names the thing, the reason and the mend. The command line prints that
 sentence alone and exits with `exit_code`; a library user catches the built-in type each extends.
 """
 
@@ -18,6 +18,12 @@ class RunError(RuntimeError):
     """A run that was set up correctly failed; what was finished before is kept."""
 
     exit_code = 1
+
+
+class Preempted(RuntimeError):
+    """The machine is taken away (SIGTERM); what was done is saved, the same command goes on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again, which schedulers can be told to do
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

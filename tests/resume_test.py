@@ -1,6 +1,7 @@
 """kill -9 at any moment, the same command again: the numbers are those of an undisturbed run."""
 
 import csv
+import dataclasses
 import os
 import random
 import signal
@@ -46,6 +47,32 @@ def wait_for(process, ready, seconds=300):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+@pytest.mark.slow
+def test_a_preempted_run_saves_once_more_says_so_and_ends_bit_identical(tmp_path, plays_dir):
+    settings = tiny.config(plays_dir)
+    train = dataclasses.replace(settings.train, steps=3000, checkpoint_every=1500)
+    study = dataclasses.replace(
+        settings.study, std_criteria=(), criteria=("swe",), seeds=(0,), scopes=("global",)
+    )
+    config = tiny.config_file(tmp_path, dataclasses.replace(settings, train=train, study=study))
+    undisturbed, preempted = tmp_path / "undisturbed", tmp_path / "preempted"
+    finish(start(undisturbed, config))
+
+    process = start(preempted, config)
+    metrics = preempted / "seed_0/dense/metrics.jsonl"
+    wait_for(process, lambda: len(read_lines(metrics)) > 5)
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert errors.splitlines()[-1].startswith(
+        "swe_prune: preempted (SIGTERM); run the same command"
+    )
+    (saved,) = (preempted / "seed_0/dense/checkpoints").glob("*.checksums")
+    assert 20 <= int(saved.stem) < 1500
+    finish(start(preempted, config))
+    assert outcome(preempted) == outcome(undisturbed)
 
 
 @pytest.mark.slow

@@ -137,7 +137,9 @@ def test_the_meter_leaves_out_what_is_not_finite_and_stops_after_so_many(tmp_pat
     assert (first["loss"], "skipped" in first) == (1.0, False)
     assert ("loss" in second, second["skipped"]) == (False, 1)
     meter.late(3, bad | {"skipped": 2, "skipped_in_row": 2}, tokens=1)
-    with pytest.raises(RunError, match=r"loss is nan at step 3 .* the 2. in a row .* from batch 1 "):
+    with pytest.raises(
+        RunError, match=r"loss is nan at step 3 .* the 2. in a row .* from batch 1 "
+    ):
         meter.flush()
 
 

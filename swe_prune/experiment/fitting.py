@@ -12,6 +12,7 @@ from swe_prune.experiment.recovery import Tuning
 from swe_prune.experiment.setup import Experiment
 from swe_prune.training import loop
 from swe_prune.training.phase import Phase
+from swe_prune.training.preemption import NOTICE
 from swe_prune.training.progress import Progress
 from swe_prune.training.state import TrainState
 
@@ -64,6 +65,7 @@ def fit(
                 contextlib.closing(Checkpoints(phase.folder / "checkpoints"))
             )
         advance = stack.enter_context(progress.phase(phase.name, phase.steps))
+        stack.enter_context(NOTICE.deferred())
         return loop.fit(
             phase,
             state,

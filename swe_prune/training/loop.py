@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import jax
 from jaxtyping import PyTree
 
+from swe_prune.errors import Preempted
 from swe_prune.training import metrics as metrics_lib
 from swe_prune.training.phase import Phase
+from swe_prune.training.preemption import MESSAGE, NOTICE, Notice
 from swe_prune.training.state import TrainState
 from swe_prune.training.step import Batch, Metrics
 
@@ -59,6 +61,7 @@ def fit(
     evaluate: Callable[[PyTree], float] | None = None,
     sample: Callable[[PyTree], dict[str, Any]] | None = None,
     progress: Callable[[int, dict[str, float]], None] = lambda step, shown: None,
+    notice: Notice = NOTICE,
 ) -> tuple[TrainState, float]:
     """Returns (state after the last step, seconds of this phase over all its sessions).
 
@@ -71,8 +74,10 @@ def fit(
         evaluate: validation loss of parameters.
         sample: a few weights of every tensor, for the report's trajectories.
         progress: called with the step and what is known of it.
+        notice: of preemption; when it is given, one more checkpoint is written.
 
     Raises:
+        Preempted: notice was given, and the state after the step in hand is saved.
         RunError: the loss or gradient was not finite for too many steps in a row; no later
             checkpoint than the last good one exists.
     """
@@ -92,7 +97,18 @@ def fit(
     def due(every: int, number: int) -> bool:
         return bool(every) and (number % every == 0 or number == phase.steps)
 
+    def save(number: int) -> None:
+        assert checkpoints is not None
+        seconds = before + time.perf_counter() - begun
+        checkpoints.save(number, state, {"batches": batches.get_state(), "seconds": seconds})
+
     for number in range(first + 1, phase.steps + 1):
+        if notice.given:  # since the step before, which is saved unless it has just been
+            meter.flush()
+            saved = checkpoints is None or number - 1 == (checkpoints.latest() or 0)
+            if not saved and not meter.in_trouble:
+                save(number - 1)
+            raise Preempted(MESSAGE)
         batch = next(batches)
         state, computed = step(state, batch)
         meter.late(number, computed, tokens=batch["targets"].size)
@@ -105,8 +121,7 @@ def fit(
             meter.flush()
             if meter.in_trouble and number != phase.steps:
                 continue  # what it may be in trouble for must not be saved
-            seconds = before + time.perf_counter() - begun
-            checkpoints.save(number, state, {"batches": batches.get_state(), "seconds": seconds})
+            save(number)
     meter.flush()
     jax.block_until_ready(state)
     return state, before + time.perf_counter() - begun
