@@ -6,8 +6,11 @@ what was not written completely, or changed since, is found when it is read and 
 """
 
 import hashlib
+import itertools
 import json
 import logging
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
+from orbax.checkpoint import checkpoint_managers as preservation
 
-from swe_prune.errors import InputError, RunError
+from swe_prune.errors import DamagedError, InputError, RunError
 from swe_prune.tree import named_leaves
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
@@ -29,16 +33,20 @@ class Checkpoints:
         folder: where they are.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
+    def __init__(self, folder: Path, keep: int = 2, keep_every: int = 0):
         """Opens the folder, making it when there is none, and clears what a kill left half done.
 
         Args:
             folder: one per phase.
             keep: how many of the latest to keep.
+            keep_every: keep those of every so many steps for good too; 0: none.
         """
         self.folder = folder.absolute()
+        policies: list[Any] = [preservation.LatestN(keep)]
+        if keep_every:
+            policies.append(preservation.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            preservation_policy=preservation.AnyPreservationPolicy(policies),
             enable_async_checkpointing=False,
             cleanup_tmp_directories=True,
         )
@@ -76,20 +84,35 @@ class Checkpoints:
             ) from error
 
     def restore(self, like: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any]]:
-        """Returns (tree, extra) of a checkpoint, by default the newest.
+        """Returns (tree, extra) of a checkpoint, by default the newest that is not damaged.
+
+        A damaged one is passed over with a warning, for the one before it, unless it is asked for.
 
         Args:
             like: a pytree of the same structure, concrete or from `jax.eval_shape`.
             step: which one.
 
         Raises:
-            InputError: it is damaged, or holds another structure or other shapes.
+            InputError: it, or each there is, is damaged, or it holds another structure or other
+                shapes.
         """
-        step = self.latest() if step is None else step
-        if step is None:
+        if step is not None:
+            return self._restore(like, step)
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not steps:
             raise InputError(
                 f"{self.folder} holds no checkpoint; run the phase that makes it first"
             )
+        for number, earlier in itertools.pairwise(steps):
+            try:
+                return self._restore(like, number)
+            except DamagedError as error:
+                reason = str(error).partition("; ")[0]
+                warnings.warn(f"{reason}; going on from {earlier}", stacklevel=2)
+                self._set_aside(number)
+        return self._restore(like, steps[-1])
+
+    def _restore(self, like: PyTree, step: int) -> tuple[PyTree, dict[str, Any]]:
         self._verify(step)
         described = self._manager.restore(
             step, args=ocp.args.Composite(extra=ocp.args.JsonRestore())
@@ -105,6 +128,15 @@ class Checkpoints:
         """Releases the manager."""
         self._manager.close()
 
+    def _set_aside(self, step: int) -> None:
+        """Renames a damaged one, lest it stand in the way of a new one of its number."""
+        target = self.folder / f"damaged_{step}"
+        if target.exists():
+            shutil.rmtree(target)
+        (self.folder / str(step)).rename(target)
+        self._checksum_file(step).unlink(missing_ok=True)
+        self._manager.reload()
+
     def _write_checksums(self, step: int) -> None:
         for stale in self.folder.glob("*.checksums"):
             if not (self.folder / stale.stem).exists():
@@ -118,7 +150,7 @@ class Checkpoints:
         try:
             written = json.loads(self._checksum_file(step).read_text())
         except (OSError, ValueError) as error:
-            raise InputError(
+            raise DamagedError(
                 f"checkpoint {step} in {self.folder} is damaged: its checksums cannot be read "
                 f"({_first_line(error)}); {self._mend(step)}"
             ) from error
@@ -126,7 +158,7 @@ class Checkpoints:
         for name in sorted(written.keys() | found.keys()):
             if written.get(name) != found.get(name):
                 reason = "is missing" if name not in found else "is not as it was written"
-                raise InputError(
+                raise DamagedError(
                     f"checkpoint {step} in {self.folder} is damaged: {name} {reason}; "
                     f"{self._mend(step)}"
                 )

@@ -83,6 +83,8 @@ class PhaseConfig:
     clip: float = 1.0  # of the global gradient norm
     eval_every: Duration = "10%"  # 0: only at the end
     checkpoint_every: Duration = "10%"  # 0: none; a killed phase starts again (not for train)
+    keep_latest: int = 2  # checkpoints; the one that a phase ends with is among them
+    keep_every: Duration = 0  # those of every so many steps stay for good too; 0: none
     stop_after_skipped: int = 5  # steps in a row whose loss or gradient is not finite
 
 
@@ -374,6 +376,7 @@ def validate(config: Config) -> None:
     )
     for name in ("train", "finetune"):
         phase: PhaseConfig = getattr(config, name)
+        need(phase.keep_latest >= 1, f"{name}.keep_latest", phase.keep_latest, "give at least 1")
         need(phase.stop_after_skipped >= 1, f"{name}.stop_after_skipped",
              phase.stop_after_skipped, "give at least 1")  # fmt: skip
         for key in ("learning_rate", "clip"):

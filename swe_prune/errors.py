@@ -1,7 +1,7 @@
 """The ways to end before the end: the input was wrong, the run failed, or it was preempted.
 
-Each carries one sentence that names the thing, the reason and the mend. The command line prints that
-sentence alone and exits with `exit_code`; a library user catches the built-in type each extends.
+Each carries one sentence that names the thing, the reason and the mend. The command line prints
+that sentence alone and exits with `exit_code`; a library user catches the built-in type it extends.
 """
 
 import difflib
@@ -12,6 +12,10 @@ class InputError(ValueError):
     """What the user gave cannot be used; found before work is wasted."""
 
     exit_code = 2
+
+
+class DamagedError(InputError):
+    """What an earlier run wrote is not as it was written."""
 
 
 class RunError(RuntimeError):

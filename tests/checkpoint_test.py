@@ -55,15 +55,40 @@ def test_a_flipped_bit_is_found(tmp_path):
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"checkpoint 2 .* is damaged.*delete .* step 1"):
-        store.restore(TREE)
+        store.restore(TREE, 2)
     assert store.restore(TREE, 1)[1] == {"position": 1}
+    with pytest.warns(UserWarning, match=r"checkpoint 2 .* is damaged.* written; going on from 1"):
+        assert store.restore(TREE)[1] == {"position": 1}
+    assert store.latest() == 1
+    assert (tmp_path / "damaged_2").is_dir()
+    store.save(2, TREE, {"position": "again"})
+    assert store.restore(TREE)[1] == {"position": "again"}
+
+
+def test_when_all_are_damaged_none_is_trusted(tmp_path):
+    store = stored(tmp_path)
+    for step in ("1", "2"):
+        file = largest_file(tmp_path / step)
+        file.write_bytes(file.read_bytes()[:-1])
+    with (
+        pytest.warns(UserWarning, match="going on from 1"),
+        pytest.raises(InputError, match=r"checkpoint 1 .* is damaged.*start that phase again"),
+    ):
+        store.restore(TREE)
+
+
+def test_those_of_every_so_many_steps_stay_too(tmp_path):
+    store = Checkpoints(tmp_path, keep=1, keep_every=3)
+    for step in range(1, 9):
+        store.save(step, TREE, {})
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["3", "6", "8"]
 
 
 def test_a_missing_file_is_found(tmp_path):
     store = stored(tmp_path)
     largest_file(tmp_path / "2").unlink()
     with pytest.raises(InputError, match="is missing"):
-        store.restore(TREE)
+        store.restore(TREE, 2)
 
 
 def test_a_save_that_a_kill_cut_short_is_as_if_it_never_was(tmp_path):

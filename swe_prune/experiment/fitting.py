@@ -62,7 +62,9 @@ def fit(
         checkpoints = None
         if phase.checkpoint_every:
             checkpoints = stack.enter_context(
-                contextlib.closing(Checkpoints(phase.folder / "checkpoints"))
+                contextlib.closing(
+                    Checkpoints(phase.folder / "checkpoints", phase.keep_latest, phase.keep_every)
+                )
             )
         advance = stack.enter_context(progress.phase(phase.name, phase.steps))
         stack.enter_context(NOTICE.deferred())

@@ -29,7 +29,8 @@ def load_dense(experiment: Experiment, seed: int) -> TrainState:
         )
     like = jax.eval_shape(lambda p: experiment.dense_state(p, seed), experiment.abstract_params)
     like = experiment.place(like, experiment.optimizer)
-    return restored(folder / "checkpoints", like)
+    # The last one or none: from an earlier one other masks would come.
+    return restored(folder / "checkpoints", like, experiment.train_steps)
 
 
 def load_masks(experiment: Experiment, cell: Cell) -> PyTree:
@@ -77,10 +78,10 @@ def save(folder: Path, values: PyTree, cell: Cell, step: int = 0) -> None:
         store.save(step, values, {"cell": cell.name})
 
 
-def restored(folder: Path, like: PyTree) -> PyTree:
-    """Returns the newest pytree of a folder."""
+def restored(folder: Path, like: PyTree, step: int | None = None) -> PyTree:
+    """Returns the pytree of a folder with a number, or the newest."""
     with contextlib.closing(Checkpoints(folder)) as store:
-        return store.restore(like)[0]
+        return store.restore(like, step)[0]
 
 
 def finite(loss: float, name: str) -> float:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from swe_prune import trajectory, tree
+from swe_prune import parallel, trajectory, tree
 from swe_prune.experiment import grid
 from swe_prune.experiment.setup import Experiment
 
@@ -35,6 +35,8 @@ def plan(experiment: Experiment, console: Console) -> None:
         f"{len(cells)} cells over seeds {', '.join(map(str, grid.seeds(config)))}: "
         + ", ".join(f"{n} by {rule!r}" for rule, n in rules.items())
         + f"; {_recoveries(experiment)}.",
+        f"Devices: {', '.join(f'{axis} {n}' for axis, n in experiment.mesh.shape.items())}.",
+        *experiment.undivided,
         "A mask makes weights zero, no file smaller and no dense matrix product faster; for that, "
         "whole rows, columns or neurons must be cut out.",
     ]
@@ -80,8 +82,11 @@ def _estimate(experiment: Experiment) -> str:
     """Returns a sentence on the time, from a few real steps at a batch of some 2,048 tokens."""
     config = experiment.config
     batch = min(config.data.batch, max(1, TIMED_TOKENS // config.model.context))
-    windows = {key: value[:batch] for key, value in experiment.validation[0].items()}
-    batch = len(windows["inputs"])
+    ways = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
+    batch = -(-batch // ways) * ways  # the devices share it
+    batch = min(batch, config.data.eval_batch)
+    host = jax.device_get(experiment.validation[0])
+    windows = parallel.place_batch({k: v[:batch] for k, v in host.items()}, experiment.mesh)
     state, _ = experiment.train_step(experiment.fresh_state(0), windows)
     jax.block_until_ready(state)
     begun = time.perf_counter()

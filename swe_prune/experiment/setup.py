@@ -151,6 +151,8 @@ class Experiment:
             eval_every=to_steps(settings.eval_every, total=steps),
             checkpoint_every=to_steps(settings.checkpoint_every, total=steps),
             sample_every=self.track_every,
+            keep_latest=settings.keep_latest,
+            keep_every=to_steps(settings.keep_every, total=steps),
             stop_after_skipped=settings.stop_after_skipped,
         )
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -88,6 +89,6 @@ def place_state(
 def _put(leaf: Any, sharding: NamedSharding) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, Tracer):
         return jax.lax.with_sharding_constraint(leaf, sharding)
     return jax.device_put(leaf, sharding)
