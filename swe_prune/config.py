@@ -81,6 +81,7 @@ class PhaseConfig:
     b1: float = 0.9
     b2: float = 0.99
     clip: float = 1.0  # of the global gradient norm
+    accumulate: int = 1  # parts of the batch, one after another, whose gradients are averaged
     eval_every: Duration = "10%"  # 0: only at the end
     checkpoint_every: Duration = "10%"  # 0: none; a killed phase starts again (not for train)
     keep_latest: int = 2  # checkpoints; the one that a phase ends with is among them
@@ -376,6 +377,8 @@ def validate(config: Config) -> None:
     )
     for name in ("train", "finetune"):
         phase: PhaseConfig = getattr(config, name)
+        need(phase.accumulate >= 1 and data.batch % phase.accumulate == 0, f"{name}.accumulate",
+             phase.accumulate, f"let it divide data.batch = {data.batch}")  # fmt: skip
         need(phase.keep_latest >= 1, f"{name}.keep_latest", phase.keep_latest, "give at least 1")
         need(phase.stop_after_skipped >= 1, f"{name}.stop_after_skipped",
              phase.stop_after_skipped, "give at least 1")  # fmt: skip

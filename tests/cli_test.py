@@ -46,6 +46,9 @@ def fails(capsys, arguments):
         ("data.train_split=training", ("'training'", "train")),
         ("data.eval_windows=9", ("config.data.eval_windows = 9", "multiple of eval_batch")),
         ("train.steps='many'", ("duration 'many'", "write e.g. 500")),
+        ("train.accumulate=3", ("config.train.accumulate = 3", "divide data.batch = 4")),
+        ("parallel.data=3", ("mesh of data 3 x fsdp 1 x tensor 1 = 3 devices", "there are")),
+        ("parallel.rules=[{'pattern': 'x', 'axes': ['fsdp']}]", ("rule 'x' matches no", "correct")),
         ("train.steps=0", ("config.train.steps is 0", "at least one")),
     ],
 )

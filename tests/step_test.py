@@ -97,6 +97,20 @@ def test_the_step_counts_what_came_back_and_the_loop_refuses_it(params, tmp_path
         meter.flush()
 
 
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_is_the_same_step(params, parts):
+    model = gpt.build(ModelConfig(layers=1, heads=2, width=16, context=8), vocab_size=11)
+    optimizer = optax.sgd(0.1)
+    outcomes = []
+    for accumulate in (1, parts):
+        state = state_lib.create(jax.tree.map(jnp.copy, params), optimizer, 0)
+        step = step_lib.compile_train_step(model, optimizer, accumulate=accumulate)
+        state, metrics = step(state, batch(0))
+        outcomes.append((state.params, metrics["loss"], metrics["grad_norm"]))
+    # atol: gradients are summed in another order, and a weight may be nearly 0.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *outcomes)
+
+
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(params):
     optimizer = optimizer_lib.build(PHASE, 50)
     mask = half(params)

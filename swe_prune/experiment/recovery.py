@@ -75,6 +75,9 @@ def build(
     else:
         optimizer = optimizer_lib.build(settings, steps)
     step = step_lib.compile_train_step(
-        model, optimizer, place=lambda state: place(state, optimizer)
+        model,
+        optimizer,
+        accumulate=settings.accumulate,
+        place=lambda state: place(state, optimizer),
     )
     return Tuning(recovery, settings, steps, optimizer, step)

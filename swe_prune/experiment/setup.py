@@ -173,8 +173,10 @@ def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
     data = data_lib.load(config.data, config.model.context)
     model = gpt.build(config.model, vocab_size(config, data))
     mesh = parallel.mesh(config.parallel)
-    for key in ("batch", "eval_batch"):
-        parallel.check_batch(getattr(config.data, key), f"config.data.{key}", mesh)
+    parallel.check_batch(config.data.eval_batch, "config.data.eval_batch", mesh)
+    for phase in (config.train, config.finetune):
+        name = "config.data.batch" + (" / accumulate" if phase.accumulate > 1 else "")
+        parallel.check_batch(config.data.batch // phase.accumulate, name, mesh)
     params = jax.eval_shape(lambda: state_lib.init_params(model, 0, config.model.context))
     specs, undivided = parallel.partition(params, _rules(config), mesh)
     params = parallel.laid_out(params, specs, mesh)
@@ -230,7 +232,11 @@ def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
         calibration=calibration,
         optimizer=optimizer,
         train_step=step_lib.compile_train_step(
-            model, optimizer, track_every, place=lambda state: place(state, optimizer)
+            model,
+            optimizer,
+            track_every,
+            accumulate=config.train.accumulate,
+            place=lambda state: place(state, optimizer),
         ),
         eval_step=step_lib.compile_eval_step(model),
     )

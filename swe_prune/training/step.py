@@ -36,6 +36,7 @@ def train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     track_every: int,
+    accumulate: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """Returns the state after one optimizer step, and its metrics as scalars.
 
@@ -49,13 +50,15 @@ def train_step(
         model: a Linen model of tokens to logits.
         optimizer: the optax chain whose state is in `state`.
         track_every: take a snapshot of the trajectory after every so many steps.
+        accumulate: so many parts of the batch, one after another, whose gradients are averaged;
+            they divide it evenly. Less memory for activations, the same step but for dropout.
     """
     dropout = jax.random.fold_in(state.rng, state.step)
 
-    def loss_of(params: PyTree) -> Array:
-        return _losses_BxL(model, params, batch, train=True, rngs={"dropout": dropout}).mean()
+    def loss_of(params: PyTree, part: Batch, key: Array) -> Array:
+        return _losses_BxL(model, params, part, train=True, rngs={"dropout": key}).mean()
 
-    loss, grads = jax.value_and_grad(loss_of)(state.params)
+    loss, grads = _accumulated(loss_of, state.params, batch, dropout, accumulate)
     if state.masks is not None:
         optimizer = masks.keep(optimizer, state.masks)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -92,11 +95,37 @@ def train_step(
     return state, metrics
 
 
+def _accumulated(
+    loss_of: Callable[[PyTree, Batch, Array], Array],
+    params: PyTree,
+    batch: Batch,
+    key: Array,
+    parts: int,
+) -> tuple[Array, PyTree]:
+    """Returns the mean loss over a batch and its gradients, taken in parts."""
+    value_and_grad = jax.value_and_grad(loss_of)
+    if parts == 1:
+        return value_and_grad(params, batch, key)
+    # Part p is the rows p, p + parts, …: of a batch that is divided over devices in consecutive
+    # rows each device has its own of every part, and nothing moves.
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total: PyTree, numbered: tuple[Array, Batch]) -> tuple[PyTree, None]:
+        number, part = numbered
+        found = value_and_grad(params, part, jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, total, found), None
+
+    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(parts), split))
+    return jax.tree.map(lambda x: x / parts, total)
+
+
 def compile_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     track_every: int = 1,
     *,
+    accumulate: int = 1,
     place: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the jitted train step; it takes over (donates) the state it is given.
@@ -105,12 +134,18 @@ def compile_train_step(
         model: as in `train_step`, like the next two.
         optimizer: the optax chain.
         track_every: steps between snapshots.
+        accumulate: as in `train_step`.
         place: constrains the state that the step returns to a layout over devices.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         state, metrics = train_step(
-            state, batch, model=model, optimizer=optimizer, track_every=track_every
+            state,
+            batch,
+            model=model,
+            optimizer=optimizer,
+            track_every=track_every,
+            accumulate=accumulate,
         )
         return place(state), metrics
 
