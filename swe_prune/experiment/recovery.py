@@ -41,7 +41,9 @@ def build(
     *,
     train_steps: int,
     epoch: int,
-    place: Callable[[TrainState, optax.GradientTransformation], TrainState],
+    place: Callable[[TrainState, optax.GradientTransformation], TrainState] = lambda state, _: (
+        state
+    ),
 ) -> Tuning:
     """Returns a recovery's optimizer and compiled step; see `config.CellConfig` for the kinds.
 
