@@ -125,6 +125,7 @@ class ParallelConfig:
     fsdp: int = 1
     tensor: int = 1
     rules: tuple[RuleConfig, ...] | None = None  # None: those of the model
+    statistics: str = "device"  # or "host": between snapshots, which then cost two transfers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,6 +405,8 @@ def validate(config: Config) -> None:
         config.prune.values_from,
         "give 'final' or 'late_mean'",
     )
+    need(config.parallel.statistics in ("device", "host"), "parallel.statistics",
+         config.parallel.statistics, "give 'device' or 'host'")  # fmt: skip
     for key in ("data", "fsdp", "tensor"):
         value = getattr(config.parallel, key)
         need(value is None or value >= 1, f"parallel.{key}", value, "give at least 1")

@@ -1,16 +1,24 @@
 """The mesh and the path rules: what fits, and one sentence for what does not."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import tiny
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from swe_prune import parallel
+from swe_prune import experiment, parallel, trajectory
 from swe_prune.config import ModelConfig, ParallelConfig
 from swe_prune.errors import InputError
+from swe_prune.experiment import models, phases
 from swe_prune.models import gpt
+from swe_prune.parallel import host_memory
+from swe_prune.training import loop
 from swe_prune.training import state as state_lib
+from swe_prune.training.progress import Progress
 
 MESH = AbstractMesh((2, 4, 2), parallel.AXES, axis_types=(AxisType.Auto,) * 3)
 PARAMS = {"up": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}, "scale": jnp.ones(())}
@@ -65,6 +73,75 @@ def test_a_mesh_that_does_not_match_the_devices_is_refused():
         with pytest.raises(InputError, match=f"there are {devices}; make the lengths"):
             parallel.mesh(settings)
     assert parallel.mesh(ParallelConfig()).shape["data"] == devices
+
+
+def test_statistics_in_host_memory_are_bit_equal_and_stay_there():
+    measures = tuple(trajectory.BUFFERS)
+    draw = np.random.default_rng(0).normal(size=(5, 8, 6)).astype(np.float32)
+    params = {"a": {"kernel": jnp.asarray(draw[0]), "bias": jnp.ones(6)}, "b": jnp.ones((4, 4))}
+    here = trajectory.init(params, measures, compensated=True)
+    away = host_memory.to_host(here)
+    for values in draw:
+        params["a"]["kernel"] = jnp.asarray(values)
+        here = jax.jit(trajectory.update)(here, params)
+        away = host_memory.snapshot(away, params)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(away.buffers)}
+    assert kinds == {"pinned_host"}
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(away), jax.device_get(here))
+
+
+def test_an_experiment_tracks_in_host_memory_what_it_tracks_on_the_device(
+    tmp_path, plays_dir, monkeypatch
+):
+    """Through a checkpoint in the middle, for two seeds, and on to the masks."""
+    settings = tiny.config(plays_dir)
+    study = dataclasses.replace(settings.study, std_criteria=(), criteria=("swe",))
+    settings = dataclasses.replace(settings, study=study)
+    host = dataclasses.replace(settings, parallel=ParallelConfig(statistics="host"))
+    masks = []
+    for name, config in (("device", settings), ("host", host)):
+        made = experiment.setup(config, tmp_path / name)
+        with experiment.claim(made.workdir, config):
+            if name == "host":
+                with monkeypatch.context() as patch:
+                    patch.setattr(loop.metrics_lib.Meter, "late", fails_at(10))
+                    with pytest.raises(RuntimeError, match="power"):
+                        phases.train(made, Progress())
+            phases.train(made, Progress())
+            phases.prune(made, Progress())
+        stats = [models.load_dense(made, seed).stats for seed in (0, 1)]
+        assert [int(one.count) for one in stats] == [8, 8]
+        masks.append([jax.device_get(models.load_masks(made, cell)) for cell in made.cells])
+    state = made.fresh_state(0)
+    assert {b.sharding.memory_kind for b in jax.tree.leaves(state.stats.buffers)} == {"pinned_host"}
+    jax.tree.map(np.testing.assert_array_equal, *masks)
+
+
+def fails_at(step):
+    late = loop.metrics_lib.Meter.late
+
+    def failing(meter, number, *rest, **more):
+        if number == step:
+            raise RuntimeError("power cut")
+        late(meter, number, *rest, **more)
+
+    return failing
+
+
+def test_where_there_is_no_host_memory_a_sentence_says_so():
+    class Kind:
+        kind = "hbm"
+
+    class Device:
+        platform = "abacus"
+
+        def addressable_memories(self):
+            return [Kind()]
+
+    class Grid:
+        devices = np.array([Device()])
+
+    assert "which abacus has not (it has hbm)" in host_memory.host_memory_missing(Grid())
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused():

@@ -49,7 +49,7 @@ def _train_seed(experiment: Experiment, seed: int, progress: Progress) -> None:
         progress,
         phase,
         experiment.fresh_state(seed),
-        experiment.train_step,
+        experiment.dense_step(),
         data_seed=seed,
         sample=artifacts.sampler(experiment.prunable),
     )

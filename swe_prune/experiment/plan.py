@@ -87,11 +87,12 @@ def _estimate(experiment: Experiment) -> str:
     batch = min(batch, config.data.eval_batch)
     host = jax.device_get(experiment.validation[0])
     windows = parallel.place_batch({k: v[:batch] for k, v in host.items()}, experiment.mesh)
-    state, _ = experiment.train_step(experiment.fresh_state(0), windows)
+    step = experiment.dense_step()
+    state, _ = step(experiment.fresh_state(0), windows)
     jax.block_until_ready(state)
     begun = time.perf_counter()
     for _ in range(TIMED_STEPS):
-        state, _ = experiment.train_step(state, windows)
+        state, _ = step(state, windows)
     jax.block_until_ready(state)
     per_step = (time.perf_counter() - begun) / TIMED_STEPS * config.data.batch / batch
     cells = experiment.cells

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Experiment:
         data: token ids of both splits.
         model: untied from any parameters.
         mesh: the devices.
+        host_statistics: whether trajectory statistics live in the host's memory.
         undivided: a sentence for each axis of a parameter that the mesh does not divide.
         abstract_params: the parameters' shapes, dtypes and shardings.
         prunable: bool pytree like the parameters.
@@ -57,6 +59,7 @@ class Experiment:
     data: data_lib.TextData
     model: nn.Module
     mesh: Mesh
+    host_statistics: bool
     undivided: list[str]
     abstract_params: PyTree
     prunable: PyTree
@@ -79,7 +82,16 @@ class Experiment:
             params = state_lib.init_params(self.model, seed, self.config.model.context)
             return self.place(self.dense_state(params, seed), self.optimizer)
 
-        return jax.jit(born)(seed)
+        state = jax.jit(born)(seed)
+        if self.host_statistics and state.stats is not None:
+            state = dataclasses.replace(state, stats=parallel.to_host(state.stats))
+        return state
+
+    def dense_step(self) -> Callable[..., Any]:
+        """Returns the train step of one dense phase, which counts its own snapshots."""
+        if self.host_statistics:
+            return parallel.tracking_on_host(self.train_step, self.track_every)
+        return self.train_step
 
     def place(
         self, state: state_lib.TrainState, optimizer: optax.GradientTransformation
@@ -180,6 +192,11 @@ def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
     params = jax.eval_shape(lambda: state_lib.init_params(model, 0, config.model.context))
     specs, undivided = parallel.partition(params, _rules(config), mesh)
     params = parallel.laid_out(params, specs, mesh)
+    missing = None
+    if config.parallel.statistics == "host":
+        missing = parallel.host_memory_missing(mesh)
+        if missing is not None:
+            warnings.warn(missing, stacklevel=2)
     prunable = tree.prunable(params, config.prune.include, config.prune.exclude)
     checks.check(grid.cells(config), params, prunable)
     epoch = max(1, len(data.train) // (config.data.batch * config.model.context))
@@ -219,6 +236,7 @@ def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
         data=data,
         model=model,
         mesh=mesh,
+        host_statistics=missing is None and config.parallel.statistics == "host",
         undivided=undivided,
         abstract_params=params,
         prunable=prunable,

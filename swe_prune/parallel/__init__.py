@@ -10,6 +10,7 @@ where they are used; `tensor` divides the work inside a layer.
 """
 
 from swe_prune.parallel.batches import BATCH, PlacedBatches, check_batch, place_batch
+from swe_prune.parallel.host_memory import host_memory_missing, to_host, tracking_on_host
 from swe_prune.parallel.layout import laid_out, place_state
 from swe_prune.parallel.mesh import AXES, mesh
 from swe_prune.parallel.rules import partition
@@ -19,9 +20,12 @@ __all__ = [
     "BATCH",
     "PlacedBatches",
     "check_batch",
+    "host_memory_missing",
     "laid_out",
     "mesh",
     "partition",
     "place_batch",
     "place_state",
+    "to_host",
+    "tracking_on_host",
 ]
