@@ -48,6 +48,8 @@ class ModelConfig:
     tied_head: bool = True
     dropout: float = 0.0
     dtype: str = "float32"  # of the computation; parameters are float32
+    remat: bool = False  # training runs each block twice and keeps only what enters it: less memory
+    scan_layers: bool = False  # training loops over one compiled block: compiles sooner when deep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +199,20 @@ class Config:
     parallel: ParallelConfig = ParallelConfig()
     log_every: int = 10
     keep_finetuned: bool = False  # keep the fine-tuned parameters of every cell, not only its masks
+
+    def without_switches(self) -> "Config":
+        """Returns this config with the settings that say how, and not what, at their defaults.
+
+        How devices share the work, and what is done for less memory or compile time: a run may
+        resume with other values of them. Only dropout's random numbers depend on them.
+        """
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(self.model, remat=False, scan_layers=False),
+            train=dataclasses.replace(self.train, accumulate=1),
+            finetune=dataclasses.replace(self.finetune, accumulate=1),
+            parallel=ParallelConfig(),
+        )
 
     def fingerprint(self) -> str:
         """Returns a hash of every setting, to recognise a working directory by."""

@@ -136,6 +136,21 @@ def test_fingerprint_tells_every_setting_apart_and_nothing_else():
     assert len(prints | {base.fingerprint()}) == 5
 
 
+def test_without_switches_two_configs_are_equal_that_compute_the_same():
+    base = config.Config(name="mine", parallel=config.ParallelConfig(fsdp=2))
+    switches = [
+        {"model": {"remat": True}}, {"model": {"scan_layers": True}}, {"parallel": {"tensor": 4}},
+        {"train": {"accumulate": 2}}, {"finetune": {"steps": 500, "accumulate": 2}},
+    ]  # fmt: skip
+    for values in switches:
+        other = config.from_dict({"name": "mine"} | values)
+        assert other != base
+        assert other.without_switches() == base.without_switches()
+    for values in ({"model": {"dtype": "bfloat16"}}, {"train": {"clip": 2.0}}, {"log_every": 5}):
+        other = config.from_dict({"name": "mine"} | values)
+        assert other.without_switches() != base.without_switches()
+
+
 @pytest.fixture
 def write(tmp_path):
     def write(text, name="some.py"):

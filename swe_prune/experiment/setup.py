@@ -35,7 +35,8 @@ class Experiment:
         config: settings.
         workdir: where results go.
         data: token ids of both splits.
-        model: untied from any parameters.
+        model: untied from any parameters; neither scanned nor rematerialised, since calibration and
+            blockwise pruning look into its layers. The compiled steps have it as the config says.
         mesh: the devices.
         host_statistics: whether trajectory statistics live in the host's memory.
         undivided: a sentence for each axis of a parameter that the mesh does not divide.
@@ -183,7 +184,8 @@ def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
     grid.cells(config)
     measures = grid.measures(config)
     data = data_lib.load(config.data, config.model.context)
-    model = gpt.build(config.model, vocab_size(config, data))
+    trained = gpt.build(config.model, vocab_size(config, data))
+    model = gpt.build(config.without_switches().model, vocab_size(config, data))
     mesh = parallel.mesh(config.parallel)
     parallel.check_batch(config.data.eval_batch, "config.data.eval_batch", mesh)
     for phase in (config.train, config.finetune):
@@ -206,7 +208,7 @@ def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
     optimizer = optimizer_lib.build(config.train, train_steps)
     place = functools.partial(parallel.place_state, params=params)
     tunings = {
-        one: recovery.build(config, one, model, train_steps=train_steps, epoch=epoch, place=place)
+        one: recovery.build(config, one, trained, train_steps=train_steps, epoch=epoch, place=place)
         for one in grid.recoveries(config)
     }
     for cell in grid.cells(config):
@@ -250,13 +252,13 @@ def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
         calibration=calibration,
         optimizer=optimizer,
         train_step=step_lib.compile_train_step(
-            model,
+            trained,
             optimizer,
             track_every,
             accumulate=config.train.accumulate,
             place=lambda state: place(state, optimizer),
         ),
-        eval_step=step_lib.compile_eval_step(model),
+        eval_step=step_lib.compile_eval_step(trained),
     )
 
 

@@ -117,11 +117,9 @@ def config_of(path: Path) -> Config:
 def _check_same(workdir: Workdir, config: Config, stored: dict[str, Any]) -> None:
     # Compared as they are understood now, since a setting may be younger than the workdir.
     now = from_dict(stored.get("config", {}))
-    # How devices share the work changes no result: a run may go on with more or fewer of them.
-    now = dataclasses.replace(now, parallel=config.parallel)
-    if now == config:
+    ours, theirs = (_flat(dataclasses.asdict(one.without_switches())) for one in (config, now))
+    if ours == theirs:
         return
-    ours, theirs = (_flat(dataclasses.asdict(one)) for one in (config, now))
     differing = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
     shown = ", ".join(
         f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} now)" for key in differing[:3]

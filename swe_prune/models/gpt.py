@@ -10,7 +10,8 @@ https://github.com/karpathy/nanoGPT (one flag for all biases, the 10.7 M charact
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,14 @@ def partition_rules(config: ModelConfig) -> tuple[tuple[str, tuple[str | None, .
 class GPT(nn.Module):
     """Logits for the next symbol after each token; parameters float32, computed in config.dtype.
 
+    Two switches of the config change how this is computed, and neither the result nor the names and
+    shapes of the parameters. With `remat` the backward pass is given only what enters each block
+    and runs the block again; on a CPU that saves memory with `scan_layers` alone, since XLA may run
+    the unscanned blocks again all at once. With `scan_layers` one compiled block runs in a loop over
+    the stacked parameters of all, so compiling takes no longer for many layers than for one. Then
+    dropout draws other numbers, of the same distribution, and no block can be seen by
+    `nn.intercept_methods` or `capture_intermediates`.
+
     Attributes:
         config: sizes and choices; `build` checks them.
         vocab_size: symbols, V.
@@ -120,8 +129,13 @@ class GPT(nn.Module):
         x_BxLxD = embed(tokens_BxL) + position_embedding[:length].astype(cfg.dtype)
         x_NxD = x_BxLxD.reshape(batch * length, cfg.width)
         x_NxD = nn.Dropout(cfg.dropout)(x_NxD, deterministic=not train)
-        for layer in range(cfg.layers):
-            x_NxD = Block(cfg, name=f"block_{layer}")(x_NxD, batch, train)
+        if cfg.scan_layers and not self.is_initializing():
+            key = self.make_rng("dropout") if train and cfg.dropout else None
+            x_NxD = _scanned(cfg, self.variables["params"], x_NxD, batch, train, key)
+        else:
+            block = nn.remat(Block, static_argnums=(2, 3)) if cfg.remat else Block
+            for layer in range(cfg.layers):
+                x_NxD = block(cfg, name=f"block_{layer}")(x_NxD, batch, train)
         x_NxD = _norm(cfg, "final_norm")(x_NxD)
         if cfg.tied_head:
             # Not embed.attend, whose logits would be rounded to config.dtype.
@@ -147,6 +161,49 @@ class Block(nn.Module):
         x_NxD = x_NxD + drop(Attention(cfg, name="attention")(y_NxD, batch))
         y_NxD = _norm(cfg, "mlp_norm")(x_NxD)
         return x_NxD + drop(MLP(cfg, name="mlp")(y_NxD))
+
+
+def _scanned(
+    cfg: ModelConfig,
+    params: Mapping[str, Any],
+    x_NxD: Array,
+    batch: int,
+    train: bool,
+    key: Array | None,
+) -> Array:
+    """Returns what the blocks make of x_NxD, all of them run by one compiled body.
+
+    Args:
+        cfg: of the model.
+        params: of the model; those of block i under "block_i", as the unscanned model has them.
+        x_NxD: what enters the first block.
+        batch: sequences among the N tokens.
+        train: apply dropout.
+        key: for dropout, a key for each layer is split off it; None where there is none.
+    """
+
+    def stack(path: Any, *leaves: Array) -> Array:
+        # Dense would make the same cast; made before, the stack takes half of the memory. A norm
+        # multiplies by its scale in float32, so that stays as it is.
+        if jax.tree_util.keystr(path).endswith("['kernel']"):
+            return jnp.stack([leaf.astype(cfg.dtype) for leaf in leaves])
+        return jnp.stack(leaves)
+
+    blocks = [params[f"block_{layer}"] for layer in range(cfg.layers)]
+    block = Block(cfg, parent=None)
+
+    def run(x_NxD: Array, layer: tuple[Any, Array | None]) -> tuple[Array, None]:
+        weights, key = layer
+        rngs = {} if key is None else {"dropout": key}
+        y_NxD: Any = block.apply({"params": weights}, x_NxD, batch, train, rngs=rngs)
+        return y_NxD, None
+
+    if cfg.remat:
+        # The loop alone keeps the compiler from sharing values between the two passes.
+        run = jax.checkpoint(run, prevent_cse=False)
+    keys = None if key is None else jax.random.split(key, cfg.layers)
+    x_NxD, _ = jax.lax.scan(run, x_NxD, (jax.tree.map_with_path(stack, *blocks), keys))
+    return x_NxD
 
 
 class Attention(nn.Module):

@@ -34,12 +34,19 @@ LAYOUTS = {
     "fsdp": ParallelConfig(fsdp=8),
     "fsdp and tensor": ParallelConfig(fsdp=4, tensor=2),
 }
+SWITCHED = {
+    "accumulated over data": (ParallelConfig(data=4, tensor=2), {}, 2),
+    "accumulated over fsdp": (ParallelConfig(fsdp=2, tensor=4), {}, 4),
+    "all switches": (LAYOUTS["fsdp and tensor"], {"remat": True, "scan_layers": True}, 2),
+}
+"""Layout, switches of the model, parts of a batch: each part is a row or more for each device."""
+
 SCRIPT = "from sharded_experiment_test import single; import sys; single(*sys.argv[1:])"
 
 
 def settings(text, parallel=None):
     return Config(
-        model=ModelConfig(layers=1, heads=2, width=16, context=16),
+        model=ModelConfig(layers=2, heads=2, width=16, context=16),
         data=DataConfig(dataset=str(text), batch=8, eval_windows=8, eval_batch=8),
         train=PhaseConfig(steps=12, warmup=2, learning_rate=3e-3, checkpoint_every=6),
         finetune=PhaseConfig(steps=2, warmup=1, eval_every=0, checkpoint_every=0),
@@ -87,13 +94,30 @@ def alone(tmp_path_factory, text):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_loss_curve_is_that_of_one_device(layout, alone, text, tmp_path):
     experiment = run(settings(text, LAYOUTS[layout]), tmp_path, phases.train)
+    assert_same_curve(experiment.workdir, alone)
+
+
+@pytest.mark.parametrize("case", SWITCHED)
+def test_with_switches_it_is_that_of_one_device_without(case, alone, text, tmp_path):
+    layout, switches, accumulate = SWITCHED[case]
+    config = settings(text, layout)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, **switches),
+        train=dataclasses.replace(config.train, accumulate=accumulate),
+    )
+    experiment = run(config, tmp_path, phases.train)
+    assert_same_curve(experiment.workdir, alone)
+
+
+def assert_same_curve(got, expected):
     curves = [
         [line["loss"] for line in read_lines(work.dense(0) / "metrics.jsonl") if "loss" in line]
-        for work in (alone, experiment.workdir)
+        for work in (got, expected)
     ]
-    assert len(curves[0]) == 12
+    assert len(curves[1]) == 12
     # rtol: the devices add in another order, and twelve steps carry the difference on.
-    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
