@@ -21,6 +21,7 @@ lint: $(call STAMP,lint)
 	$(BIN)/ruff check $(FORMAT)
 	$(BIN)/ruff format --check $(FORMAT)
 	$(BIN)/pyright
+	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch
 
 bench: $(call STAMP,bench)
 	$(BIN)/python benchmarks/selection.py
