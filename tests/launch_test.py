@@ -4,7 +4,9 @@ No cluster is at hand, so the commands are compared word by word with what the t
 say, and the programs they call are small shell scripts that play a part.
 """
 
+import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -98,6 +100,24 @@ def test_help_is_the_comment_at_its_head(path):
     assert f"launch/{path.name} " in done.stdout
     assert "--dry-run" in done.stdout
     assert not any(line.startswith("#") for line in done.stdout.splitlines())
+
+
+def test_the_page_names_every_script_and_its_commands_are_accepted():
+    page = (LAUNCH / "README.md").read_text()
+    commands = [
+        shlex.split(command)
+        for block in re.findall(r"^```\n(launch/.*?)^```", page, re.MULTILINE | re.DOTALL)
+        for command in block.replace("\\\n", " ").splitlines()
+    ]
+    assert {command[0] for command in commands} == {f"launch/{path.name}" for path in STARTERS}
+    for command in commands:
+        cut = command.index("--")
+        script, *options = command[:cut]
+        done = call(script.removeprefix("launch/"), *options, "--dry-run", *command[cut:])
+        assert done.returncode == 0, done.stderr
+        for argument in command:
+            if argument.startswith("--config="):
+                assert (LAUNCH.parent / argument.removeprefix("--config=")).exists()
 
 
 TPU = ("--name=a", "--zone=z", "--type=t", "--version=v")
@@ -246,7 +266,7 @@ def test_local_ends_with_the_code_of_the_first_that_failed(codes, expected, tmp_
 def test_local_passes_signals_on_once_to_all(sent, tmp_path):
     part = f"""
 trap 'echo {sent.name} >>"$HERE/got.$number"; exit 75' {sent.name.removeprefix("SIG")}
-touch "$HERE/ready.$number"
+echo $$ >"$HERE/pid.$number"; mv "$HERE/pid.$number" "$HERE/ready.$number"
 while true; do read -rt 0.05 <> <(:) || true; done
 """
     player = stand_in(tmp_path, "player", PLAYER + part)
@@ -258,10 +278,16 @@ while true; do read -rt 0.05 <> <(:) || true; done
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    with running:
+    try:
         wait_until(lambda: len(list(tmp_path.glob("ready.*"))) == 3)
         running.send_signal(sent)
         assert running.wait(20) == 75
+    finally:  # nothing stays behind where this fails
+        for file in tmp_path.glob("ready.*"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(file.read_text()), signal.SIGKILL)
+        running.kill()
+        running.wait()
     for number in range(3):
         assert (tmp_path / f"got.{number}").read_text() == f"{sent.name}\n"
 
