@@ -1,16 +1,21 @@
 """Checkpoints: the only file that imports orbax.
 
-Every checkpoint is a pytree of arrays and a JSON object, written to a temporary folder and renamed,
-so a process killed in the middle leaves the one before. Beside each lies a list of checksums:
-what was not written completely, or changed since, is found when it is read and never trusted.
+Every checkpoint is a pytree of arrays and a JSON object, written in the background to a temporary
+folder and renamed, so a process killed in the middle leaves the one before. Beside each lie lists
+of checksums, one of each process that took part: what was not written completely, or changed since,
+is found when it is read and never trusted. It may be read by another number of processes and onto
+another mesh.
 """
 
 import hashlib
 import itertools
 import json
 import logging
+import re
 import shutil
+import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as preservation
 
+from swe_prune import processes
 from swe_prune.errors import DamagedError, InputError, RunError
 from swe_prune.tree import named_leaves
 
@@ -47,24 +53,29 @@ class Checkpoints:
             policies.append(preservation.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation.AnyPreservationPolicy(policies),
-            enable_async_checkpointing=False,
+            enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
-        for step in self._manager.all_steps():
-            if not self._checksum_file(step).exists():  # killed between the rename and this file
-                self._manager.delete(step)
+        self._writing: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._drop_those_cut_short()
 
     def latest(self) -> int | None:
         """Returns the number of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, tree: PyTree, extra: dict[str, Any]) -> None:
-        """Writes a checkpoint; keys of jax's random numbers are stored as their data.
+        """Begins to write a checkpoint, once the one before is written.
+
+        The arrays may be given up (donated) as soon as this returns. Keys of jax's random numbers
+        are stored as their data.
 
         Raises:
-            RunError: the folder cannot be written.
+            RunError: the folder cannot be written; of what goes wrong later, `wait`, the next
+                `save` or `close` say so.
         """
+        self.wait()
         plain = _without_keys(tree)
         described = {"leaves": _describe(plain), "extra": extra}
         try:
@@ -74,14 +85,37 @@ class Checkpoints:
                     tree=ocp.args.StandardSave(plain), extra=ocp.args.JsonSave(described)
                 ),
             )
+        except (OSError, ValueError) as error:
+            raise self._unwritten(step, error) from error
+        self._writing = threading.Thread(target=self._finish, args=(step,), daemon=True)
+        self._writing.start()
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is written, its checksums included.
+
+        Raises:
+            RunError: it cannot be.
+        """
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _finish(self, step: int) -> None:
+        try:
             self._manager.wait_until_finished()
             self._write_checksums(step)
-        except (OSError, ValueError) as error:
-            raise RunError(
-                f"checkpoint {step} in {self.folder} cannot be written: {_first_line(error)}; make "
-                "room or choose another workdir and run the same command again, earlier "
-                "checkpoints are kept"
-            ) from error
+        except Exception as error:  # of a thread: raised by `wait`, in the thread that can say so
+            self._failure = self._unwritten(step, error)
+
+    def _unwritten(self, step: int, error: Exception) -> RunError:
+        return RunError(
+            f"checkpoint {step} in {self.folder} cannot be written: {_first_line(error)}; make "
+            "room or choose another workdir and run the same command again, earlier "
+            "checkpoints are kept"
+        )
 
     def restore(self, like: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any]]:
         """Returns (tree, extra) of a checkpoint, by default the newest that is not damaged.
@@ -96,6 +130,7 @@ class Checkpoints:
             InputError: it, or each there is, is damaged, or it holds another structure or other
                 shapes.
         """
+        self.wait()
         if step is not None:
             return self._restore(like, step)
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -125,43 +160,96 @@ class Checkpoints:
         return _with_keys(restored["tree"], like), described["extra"]
 
     def close(self) -> None:
-        """Releases the manager."""
-        self._manager.close()
+        """Waits for what is being written, and releases the manager.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _drop_those_cut_short(self) -> None:
+        """Removes what was renamed when the process was killed before its checksums were there."""
+        steps = sorted(self._manager.all_steps())
+
+        def drop() -> list[int]:
+            cut = [step for step in steps if self._checksum_files(step) is None]
+            for step in cut:
+                shutil.rmtree(self.folder / str(step))
+            return cut
+
+        cut = processes.first(drop)
+        for step in cut:
+            warnings.warn(
+                f"checkpoint {step} in {self.folder} was cut short; going on from the one before",
+                stacklevel=3,
+            )
+        if cut:
+            self._manager.reload()
 
     def _set_aside(self, step: int) -> None:
         """Renames a damaged one, lest it stand in the way of a new one of its number."""
-        target = self.folder / f"damaged_{step}"
-        if target.exists():
-            shutil.rmtree(target)
-        (self.folder / str(step)).rename(target)
-        self._checksum_file(step).unlink(missing_ok=True)
+
+        def rename() -> None:
+            target = self.folder / f"damaged_{step}"
+            if target.exists():
+                shutil.rmtree(target)
+            (self.folder / str(step)).rename(target)
+            for file in self.folder.glob(f"{step}.*checksums"):
+                file.unlink()
+
+        processes.first(rename)
         self._manager.reload()
 
     def _write_checksums(self, step: int) -> None:
-        for stale in self.folder.glob("*.checksums"):
-            if not (self.folder / stale.stem).exists():
-                stale.unlink()
-        target = self._checksum_file(step)
+        """Writes the checksums of this process's share of the files."""
+        share, of = processes.index(), processes.count()
+        if share == 0:
+            for stale in self.folder.glob("*.checksums"):
+                if not (self.folder / stale.name.partition(".")[0]).exists():
+                    stale.unlink(missing_ok=True)
+        part = f".{share}_of_{of}" if of > 1 else ""
+        target = self.folder / f"{step}{part}.checksums"
         temporary = target.with_suffix(".tmp")
-        temporary.write_text(json.dumps(_checksums(self.folder / str(step))))
+        names = _files(self.folder / str(step))[share::of]
+        temporary.write_text(json.dumps(_checksums(self.folder / str(step), names)))
         temporary.replace(target)
 
+    def _checksum_files(self, step: int) -> list[Path] | None:
+        """Returns the lists of checksums of a checkpoint, or None when one is not there."""
+        found = {file.name: file for file in self.folder.glob(f"{step}.*checksums")}
+        if f"{step}.checksums" in found:
+            return [found[f"{step}.checksums"]]
+        counts = {int(m[1]) for name in found if (m := re.search(r"_of_(\d+)\.", name))}
+        for count in counts:
+            names = [f"{step}.{share}_of_{count}.checksums" for share in range(count)]
+            if all(name in found for name in names):
+                return [found[name] for name in names]
+        return None
+
     def _verify(self, step: int) -> None:
-        try:
-            written = json.loads(self._checksum_file(step).read_text())
-        except (OSError, ValueError) as error:
+        """Checks each process's share of the files; all raise what one finds."""
+        faults = [fault for fault in processes.gather(self._fault(step)) if fault is not None]
+        if faults:
             raise DamagedError(
-                f"checkpoint {step} in {self.folder} is damaged: its checksums cannot be read "
-                f"({_first_line(error)}); {self._mend(step)}"
-            ) from error
-        found = _checksums(self.folder / str(step))
-        for name in sorted(written.keys() | found.keys()):
-            if written.get(name) != found.get(name):
-                reason = "is missing" if name not in found else "is not as it was written"
-                raise DamagedError(
-                    f"checkpoint {step} in {self.folder} is damaged: {name} {reason}; "
-                    f"{self._mend(step)}"
-                )
+                f"checkpoint {step} in {self.folder} is damaged: {faults[0]}; {self._mend(step)}"
+            )
+
+    def _fault(self, step: int) -> str | None:
+        written: dict[str, str] = {}
+        try:
+            for file in self._checksum_files(step) or [self.folder / f"{step}.checksums"]:
+                written |= json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            return f"its checksums cannot be read ({_first_line(error)})"
+        names = sorted(written.keys() | set(_files(self.folder / str(step))))
+        for name in names[processes.index() :: processes.count()]:
+            found = _checksums(self.folder / str(step), [name]).get(name)
+            if written.get(name) != found:
+                return f"{name} {'is missing' if found is None else 'is not as it was written'}"
+        return None
 
     def _check_fits(self, step: int, stored: dict[str, str], wanted: dict[str, str]) -> None:
         for name in [*wanted, *stored]:
@@ -172,21 +260,23 @@ class Checkpoints:
                     f"{wanted.get(name, 'absent')}; choose the workdir or the config it belongs to"
                 )
 
-    def _checksum_file(self, step: int) -> Path:
-        return self.folder / f"{step}.checksums"
-
     def _mend(self, step: int) -> str:
         earlier = [s for s in self._manager.all_steps() if s < step]
         resume = f"resume from step {max(earlier)}" if earlier else "start that phase again"
         return f"delete {self.folder / str(step)} and run the same command to {resume}"
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _checksums(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    sums = {}
+    for name in names:
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
 
 
 def _describe(tree: PyTree) -> dict[str, str]:

@@ -5,15 +5,27 @@ command again to go on), 130 stopped by Ctrl-C.
 """
 
 import argparse
+import json
+import os
+import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from swe_prune import config as config_lib
 from swe_prune.errors import InputError, Preempted, RunError
+from swe_prune.supervisor import SUPERVISED
+
+if TYPE_CHECKING:
+    from swe_prune.experiment import Experiment
+
+PLANNED = "SWE_PRUNE_PLANNED"
+"""Environment variable of the process that compiles for devices that are not there."""
 
 COMMANDS = {
     "run": "every phase: train, prune, control, finetune, report",
@@ -26,28 +38,59 @@ COMMANDS = {
 }
 
 SHARDED = ("run", "train", "prune", "finetune")
+DISTRIBUTED = (*SHARDED, "evaluate")
+EXPLICIT = ("coordinator", "process")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit code."""
+    distributed = False
     try:
+        arguments = sys.argv[1:] if arguments is None else arguments
         options, overrides = _parse(arguments)
-        _dispatch(options, overrides)
+        distributed = any(getattr(options, name, None) for name in ("distributed", *EXPLICIT))
+        if getattr(options, "devices", None) is not None and PLANNED not in os.environ:
+            return _forced(options.devices, arguments)
+        if distributed and SUPERVISED not in os.environ:
+            return _supervise(options, arguments)
+        _dispatch(options, overrides, distributed)
         return 0
     except (InputError, RunError, Preempted) as error:
-        print(f"swe_prune: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(error, error.exit_code, distributed)
     except OSError as error:
         where = f" {error.filename!r}" if error.filename else ""
-        print(
-            f"swe_prune: writing or reading{where} failed ({error.strerror or error}); make room "
-            "or choose another --workdir and run the same command again, what was finished is kept",
-            file=sys.stderr,
+        failed = RunError(
+            f"writing or reading{where} failed ({error.strerror or error}); make room "
+            "or choose another --workdir and run the same command again, what was finished is kept"
         )
-        return RunError.exit_code
+        return _failed(failed, failed.exit_code, distributed)
     except KeyboardInterrupt:
-        print("swe_prune: stopped; run the same command again to go on", file=sys.stderr)
-        return 130
+        stopped = RunError("stopped; run the same command again to go on")
+        return _failed(stopped, 130, distributed)
+    except Exception as error:
+        if distributed:  # a fault of ours; the others must not wait for this process
+            traceback.print_exc()
+            _failed(RunError(f"{type(error).__name__}: {error}"), RunError.exit_code, distributed)
+        raise
+
+
+def _failed(error: Exception, code: int, distributed: bool) -> int:
+    if distributed:
+        from swe_prune import processes
+
+        processes.fail(error, code)  # does not return where others are told
+    print(f"swe_prune: {error}", file=sys.stderr)
+    return code
+
+
+def _supervise(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from swe_prune import processes, supervisor
+
+    processes.place(options.coordinator, options.process)
+    if options.distributed and options.coordinator is not None:
+        raise InputError("--distributed and --coordinator were both given; give one")
+    join = processes.Timeouts.of_environment().join
+    return supervisor.supervise(arguments, options.workdir, options.process, join)
 
 
 def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -65,12 +108,36 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
             help="a get_config() file; without it, the config that made the workdir",
         )
         command.add_argument("--workdir", required=name != "plan", type=Path, metavar="DIR")
+        if name == "plan":
+            command.add_argument(
+                "--devices",
+                type=int,
+                metavar="N",
+                help="compile the train step for N devices, which need not be there, and print "
+                "what each would hold and receive",
+            )
+            command.add_argument("--json", action="store_true", help="with --devices: as JSON")
         if name in SHARDED:
             command.add_argument(
                 "--shard",
                 metavar="I/N",
                 help="take the cells whose number leaves I when divided by N; N processes, on one "
                 "machine or several, may share the workdir",
+            )
+        if name in DISTRIBUTED:
+            command.add_argument(
+                "--distributed",
+                action="store_true",
+                help="one of several processes that do one run, found from the environment of "
+                "Cloud TPU, Slurm or GKE; start the same command on every host",
+            )
+            command.add_argument(
+                "--coordinator",
+                metavar="HOST:PORT",
+                help="the same where there is no such environment: where process 0 listens",
+            )
+            command.add_argument(
+                "--process", metavar="I/N", help="with --coordinator: process I of N"
             )
     options, rest = parser.parse_known_args(arguments)
     prefix = "--config."
@@ -83,10 +150,12 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
     return options, [argument.removeprefix(prefix) for argument in rest]
 
 
-def _dispatch(options: argparse.Namespace, overrides: list[str]) -> None:
+def _dispatch(options: argparse.Namespace, overrides: list[str], distributed: bool) -> None:
     if options.command == "report":
         _report(options.workdir)
         return
+    if distributed:
+        _join(options)
     if options.command == "run":
         from swe_prune import report
 
@@ -94,26 +163,66 @@ def _dispatch(options: argparse.Namespace, overrides: list[str]) -> None:
     config = _config(options, overrides)
     # jax and all that comes with it, only once there is something to do
     from swe_prune import experiment as experiment_lib
+    from swe_prune import processes
     from swe_prune.training.preemption import NOTICE
     from swe_prune.training.progress import Progress
 
+    processes.check_same(config_lib.flat(config) | _versions())
     text = getattr(options, "shard", None)
     shard = None if text is None else experiment_lib.parse(text)
     experiment = experiment_lib.setup(config, options.workdir or Path(), shard)
     if options.command == "plan":
-        experiment_lib.plan(experiment, Console())
+        _plan(experiment, options)
         return
-    progress = Progress()
+    progress = Progress(Console(quiet=True) if processes.index() > 0 else None)
     with experiment_lib.claim(experiment.workdir, config, shard), NOTICE.heeded():
         progress.say(experiment_lib.memory_line(experiment))
         if options.command == "evaluate":
-            _print_evaluation(experiment_lib.evaluate(experiment, progress))
+            rows = experiment_lib.evaluate(experiment, progress)
+            processes.first(lambda: _print_evaluation(rows))
             return
         if options.command == "finetune":
             experiment_lib.control(experiment, progress)
         getattr(experiment_lib, options.command)(experiment, progress)
         if options.command == "run":
-            _report(options.workdir)
+            processes.first(lambda: _report(options.workdir))
+    processes.end()
+
+
+def _forced(devices: int, arguments: Sequence[str]) -> int:
+    """Runs the command again in a process that sees so many devices of its host."""
+    if devices < 1:
+        raise InputError(f"--devices={devices} is none; give 1 or more")
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", PLANNED: "1"}
+    command = [sys.executable, "-m", "swe_prune", *arguments]
+    return subprocess.run(command, env=env, check=False).returncode
+
+
+def _plan(experiment: "Experiment", options: argparse.Namespace) -> None:
+    from swe_prune.experiment import at_scale, plan
+
+    if options.devices is None:
+        plan(experiment, Console())
+    elif options.json:
+        print(json.dumps(at_scale.as_json(at_scale.cost(experiment))))
+    else:
+        at_scale.plan_at_scale(experiment, Console())
+
+
+def _join(options: argparse.Namespace) -> None:
+    from swe_prune import processes
+
+    where = processes.place(options.coordinator, options.process)
+    processes.start(where, processes.Timeouts.of_environment())
+
+
+def _versions() -> dict[str, str]:
+    import jax
+
+    from swe_prune import __version__
+
+    return {"swe_prune": __version__, "jax": jax.__version__}
 
 
 def _config(options: argparse.Namespace, overrides: list[str]) -> config_lib.Config:

@@ -220,6 +220,24 @@ class Config:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def flat(config: Any) -> dict[str, Any]:
+    """Returns every setting by its dotted path.
+
+    >>> flat(CalibrationConfig(windows=2))
+    {'windows': 2, 'batch': 32, 'seed': 0}
+    """
+
+    def walk(values: Any, path: str) -> dict[str, Any]:
+        if isinstance(values, dict):
+            found: dict[str, Any] = {}
+            for key, value in values.items():
+                found |= walk(value, f"{path}.{key}" if path else key)
+            return found
+        return {path: list(values) if isinstance(values, tuple) else values}
+
+    return walk(dataclasses.asdict(config), "")
+
+
 def to_steps(duration: Duration, *, total: int | None = None, epoch: int | None = None) -> int:
     """Returns a duration in steps, rounded to the nearest and at least 1 unless it is 0.
 

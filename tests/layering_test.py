@@ -9,9 +9,9 @@ import swe_prune
 
 PACKAGE = Path(swe_prune.__file__).parent
 HOUSE = [
-    "version", "errors", "tree", "config", "sweep", "trajectory", "select", "schedules",
-    "importance", "allocation", "patterns", "masks", "sparse_training", "one_call",
-    "calibration", "blockwise", "models", "data", "training", "structured", "parallel",
+    "version", "errors", "supervisor", "processes", "tree", "config", "sweep", "trajectory",
+    "select", "schedules", "importance", "allocation", "patterns", "masks", "sparse_training",
+    "one_call", "calibration", "blockwise", "models", "data", "training", "structured", "parallel",
     "checkpoint", "evaluation", "interop", "experiment", "report", "cli", "__main__",
 ]  # fmt: skip
 

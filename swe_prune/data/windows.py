@@ -19,7 +19,12 @@ Batch = Mapping[str, Int32[np.ndarray, "B L"]]
 
 
 def train_iterator(
-    tokens: UInt[np.ndarray, " N"], *, context: int, batch: int, seed: int
+    tokens: UInt[np.ndarray, " N"],
+    *,
+    context: int,
+    batch: int,
+    seed: int,
+    rows: Int[np.ndarray, " R"] | None = None,
 ) -> "grain.DatasetIterator[Batch]":
     """Returns an endless iterator over batches of random windows.
 
@@ -34,9 +39,13 @@ def train_iterator(
         context: L.
         batch: B.
         seed: in [0, 2^32).
+        rows: which of each batch's windows to cut and hand out, where several hosts share the
+            batch: R of 0 … B − 1. The batches and their order are the same whatever they are; None:
+            all.
 
     Returns:
-        A Grain iterator over `{"inputs": int32 (B, L), "targets": int32 (B, L)}`.
+        A Grain iterator over `{"inputs": int32 (B, L), "targets": int32 (B, L)}`, of R windows
+        where `rows` are given.
 
     Raises:
         InputError: the tokens are too few for one window, or the seed is out of range.
@@ -55,7 +64,7 @@ def train_iterator(
         .shuffle()
         .repeat()
         .batch(batch, drop_remainder=True)  # of an endless row; else its length overflows at B = 1
-        .map(lambda starts: _cut(tokens, starts, context))
+        .map(lambda starts: _cut(tokens, starts if rows is None else starts[rows], context))
     )
     # One thread keeps a few batches ready while the device computes; more only fight for the GIL.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)

@@ -11,7 +11,7 @@ pruning     the phase that prunes; scoring, what it scores by; calibration_text,
 recovering  the phase that fine-tunes; gradual and timing, pruning in the midst of it
 fitting     one phase of training; models, what it leaves on disk
 results     the cells' results as one table
-plan        what would be done, and what it would cost
+plan        what would be done, and what it would cost; at_scale, on a mesh that is not there
 """
 
 from swe_prune.experiment.phases import control, evaluate, finetune, prune, run, train

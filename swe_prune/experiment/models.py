@@ -13,6 +13,7 @@ from swe_prune.checkpoint import Checkpoints
 from swe_prune.errors import InputError, RunError
 from swe_prune.experiment.grid import Cell
 from swe_prune.experiment.setup import Experiment
+from swe_prune.experiment.workdir import exists
 from swe_prune.training.state import TrainState
 
 
@@ -23,7 +24,7 @@ def load_dense(experiment: Experiment, seed: int) -> TrainState:
         InputError: that phase has not finished.
     """
     folder = experiment.workdir.dense(seed)
-    if not (folder / "result.json").exists():
+    if not exists(folder / "result.json"):
         raise InputError(
             f"the dense model of seed {seed} is not trained yet; run the command 'train' first"
         )
@@ -48,7 +49,7 @@ def load_masks(experiment: Experiment, cell: Cell) -> PyTree:
 def load_finetuned(experiment: Experiment, cell: Cell) -> PyTree | None:
     """Returns the parameters after a cell's recovery, or None where they were not kept."""
     folder = experiment.workdir.cell(cell) / "finetuned"
-    return restored(folder, experiment.abstract_params) if folder.exists() else None
+    return restored(folder, experiment.abstract_params) if exists(folder) else None
 
 
 def starting_values(experiment: Experiment, dense: TrainState, cell: Cell | None = None) -> PyTree:

@@ -15,8 +15,7 @@ from swe_prune.experiment.models import (
 )
 from swe_prune.experiment.setup import Experiment
 from swe_prune.experiment.shard import held
-from swe_prune.experiment.workdir import read_json, remove
-from swe_prune.training.metrics import write_json
+from swe_prune.experiment.workdir import exists, remove, results_of, write_result
 from swe_prune.training.progress import Progress
 
 
@@ -33,7 +32,7 @@ def train(experiment: Experiment, progress: Progress) -> None:
     for seed in sorted({cell.seed for cell in experiment.cells}):
         folder = experiment.workdir.dense(seed)
         with held(folder, f"dense model of seed {seed}", progress.say):
-            if (folder / "result.json").exists():
+            if exists(folder / "result.json"):
                 progress.say(f"dense model, seed {seed}: done before")
             else:
                 _train_seed(experiment, seed, progress)
@@ -51,7 +50,7 @@ def _train_seed(experiment: Experiment, seed: int, progress: Progress) -> None:
         experiment.fresh_state(seed),
         experiment.dense_step(),
         data_seed=seed,
-        sample=artifacts.sampler(experiment.prunable),
+        sample=artifacts.sampler(experiment.prunable, experiment.everywhere),
     )
     loss = finite(experiment.validation_loss(state.params), phase.name)
     result = {
@@ -62,7 +61,7 @@ def _train_seed(experiment: Experiment, seed: int, progress: Progress) -> None:
         "params": size(state.params),
         "prunable": experiment.prunable_weights(),
     }
-    write_json(folder / "result.json", result)
+    write_result(folder / "result.json", result)
     progress.say(f"dense model, seed {seed}: validation loss {loss:.4f} nats per token")
 
 
@@ -75,7 +74,7 @@ def control(experiment: Experiment, progress: Progress) -> None:
         folder = experiment.workdir.control(seed, recovery)
         name = f"{folder.name}, seed {seed}"
         with held(folder, name, progress.say):
-            if not (folder / "result.json").exists():
+            if not exists(folder / "result.json"):
                 _control(experiment, seed, recovery, name, progress)
     results.write(experiment.workdir, grid.cells(experiment.config))
 
@@ -93,7 +92,7 @@ def _control(
         "control_train_loss": experiment.training_loss(state.params),
         "seconds": seconds,
     }
-    write_json(folder / "result.json", result)
+    write_result(folder / "result.json", result)
     remove(folder / "checkpoints")
     progress.say(f"{name}: validation loss {loss:.4f} nats per token")
 
@@ -128,12 +127,13 @@ def evaluate(experiment: Experiment, progress: Progress) -> list[dict[str, Any]]
     compared = []
     for seed, cells in pruning.todo(experiment, None):
         dense = load_dense(experiment, seed)
-        recorded = read_json(experiment.workdir.dense(seed) / "result.json")["dense_loss"]
+        (result,) = results_of([experiment.workdir.dense(seed) / "result.json"])
+        recorded = result["dense_loss"]
         computed = experiment.validation_loss(dense.params)
         compared.append({"model": f"seed {seed} dense", "recorded": recorded, "computed": computed})
         with progress.phase(f"evaluating, seed {seed}", len(cells)) as advance:
             for done, cell in enumerate(cells, start=1):
-                result = read_json(experiment.workdir.cell(cell) / "result.json")
+                (result,) = results_of([experiment.workdir.cell(cell) / "result.json"])
                 name = f"seed {seed} {cell.name}"
                 start = starting_values(experiment, dense, cell)
                 params = masks_lib.apply(start, load_masks(experiment, cell))

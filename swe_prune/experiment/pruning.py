@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import jax
 from jaxtyping import PyTree
 
 from swe_prune import masks as masks_lib
@@ -13,17 +14,15 @@ from swe_prune.experiment.grid import Cell
 from swe_prune.experiment.models import finite, load_dense, save, starting_values
 from swe_prune.experiment.setup import Experiment
 from swe_prune.experiment.shard import held
-from swe_prune.experiment.workdir import read_json
-from swe_prune.training.metrics import write_json
+from swe_prune.experiment.workdir import exists, results_of, write_result
 from swe_prune.training.progress import Progress
 
 
 def todo(experiment: Experiment, missing: str | None) -> list[tuple[int, list[Cell]]]:
     """Returns per seed the cells whose result lacks an entry; None: all that have been pruned."""
     found: dict[int, list[Cell]] = {}
-    for cell in experiment.cells:
-        path = experiment.workdir.cell(cell) / "result.json"
-        result = read_json(path) if path.exists() else None
+    paths = [experiment.workdir.cell(cell) / "result.json" for cell in experiment.cells]
+    for cell, result in zip(experiment.cells, results_of(paths), strict=True):
         if missing == "finetuned_loss" and result is None:
             raise InputError(f"cell {cell.name!r} is not pruned yet; run the command 'prune' first")
         if missing == "finetuned_loss" and cell.recovery.kind == "none":
@@ -41,12 +40,12 @@ def sources(experiment: Experiment, seed: int, cells: list[Cell]) -> scoring.Sou
 def prune_seed(experiment: Experiment, seed: int, cells: list[Cell], progress: Progress) -> None:
     """Prunes and evaluates cells of one seed, which share its calibration."""
     source = sources(experiment, seed, cells)
-    dense_result = read_json(experiment.workdir.dense(seed) / "result.json")
+    (dense_result,) = results_of([experiment.workdir.dense(seed) / "result.json"])
     with progress.phase(f"pruning, seed {seed}", len(cells)) as advance:
         for done, cell in enumerate(cells, start=1):
             folder = experiment.workdir.cell(cell)
             with held(folder, f"cell {cell.name} of seed {seed}", progress.say):
-                if not (folder / "result.json").exists():
+                if not exists(folder / "result.json"):
                     _prune_cell(experiment, cell, source, dense_result)
             advance(done, {})
 
@@ -93,7 +92,7 @@ def _prune_cell(
             "pruned": artifacts.histogram(params, masks, edges, kept_only=True),
         },
     }
-    write_json(folder / "result.json", result)
+    write_result(folder / "result.json", result)
 
 
 def described(
@@ -112,7 +111,7 @@ def described(
         "pruned_loss": loss,
         "pruned_train_loss": experiment.training_loss(params),
         "tensors": {n: {"kept": t.kept, "total": t.total} for n, t in tally.tensors.items()},
-        "sample_kept": artifacts.sampled(masks),
+        "sample_kept": jax.jit(artifacts.sampled, out_shardings=experiment.everywhere)(masks),
     }
 
 

@@ -4,8 +4,9 @@ import csv
 import io
 from typing import Any
 
+from swe_prune import processes
 from swe_prune.experiment import grid
-from swe_prune.experiment.shard import held
+from swe_prune.experiment.shard import locked
 from swe_prune.experiment.workdir import Workdir, read_json
 
 COLUMNS = (
@@ -63,11 +64,15 @@ def write(workdir: Workdir, cells: list[grid.Cell]) -> None:
 
     Processes that share the workdir take turns, so that the last table has all that is finished.
     """
-    with held(workdir.path / ".results", "table", lambda _: None):
-        _write(workdir, cells)
+    processes.first(lambda: _write(workdir, cells))
 
 
 def _write(workdir: Workdir, cells: list[grid.Cell]) -> None:
+    with locked(workdir.path / ".results", "table", lambda _: None):
+        _write_locked(workdir, cells)
+
+
+def _write_locked(workdir: Workdir, cells: list[grid.Cell]) -> None:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(COLUMNS)

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from swe_prune import allocation, blockwise, calibration, importance, tree
+from swe_prune import allocation, blockwise, calibration, importance, parallel, tree
 from swe_prune.errors import InputError
 from swe_prune.experiment.calibration_text import OF_GRADIENTS, OF_INPUTS
 from swe_prune.experiment.grid import Cell
@@ -150,18 +150,20 @@ def pruned_blocks(source: Source, cell: Cell, params: PyTree) -> tuple[PyTree, P
         prunable=source.experiment.prunable,
         **dict(cell.options),
     )
+    pruned = parallel.place_like(pruned, source.experiment.abstract_params)
     return pruned, _whole(source, kept)
 
 
 def _whole(source: Source, found: PyTree) -> PyTree:
-    return tree.map_leaves(
+    whole = tree.map_leaves(
         lambda _, mask, chosen, weight: (
-            jnp.ones(weight.shape, bool) if mask is None and chosen else mask
+            jnp.ones_like(weight, bool) if mask is None and chosen else mask
         ),
         found,
         source.experiment.prunable,
         source.state.params,
     )
+    return parallel.place_like(whole, source.experiment.abstract_params)
 
 
 def _loss(experiment: Experiment) -> Any:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from swe_prune import data as data_lib
@@ -88,6 +89,11 @@ class Experiment:
             state = dataclasses.replace(state, stats=parallel.to_host(state.stats))
         return state
 
+    @property
+    def everywhere(self) -> NamedSharding:
+        """The sharding of arrays that every device has whole."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
     def dense_step(self) -> Callable[..., Any]:
         """Returns the train step of one dense phase, which counts its own snapshots."""
         if self.host_statistics:
@@ -126,10 +132,14 @@ class Experiment:
         self, tuning: recovery.Tuning, params: PyTree, seed: int, masks: PyTree | None
     ) -> state_lib.TrainState:
         """Returns the state that a recovery (masks) or its control (None) starts from."""
-        # A copy, since the step takes over its state and other cells start from these weights too.
-        params = jax.tree.map(lambda weight: weight.copy(), params)
-        state = state_lib.create(params, tuning.optimizer, seed, masks=masks)
-        return self.place(state, tuning.optimizer)
+
+        def start(params: PyTree, masks: PyTree | None) -> state_lib.TrainState:
+            # A copy, since the step takes over its state and other cells start from these too.
+            params = jax.tree.map(jnp.copy, params)
+            state = state_lib.create(params, tuning.optimizer, seed, masks=masks)
+            return self.place(state, tuning.optimizer)
+
+        return jax.jit(start)(params, masks)
 
     def tuning_steps(self, cell: grid.Cell) -> int:
         """Returns how long a cell trains after pruning begins."""
@@ -143,8 +153,9 @@ class Experiment:
             context=settings.model.context,
             batch=settings.data.batch,
             seed=seed,
+            rows=parallel.own_rows(settings.data.batch, self.mesh),
         )
-        return parallel.PlacedBatches(windows, self.mesh)
+        return parallel.PlacedBatches(windows, self.mesh, settings.data.batch)
 
     def validation_loss(self, params: PyTree) -> float:
         """Returns nats per token on the fixed validation windows."""

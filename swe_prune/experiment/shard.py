@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from swe_prune import processes
 from swe_prune.errors import InputError
 
 Item = TypeVar("Item")
@@ -53,7 +54,18 @@ def parse(text: str) -> Shard:
 
 @contextlib.contextmanager
 def held(folder: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Holds a folder against other processes, first waiting for the one that has it.
+    """Holds a folder against other runs, first waiting for the one that has it.
+
+    The processes of one run hold it together, by the first of them. Arguments as in `locked`.
+    """
+    with contextlib.ExitStack() as stack:
+        processes.first(lambda: stack.enter_context(locked(folder, what, say)))
+        yield
+
+
+@contextlib.contextmanager
+def locked(folder: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Holds a folder for this process, first waiting for the one that has it.
 
     The lock is the operating system's: it is gone with the process, however that ends.
 

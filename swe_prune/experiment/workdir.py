@@ -5,14 +5,15 @@ import dataclasses
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from swe_prune.config import Config, from_dict
+from swe_prune import processes
+from swe_prune.config import Config, flat, from_dict
 from swe_prune.errors import InputError
 from swe_prune.experiment.grid import Cell, Recovery
-from swe_prune.experiment.shard import Shard, held
+from swe_prune.experiment.shard import Shard, locked
 from swe_prune.training.metrics import write_json
 
 
@@ -48,7 +49,8 @@ class Workdir:
 def claim(workdir: Workdir, config: Config, shard: Shard | None = None) -> Iterator[None]:
     """Makes or reopens the workdir for this config, and holds it against other runs.
 
-    Shards share it among themselves; a run of the whole study has it alone. The lock is the
+    The processes of one run hold it together, by the first of them. Shards share it among
+    themselves; a run of the whole study has it alone. The lock is the
     operating system's: it is gone with the process, however that ends.
 
     Args:
@@ -59,6 +61,13 @@ def claim(workdir: Workdir, config: Config, shard: Shard | None = None) -> Itera
     Raises:
         InputError: it cannot be written, belongs to another config, or another run is using it.
     """
+    with contextlib.ExitStack() as stack:
+        processes.first(lambda: stack.enter_context(_claimed(workdir, config, shard)))
+        yield
+
+
+@contextlib.contextmanager
+def _claimed(workdir: Workdir, config: Config, shard: Shard | None) -> Iterator[None]:
     path = workdir.path
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -74,7 +83,7 @@ def claim(workdir: Workdir, config: Config, shard: Shard | None = None) -> Itera
             name = f"shard_{shard.index}_of_{shard.count}"
             own = stack.enter_context((path / f".lock_{name}").open("a"))
             _take(own, fcntl.LOCK_EX, f"shard {shard.index}/{shard.count} of {str(path)!r}")
-        with held(path / ".config", "settings of the workdir", lambda _: None):
+        with locked(path / ".config", "settings of the workdir", lambda _: None):
             _settle(workdir, config)
         yield
 
@@ -117,7 +126,7 @@ def config_of(path: Path) -> Config:
 def _check_same(workdir: Workdir, config: Config, stored: dict[str, Any]) -> None:
     # Compared as they are understood now, since a setting may be younger than the workdir.
     now = from_dict(stored.get("config", {}))
-    ours, theirs = (_flat(dataclasses.asdict(one.without_switches())) for one in (config, now))
+    ours, theirs = (flat(one.without_switches()) for one in (config, now))
     if ours == theirs:
         return
     differing = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
@@ -129,15 +138,6 @@ def _check_same(workdir: Workdir, config: Config, stored: dict[str, Any]) -> Non
         f"workdir {str(workdir.path)!r} was made by another config: {shown}{more}; "
         "choose another --workdir or go back to that config"
     )
-
-
-def _flat(values: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(values, dict):
-        out: dict[str, Any] = {}
-        for key, value in values.items():
-            out |= _flat(value, f"{path}.{key}" if path else key)
-        return out
-    return {path: list(values) if isinstance(values, tuple) else values}
 
 
 def read_json(path: Path) -> Any:
@@ -154,7 +154,27 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def exists(path: Path) -> bool:
+    """Returns whether a file or folder is there, the same to all processes of the run."""
+    return processes.first(path.exists)
+
+
+def results_of(paths: Sequence[Path]) -> list[Any]:
+    """Returns the JSON of files as `read_json`, None where there is none, to all processes."""
+    return processes.first(lambda: [read_json(p) if p.exists() else None for p in paths])
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Writes JSON for all processes of the run; it is there, whole, when this returns."""
+    processes.first(lambda: write_json(path, result))
+    processes.progress()
+
+
 def remove(folder: Path) -> None:
-    """Deletes a folder of intermediate files, if it is there."""
-    if folder.exists():
-        shutil.rmtree(folder)
+    """Deletes a folder of intermediate files, if it is there, for all processes of the run."""
+
+    def delete() -> None:
+        if folder.exists():
+            shutil.rmtree(folder)
+
+    processes.first(delete)

@@ -52,11 +52,6 @@ def place_state(
     def whole(part: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: _put(leaf, everywhere), part)
 
-    def like_params(part: PyTree) -> PyTree:
-        return tree.map_leaves(
-            lambda _, leaf, like: None if leaf is None else _put(leaf, like.sharding), part, params
-        )
-
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         lambda leaf, like: _put(leaf, like.sharding if leaf.shape == like.shape else everywhere),
@@ -71,18 +66,30 @@ def place_state(
             start=whole(stats.start),
             count=whole(stats.count),
             weight_sum=whole(stats.weight_sum),
-            buffers={name: like_params(buffer) for name, buffer in stats.buffers.items()},
+            buffers={name: place_like(part, params) for name, part in stats.buffers.items()},
         )
     return dataclasses.replace(
         state,
         step=whole(state.step),
-        params=like_params(state.params),
+        params=place_like(state.params, params),
         opt_state=opt_state,
-        masks=None if state.masks is None else like_params(state.masks),
+        masks=None if state.masks is None else place_like(state.masks, params),
         stats=stats,
         rng=whole(state.rng),
         skipped=whole(state.skipped),
         skipped_in_row=whole(state.skipped_in_row),
+    )
+
+
+def place_like(part: PyTree, params: PyTree) -> PyTree:
+    """Returns a pytree like the parameters, None where dense, laid out as they are.
+
+    Args:
+        part: masks, scores or statistics; concrete, traced or abstract.
+        params: abstract parameters with shardings, from `laid_out`.
+    """
+    return tree.map_leaves(
+        lambda _, leaf, like: None if leaf is None else _put(leaf, like.sharding), part, params
     )
 
 

@@ -103,7 +103,7 @@ def fit(
         checkpoints.save(number, state, {"batches": batches.get_state(), "seconds": seconds})
 
     for number in range(first + 1, phase.steps + 1):
-        if notice.given:  # since the step before, which is saved unless it has just been
+        if notice.given():  # since the step before, which is saved unless it has just been
             meter.flush()
             saved = checkpoints is None or number - 1 == (checkpoints.latest() or 0)
             if not saved and not meter.in_trouble:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from swe_prune import processes
 from swe_prune.errors import RunError
 from swe_prune.training.phase import Phase
 
@@ -20,6 +21,7 @@ class JsonLines:
 
     Opening cuts off what a killed run wrote after the step that the new one resumes from, and a
     last line that was cut short, so an interrupted run leaves the same file as an uninterrupted.
+    Of several processes the first one writes.
     """
 
     def __init__(self, path: Path, resume_from: int):
@@ -30,6 +32,8 @@ class JsonLines:
             resume_from: the last step whose lines stay.
         """
         self._path = path
+        if processes.index() > 0:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_lines(path) if resume_from and line["step"] <= resume_from]
         temporary = path.with_suffix(".tmp")
@@ -38,6 +42,8 @@ class JsonLines:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Appends a line; arrays become lists."""
+        if processes.index() > 0:
+            return
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}, default=_plain) + "\n")
 
@@ -140,6 +146,7 @@ class Meter:
             self._shown["tokens/s"] = self._tokens / seconds
         self._shown |= values
         self._progress(step, self._shown)
+        processes.progress()
         if step % self._phase.log_every == 0 or step == self._phase.steps:
             self._log.write(step, values | {"tokens_per_second": self._shown.get("tokens/s")})
 

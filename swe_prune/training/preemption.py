@@ -6,6 +6,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from jax.experimental import multihost_utils
+
+from swe_prune import processes
 from swe_prune.errors import Preempted
 
 MESSAGE = "preempted (SIGTERM); run the same command again to go on, what was done is saved"
@@ -15,18 +18,22 @@ class Notice:
     """Whether SIGTERM has come, and what it does meanwhile.
 
     Within `deferred` the signal is only noted, and whoever asks `given` saves and stops; elsewhere
-    it stops at once, which every phase survives as it survives a kill.
+    it stops at once, which every phase survives as it survives a kill. Several processes stop after
+    one and the same step, on which JAX's runtime makes them agree; they stop nowhere else.
     """
 
     def __init__(self) -> None:
         """Starts with no notice given."""
         self._given = False
         self._deferred = 0
+        self._asked = 0
 
-    @property
     def given(self) -> bool:
-        """Whether the signal has come."""
-        return self._given
+        """Returns whether to stop now; all processes must ask after the same steps."""
+        if processes.count() == 1:
+            return self._given
+        self._asked += 1
+        return multihost_utils.reached_preemption_sync_point(self._asked)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator["Notice"]:
@@ -44,7 +51,8 @@ class Notice:
         Raises:
             Preempted: from wherever the signal comes, unless it is deferred there.
         """
-        if threading.current_thread() is not threading.main_thread():
+        elsewhere = threading.current_thread() is not threading.main_thread()
+        if elsewhere or processes.count() > 1:  # of several, JAX's runtime takes the signal
             yield
             return
 
