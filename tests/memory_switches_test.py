@@ -70,9 +70,7 @@ def plain(**changes):
 
 def assert_same(got, expected):
     # atol: sums in another order, of terms up to 0.1, and those of a key's bias cancel to 0.
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, expected
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, expected)
 
 
 @pytest.mark.parametrize(("changes", "accumulate"), SWITCHES)
@@ -99,9 +97,7 @@ def test_bfloat16_stays_close_to_float32():
 @pytest.mark.parametrize("changes", [REMAT, SCAN, BOTH])
 def test_the_parameters_keep_their_names_shapes_and_values(changes):
     switched = dataclasses.replace(CONFIG, **changes)
-    jax.tree.map(
-        np.testing.assert_array_equal, state_of(switched).params, state_of(CONFIG).params
-    )
+    jax.tree.map(np.testing.assert_array_equal, state_of(switched).params, state_of(CONFIG).params)
 
 
 def test_remat_draws_the_plain_runs_dropout_and_scan_its_own():

@@ -88,9 +88,9 @@ class GPT(nn.Module):
     Two switches of the config change how this is computed, and neither the result nor the names and
     shapes of the parameters. With `remat` the backward pass is given only what enters each block
     and runs the block again; on a CPU that saves memory with `scan_layers` alone, since XLA may run
-    the unscanned blocks again all at once. With `scan_layers` one compiled block runs in a loop over
-    the stacked parameters of all, so compiling takes no longer for many layers than for one. Then
-    dropout draws other numbers, of the same distribution, and no block can be seen by
+    the unscanned blocks again all at once. With `scan_layers` one compiled block runs in a loop
+    over the stacked parameters of all, so compiling takes no longer for many layers than for one.
+    Then dropout draws other numbers, of the same distribution, and no block can be seen by
     `nn.intercept_methods` or `capture_intermediates`.
 
     Attributes:
