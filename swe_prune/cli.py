@@ -180,10 +180,10 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], distributed: bo
         if options.command == "evaluate":
             rows = experiment_lib.evaluate(experiment, progress)
             processes.first(lambda: _print_evaluation(rows))
-            return
-        if options.command == "finetune":
-            experiment_lib.control(experiment, progress)
-        getattr(experiment_lib, options.command)(experiment, progress)
+        else:
+            if options.command == "finetune":
+                experiment_lib.control(experiment, progress)
+            getattr(experiment_lib, options.command)(experiment, progress)
         if options.command == "run":
             processes.first(lambda: _report(options.workdir))
     processes.end()

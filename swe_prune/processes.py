@@ -236,27 +236,30 @@ class _Watch:
         self.telling = False
         self.steps = 0
         self._ending = threading.RLock()
+        self._over = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def begin(self, timeouts: Timeouts) -> None:
         self._timeouts = timeouts
         self._period = min(1.0, timeouts.lost / 5)
         self._round = time.monotonic()
-        threading.Thread(target=self._run, name="swe_prune watch", daemon=True).start()
-        if index() > 0:
-            threading.Thread(target=self._watch_first, name="swe_prune store", daemon=True).start()
+        for target in [self._run] if index() == 0 else [self._run, self._watch_first]:
+            self._threads.append(threading.Thread(target=target, name="swe_prune", daemon=True))
+            self._threads[-1].start()
 
     def _watch_first(self) -> None:
         """Ends this process when the store, which process 0 keeps, answers no more at all."""
         patience = self._timeouts.lost + 10 * self._period
         while time.monotonic() - self._round < patience:
-            time.sleep(self._period)
+            if self._over.wait(self._period):
+                return
         _say(f"process 0 has not answered for {patience:g} s; run the same command again to go on")
         os._exit(RunError.exit_code)
 
     def _run(self) -> None:
         beats, seen, moved = 0, {}, {}
         parent = os.environ.get(SUPERVISED)
-        while True:
+        while not self._over.is_set():
             if parent is not None and os.getppid() != int(parent):
                 os._exit(RunError.exit_code)  # the parent was killed, and nobody listens
             beats += 1
@@ -294,7 +297,7 @@ class _Watch:
                     RunError.exit_code,
                     culprit=None,
                 )
-            time.sleep(self._period)
+            self._over.wait(self._period)
 
     def _publish(self, kind: str, value: Any) -> None:
         text = json.dumps(value)
@@ -312,7 +315,6 @@ class _Watch:
         return {int(key.rsplit("/", 1)[1]): json.loads(value) for key, value in found}
 
     def _without_first(self) -> None:
-        time.sleep(self._period)  # at a regular end the interpreter is gone before this is over
         with self._ending:
             _say("process 0 is gone, and its log says why; run the same command again to go on")
             os._exit(RunError.exit_code)
@@ -335,8 +337,17 @@ class _Watch:
             os._exit(code)
 
     def end(self) -> None:
-        """Says that this process has done its part, so that its silence alarms nobody."""
+        """Says that this process has done its part, and watches until all have.
+
+        Its threads end then: the interpreter must not shut down while one is inside the store's
+        C++, which would abort the process.
+        """
         self._publish("ended", True)
+        while len(self._read("ended")) < count():
+            time.sleep(self._period / 5)
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
 
 
 def end() -> None:

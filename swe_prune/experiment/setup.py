@@ -195,9 +195,10 @@ def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
     grid.cells(config)
     measures = grid.measures(config)
     data = data_lib.load(config.data, config.model.context)
-    trained = gpt.build(config.model, vocab_size(config, data))
-    model = gpt.build(config.without_switches().model, vocab_size(config, data))
     mesh = parallel.mesh(config.parallel)
+    constrain = functools.partial(parallel.constrain_rows, mesh=mesh)
+    trained = gpt.build(config.model, vocab_size(config, data), constrain)
+    model = gpt.build(config.without_switches().model, vocab_size(config, data))
     parallel.check_batch(config.data.eval_batch, "config.data.eval_batch", mesh)
     for phase in (config.train, config.finetune):
         name = "config.data.batch" + (" / accumulate" if phase.accumulate > 1 else "")

@@ -47,8 +47,19 @@ QUERY_PARTS = (
 MIN_QUERIES = 64  # in a part; fewer do not fill a matrix product
 
 
-def build(config: ModelConfig, vocab_size: int) -> "GPT":
+def _as_it_is(x_NxD: Array) -> Array:
+    return x_NxD
+
+
+def build(
+    config: ModelConfig, vocab_size: int, constrain: Callable[[Array], Array] = _as_it_is
+) -> "GPT":
     """Returns the model that `config` describes, for `vocab_size` symbols.
+
+    Args:
+        config: sizes and choices.
+        vocab_size: symbols, V.
+        constrain: applied to the activations between blocks; see `GPT`.
 
     Raises:
         InputError: an unknown activation or dtype, or a width that the heads do not divide.
@@ -74,7 +85,7 @@ def build(config: ModelConfig, vocab_size: int) -> "GPT":
             f"config.model.width = {config.width} cannot be used: "
             f"make it a multiple of heads = {config.heads}"
         )
-    return GPT(config, vocab_size)
+    return GPT(config, vocab_size, constrain)
 
 
 def partition_rules(config: ModelConfig) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
@@ -96,10 +107,14 @@ class GPT(nn.Module):
     Attributes:
         config: sizes and choices; `build` checks them.
         vocab_size: symbols, V.
+        constrain: applied to what enters each block and leaves the last, N x D, such as
+            `parallel.constrain_rows`. Without it the partitioner may divide activations as the
+            embedding is divided, over D, and each norm then has to ask all devices.
     """
 
     config: ModelConfig
     vocab_size: int
+    constrain: Callable[[Array], Array] = _as_it_is
 
     @nn.compact
     def __call__(
@@ -128,14 +143,15 @@ class GPT(nn.Module):
         position_embedding = self.param("position_embedding", init, (cfg.context, cfg.width))
         x_BxLxD = embed(tokens_BxL) + position_embedding[:length].astype(cfg.dtype)
         x_NxD = x_BxLxD.reshape(batch * length, cfg.width)
-        x_NxD = nn.Dropout(cfg.dropout)(x_NxD, deterministic=not train)
+        x_NxD = self.constrain(nn.Dropout(cfg.dropout)(x_NxD, deterministic=not train))
         if cfg.scan_layers and not self.is_initializing():
             key = self.make_rng("dropout") if train and cfg.dropout else None
-            x_NxD = _scanned(cfg, self.variables["params"], x_NxD, batch, train, key)
+            params = self.variables["params"]
+            x_NxD = _scanned(cfg, params, x_NxD, batch, train, key, self.constrain)
         else:
             block = nn.remat(Block, static_argnums=(2, 3)) if cfg.remat else Block
             for layer in range(cfg.layers):
-                x_NxD = block(cfg, name=f"block_{layer}")(x_NxD, batch, train)
+                x_NxD = self.constrain(block(cfg, name=f"block_{layer}")(x_NxD, batch, train))
         x_NxD = _norm(cfg, "final_norm")(x_NxD)
         if cfg.tied_head:
             # Not embed.attend, whose logits would be rounded to config.dtype.
@@ -170,6 +186,7 @@ def _scanned(
     batch: int,
     train: bool,
     key: Array | None,
+    constrain: Callable[[Array], Array],
 ) -> Array:
     """Returns what the blocks make of x_NxD, all of them run by one compiled body.
 
@@ -180,6 +197,7 @@ def _scanned(
         batch: sequences among the N tokens.
         train: apply dropout.
         key: for dropout, a key for each layer is split off it; None where there is none.
+        constrain: applied to what leaves each block.
     """
 
     def stack(path: Any, *leaves: Array) -> Array:
@@ -196,7 +214,7 @@ def _scanned(
         weights, key = layer
         rngs = {} if key is None else {"dropout": key}
         y_NxD: Any = block.apply({"params": weights}, x_NxD, batch, train, rngs=rngs)
-        return y_NxD, None
+        return constrain(y_NxD), None
 
     if cfg.remat:
         # The loop alone keeps the compiler from sharing values between the two passes.

@@ -9,7 +9,14 @@ The axes `data` and `fsdp` both divide the batch; `fsdp` divides the weights too
 where they are used; `tensor` divides the work inside a layer.
 """
 
-from swe_prune.parallel.batches import BATCH, PlacedBatches, check_batch, own_rows, place_batch
+from swe_prune.parallel.batches import (
+    BATCH,
+    PlacedBatches,
+    check_batch,
+    constrain_rows,
+    own_rows,
+    place_batch,
+)
 from swe_prune.parallel.host_memory import host_memory_missing, to_host, tracking_on_host
 from swe_prune.parallel.layout import laid_out, place_like, place_state
 from swe_prune.parallel.mesh import AXES, mesh
@@ -20,6 +27,7 @@ __all__ = [
     "BATCH",
     "PlacedBatches",
     "check_batch",
+    "constrain_rows",
     "host_memory_missing",
     "laid_out",
     "mesh",

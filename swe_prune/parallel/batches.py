@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from swe_prune.errors import InputError
@@ -34,6 +35,16 @@ def check_batch(size: int, key: str, mesh: Mesh) -> None:
             f"{mesh.shape['fsdp']} = {ways} devices; make it a multiple of {ways}, or give "
             "config.parallel.tensor more of them"
         )
+
+
+def constrain_rows(x: Array, mesh: Mesh) -> Array:
+    """Returns a traced array, to be laid out with its first axis divided as a batch's.
+
+    Args:
+        x: windows or their tokens along the first axis, in order; whole along the others.
+        mesh: the devices.
+    """
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
 
 
 def own_rows(size: int, mesh: Mesh) -> np.ndarray:
