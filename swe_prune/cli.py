@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(stopped, 130, distributed)
     except Exception as error:
         if distributed:  # a fault of ours; the others must not wait for this process
+            from swe_prune import processes
+
+            processes.await_verdict(error)
             traceback.print_exc()
             _failed(RunError(f"{type(error).__name__}: {error}"), RunError.exit_code, distributed)
         raise
@@ -220,7 +223,7 @@ def _join(options: argparse.Namespace) -> None:
 def _versions() -> dict[str, str]:
     import jax
 
-    from swe_prune import __version__
+    from swe_prune.version import __version__
 
     return {"swe_prune": __version__, "jax": jax.__version__}
 

@@ -227,6 +227,17 @@ def fail(error: BaseException, code: int) -> None:
     watch.stop(str(error), code, culprit=index())
 
 
+def await_verdict(error: Exception) -> None:
+    """Where an error may come of another process's end, waits until the watch would have noticed.
+
+    A collective operation breaks off at once when a process at its other end dies, seconds before
+    that process's silence is long enough to be called so. The watch then ends this process with
+    the sentence that names the other, and this does not return.
+    """
+    if count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+        _watch().await_verdict()
+
+
 class _Watch:
     """The thread that tells the others of this process and ends it when one of them is gone."""
 
@@ -335,6 +346,9 @@ class _Watch:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+
+    def await_verdict(self) -> None:
+        time.sleep(self._timeouts.lost + 5 * self._period)
 
     def end(self) -> None:
         """Says that this process has done its part, and watches until all have.

@@ -322,7 +322,8 @@ def test_ten_random_kills_end_with_the_uninterrupted_runs_numbers(
 ):
     rng = random.Random(0)
     for _ in range(10):
-        running = start(cache, longer, tmp_path, SWE_PRUNE_LOST_TIMEOUT="2")
+        waits = {"SWE_PRUNE_LOST_TIMEOUT": "2", "SWE_PRUNE_JOIN_TIMEOUT": "15"}
+        running = start(cache, longer, tmp_path, **waits)
         time.sleep(rng.uniform(1, 12))
         victim = running[rng.randrange(2)]
         victim.kill()  # the worker ends with its parent
