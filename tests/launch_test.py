@@ -271,12 +271,16 @@ while true; do read -rt 0.05 <> <(:) || true; done
 """
     player = stand_in(tmp_path, "player", PLAYER + part)
     # SIGINT is ignored in what a shell starts in the background, and so it may be here
+    as_in_a_terminal = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        "os.execvp(sys.argv[1], sys.argv[1:])"
+    )
+    script = ["bash", str(LAUNCH / "local.sh"), "3", *RUN]
     running = subprocess.Popen(
-        ["bash", str(LAUNCH / "local.sh"), "3", *RUN],
+        [sys.executable, "-c", as_in_a_terminal, *script],
         env=os.environ | {"LAUNCH_PYTHON": str(player)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         wait_until(lambda: len(list(tmp_path.glob("ready.*"))) == 3)

@@ -84,7 +84,8 @@ def text(tmp_path_factory):
 def alone(tmp_path_factory, text):
     """A workdir that a process with one device trained and pruned in."""
     path = tmp_path_factory.mktemp("alone")
-    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parent)}
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", SCRIPT, str(text), str(path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
