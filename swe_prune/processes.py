@@ -268,7 +268,10 @@ class _Watch:
         os._exit(RunError.exit_code)
 
     def _run(self) -> None:
-        beats, seen, moved = 0, {}, {}
+        beats, moved = 0, {}
+        # All have joined; one that dies before its first beat must be missed as well.
+        silent = {"n": 0, "steps": 0, "host": None}
+        seen = {number: (silent, time.monotonic()) for number in range(count())}
         parent = os.environ.get(SUPERVISED)
         while not self._over.is_set():
             if parent is not None and os.getppid() != int(parent):
@@ -279,7 +282,7 @@ class _Watch:
             self._publish("beat", {"n": beats, "steps": self.steps, "host": socket.gethostname()})
             others = self._read("beat")
             for number, said in others.items():
-                if number not in seen or seen[number][0]["n"] != said["n"]:
+                if seen[number][0]["n"] != said["n"]:
                     seen[number] = (said, now)
                 if number not in moved or moved[number][0] != said["steps"]:
                     moved[number] = (said["steps"], now)
@@ -289,8 +292,9 @@ class _Watch:
             ended = self._read("ended")
             for number, (said, when) in seen.items():
                 if number not in ended and now - when > self._timeouts.lost:
+                    where = f" on {said['host']}" if said["host"] else ""
                     self.stop(
-                        f"process {number} on {said['host']} has given no sign of life for "
+                        f"process {number}{where} has given no sign of life for "
                         f"{self._timeouts.lost:g} s: it died or its machine did; run the same "
                         "command again to go on from the last checkpoint",
                         RunError.exit_code,
