@@ -32,7 +32,7 @@ def started(commands, **environment):
     env = os.environ | {
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
         "JAX_PLATFORMS": "cpu",
-        "SWE_PRUNE_LOST_TIMEOUT": "4",
+        "SWE_PRUNE_LOST_TIMEOUT": "8",
         **environment,
     }
     return [
@@ -253,10 +253,10 @@ def in_a_checkpoint(folder):
 @pytest.mark.parametrize(
     ("lost", "number", "moment", "said"),
     [
-        (1, signal.SIGKILL, in_a_step, "process 1 on {host} has given no sign of life for 4 s"),
+        (1, signal.SIGKILL, in_a_step, "process 1 on {host} has given no sign of life for 8 s"),
         (0, signal.SIGKILL, in_a_step, "process 0 is gone"),
         (1, signal.SIGKILL, in_a_checkpoint, "process 1 on {host} has given no sign of life"),
-        (1, signal.SIGSTOP, in_a_step, "process 1 on {host} has given no sign of life for 4 s"),
+        (1, signal.SIGSTOP, in_a_step, "process 1 on {host} has given no sign of life for 8 s"),
         (0, signal.SIGSTOP, in_a_step, "process 0 has not answered for"),
     ],
     ids=["dies", "first dies", "dies in a checkpoint", "hangs", "first hangs"],
@@ -321,9 +321,9 @@ def test_bad_input_is_one_sentence_of_the_first_and_ends_all(more, said, config,
 def test_ten_random_kills_end_with_the_uninterrupted_runs_numbers(longer, undisturbed, tmp_path):
     rng = random.Random(0)
     for _ in range(10):
-        waits = {"SWE_PRUNE_LOST_TIMEOUT": "2", "SWE_PRUNE_JOIN_TIMEOUT": "15"}
+        waits = {"SWE_PRUNE_LOST_TIMEOUT": "3", "SWE_PRUNE_JOIN_TIMEOUT": "15"}
         running = start(longer, tmp_path, **waits)
-        time.sleep(rng.uniform(1, 12))
+        time.sleep(rng.uniform(1, 9))
         victim = running[rng.randrange(2)]
         victim.kill()  # the worker ends with its parent
         finish(running, seconds=60)
