@@ -110,7 +110,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
             metavar="FILE",
             help="a get_config() file; without it, the config that made the workdir",
         )
-        command.add_argument("--workdir", required=name != "plan", type=Path, metavar="DIR")
+        command.add_argument("--workdir", required=name != "plan", metavar="DIR")
         if name == "plan":
             command.add_argument(
                 "--devices",
@@ -143,6 +143,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
                 "--process", metavar="I/N", help="with --coordinator: process I of N"
             )
     options, rest = parser.parse_known_args(arguments)
+    options.workdir = None if options.workdir is None else _folder(options.workdir)
     prefix = "--config."
     for argument in rest:
         if not argument.startswith(prefix):
@@ -151,6 +152,16 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
                 f"'python -m swe_prune {options.command} --help' lists the rest"
             )
     return options, [argument.removeprefix(prefix) for argument in rest]
+
+
+def _folder(text: str) -> Path:
+    # A Path would make a folder named "gs:" here, which goes with the machine.
+    if "://" in text:
+        raise InputError(
+            f"--workdir={text} is an address and no folder; mount the bucket as a folder that all "
+            "processes see, as launch/README.md shows, and give that"
+        )
+    return Path(text)
 
 
 def _dispatch(options: argparse.Namespace, overrides: list[str], distributed: bool) -> None:

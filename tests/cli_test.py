@@ -126,6 +126,28 @@ def test_a_shard_that_is_none(text, tmp_path, plays_dir, capsys):
     assert not work.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is an address"),
+        (["plan", "--devices=0"], "--devices=0 is none"),
+        (["run", "--workdir=w", "--process=0/2"], "belong together"),
+        (["run", "--workdir=w", "--coordinator=a:1", "--process=2/2"], "--process=2/2 is none"),
+        (["run", "--workdir=w", "--coordinator=a", "--process=1/2"], "--coordinator=a is no HOST"),
+    ],
+    ids=lambda value: "".join(value[1:]) if isinstance(value, list) else "",
+)
+def test_a_place_that_is_none(arguments, said, tmp_path, plays_dir, capfd, monkeypatch):
+    config = tiny.config_file(tmp_path, tiny.config(plays_dir))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*arguments, f"--config={config}"]) == 2
+    sentences = [line for line in capfd.readouterr().err.splitlines() if "swe_prune: " in line]
+    assert len(sentences) == 1
+    assert said in sentences[0]
+    assert not list(tmp_path.rglob("seed_*"))
+    assert not (tmp_path / "gs:").exists()
+
+
 def test_a_run_without_the_extra_for_its_report_says_so_first(
     tmp_path, plays_dir, capsys, monkeypatch
 ):
