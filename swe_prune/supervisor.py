@@ -21,7 +21,7 @@ SUPERVISED = "SWE_PRUNE_SUPERVISED"
 
 RUNTIME_NOISE = re.compile(
     r"[IWEF]\d{4} [\d:.]+ +\d+ .*(coordination_service|preemption_\w+|client\.h)"
-    r"|\[Gloo\] "
+    r"|\[Gloo\] |Additional GRPC error information|:UNKNOWN:Error received from peer"
 )
 ABORTED = "Terminating process because the JAX distributed service detected fatal errors"
 
