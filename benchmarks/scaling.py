@@ -1,17 +1,16 @@
 """A train step and a global selection on 1, 2, 4 and 8 devices: tokens/s, seconds, bytes received.
 
     python benchmarks/scaling.py [--devices=1,2,4,8] [--axis=fsdp] [--rounds=9]
-    JAX_PLATFORMS=cuda python benchmarks/scaling.py --devices=8
+    JAX_PLATFORMS=cuda python benchmarks/scaling.py --devices=1,2
 
 Weak scaling: every device has its own 8 windows, whatever their number. Each number of devices is a
 process of its own, since JAX fixes it at the start; they take turns, so a busy machine slows all,
 and a ratio is that of two turns of one round. On CPU the devices are forced and share the machine's
 cores: more of them than cores cannot be faster, and what their tokens/s falls short of one device's
-is what the division costs. On another platform the mesh takes the first devices of those there.
+is what the division costs. On GPUs each process sees the first so many.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -37,11 +36,10 @@ def work(devices: int, axis: str) -> None:
     from swe_prune.experiment import at_scale
     from swe_prune.experiment.setup import setup
 
-    settings = config.load(CONFIG, [])
-    ways = config.ParallelConfig(**({"data": 1} | {axis: devices}))
-    sizes = {"batch": WINDOWS * devices, "eval_windows": WINDOWS * devices}
-    data = dataclasses.replace(settings.data, **sizes, eval_batch=WINDOWS * devices)
-    settings = dataclasses.replace(settings, data=data, parallel=ways)
+    overrides = {"parallel.data": 1} | {f"parallel.{axis}": devices}
+    for key in ("batch", "eval_windows", "eval_batch"):
+        overrides[f"data.{key}"] = WINDOWS * devices
+    settings = config.load(CONFIG, [f"{key}={value}" for key, value in overrides.items()])
     experiment = setup(settings, Path())
     cost = at_scale.cost(experiment)
     batches = experiment.batches(0)
@@ -65,7 +63,7 @@ def work(devices: int, axis: str) -> None:
         return state, spent
 
     state, _ = turn(state)  # compiles
-    print(json.dumps(about(jax) | at_scale.as_json(cost)), flush=True)
+    print(json.dumps(about(jax) | {"received": cost.received}), flush=True)
     for _ in sys.stdin:
         state, spent = turn(state)
         print(json.dumps(spent), flush=True)
@@ -85,6 +83,8 @@ class Worker:
         if env.get("JAX_PLATFORMS", "cpu") == "cpu":
             forced = f"--xla_force_host_platform_device_count={devices}"
             env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{env.get('XLA_FLAGS', '')} {forced}"}
+        else:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(devices)))
         self.devices = devices
         self.turns: list[dict[str, float]] = []
         self._process = subprocess.Popen(
