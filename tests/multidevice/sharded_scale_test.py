@@ -1,5 +1,6 @@
 """What a mesh that is not there would cost, held against programs whose collectives are known."""
 
+import dataclasses
 import json
 import math
 
@@ -75,6 +76,17 @@ def test_what_each_device_holds_is_what_it_would_be_given(layout, text, tmp_path
     assert found.statistics == held(state.stats)
     assert found.temporary > 0
     assert (found.received.get("all-gather", 0) > 0) == (layout != "data")
+
+
+@pytest.mark.parametrize("layout", ["data", "fsdp"])
+def test_no_activation_is_sent_so_a_larger_batch_costs_no_more(layout, text, tmp_path):  # noqa: F811
+    """Without `constrain_rows` the partitioner divides activations over their width, here at 16."""
+    found = []
+    for batch in (16, 32):
+        config = settings(text, LAYOUTS[layout])
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch=batch))
+        found.append(at_scale.cost(setup(config, tmp_path)).received)
+    assert found[0] == found[1]
 
 
 def test_the_command_compiles_for_more_devices_than_there_are(text, tmp_path, capfd):  # noqa: F811
