@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import jax
 
 from swe_prune.errors import InputError, Preempted, RunError
-from swe_prune.supervisor import SUPERVISED
+from swe_prune.supervisor import FIRST_GONE, SUPERVISED, say
 
 Value = TypeVar("Value")
 
@@ -264,24 +264,24 @@ class _Watch:
         while time.monotonic() - self._round < patience:
             if self._over.wait(self._period):
                 return
-        _say(f"process 0 has not answered for {patience:g} s; run the same command again to go on")
+        say(f"process 0 has not answered for {patience:g} s; run the same command again to go on")
         os._exit(RunError.exit_code)
 
     def _run(self) -> None:
-        beats, moved = 0, {}
-        # All have joined; one that dies before its first beat must be missed as well.
+        beats = 0
+        # By number, the last that a process said and when that, or its step, was new. All have
+        # joined; one that dies before its first beat must be missed as well.
         silent = {"n": 0, "steps": 0, "host": None}
         seen = {number: (silent, time.monotonic()) for number in range(count())}
+        moved: dict[int, tuple[int, float]] = {}
         parent = os.environ.get(SUPERVISED)
         while not self._over.is_set():
             if parent is not None and os.getppid() != int(parent):
                 os._exit(RunError.exit_code)  # the parent was killed, and nobody listens
             beats += 1
-            self._round = time.monotonic()
-            now = time.monotonic()
+            self._round = now = time.monotonic()
             self._publish("beat", {"n": beats, "steps": self.steps, "host": socket.gethostname()})
-            others = self._read("beat")
-            for number, said in others.items():
+            for number, said in self._read("beat").items():
                 if seen[number][0]["n"] != said["n"]:
                     seen[number] = (said, now)
                 if number not in moved or moved[number][0] != said["steps"]:
@@ -292,27 +292,33 @@ class _Watch:
             ended = self._read("ended")
             for number, (said, when) in seen.items():
                 if number not in ended and now - when > self._timeouts.lost:
-                    where = f" on {said['host']}" if said["host"] else ""
-                    self.stop(
-                        f"process {number}{where} has given no sign of life for "
-                        f"{self._timeouts.lost:g} s: it died or its machine did; run the same "
-                        "command again to go on from the last checkpoint",
-                        RunError.exit_code,
-                        culprit=None,
-                    )
+                    self._stop_without(number, said["host"])
             still = now - max(when for _, when in moved.values()) if moved else 0.0
             if not ended and still > self._timeouts.hang:
                 least = min(steps for steps, _ in moved.values())
                 slow = [number for number, (steps, _) in moved.items() if steps == least]
-                who = ", ".join(f"{number} on {seen[number][0]['host']}" for number in slow)
-                self.stop(
-                    f"no process has gone on for {self._timeouts.hang:g} s, furthest behind: "
-                    f"process {who}; look at what it waits for, or raise SWE_PRUNE_HANG_TIMEOUT, "
-                    "and run the same command again",
-                    RunError.exit_code,
-                    culprit=None,
+                self._stop_hanging(
+                    ", ".join(f"{number} on {seen[number][0]['host']}" for number in slow)
                 )
             self._over.wait(self._period)
+
+    def _stop_without(self, number: int, host: str | None) -> None:
+        where = f" on {host}" if host else ""
+        self.stop(
+            f"process {number}{where} has given no sign of life for {self._timeouts.lost:g} s: it "
+            "died or its machine did; run the same command again to go on from the last checkpoint",
+            RunError.exit_code,
+            culprit=None,
+        )
+
+    def _stop_hanging(self, furthest_behind: str) -> None:
+        self.stop(
+            f"no process has gone on for {self._timeouts.hang:g} s, furthest behind: process "
+            f"{furthest_behind}; look at what it waits for, or raise SWE_PRUNE_HANG_TIMEOUT, and "
+            "run the same command again",
+            RunError.exit_code,
+            culprit=None,
+        )
 
     def _publish(self, kind: str, value: Any) -> None:
         text = json.dumps(value)
@@ -331,7 +337,7 @@ class _Watch:
 
     def _without_first(self) -> None:
         with self._ending:
-            _say("process 0 is gone, and its log says why; run the same command again to go on")
+            say(FIRST_GONE)
             os._exit(RunError.exit_code)
 
     def stop(self, says: str, code: int, culprit: int | None) -> None:
@@ -339,7 +345,7 @@ class _Watch:
             self._publish("failed", {"says": says, "code": code})
             deadline = time.monotonic() + 5 * self._period + 1
             if index() == 0:
-                _say(says if culprit in (0, None) else f"process {culprit}: {says}")
+                say(says if culprit in (0, None) else f"process {culprit}: {says}")
                 # The store is gone with process 0: the others must have read it before.
                 while time.monotonic() < deadline and len(self._read("failed")) < count():
                     time.sleep(self._period / 5)
@@ -372,10 +378,6 @@ def end() -> None:
     """Leaves the run when it is done, together with the others."""
     if count() > 1:
         _watch().end()
-
-
-def _say(text: str) -> None:
-    print(f"swe_prune: {text}", file=sys.stderr, flush=True)
 
 
 @functools.cache

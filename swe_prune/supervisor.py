@@ -23,6 +23,7 @@ RUNTIME_NOISE = re.compile(
     r"[IWEF]\d{4} [\d:.]+ +\d+ .*(coordination_service|preemption_\w+|client\.h)"
     r"|\[Gloo\] |Additional GRPC error information|:UNKNOWN:Error received from peer"
 )
+FIRST_GONE = "process 0 is gone, and its log says why; run the same command again to go on"
 ABORTED = "Terminating process because the JAX distributed service detected fatal errors"
 
 
@@ -47,16 +48,13 @@ def supervise(arguments: Sequence[str], workdir: Path, process: str | None, join
     if sign is not None:
         sign.unlink(missing_ok=True)
     if fatal:
-        _say(_absent(workdir, sign, process, join) if "RegisterTask" in fatal else _GONE)
+        say(_absent(workdir, sign, process, join) if "RegisterTask" in fatal else FIRST_GONE)
         return 1
     if code < 0:
         name = signal.Signals(-code).name
-        _say(f"this process was ended by {name}; run the same command again to go on")
+        say(f"this process was ended by {name}; run the same command again to go on")
         return 128 - code
     return code
-
-
-_GONE = "process 0 is gone, and its log says why; run the same command again to go on"
 
 
 def _pass_on(stream: IO[str]) -> str:
@@ -113,5 +111,6 @@ def _absent(workdir: Path, sign: Path | None, process: str | None, join: float) 
     )
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Prints a sentence for the user on standard error."""
     print(f"swe_prune: {text}", file=sys.stderr, flush=True)

@@ -474,26 +474,23 @@ def test_tpu_run_starts_again_on_75_where_the_slice_is_still_there(tmp_path):
     assert "interrupted (75)" in done.stderr
 
 
-def test_tpu_run_makes_a_preempted_slice_again(tmp_path):
-    done, steps = play(
-        tmp_path,
-        slice="ACTIVE ACTIVE SUSPENDED SUSPENDED ACTIVE",
-        probe="lost running 1 running 0",
-    )
+@pytest.mark.parametrize(
+    "states",
+    [
+        {"slice": "ACTIVE ACTIVE SUSPENDED SUSPENDED ACTIVE", "probe": "lost running 1 running 0"},
+        {
+            "slice": "ACTIVE",
+            "machine": "READY READY PREEMPTED PREEMPTED READY",
+            "probe": "lost 1 0",
+        },
+    ],
+    ids=["slice", "machine"],
+)
+def test_tpu_run_makes_what_was_preempted_again(states, tmp_path):
+    done, steps = play(tmp_path, **states)
     assert done.returncode == 0, done.stderr
     assert steps == [*("install", "start"), *("delete", "create", "install", "start"), "delete"]
     assert "interrupted (GONE)" in done.stderr
-
-
-def test_tpu_run_sees_a_machine_that_was_taken_away(tmp_path):
-    done, steps = play(
-        tmp_path,
-        slice="ACTIVE",
-        machine="READY READY PREEMPTED PREEMPTED READY",
-        probe="lost 1 0",
-    )
-    assert done.returncode == 0, done.stderr
-    assert steps == [*("install", "start"), *("delete", "create", "install", "start"), "delete"]
 
 
 def test_tpu_run_goes_on_with_a_run_that_is_there(tmp_path):

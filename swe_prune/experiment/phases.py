@@ -15,7 +15,7 @@ from swe_prune.experiment.models import (
 )
 from swe_prune.experiment.setup import Experiment
 from swe_prune.experiment.shard import held
-from swe_prune.experiment.workdir import exists, remove, results_of, write_result
+from swe_prune.experiment.workdir import exists, remove, result_of, write_result
 from swe_prune.training.progress import Progress
 
 
@@ -127,13 +127,13 @@ def evaluate(experiment: Experiment, progress: Progress) -> list[dict[str, Any]]
     compared = []
     for seed, cells in pruning.todo(experiment, None):
         dense = load_dense(experiment, seed)
-        (result,) = results_of([experiment.workdir.dense(seed) / "result.json"])
+        result = result_of(experiment.workdir.dense(seed) / "result.json")
         recorded = result["dense_loss"]
         computed = experiment.validation_loss(dense.params)
         compared.append({"model": f"seed {seed} dense", "recorded": recorded, "computed": computed})
         with progress.phase(f"evaluating, seed {seed}", len(cells)) as advance:
             for done, cell in enumerate(cells, start=1):
-                (result,) = results_of([experiment.workdir.cell(cell) / "result.json"])
+                result = result_of(experiment.workdir.cell(cell) / "result.json")
                 name = f"seed {seed} {cell.name}"
                 start = starting_values(experiment, dense, cell)
                 params = masks_lib.apply(start, load_masks(experiment, cell))

@@ -14,7 +14,7 @@ from swe_prune.experiment.grid import Cell
 from swe_prune.experiment.models import finite, load_dense, save, starting_values
 from swe_prune.experiment.setup import Experiment
 from swe_prune.experiment.shard import held
-from swe_prune.experiment.workdir import exists, results_of, write_result
+from swe_prune.experiment.workdir import exists, result_of, results_of, write_result
 from swe_prune.training.progress import Progress
 
 
@@ -40,7 +40,7 @@ def sources(experiment: Experiment, seed: int, cells: list[Cell]) -> scoring.Sou
 def prune_seed(experiment: Experiment, seed: int, cells: list[Cell], progress: Progress) -> None:
     """Prunes and evaluates cells of one seed, which share its calibration."""
     source = sources(experiment, seed, cells)
-    (dense_result,) = results_of([experiment.workdir.dense(seed) / "result.json"])
+    dense_result = result_of(experiment.workdir.dense(seed) / "result.json")
     with progress.phase(f"pruning, seed {seed}", len(cells)) as advance:
         for done, cell in enumerate(cells, start=1):
             folder = experiment.workdir.cell(cell)

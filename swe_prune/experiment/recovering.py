@@ -14,7 +14,7 @@ from swe_prune.experiment.grid import Cell
 from swe_prune.experiment.models import finite, load_masks, save, starting_values
 from swe_prune.experiment.scoring import Source
 from swe_prune.experiment.setup import Experiment
-from swe_prune.experiment.workdir import remove, results_of, write_result
+from swe_prune.experiment.workdir import remove, result_of, write_result
 from swe_prune.training.progress import Progress
 
 _revived = jax.jit(masks_lib.revived)
@@ -29,7 +29,7 @@ def finetune_cell(
     loses under them without any recovery.
     """
     folder = experiment.workdir.cell(cell)
-    (result,) = results_of([folder / "result.json"])
+    result = result_of(folder / "result.json")
     if "finetuned_loss" in result:  # by another process, while this one waited
         return
     tuning = experiment.tunings[cell.recovery]
@@ -75,7 +75,7 @@ def _replace_masks(
     result: dict[str, Any],
 ) -> None:
     folder = experiment.workdir.cell(cell)
-    (dense_result,) = results_of([experiment.workdir.dense(cell.seed) / "result.json"])
+    dense_result = result_of(experiment.workdir.dense(cell.seed) / "result.json")
     params = masks_lib.apply(start, masks)
     loss = finite(experiment.validation_loss(params), cell.name)
     result |= pruning.described(experiment, masks, params, dense_result, loss)

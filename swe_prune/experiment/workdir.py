@@ -164,6 +164,11 @@ def results_of(paths: Sequence[Path]) -> list[Any]:
     return processes.first(lambda: [read_json(p) if p.exists() else None for p in paths])
 
 
+def result_of(path: Path) -> Any:
+    """Returns the JSON of a file as `read_json`, to all processes of the run."""
+    return processes.first(lambda: read_json(path))
+
+
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Writes JSON for all processes of the run; it is there, whole, when this returns."""
     processes.first(lambda: write_json(path, result))
