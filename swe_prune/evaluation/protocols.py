@@ -160,10 +160,9 @@ def cut(
         raise InputError(
             f"the text's tokens have shape {tokens.shape}; give those of the whole text in one row"
         )
-    if protocol.bos != "none":
-        _check_bos(tokens, protocol, bos_id)
+    first = 0 if protocol.bos == "none" else _checked_bos(tokens, protocol, bos_id)
     if protocol.bos == "text":
-        tokens = np.concatenate([[bos_id], tokens])
+        tokens = np.concatenate([[first], tokens])
     bos_first, of_text, stride = protocol.bos == "window", protocol.of_text, protocol.stride
     needed = 2 - bos_first if protocol.partial else of_text
     if len(tokens) < needed:
@@ -180,14 +179,14 @@ def cut(
     scored_WxT = there_WxT.copy()
     scored_WxT[1:, : of_text - stride] = False
     if bos_first:
-        text_WxT = np.concatenate([np.full((count, 1), bos_id), text_WxT], axis=1)
+        text_WxT = np.concatenate([np.full((count, 1), first), text_WxT], axis=1)
         scored_WxT = np.concatenate([np.zeros((count, 1), bool), scored_WxT], axis=1)
     scored_WxT[:, 0] = False
     filled = scored_WxT.any(axis=1)  # a window of one token left over has nothing before it
     return Windows(text_WxT.astype(np.int32)[filled], scored_WxT[filled])
 
 
-def _check_bos(tokens: np.ndarray, protocol: Protocol, bos_id: int | None) -> None:
+def _checked_bos(tokens: np.ndarray, protocol: Protocol, bos_id: int | None) -> int:
     if bos_id is None:
         raise InputError(
             f"protocol {protocol.name!r} has a beginning-of-sequence token (bos = "
@@ -199,3 +198,4 @@ def _check_bos(tokens: np.ndarray, protocol: Protocol, bos_id: int | None) -> No
             f"the text's tokens start with the beginning-of-sequence token {bos_id} already, which "
             f"protocol {protocol.name!r} adds; encode the text without special tokens"
         )
+    return bos_id
