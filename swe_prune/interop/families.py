@@ -84,6 +84,7 @@ def _llama_like(*keys: Key, epsilon: float, context: int) -> tuple[Key, ...]:
 
 _GATED = {
     "use_bias": False,
+    "head_bias": False,
     "gated": True,
     "norm": "rms",
     "positions": "rope",
@@ -103,7 +104,13 @@ FAMILIES: Mapping[str, Family] = {
             Key("activation_function", "activation", str, "gelu_new"),
             Key("tie_word_embeddings", "tied_head", bool, True),
         ),
-        {"use_bias": True, "gated": False, "norm": "layer", "positions": "learned"},
+        {
+            "use_bias": True,
+            "head_bias": False,
+            "gated": False,
+            "norm": "layer",
+            "positions": "learned",
+        },
         {
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False, None),
@@ -183,7 +190,10 @@ def read_config(
     if name == "gpt2" and fields["hidden"] is None:
         fields["hidden"] = 4 * fields["width"]
     if family.rotary:
-        fields["rope"] = read_rope(hf, str(name))
+        fields["rope"] = rope = read_rope(hf, str(name))
+        if rope.scaling == "dynamic":  # it acts on what is longer than the context that is said
+            fields["rope"] = dataclasses.replace(rope, original_context=fields["context"])
+            fields["context"] = int(fields["context"] * (rope.factor or 1))
     config = _canonical(ModelConfig(**fields, dtype=compute_dtype))
     return str(name), config, _value(hf, Key("vocab_size", "vocab_size"))
 
@@ -227,8 +237,10 @@ def _written(config: ModelConfig, vocab_size: int, name: str) -> dict[str, Any]:
         written[key.name] = getattr(whole, key.field)
         if key.kind is bool and written[key.name] is None:
             written[key.name] = config.use_bias
-    ours = next(key.name for key in family.keys if key.field == "activation")
-    written[ours] = next(
+    if family.rotary and config.rope.scaling == "dynamic":
+        written["max_position_embeddings"] = config.rope.original_context or config.context
+    activation = next(key.name for key in family.keys if key.field == "activation")
+    written[activation] = next(
         (hf for hf, own in ACTIVATIONS.items() if own == config.activation), config.activation
     )
     return written | (write_rope(config, name) if family.rotary else {})
@@ -246,7 +258,7 @@ def _canonical(config: ModelConfig) -> ModelConfig:
         "remat": False,
         "scan_layers": False,
     }
-    for field in ("qkv_bias", "out_bias", "mlp_bias"):
+    for field in ("qkv_bias", "out_bias", "mlp_bias", "head_bias"):
         value = getattr(config, field)
         as_said[field] = config.use_bias if value is None else value
     rope = config.rope
