@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from swe_prune.errors import InputError
@@ -25,6 +26,7 @@ ARCHITECTURES = ("llama", "phi3", "gpt2")
 """Values of `general.architecture` that are supported."""
 
 _KEPT = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # not quantized, so kept
+_CHUNK = 1 << 20  # numbers that are dequantized at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,16 +211,15 @@ def _values(tensor: Any, entry: Entry) -> np.ndarray:
     quants = require("gguf.quants", "reading a GGUF file")
     kind = tensor.tensor_type.name
     if kind == "BF16":
-        return tensor.data.view(np.uint16).view(_bfloat16()).reshape(entry.shape)
+        return tensor.data.view(np.uint16).view(jnp.dtype("bfloat16")).reshape(entry.shape).copy()
     if kind in _KEPT:
-        return tensor.data
-    return quants.dequantize(tensor.data, tensor.tensor_type).reshape(entry.shape)
-
-
-def _bfloat16() -> np.dtype:
-    import jax.numpy as jnp
-
-    return jnp.dtype("bfloat16")
+        return np.array(tensor.data)
+    values = np.empty(entry.shape, np.float32)
+    rows = max(1, _CHUNK // max(1, entry.shape[-1]))
+    for start in range(0, len(values), rows):  # the package needs several times what it gives
+        part = slice(start, start + rows)
+        values[part] = quants.dequantize(tensor.data[part], tensor.tensor_type)
+    return values
 
 
 def _embedding(file: GgufFile) -> Entry:

@@ -101,6 +101,7 @@ def _from_gguf(
     hf = hf_config(file)
     family, config, vocab_size = read_config(hf, compute_dtype)
     tokenizer = tokenizers.from_gguf(file, vocab_size) if with_tokenizer else None
+    file = dataclasses.replace(file, fields={})  # half a million small arrays, which it has read
     params = _params(file, GGUF[family], config, vocab_size, dtype, shardings, path)
     return Pretrained(config, vocab_size, params, tokenizer, family, path, "gguf", hf)
 

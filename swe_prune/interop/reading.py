@@ -41,7 +41,7 @@ class Source(Protocol):
         ...
 
     def open(self, name: str) -> contextlib.AbstractContextManager[Any]:
-        """Gives a tensor to be sliced; inside the context it may be read."""
+        """Gives a tensor to be sliced; what comes of it is no view of the file."""
         ...
 
 
@@ -129,8 +129,7 @@ def _placed(
     def read(index: tuple[slice, ...]) -> np.ndarray:
         values = part.read(stored, index)
         wanted = values.dtype if dtype is None else jnp.dtype(dtype)
-        # A copy even where nothing changes, since a view would hold on to the file.
-        return np.array(values, wanted, order="C")
+        return np.ascontiguousarray(values, wanted)
 
     sharding = sharding_of(part.name, part.shape)
     if sharding is None:
