@@ -6,8 +6,16 @@
 `B` is the batch, `L` the context, `N` and `M` the tokens of the splits.
 """
 
-from swe_prune.data.dataset import TextData, load
+from swe_prune.data.dataset import TextData, Tokenizer, load
 from swe_prune.data.tokenizer import CharTokenizer
 from swe_prune.data.windows import Batch, eval_batches, train_iterator
 
-__all__ = ["Batch", "CharTokenizer", "TextData", "eval_batches", "load", "train_iterator"]
+__all__ = [
+    "Batch",
+    "CharTokenizer",
+    "TextData",
+    "Tokenizer",
+    "eval_batches",
+    "load",
+    "train_iterator",
+]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Int, Int32, UInt
+from jaxtyping import Int, Int32, Integer
 
 from swe_prune.errors import InputError
 
@@ -19,7 +19,7 @@ Batch = Mapping[str, Int32[np.ndarray, "B L"]]
 
 
 def train_iterator(
-    tokens: UInt[np.ndarray, " N"],
+    tokens: Integer[np.ndarray, " N"],
     *,
     context: int,
     batch: int,
@@ -72,7 +72,7 @@ def train_iterator(
 
 
 def eval_batches(
-    tokens: UInt[np.ndarray, " N"], *, context: int, windows: int, batch: int
+    tokens: Integer[np.ndarray, " N"], *, context: int, windows: int, batch: int
 ) -> list[Batch]:
     """Returns fixed windows, evenly spaced from the first token to the last, in batches.
 
@@ -97,7 +97,7 @@ def eval_batches(
     return [_cut(tokens, chunk, context) for chunk in starts.reshape(-1, batch)]
 
 
-def _cut(tokens: UInt[np.ndarray, " N"], starts: Int[np.ndarray, " B"], context: int) -> Batch:
+def _cut(tokens: Integer[np.ndarray, " N"], starts: Int[np.ndarray, " B"], context: int) -> Batch:
     window_BxL1 = tokens[starts[:, None] + np.arange(context + 1)]
     return {
         "inputs": window_BxL1[:, :-1].astype(np.int32),
@@ -105,7 +105,7 @@ def _cut(tokens: UInt[np.ndarray, " N"], starts: Int[np.ndarray, " B"], context:
     }
 
 
-def _check_length(tokens: UInt[np.ndarray, " N"], context: int) -> None:
+def _check_length(tokens: Integer[np.ndarray, " N"], context: int) -> None:
     if context < 1 or len(tokens) <= context:
         raise InputError(
             f"{len(tokens)} tokens are too few for a window of context = {context}, which needs "

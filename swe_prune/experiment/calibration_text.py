@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt
+from jaxtyping import Integer
 
 from swe_prune import allocation, importance
 from swe_prune.config import CalibrationConfig
@@ -24,7 +24,7 @@ def calibrated(cell: Cell) -> bool:
 
 
 def windows(
-    tokens: UInt[np.ndarray, " N"], context: int, settings: CalibrationConfig
+    tokens: Integer[np.ndarray, " N"], context: int, settings: CalibrationConfig
 ) -> list[dict[str, Any]]:
     """Returns random windows of a text, in batches; the same for the same seed.
 
