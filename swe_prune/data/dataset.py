@@ -1,7 +1,7 @@
 """A text as token ids, ready to train on: `load`."""
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Integer
@@ -17,19 +17,14 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids."""
+        """One more than the largest id."""
         ...
 
-    @property
-    def dtype(self) -> np.dtype:
-        """Of the ids."""
-        ...
-
-    def encode(self, text: str) -> Integer[np.ndarray, " N"]:
+    def encode(self, text: str, /) -> Integer[np.ndarray, " N"]:
         """Returns the ids of a text."""
         ...
 
-    def decode(self, ids: Integer[np.ndarray, " N"]) -> str:
+    def decode(self, ids: Any, /) -> str:
         """Returns the text of ids."""
         ...
 

@@ -97,6 +97,38 @@ def eval_batches(
     return [_cut(tokens, chunk, context) for chunk in starts.reshape(-1, batch)]
 
 
+def random_batches(
+    tokens: Integer[np.ndarray, " N"],
+    *,
+    context: int,
+    windows: int,
+    batch: int,
+    seed: int,
+    setting: str = "windows",
+) -> list[Batch]:
+    """Returns windows of a text drawn without repeating a start, in batches; the last may be less.
+
+    Args:
+        tokens: of the text.
+        context: L.
+        windows: how many.
+        batch: B.
+        seed: of the choice, which is the same for the same seed.
+        setting: what the number of windows is called in an error.
+
+    Raises:
+        InputError: the text has not so many windows.
+    """
+    there = len(tokens) - context
+    if windows > there:
+        raise InputError(
+            f"{setting} = {windows} is more than the {max(0, there)} windows of {context} tokens "
+            "that the training text has; lower it or give more text"
+        )
+    starts = np.random.default_rng(seed).choice(there, windows, replace=False)
+    return [_cut(tokens, starts[at : at + batch], context) for at in range(0, windows, batch)]
+
+
 def _cut(tokens: Integer[np.ndarray, " N"], starts: Int[np.ndarray, " B"], context: int) -> Batch:
     window_BxL1 = tokens[starts[:, None] + np.arange(context + 1)]
     return {
