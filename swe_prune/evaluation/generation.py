@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from swe_prune.errors import InputError
 from swe_prune.evaluation.sampling import Sampling, draw
-from swe_prune.evaluation.token_losses import check_tokens, context_of
+from swe_prune.evaluation.token_losses import bucket, check_tokens, context_of
 from swe_prune.models import gpt
 
-LENGTHS = 32
-"""Prompts are padded to a multiple of so many tokens, so that few programs are compiled."""
+CHECKED = 32
+"""Every so many tokens it is asked whether a text has come to its end."""
 AT_ONCE = 128
 """Tokens of the prompts that the model takes at a time, whose logits are in memory together."""
 
@@ -27,7 +27,7 @@ class Generated:
 
     Attributes:
         tokens: the new tokens of each, without the prompt and without the final eos_id.
-        ended: for each, whether it ended by itself, with eos_id.
+        ended: for each, whether it ended with eos_id.
     """
 
     tokens: tuple[tuple[int, ...], ...]
@@ -43,14 +43,15 @@ def generate(
     sampling: Sampling,
     seed: int,
     eos_id: int | None = None,
+    stop: Callable[[Sequence[int]], bool] | None = None,
 ) -> Generated:
     """Returns up to `max_new_tokens` more tokens for each prompt.
 
-    The prompts are padded on the left and run together: one program, compiled for the number of
-    prompts, their padded length and `max_new_tokens`, takes them in and then loops until all have
-    ended. What a prompt is answered depends on the seed and on its place among the prompts, and
-    not on what the others are; but for the rounding of products of other shapes, and for rotary
-    positions that are scaled by the longest text ("dynamic" and "longrope").
+    The prompts are padded on the left and run together: one program takes them in, another loops
+    until all have ended, compiled for the number of prompts, their padded length and
+    `max_new_tokens`. What a prompt is answered depends on the seed and on its place among the
+    prompts, and not on what the others are; but for the rounding of products of other shapes, and
+    for rotary positions that are scaled by the longest text ("dynamic" and "longrope").
 
     Args:
         model: of `models.gpt`.
@@ -60,6 +61,8 @@ def generate(
         sampling: how each token is chosen.
         seed: of what is drawn.
         eos_id: the token that ends a text; None: none does.
+        stop: asked about the new tokens of each prompt after every CHECKED of them; where it says
+            True the rest is not made, and what was made is returned whole. None: never asked.
 
     Raises:
         InputError: no prompt or an empty one, tokens that the model does not have, or a prompt
@@ -74,14 +77,20 @@ def generate(
         valid_BxL[number, length - len(row) :] = True
     key = jax.random.key(seed)
     eos = -1 if eos_id is None else eos_id  # no token is -1
-    new_BxN = np.asarray(
-        _generate(model, sampling, max_new_tokens, params, tokens_BxL, valid_BxL, key, eos)
-    )
-    is_eos_BxN = new_BxN == eos
-    ended = is_eos_BxN.any(axis=1)
-    kept = np.where(ended, is_eos_BxN.argmax(axis=1), max_new_tokens)
-    tokens = tuple(tuple(row[:n].tolist()) for row, n in zip(new_BxN, kept, strict=True))
-    return Generated(tokens, tuple(ended.tolist()))
+    state = _begin(model, sampling, max_new_tokens, params, tokens_BxL, valid_BxL, key, eos)
+    until = max_new_tokens if stop is None else 1
+    while True:
+        state = _go_on(model, sampling, params, state, key, eos, until)
+        texts = _texts(state, eos)
+        if int(state.step) < until or until == max_new_tokens:
+            break
+        assert stop is not None
+        done_B = [ended or stop(text) for text, ended in zip(*texts, strict=True)]
+        if all(done_B):
+            break
+        state = dataclasses.replace(state, done_B=state.done_B | np.asarray(done_B))
+        until = min(until + CHECKED, max_new_tokens)
+    return Generated(*texts)
 
 
 def _checked(model: Any, rows: list[np.ndarray], max_new_tokens: int) -> int:
@@ -97,21 +106,60 @@ def _checked(model: Any, rows: list[np.ndarray], max_new_tokens: int) -> int:
             )
         check_tokens(model, row, f"prompt {number}")
     longest = max(map(len, rows))
-    padded = -(-longest // LENGTHS) * LENGTHS
     context = context_of(model)
     if context is None:
-        return padded
+        return bucket(longest)
     if longest + max_new_tokens > context:
         raise InputError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
             f"context of {context}; shorten the prompt or ask for at most "
             f"{max(0, context - longest)} new tokens"
         )
-    return min(padded, context - max_new_tokens)
+    return bucket(longest, at_most=context - max_new_tokens)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """Of the texts so far.
+
+    Attributes:
+        step: new tokens made, int32.
+        new_BxN: they; what is not made yet is 0.
+        cache: of all tokens but the last.
+        done_B: whether a text needs no more.
+    """
+
+    step: Int[Array, ""]
+    new_BxN: Int[Array, "B N"]
+    cache: gpt.Cache
+    done_B: Bool[Array, " B"]
+
+
+def _texts(state: _State, eos: int) -> tuple[tuple[tuple[int, ...], ...], tuple[bool, ...]]:
+    """Returns the new tokens of each text before its `eos`, and whether it has one."""
+    new_BxS = np.asarray(state.new_BxN)[:, : int(state.step)]
+    is_eos_BxS = new_BxS == eos
+    ended_B = is_eos_BxS.any(axis=1)
+    kept_B = np.where(ended_B, is_eos_BxS.argmax(axis=1), new_BxS.shape[1])
+    texts = (tuple(row[:n].tolist()) for row, n in zip(new_BxS, kept_B, strict=True))
+    return tuple(texts), tuple(ended_B.tolist())
+
+
+def _chosen(
+    state: _State, logits_BxV: Array, key: Array, sampling: Sampling, cache: Any, eos: Any
+) -> _State:
+    """Returns the state with one more token of each text."""
+    batch = len(logits_BxV)
+    of_row_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(of_row_B, state.step)
+    token_B = draw(logits_BxV, keys_B, sampling)
+    new_BxN = state.new_BxN.at[:, state.step].set(token_B)
+    return _State(state.step + 1, new_BxN, cache, state.done_B | (token_B == eos))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(
+def _begin(
     model: Any,
     sampling: Sampling,
     new: int,
@@ -120,35 +168,39 @@ def _generate(
     valid_BxL: Bool[Array, "B L"],
     key: Key[Array, ""],
     eos: Int[Array, ""],
-) -> Int[Array, "B N"]:
-    """Returns the new tokens; what follows a row's `eos` means nothing."""
+) -> _State:
+    """Returns the state with the prompts taken in and the first new token of each."""
     batch, length = tokens_BxL.shape
-    rows_B = jnp.arange(batch)
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, rows_B)
-
-    def choose(logits_BxV: Array, step: Any) -> Array:
-        of_step_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-        return draw(logits_BxV, of_step_B, sampling)
-
-    def going_on(state: Any) -> Array:
-        step, _, _, _, done_B = state
-        return (step < new) & ~done_B.all()
-
-    def go_on(state: Any) -> Any:
-        step, token_B, new_BxN, cache, done_B = state
-        logits_Bx1xV, cache = model.apply(
-            {"params": params}, token_B[:, None], cache, method="decode"
-        )
-        token_B = choose(logits_Bx1xV[:, -1], step)
-        new_BxN = new_BxN.at[:, step].set(token_B)
-        return step + 1, token_B, new_BxN, cache, done_B | (token_B == eos)
-
     cache = gpt.empty_cache(model.config, batch, length + new)
     logits_BxV, cache = _taken_in(model, params, tokens_BxL, valid_BxL, cache)
-    token_B = choose(logits_BxV, 0)
-    new_BxN = jnp.zeros((batch, new), jnp.int32).at[:, 0].set(token_B)
-    state = (jnp.int32(1), token_B, new_BxN, cache, token_B == eos)
-    return jax.lax.while_loop(going_on, go_on, state)[2]
+    new_BxN = jnp.zeros((batch, new), jnp.int32)
+    empty = _State(jnp.int32(0), new_BxN, cache, jnp.zeros(batch, bool))
+    return _chosen(empty, logits_BxV, key, sampling, cache, eos)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _go_on(
+    model: Any,
+    sampling: Sampling,
+    params: PyTree,
+    state: _State,
+    key: Key[Array, ""],
+    eos: Int[Array, ""],
+    until: Int[Array, ""],
+) -> _State:
+    """Returns the state when all texts are done or have `until` new tokens."""
+
+    def going_on(state: _State) -> Array:
+        return (state.step < until) & ~state.done_B.all()
+
+    def one_more(state: _State) -> _State:
+        last_Bx1 = jax.lax.dynamic_slice_in_dim(state.new_BxN, state.step - 1, 1, axis=1)
+        logits_Bx1xV, cache = model.apply(
+            {"params": params}, last_Bx1, state.cache, method="decode"
+        )
+        return _chosen(state, logits_Bx1xV[:, -1], key, sampling, cache, eos)
+
+    return jax.lax.while_loop(going_on, one_more, state)
 
 
 def _taken_in(

@@ -82,9 +82,12 @@ def perplexity(
     if text_bytes is not None and text_bytes < 1:
         raise InputError(f"text_bytes = {text_bytes} cannot be; give the bytes of the text")
     windows = of_windows.of_text(model, tokens, protocol, bos_id)
-    loss_WxM = of_windows.in_batches(
-        lambda tokens_BxL: token_losses(model, params, tokens_BxL)[0], windows, batch
-    )
+
+    def losses(tokens_BxL: np.ndarray) -> Any:
+        following_BxL = np.roll(tokens_BxL, -1, axis=1)
+        return token_losses(model, params, tokens_BxL, following_BxL)[0][:, :-1]
+
+    loss_WxM = of_windows.in_batches(losses, windows, batch)
     mean, error = of_windows.mean_of_scored(loss_WxM, windows)
     return PerplexityResult(
         protocol,
