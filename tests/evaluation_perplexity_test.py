@@ -182,7 +182,7 @@ def test_one_window_has_no_standard_error(small):
         ({"protocol": Protocol("bos", 8, 8, "text")}, "no bos_id was given"),
         ({"protocol": Protocol("bos", 8, 7, "window"), "bos_id": int(TOKENS[0])}, "start with the"),
         ({"batch": 0}, "batch = 0"),
-        ({"windows_limit": 0}, "windows_limit = 0"),
+        ({"windows_limit": 0}, "limit = 0"),
         ({"text_bytes": 0}, "text_bytes = 0"),
     ],
 )

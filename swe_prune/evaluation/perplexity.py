@@ -4,14 +4,13 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Int, PyTree
 
 from swe_prune.errors import InputError
-from swe_prune.evaluation import protocols
+from swe_prune.evaluation import windows as of_windows
 from swe_prune.evaluation.protocols import Protocol
-from swe_prune.evaluation.token_losses import check_tokens, context_of, token_losses
+from swe_prune.evaluation.token_losses import token_losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,35 +75,26 @@ def perplexity(
         InputError: no or too little text, windows beyond the model's context, tokens that it does
             not have, a missing BOS, or a batch or limit below 1.
     """
-    for name, value in (
-        ("batch", batch),
-        ("windows_limit", windows_limit),
-        ("text_bytes", text_bytes),
-    ):
-        if value is not None and value < 1:
-            raise InputError(f"{name} = {value} cannot be used; give 1 or more")
-    context = context_of(model)
-    if context is not None and protocol.window > context:
-        raise InputError(
-            f"the windows of protocol {protocol.name!r} have {protocol.window} tokens and the "
-            f"model a context of {context}; take the protocol with window={context} or less"
-        )
     if windows_limit is not None:
         protocol = dataclasses.replace(
             protocol, name=f"{protocol.name}, {windows_limit} windows", limit=windows_limit
         )
-    cut = protocols.cut(tokens, protocol, bos_id=bos_id)
-    check_tokens(model, np.append(tokens, cut.tokens_WxL[0, 0]), "the text")
-    loss_WxM = _losses(model, params, cut.tokens_WxL, batch)
-    nats_W = np.where(cut.scored_WxL[:, 1:], loss_WxM, 0).sum(axis=1)
-    count_W = cut.scored_WxL.sum(axis=1)
-    mean = float(nats_W.sum() / count_W.sum())
+    if text_bytes is not None and text_bytes < 1:
+        raise InputError(f"text_bytes = {text_bytes} cannot be; give the bytes of the text")
+    windows = of_windows.of_text(model, tokens, protocol, bos_id)
+
+    def losses(tokens_BxL: np.ndarray) -> Any:
+        following_BxL = np.roll(tokens_BxL, -1, axis=1)
+        return token_losses(model, params, tokens_BxL, following_BxL)[0][:, :-1]
+
+    loss_WxM = of_windows.in_batches(losses, windows, batch)
+    mean, error = of_windows.mean_of_scored(loss_WxM, windows)
     return PerplexityResult(
         protocol,
         nats_per_token=mean,
-        standard_error=_standard_error(nats_W, count_W),
-        tokens=int(count_W.sum()),
-        windows=len(count_W),
+        standard_error=error,
+        tokens=int(windows.scored_WxL.sum()),
+        windows=len(windows.tokens_WxL),
         bits_per_byte=text_bytes and mean / math.log(2) * len(tokens) / text_bytes,
     )
 
@@ -144,25 +134,3 @@ def gate(dense: PerplexityResult, *, uniform: int, at_most: float | None = None)
             f"{found}, above the {at_most:.6g} that it should have at most, so nothing pruned from "
             "it can be judged; check the text, the protocol and the import, or correct at_most"
         )
-
-
-def _losses(model: Any, params: PyTree, tokens_WxL: np.ndarray, batch: int) -> np.ndarray:
-    """Returns the loss of every token but the windows' first, float64 W x (L - 1)."""
-    count = len(tokens_WxL)
-    batch = min(batch, count)
-    fill = -count % batch
-    filled = np.concatenate([tokens_WxL, np.repeat(tokens_WxL[-1:], fill, axis=0)])
-    losses = []
-    for at in range(0, count, batch):
-        losses.append(token_losses(model, params, filled[at : at + batch])[0])
-    return np.concatenate(jax.device_get(losses))[:count].astype(np.float64)
-
-
-def _standard_error(nats_W: np.ndarray, count_W: np.ndarray) -> float | None:
-    """Returns that of Σ nats / Σ count, by linearization (Cochran 1977, section 6.3)."""
-    windows = len(nats_W)
-    if windows < 2:
-        return None
-    with np.errstate(invalid="ignore"):  # inf - inf, of a model that is broken
-        off_W = nats_W - nats_W.sum() / count_W.sum() * count_W
-    return float(np.sqrt(windows / (windows - 1) * (off_W**2).sum()) / count_W.sum())

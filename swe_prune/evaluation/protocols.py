@@ -8,9 +8,6 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-from jaxtyping import Bool, Int, Int32
-
 from swe_prune.errors import InputError, did_you_mean
 
 BOS = ("none", "text", "window")
@@ -72,19 +69,6 @@ class Protocol:
         return self.join.join(documents)
 
 
-@dataclasses.dataclass(frozen=True)
-class Windows:
-    """The windows of a text, W of them.
-
-    Attributes:
-        tokens_WxL: int32; the last may be padded with 0 on its right.
-        scored_WxL: bool, which tokens count; never a window's first.
-    """
-
-    tokens_WxL: Int32[np.ndarray, "W L"]
-    scored_WxL: Bool[np.ndarray, "W L"]
-
-
 _PROTOCOLS = (
     Protocol("wikitext2", 2048, 2048, bos="text"),
     Protocol("c4", 2048, 2048, bos="text", join=" ", limit=256),
@@ -137,65 +121,3 @@ def get(
         of_text = (window or known.window) - ((bos or known.bos) == "window")
         changes["stride"] = max(1, known.stride * of_text // known.of_text)
     return dataclasses.replace(known, name=name + described, **changes)
-
-
-def cut(
-    tokens: Int[np.ndarray, " N"],
-    protocol: Protocol,
-    *,
-    bos_id: int | None = None,
-) -> Windows:
-    """Returns the windows of a text that a protocol scores.
-
-    Args:
-        tokens: of the whole text, without BOS.
-        protocol: which windows.
-        bos_id: of the tokenizer; needed where the protocol has a BOS.
-
-    Raises:
-        InputError: too few tokens, or a BOS that is missing or there already.
-    """
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 1:
-        raise InputError(
-            f"the text's tokens have shape {tokens.shape}; give those of the whole text in one row"
-        )
-    first = 0 if protocol.bos == "none" else _checked_bos(tokens, protocol, bos_id)
-    if protocol.bos == "text":
-        tokens = np.concatenate([[first], tokens])
-    bos_first, of_text, stride = protocol.bos == "window", protocol.of_text, protocol.stride
-    needed = 2 - bos_first if protocol.partial else of_text
-    if len(tokens) < needed:
-        raise InputError(
-            f"the text has {len(tokens)} tokens and protocol {protocol.name!r} needs {needed} for "
-            "one window; give more text or a protocol with a smaller window"
-        )
-    further = max(0, len(tokens) - of_text)
-    count = 1 + (-(-further // stride) if protocol.partial else further // stride)
-    count = min(count, protocol.limit or count)
-    at_WxT = np.arange(count)[:, None] * stride + np.arange(of_text)
-    there_WxT = at_WxT < len(tokens)
-    text_WxT = np.where(there_WxT, tokens[np.minimum(at_WxT, len(tokens) - 1)], 0)
-    scored_WxT = there_WxT.copy()
-    scored_WxT[1:, : of_text - stride] = False
-    if bos_first:
-        text_WxT = np.concatenate([np.full((count, 1), first), text_WxT], axis=1)
-        scored_WxT = np.concatenate([np.zeros((count, 1), bool), scored_WxT], axis=1)
-    scored_WxT[:, 0] = False
-    filled = scored_WxT.any(axis=1)  # a window of one token left over has nothing before it
-    return Windows(text_WxT.astype(np.int32)[filled], scored_WxT[filled])
-
-
-def _checked_bos(tokens: np.ndarray, protocol: Protocol, bos_id: int | None) -> int:
-    if bos_id is None:
-        raise InputError(
-            f"protocol {protocol.name!r} has a beginning-of-sequence token (bos = "
-            f"{protocol.bos!r}) and no bos_id was given; give the tokenizer's, or take the "
-            "protocol with bos='none' where the model was trained without"
-        )
-    if len(tokens) and tokens[0] == bos_id:
-        raise InputError(
-            f"the text's tokens start with the beginning-of-sequence token {bos_id} already, which "
-            f"protocol {protocol.name!r} adds; encode the text without special tokens"
-        )
-    return bos_id

@@ -17,11 +17,11 @@ LOGITS_BYTES = 2**28
 
 @functools.partial(jax.jit, static_argnames="model")
 def token_losses(
-    model: Any, params: PyTree, tokens_BxL: Int[Array, "B L"]
-) -> tuple[Float[Array, "B L-1"], Bool[Array, "B L-1"]]:
-    """Returns what each token but a row's first costs, and whether it was the likeliest.
+    model: Any, params: PyTree, tokens_BxL: Int[Array, "B L"], targets_BxL: Int[Array, "B L"]
+) -> tuple[Float[Array, "B L"], Bool[Array, "B L"]]:
+    """Returns what each target costs after the tokens up to its place, and if it was the likeliest.
 
-        loss[b, i] = logsumexp(logits[b, i]) - logits[b, i, tokens[b, i + 1]]
+        loss[b, i] = logsumexp(logits[b, i]) - logits[b, i, targets[b, i]]
 
     A row may be padded on its right: a causal model does not see what follows. Compiled once for a
     model and a shape; the rows are run a few at a time, so that the logits of LOGITS_BYTES or of
@@ -30,20 +30,23 @@ def token_losses(
     Args:
         model: a Flax Linen module, called with {"params": params} and int32 tokens_BxL.
         params: its weights.
-        tokens_BxL: int32; a row's first token is context alone.
+        tokens_BxL: int32.
+        targets_BxL: int32; in a text, tokens_BxL one place on.
 
     Returns:
-        Nats, float32, and bool; both B x (L - 1).
+        Nats, float32, and bool.
     """
 
-    def of_rows(tokens_RxL: Array) -> tuple[Array, Array]:
-        logits_RxLxV = model.apply({"params": params}, tokens_RxL)[:, :-1].astype(jnp.float32)
-        targets_RxL = tokens_RxL[:, 1:]
+    def of_rows(rows: tuple[Array, Array]) -> tuple[Array, Array]:
+        tokens_RxL, targets_RxL = rows
+        logits_RxLxV = model.apply({"params": params}, tokens_RxL).astype(jnp.float32)
         of_target_RxL = jnp.take_along_axis(logits_RxLxV, targets_RxL[..., None], axis=-1)[..., 0]
         loss_RxL = jax.nn.logsumexp(logits_RxLxV, axis=-1) - of_target_RxL
         return loss_RxL, jnp.argmax(logits_RxLxV, axis=-1) == targets_RxL
 
-    return by_rows(of_rows, tokens_BxL, logits_shape(model, params, tokens_BxL.shape))
+    return by_rows(
+        of_rows, (tokens_BxL, targets_BxL), logits_shape(model, params, tokens_BxL.shape)
+    )
 
 
 def logits_shape(model: Any, params: PyTree, tokens_shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -91,3 +94,21 @@ def check_tokens(model: Any, tokens: Int[np.ndarray, "..."], what: str) -> None:
             f"{what} has token ids from {low} to {high} and the model a vocabulary of "
             f"{vocab_size}; encode it with the tokenizer that the model was trained with"
         )
+
+
+def bucket(length: int, at_most: int | None = None) -> int:
+    """Returns the length that rows of `length` tokens are padded to, so that few programs do.
+
+    The next of 32, 48, 64, 96, 128, 192, …: by at most a half, and two programs for each doubling.
+
+    Args:
+        length: of the longest row.
+        at_most: never more than this; None: no bound.
+
+    >>> [bucket(length) for length in (1, 33, 64, 65, 1000)], bucket(1000, at_most=1010)
+    ([32, 48, 64, 96, 1024], 1010)
+    """
+    padded = 32
+    while padded < length:
+        padded = padded * 3 // 2 if padded & (padded - 1) == 0 else padded // 3 * 4
+    return padded if at_most is None else min(padded, at_most)
