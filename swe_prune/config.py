@@ -33,8 +33,29 @@ RECOVERIES = ("none", "finetune", "rewarm", "rewind")
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions and their scaling to longer texts; see `models/rope.py`."""
+
+    theta: float = 10000.0
+    share: float = 1.0  # of a head's width that is rotated
+    scaling: str = "none"  # or "linear", "dynamic", "yarn", "llama3", "longrope"
+    factor: float | None = None  # None: context / original_context
+    original_context: int | None = None  # before scaling; None: context
+    low_frequency: float = 1.0  # of "llama3", like the next
+    high_frequency: float = 4.0
+    beta_fast: float = 32.0  # of "yarn", like the next two
+    beta_slow: float = 1.0
+    truncate: bool = True
+    mscale: float | None = None  # of "yarn", like the next: both or neither
+    mscale_all: float | None = None
+    attention_factor: float | None = None  # of "yarn" and "longrope"; None: the paper's
+    short_factors: tuple[float, ...] = ()  # of "longrope", one for each frequency, like the next
+    long_factors: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only Transformer; see `models/gpt.py`."""
+    """A decoder-only Transformer: GPT-2, Llama, Mistral or Phi-3; see `models/gpt.py`."""
 
     layers: int = 6
     heads: int = 6
@@ -45,11 +66,39 @@ class ModelConfig:
     activation: str = "gelu"
     use_bias: bool = False
     qkv_bias: bool | None = None  # None: as use_bias
+    out_bias: bool | None = None  # of the attention's output; None: as use_bias
+    mlp_bias: bool | None = None  # None: as use_bias
     tied_head: bool = True
     dropout: float = 0.0
     dtype: str = "float32"  # of the computation; parameters are float32
     remat: bool = False  # training runs each block twice and keeps only what enters it: less memory
     scan_layers: bool = False  # training loops over one compiled block: compiles sooner when deep
+    hidden: int | None = None  # width of the MLP; None: hidden_ratio * width
+    kv_heads: int | None = (
+        None  # heads of keys and values, shared by groups of queries; None: heads
+    )
+    head_width: int | None = None  # None: width / heads
+    gated: bool = False  # the MLP is down(activation(gate(x)) * up(x))
+    norm: str = "layer"  # or "rms"
+    norm_epsilon: float = 1e-5
+    positions: str = "learned"  # or "rope"
+    rope: RopeConfig = RopeConfig()
+    window: int | None = None  # a token sees itself and the window - 1 before it; None: all
+
+    @property
+    def head_size(self) -> int:
+        """K, the width of one head."""
+        return self.width // self.heads if self.head_width is None else self.head_width
+
+    @property
+    def key_heads(self) -> int:
+        """G, how many heads keys and values have."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def hidden_size(self) -> int:
+        """F, the hidden width of the MLP."""
+        return self.hidden_ratio * self.width if self.hidden is None else self.hidden
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,7 +445,11 @@ def validate(config: Config) -> None:
         name = {ModelConfig: "model.", DataConfig: "data."}.get(type(group), "")
         for key in keys.split():
             need(getattr(group, key) >= 1, name + key, getattr(group, key), "give at least 1")
-    need(model.width % model.heads == 0, "model.width", model.width, "make it a multiple of heads")
+    need(model.head_width is not None or model.width % model.heads == 0,
+         "model.width", model.width, "make it a multiple of heads")  # fmt: skip
+    for key in ("hidden", "kv_heads", "head_width", "window"):
+        value = getattr(model, key)
+        need(value is None or value >= 1, f"model.{key}", value, "give at least 1")
     need(0 <= model.dropout < 1, "model.dropout", model.dropout, "give a share in [0, 1)")
     need(
         data.eval_windows % data.eval_batch == 0,

@@ -12,7 +12,7 @@ HOUSE = [
     "version", "errors", "supervisor", "processes", "tree", "config", "sweep", "trajectory",
     "select", "schedules", "importance", "allocation", "patterns", "masks", "sparse_training",
     "one_call", "calibration", "blockwise", "models", "data", "training", "structured", "parallel",
-    "checkpoint", "evaluation", "interop", "experiment", "report", "cli", "__main__",
+    "checkpoint", "evaluation", "interop", "pretrained", "experiment", "report", "cli", "__main__",
 ]  # fmt: skip
 
 

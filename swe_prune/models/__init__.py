@@ -5,7 +5,8 @@ One legend for the letters that carry shapes in names (`x_BxLxD`), here and in t
     B  batch, sequences           V  vocabulary, symbols
     L  length, tokens             N  B * L, tokens of the whole batch as one axis
     D  model width                F  hidden width of the MLP
-    H  attention heads            K  width of one head, D // H
+    H  attention heads            K  width of one head
+    G  heads of keys and values   T  tokens whose keys are there to be seen
     R  inputs of a kernel         C  outputs of a kernel (a Flax Dense kernel is R x C)
-    Q  queries of one part of the attention
+    Q  queries of one part of the attention, S those of all heads of a group, H // G * Q
 """
