@@ -68,6 +68,7 @@ class ModelConfig:
     qkv_bias: bool | None = None  # None: as use_bias
     out_bias: bool | None = None  # of the attention's output; None: as use_bias
     mlp_bias: bool | None = None  # None: as use_bias
+    head_bias: bool | None = None  # of a head that is not tied; None: as use_bias
     tied_head: bool = True
     dropout: float = 0.0
     dtype: str = "float32"  # of the computation; parameters are float32
