@@ -38,8 +38,8 @@ def checked(settings: PruneSettings) -> None:
     n_of_m = settings.pattern is not None and patterns.is_n_of_m(settings.pattern)
     if n_of_m and (settings.sparsity is not None or settings.allocation is not None):
         raise InputError(
-            f"--pattern={settings.pattern} fixes the sparsity of every tensor; leave out --sparsity "
-            "and --allocation"
+            f"--pattern={settings.pattern} fixes the sparsity of every tensor; leave out "
+            "--sparsity and --allocation"
         )
     if not n_of_m and (settings.sparsity is None or not 0 <= settings.sparsity < 1):
         raise InputError(
@@ -116,9 +116,9 @@ def pruned(
     criterion = importance.get(settings.criterion)
     if criterion.measures and stats is None:
         raise InputError(
-            f"criterion {criterion.name!r} judges weights by their trajectory, and {settings.model} "
-            "has none; make one with: python -m swe_prune finetune --track --model=… --out=DIR, and "
-            "give --model=DIR"
+            f"criterion {criterion.name!r} judges weights by their trajectory, and "
+            f"{settings.model} has none of {', '.join(criterion.measures)}; make one with "
+            "'python -m swe_prune finetune --track --model=… --out=DIR' and give --model=DIR"
         )
     loss = functools.partial(_loss, module)
     measured = _measured(criterion, module, params, batches, loss)
