@@ -139,7 +139,7 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     if given.teacher is not None:
         teacher = _like(model, interop.load(given.teacher, tokenizer=False), given.teacher)
     start, dtypes = tuning.as_float32(model.params)
-    params, stats = tuning.tuned(trained, start, mask, teacher, used, given, progress)
+    params, mask, stats = tuning.tuned(trained, start, mask, teacher, used, given, progress)
     params = tree.map_named(lambda name, leaf: leaf.astype(dtypes[name]), params)
     after = judging.judge(module, params, model, text, given)
     how = {"text": used.name, **{k: getattr(given, k) for k in ("steps", "batch", "learning_rate")}}

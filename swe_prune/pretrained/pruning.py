@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from swe_prune import allocation, blockwise, calibration, importance, masks, patterns, tree
 from swe_prune.blockwise import KernelReport
+from swe_prune.blockwise.solver import check_sparsity
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.pretrained.settings import PruneSettings, number
 from swe_prune.training import step as step_lib
@@ -132,6 +133,8 @@ def pruned(
         **dict(options(settings)),
     )
     share: Any = settings.sparsity
+    if settings.pattern is not None and patterns.is_n_of_m(settings.pattern):
+        share, _ = check_sparsity(None, settings.pattern)
     if settings.allocation is not None:
         share = allocation.allocate(
             settings.allocation, share, scores=scores, params=params, loss=loss, batches=batches

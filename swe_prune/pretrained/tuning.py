@@ -79,13 +79,13 @@ def tuned(
     text: Text,
     settings: FinetuneSettings,
     progress: Progress,
-) -> tuple[PyTree, TrajectoryStats | None]:
-    """Returns the parameters after fine-tuning, and their trajectory where it was tracked.
+) -> tuple[PyTree, PyTree | None, TrajectoryStats | None]:
+    """Returns the parameters after fine-tuning, the masks, and the trajectory if it was tracked.
 
     Args:
         module: the model.
         params: float32 weights; given up.
-        masks: bool pytree, None where dense; held. None: nothing is pruned.
+        masks: bool pytree, None where dense; held, and given up. None: nothing is pruned.
         teacher: weights of the dense model, or None.
         text: to train on.
         settings: checked.
@@ -130,8 +130,8 @@ def tuned(
         work, state, lambda state, batch: step(state, batch, fixed), text, settings, progress
     )
     if settings.lora_rank is not None:
-        return lora.merge(params, state.params, masks), None
-    return state.params, state.stats
+        return lora.merge(params, state.params, masks), masks, None
+    return state.params, state.masks, state.stats
 
 
 def _fit(
