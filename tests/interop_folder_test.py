@@ -186,7 +186,10 @@ def test_a_path_that_leaves_the_folder_is_refused(sharded):
     def send(to):
         def change(index):
             for name, file in index["weight_map"].items():
-                if file not in {path.name for path in sharded.glob("model-*")} or file == first.name:
+                if (
+                    file not in {path.name for path in sharded.glob("model-*")}
+                    or file == first.name
+                ):
                     index["weight_map"][name] = to
 
         edit(sharded / INDEX, change)
@@ -236,25 +239,29 @@ def test_an_unknown_dtype_is_refused(whole):
 
 def test_a_missing_package_is_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(InputError, match=r"'safetensors', which is not installed.*swe-prune\[llm\]"):
+    with pytest.raises(
+        InputError, match=r"'safetensors', which is not installed.*swe-prune\[llm\]"
+    ):
         optional.require("safetensors", "reading")
 
 
 PEAK = """
-import sys, resource
-import jax.numpy as jnp
+import re, sys
 from swe_prune import interop
-(jnp.zeros(3) + 1).block_until_ready()
-import safetensors
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-model = interop.load(sys.argv[1])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+def peak():  # of this process; getrusage counts that of the one that started it, too
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+interop.load(sys.argv[1])  # a tiny one: what is imported and traced is no part of the model
+before = peak()
+model = interop.load(sys.argv[2])
+print(peak() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_model_is_never_twice_in_memory(tmp_path):
-    """At the peak there are the parameters, the largest tensor three times, and 30 MB for the rest.
+    """At the peak there are the parameters, the largest tensor three times, and 20 MB for the rest.
 
     Three: as it is read, turned round, and on its device.
     """
@@ -265,7 +272,8 @@ def test_the_model_is_never_twice_in_memory(tmp_path):
     size, largest = sum(leaf.nbytes for leaf in leaves), max(leaf.nbytes for leaf in leaves)
     assert size > 100e6
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", PEAK, str(path)]
+    tiny, _ = folder(tmp_path / "tiny", "llama")
+    command = [sys.executable, "-c", PEAK, str(tiny), str(path)]
     home = Path(__file__).parents[1]
     done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < size + 3 * largest + 30e6
+    assert size < int(done.stdout) < size + 3 * largest + 20e6

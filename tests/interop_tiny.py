@@ -120,9 +120,7 @@ def decoded(made, tokens_BxL, prompt, valid_BxL=None):
     for step in steps:
         valid = None if valid_BxL is None else jnp.asarray(valid_BxL[:, step])
         variables = {"params": made.params}
-        out, cache = run(
-            variables, jnp.asarray(tokens_BxL[:, step]), cache, valid, method="decode"
-        )
+        out, cache = run(variables, jnp.asarray(tokens_BxL[:, step]), cache, valid, method="decode")
         found.append(np.asarray(out))
     return np.concatenate(found, axis=1)
 
