@@ -261,9 +261,9 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_model_is_never_twice_in_memory(tmp_path):
-    """At the peak there are the parameters, the largest tensor three times, and 20 MB for the rest.
+    """At the peak there are the parameters, and the largest tensor as it is read and turned round.
 
-    Three: as it is read, turned round, and on its device.
+    The allocator keeps some 30 MB of freed room between them; holding every tensor twice takes 290.
     """
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10}
     made = model("llama", **sizes, vocab_size=2000, num_attention_heads=8)
@@ -276,4 +276,4 @@ def test_the_model_is_never_twice_in_memory(tmp_path):
     command = [sys.executable, "-c", PEAK, str(tiny), str(path)]
     home = Path(__file__).parents[1]
     done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, check=True)
-    assert size < int(done.stdout) < size + 3 * largest + 20e6
+    assert size < int(done.stdout) < 1.25 * size + 2 * largest + 20e6
