@@ -303,7 +303,7 @@ class GPT(nn.Module):
                 "nd,vd->nv", x_NxD, table_VxD, preferred_element_type=jnp.float32
             )
         else:
-            logits_NxV = _dense(cfg, self.vocab_size, "head", cfg.use_bias)(x_NxD)
+            logits_NxV = _dense(cfg, self.vocab_size, "head", cfg.head_bias)(x_NxD)
         return logits_NxV.astype(jnp.float32).reshape(batch, length, self.vocab_size), cache
 
 

@@ -5,7 +5,8 @@ Pair i of a head's R rotated numbers turns by position * f_i, f_i = theta^(-2i/R
 
     none      as trained
     linear    f_i / factor                                   (Chen et al., 2306.15595)
-    dynamic   a larger theta once the text exceeds the context, by its length  ("NTK-aware")
+    dynamic   a larger theta once the text exceeds the original context, by its length
+              ("NTK-aware")
     yarn      between f_i / factor and f_i by a ramp over i  (Peng et al., 2309.00071)
     llama3    the same by wavelength, smoothly               (Llama 3.1's release)
     longrope  f_i / short_i, or / long_i once the text exceeds the original context
@@ -111,7 +112,7 @@ def frequencies(
     if rope.scaling == "linear":
         return jnp.asarray(plain_R / factor, jnp.float32), 1.0
     if rope.scaling == "dynamic":
-        stretched = factor * jnp.maximum(length, context) / context - (factor - 1)
+        stretched = factor * jnp.maximum(length, original) / original - (factor - 1)
         theta = rope.theta * stretched ** (rotated / (rotated - 2))
         return theta ** -jnp.asarray(exponents_R, jnp.float32), 1.0
     if rope.scaling == "yarn":

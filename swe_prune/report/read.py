@@ -35,7 +35,7 @@ COLUMNS = [
 ADDED = [
     "options", "allocation", "pattern", "schedule", "recovery", "dense_train_loss",
     "control_train_loss", "pruned_train_loss", "finetuned_train_loss", "generalisation_gap",
-    "control_gap",
+    "control_gap", "pruned_kl", "finetuned_kl", "pruned_repetition", "finetuned_repetition",
 ]  # fmt: skip
 """Columns that may follow; a table from before they were there does without."""
 

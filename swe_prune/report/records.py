@@ -40,6 +40,10 @@ class Row:
     finetuned_train_loss: float | None = None
     generalisation_gap: float | None = None
     control_gap: float | None = None
+    pruned_kl: float | None = None
+    finetuned_kl: float | None = None
+    pruned_repetition: float | None = None
+    finetuned_repetition: float | None = None
 
     @property
     def key(self) -> CellKey:

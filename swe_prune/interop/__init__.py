@@ -1,0 +1,48 @@
+"""Pretrained language models: in from Hugging Face folders and GGUF files, and out again.
+
+    model = interop.load("path/to/SmolLM2-135M")
+    logits_BxLxV = gpt.build(model.config, model.vocab_size).apply({"params": model.params}, tokens)
+    record = interop.PruningRecord("wanda")
+    interop.export("path/to/pruned", model, mask=mask, record=record)
+
+pretrained          `load`, and what it gives
+exporting           `export`: the folder that transformers loads
+families            config.json <-> ModelConfig
+rope_settings       its rotary positions
+tensor_names        the tables: which tensor of a file holds which parameter
+placing             the tables applied to one model: which slice of which tensor
+reading             tensor by tensor to parameters, each to its sharding
+safetensors_folder  a folder's files, checked
+gguf_file           a GGUF file
+tokenizer           text to ids, from whichever file has it
+weights_file        safetensors written tensor by tensor
+mask_file           masks, one bit for each weight
+"""
+
+from swe_prune.interop.exporting import PruningRecord, check_free, export
+from swe_prune.interop.families import FAMILIES, read_config, write_config
+from swe_prune.interop.mask_file import read_masks
+from swe_prune.interop.pretrained import (
+    Checkpoint,
+    Pretrained,
+    load,
+    located,
+    open_checkpoint,
+)
+from swe_prune.interop.tokenizer import PretrainedTokenizer
+
+__all__ = [
+    "FAMILIES",
+    "Checkpoint",
+    "Pretrained",
+    "PretrainedTokenizer",
+    "PruningRecord",
+    "check_free",
+    "export",
+    "load",
+    "located",
+    "open_checkpoint",
+    "read_config",
+    "read_masks",
+    "write_config",
+]

@@ -1,0 +1,255 @@
+"""A GGUF file of llama.cpp: its tensors, dequantized one at a time, and its settings.
+
+The settings become a config.json, as the model's Hugging Face folder would have it, so a model is
+understood in one way and can be exported as such a folder.
+
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (the format and its keys), and
+llama.cpp's convert_hf_to_gguf.py (what each architecture writes).
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from swe_prune.errors import InputError
+from swe_prune.interop.optional import require
+from swe_prune.interop.reading import Entry
+
+MAGIC = b"GGUF"
+ARCHITECTURES = ("llama", "phi3", "gpt2")
+"""Values of `general.architecture` that are supported."""
+
+_KEPT = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # not quantized, so kept
+_CHUNK = 1 << 20  # numbers that are dequantized at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufFile:
+    """The tensors of a GGUF file; a `reading.Source`.
+
+    Attributes:
+        path: of the file.
+        entries: shape and dtype of each tensor, by name; quantized ones are read as float32.
+        tensors: what the reader of the `gguf` package has of each, mapped from the file.
+        fields: its metadata by key; arrays stay unread.
+    """
+
+    path: Path
+    entries: Mapping[str, Entry]
+    tensors: Mapping[str, Any]
+    fields: Mapping[str, Any]
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[np.ndarray]:
+        """Gives a tensor, dequantized."""
+        yield _values(self.tensors[name], self.entries[name])
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Returns a value of the metadata, or the default where the file does not say."""
+        field = self.fields.get(key)
+        return default if field is None else field.contents()
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Returns the tensors and settings of a GGUF file; the tensors stay in the file.
+
+    Raises:
+        InputError: no GGUF file, one that is truncated or damaged, or a quantization that the
+            `gguf` package cannot undo.
+    """
+    gguf = require("gguf", "reading a GGUF file")
+    with open(path, "rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise InputError(f"{path} is no GGUF file: it does not begin with {MAGIC.decode()!r}")
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
+        # The reader slices beyond the end of a short file, and fails in many ways at what it gets.
+        raise InputError(
+            f"{path} is truncated or damaged: after {path.stat().st_size:,} bytes its tensors or "
+            f"settings go on ({_first_line(error)}); get it again"
+        ) from None
+    entries = {}
+    for tensor in reader.tensors:
+        kind = tensor.tensor_type
+        if kind.name not in _KEPT and not _undone(gguf, kind):
+            known = [one.name for one in gguf.GGMLQuantizationType if _undone(gguf, one)]
+            raise InputError(
+                f"{path} has {tensor.name!r} quantized as {kind.name}, which is not supported; "
+                f"supported are {', '.join(dict.fromkeys([*_KEPT, *known]))}"
+            )
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        entries[tensor.name] = Entry(shape, _KEPT.get(kind.name, "float32"))
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    return GgufFile(path, entries, tensors, reader.fields)
+
+
+def hf_config(file: GgufFile) -> dict[str, Any]:
+    """Returns the config.json that the model has as a Hugging Face folder.
+
+    Raises:
+        InputError: another architecture, a mixture of experts, or a setting that is missing.
+    """
+    name = file.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise InputError(
+            f"{file.path} has the architecture {name!r}, which is not supported; "
+            f"supported are {', '.join(ARCHITECTURES)}"
+        )
+    if file.get(f"{name}.expert_count"):
+        raise InputError(
+            f"{file.path} is a mixture of experts, which is not supported; supported are dense "
+            f"models of the architectures {', '.join(ARCHITECTURES)}"
+        )
+    config = _gpt2(file) if name == "gpt2" else _llama_like(file, name)
+    config |= {
+        "model_type": name,
+        "vocab_size": _embedding(file).shape[0],
+        "tie_word_embeddings": "output.weight" not in file.entries,
+    }
+    for key in ("bos", "eos"):
+        token = file.get(f"tokenizer.ggml.{key}_token_id")
+        if token is not None:
+            config[f"{key}_token_id"] = token
+    return config
+
+
+def _gpt2(file: GgufFile) -> dict[str, Any]:
+    return {
+        "n_embd": _needed(file, "gpt2.embedding_length"),
+        "n_inner": file.get("gpt2.feed_forward_length"),
+        "n_layer": _needed(file, "gpt2.block_count"),
+        "n_head": _needed(file, "gpt2.attention.head_count"),
+        "n_positions": _needed(file, "gpt2.context_length"),
+        "layer_norm_epsilon": _decimal(_needed(file, "gpt2.attention.layer_norm_epsilon")),
+    }
+
+
+def _llama_like(file: GgufFile, name: str) -> dict[str, Any]:
+    heads = _needed(file, f"{name}.attention.head_count")
+    width = _needed(file, f"{name}.embedding_length")
+    config = {
+        "hidden_size": width,
+        "intermediate_size": _needed(file, f"{name}.feed_forward_length"),
+        "num_hidden_layers": _needed(file, f"{name}.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": file.get(f"{name}.attention.head_count_kv", heads),
+        "head_dim": file.get(f"{name}.attention.key_length", width // heads),
+        "max_position_embeddings": _needed(file, f"{name}.context_length"),
+        "rms_norm_eps": _decimal(_needed(file, f"{name}.attention.layer_norm_rms_epsilon")),
+        "hidden_act": "silu",
+    }
+    if name == "llama":
+        config["attention_bias"] = "blk.0.attn_q.bias" in file.entries
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in file.entries
+    else:
+        config["sliding_window"] = file.get(f"{name}.attention.sliding_window") or None
+    return config | _rope(file, name, config["head_dim"], config["max_position_embeddings"])
+
+
+def _rope(file: GgufFile, name: str, head_width: int, context: int) -> dict[str, Any]:
+    rotated = file.get(f"{name}.rope.dimension_count", head_width)
+    written: dict[str, Any] = {
+        "rope_theta": _decimal(file.get(f"{name}.rope.freq_base", 10000.0)),
+        "partial_rotary_factor": rotated / head_width,
+    }
+    original = file.get(f"{name}.rope.scaling.original_context_length") or context
+    if name == "phi3":
+        written["original_max_position_embeddings"] = original
+    group: dict[str, Any] = {}
+    kind = file.get(f"{name}.rope.scaling.type", "none")
+    if "rope_freqs.weight" in file.entries:
+        # Llama 3's scaling comes as what it divides each frequency by, at any length.
+        factors = _factors(file, "rope_freqs.weight")
+        group = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
+        group["attention_factor"] = 1.0
+    elif "rope_factors_long.weight" in file.entries:
+        group = {
+            "rope_type": "longrope",
+            "short_factor": _factors(file, "rope_factors_short.weight"),
+            "long_factor": _factors(file, "rope_factors_long.weight"),
+        }
+        attention = file.get(f"{name}.rope.scaling.attn_factor")
+        if attention is not None:
+            group["attention_factor"] = _decimal(attention)
+    elif kind in ("linear", "yarn"):
+        group = {"rope_type": kind}
+        group["factor"] = _decimal(_needed(file, f"{name}.rope.scaling.factor"))
+    elif kind != "none":
+        raise InputError(
+            f"{file.path} has the rope scaling {kind!r} without its factors; supported are none, "
+            "linear, yarn, and longrope with rope_factors_short and rope_factors_long"
+        )
+    if group and group["rope_type"] != "linear" and name != "phi3":
+        group["original_max_position_embeddings"] = original
+    return written | ({"rope_scaling": group} if group else {})
+
+
+def _undone(gguf: Any, kind: Any) -> bool:
+    """Returns whether the package can dequantize this kind, found out on one block of zeros."""
+    block = np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+    try:
+        gguf.quants.dequantize(block, kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _factors(file: GgufFile, name: str) -> list[float]:
+    if name not in file.entries:
+        raise InputError(f"{file.path} lacks {name!r} of its rope scaling; get it again")
+    return [_decimal(float(value)) for value in _values(file.tensors[name], file.entries[name])]
+
+
+def _values(tensor: Any, entry: Entry) -> np.ndarray:
+    quants = require("gguf.quants", "reading a GGUF file")
+    kind = tensor.tensor_type.name
+    if kind == "BF16":
+        return tensor.data.view(np.uint16).view(jnp.dtype("bfloat16")).reshape(entry.shape).copy()
+    if kind in _KEPT:
+        return np.array(tensor.data)
+    values = np.empty(entry.shape, np.float32)
+    rows = max(1, _CHUNK // max(1, entry.shape[-1]))
+    for start in range(0, len(values), rows):  # the package needs several times what it gives
+        part = slice(start, start + rows)
+        values[part] = quants.dequantize(tensor.data[part], tensor.tensor_type)
+    return values
+
+
+def _embedding(file: GgufFile) -> Entry:
+    if "token_embd.weight" not in file.entries:
+        raise InputError(f"{file.path} lacks 'token_embd.weight', so it is no whole model")
+    return file.entries["token_embd.weight"]
+
+
+def _needed(file: GgufFile, key: str) -> Any:
+    value = file.get(key)
+    if value is None:
+        raise InputError(f"{file.path} does not say {key!r}, which a model needs; get it again")
+    if isinstance(value, list):  # one for each layer
+        if len(set(value)) != 1:
+            raise InputError(
+                f"{file.path} has layers that differ in {key!r}, which is not supported; "
+                "supported is one value for all layers"
+            )
+        return value[0]
+    return value
+
+
+def _decimal(value: float) -> float:
+    """Returns the shortest decimal that is this number in float32, which is all the file has.
+
+    >>> _decimal(9.999999747378752e-06)
+    1e-05
+    """
+    return float(str(np.float32(value))) if math.isfinite(value) else value
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,68 @@
+"""Masks as a file: one bit for each weight, in safetensors.
+
+Each mask is flattened, packed eight weights to a byte, the first in the highest bit
+(`numpy.packbits`), and stored as uint8 by the parameter's name. The header's metadata has the
+shapes, and the names of the parameters that are dense.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from swe_prune import tree
+from swe_prune.errors import InputError
+from swe_prune.interop.optional import require
+from swe_prune.interop.placing import nested
+
+FILE = "masks.safetensors"
+FORMAT = "swe_prune.masks.1"
+
+
+def write_masks(path: Path, mask: PyTree) -> None:
+    """Writes a bool pytree, None where dense, made of nested dicts."""
+    safetensors = require("safetensors.numpy", "writing masks")
+    shapes, packed = {}, {}
+    for name, leaf in tree.named_leaves(mask):
+        shapes[name] = None if leaf is None else list(leaf.shape)
+        if leaf is not None:
+            packed[name] = np.packbits(np.asarray(leaf, bool))
+    safetensors.save_file(packed, path, {"format": FORMAT, "shapes": json.dumps(shapes)})
+
+
+def read_masks(path: str | Path) -> dict[str, Any]:
+    """Returns the bool pytree of a mask file, None where dense.
+
+    Args:
+        path: of the file, or of an exported folder that has one.
+
+    Raises:
+        InputError: no such file, one of another kind, or a mask that does not fit its shape.
+    """
+    path = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    safetensors = require("safetensors", "reading masks")
+    if not path.is_file():
+        raise InputError(f"{path} is no file; give an exported folder, or its {FILE}")
+    leaves = {}
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise InputError(f"{path} is no mask file of {FORMAT}; give an exported {FILE}")
+            for name, shape in json.loads(metadata["shapes"]).items():
+                leaves[name] = None if shape is None else _bits(file.get_tensor(name), shape)
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is damaged: {error}; export it again") from None
+    return nested(leaves)
+
+
+def _bits(packed: np.ndarray, shape: list[int]) -> Any:
+    size = int(np.prod(shape))
+    if packed.size != -(-size // 8):
+        raise ValueError(f"{packed.size} bytes for {size} weights")
+    return jnp.asarray(np.unpackbits(packed, count=size).reshape(shape).astype(bool))

@@ -1,0 +1,152 @@
+"""From a table of names to the numbers: which slice of which stored tensor a parameter is.
+
+`bind` applies a table to one model. `Part.read` cuts a parameter, or the slice of it that a device
+holds, out of the stored tensor; `Stored.write` puts the parameters back together.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from swe_prune import tree
+from swe_prune.config import ModelConfig
+from swe_prune.interop.tensor_names import AS_IS, IN_OUT, OUT_IN, Row, Table
+from swe_prune.models import gpt
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A parameter as a part of a stored tensor.
+
+    Attributes:
+        name: of the parameter, `"block_0/mlp/up/kernel"`.
+        shape: of the parameter.
+        start: where its outputs begin among those of the stored tensor.
+        layout: of the stored tensor.
+        heads: where the halves of each head lie interleaved, how many heads there are; else None.
+    """
+
+    name: str
+    shape: Shape
+    start: int
+    layout: str
+    heads: int | None = None
+
+    def read(self, stored: Any, index: tuple[slice, ...]) -> np.ndarray:
+        """Returns the parameter at `index`, of the dtype that is stored.
+
+        Args:
+            stored: anything that takes one slice for each axis and returns a numpy array; no more
+                than what is asked is read, except of interleaved heads.
+            index: a slice for each axis of the parameter.
+        """
+        if self.heads is not None:
+            whole = tuple(slice(0, size) for size in self.shape)
+            return _halves(self._cut(stored, whole), self.heads)[index]
+        bounds = zip(index, self.shape, strict=True)
+        return self._cut(stored, tuple(slice(*part.indices(size)) for part, size in bounds))
+
+    def _cut(self, stored: Any, index: tuple[slice, ...]) -> np.ndarray:
+        outputs = 0 if self.layout == AS_IS else 1
+        moved = list(index)
+        moved[outputs] = slice(index[outputs].start + self.start, index[outputs].stop + self.start)
+        if self.layout == OUT_IN:
+            return stored[moved[1], moved[0]].T
+        return stored[tuple(moved)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A stored tensor: its name and shape in the file, and the parameters in it."""
+
+    name: str
+    shape: Shape
+    parts: tuple[Part, ...]
+
+    def write(self, params: Mapping[str, Any]) -> np.ndarray:
+        """Returns what the file holds, from the parameters by name; dtype kept."""
+        pieces = []
+        for part in self.parts:
+            piece = np.asarray(params[part.name])
+            if part.heads is not None:
+                piece = _halves(piece, part.heads, back=True)
+            pieces.append(piece.T if part.layout == OUT_IN else piece)
+        if len(pieces) == 1:
+            return np.ascontiguousarray(pieces[0])
+        return np.concatenate(pieces, axis=1 if self.parts[0].layout == IN_OUT else 0)
+
+
+def bind(table: Table, config: ModelConfig, vocab_size: int) -> list[Stored]:
+    """Returns the tensors that a file of this model holds, each of the model's parameters once."""
+    shapes = param_shapes(config, vocab_size)
+    bound = []
+    for row in table.rows:
+        for layer in range(config.layers if "{i}" in row.stored else 1):
+            names = [name.format(i=layer) for name in row.params]
+            if names[0] in shapes:
+                bound.append(_bound(row, layer, names, shapes, config))
+    return bound
+
+
+def param_shapes(config: ModelConfig, vocab_size: int) -> dict[str, Shape]:
+    """Returns the shape of each parameter of the model by its name, without making any."""
+    one = dataclasses.replace(config, layers=1, scan_layers=False, remat=False, dropout=0.0)
+    model = gpt.build(one, vocab_size)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    made = jax.eval_shape(functools.partial(model.init), key, tokens)["params"]
+    shapes = {}
+    for name, leaf in tree.named_leaves(made):
+        layers = range(config.layers) if name.startswith("block_0/") else (0,)
+        for layer in layers:  # all alike, so one is traced
+            shapes[name.replace("block_0/", f"block_{layer}/")] = tuple(leaf.shape)
+    return shapes
+
+
+def nested(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the nested dict of parameters given by name.
+
+    >>> nested({"a/b": 1, "a/c": 2})
+    {'a': {'b': 1, 'c': 2}}
+    """
+    whole: dict[str, Any] = {}
+    for name, leaf in params.items():
+        *folders, last = name.split("/")
+        inner = whole
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[last] = leaf
+    return whole
+
+
+def _bound(
+    row: Row, layer: int, names: Sequence[str], shapes: Mapping[str, Shape], config: ModelConfig
+) -> Stored:
+    parts, start = [], 0
+    for name in names:
+        heads = None
+        if row.interleaved:
+            heads = config.key_heads if "/key/" in name else config.heads
+        parts.append(Part(name, shapes[name], start, row.layout, heads))
+        start += shapes[name][0 if row.layout == AS_IS else 1]
+    first = parts[0].shape
+    shape = (start, *first[1:]) if row.layout == AS_IS else (first[0], start)
+    shape = shape[::-1] if row.layout == OUT_IN else shape
+    return Stored(row.stored.format(i=layer), shape, tuple(parts))
+
+
+def _halves(x: np.ndarray, heads: int, *, back: bool = False) -> np.ndarray:
+    """Returns x with the interleaved halves of each head of its last axis one after the other.
+
+    >>> _halves(np.array([0, 3, 1, 4, 2, 5]), 1)
+    array([0, 1, 2, 3, 4, 5])
+    """
+    split = (heads, 2, -1) if back else (heads, -1, 2)
+    return x.reshape(*x.shape[:-1], *split).swapaxes(-1, -2).reshape(x.shape)

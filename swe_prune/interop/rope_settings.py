@@ -1,0 +1,144 @@
+"""How config.json writes rotary positions <-> `RopeConfig`.
+
+Two spellings are in use: `rope_theta` beside a `rope_scaling` group, and, since transformers 5, one
+group `rope_parameters` that has the theta too. Both are read; the first, which every version of
+transformers reads, is written.
+
+Source: https://github.com/huggingface/transformers, modeling_rope_utils.py and
+models/phi3/configuration_phi3.py.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from swe_prune.config import ModelConfig, RopeConfig
+from swe_prune.errors import InputError
+
+SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+"""Values of `rope_type` that are supported."""
+
+PHI3_ORIGINAL = 4096  # what transformers takes where a Phi-3 config does not say
+_NUMBERS = {
+    "linear": {"factor": "factor"},
+    "dynamic": {"factor": "factor"},
+    "yarn": {
+        "factor": "factor",
+        "attention_factor": "attention_factor",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "mscale": "mscale",
+        "mscale_all_dim": "mscale_all",
+    },
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_frequency",
+        "high_freq_factor": "high_frequency",
+    },
+    "longrope": {"factor": "factor", "attention_factor": "attention_factor"},
+}
+"""For each scaling: a number's name in config.json, and in `RopeConfig`."""
+
+_NEEDED = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+_WITH_ORIGINAL = ("yarn", "llama3", "longrope")
+
+
+def read_rope(hf: Mapping[str, Any], family: str) -> RopeConfig:
+    """Returns the rotary positions that a config.json describes.
+
+    Args:
+        hf: the whole config.json.
+        family: its `model_type`; Phi-3 has names and defaults of its own.
+
+    Raises:
+        InputError: a scaling that is unknown or lacks a number, or one for each kind of layer.
+    """
+    group = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(group, Mapping):
+        raise InputError(f"config.json has rope settings {group!r}, which is no group; correct it")
+    if any(isinstance(value, Mapping) for value in group.values()):
+        raise InputError(
+            "config.json has rope settings for each kind of layer; supported is one for all layers"
+        )
+    kind = group.get("rope_type") or group.get("type") or "default"
+    if kind == "su" or (kind == "yarn" and family == "phi3"):
+        kind = "longrope"  # as early Phi-3 checkpoints called it
+    if kind not in SCALINGS:
+        raise InputError(
+            f"config.json has the rope type {kind!r}; supported are {', '.join(SCALINGS)}"
+        )
+    found: dict[str, Any] = {
+        "theta": _number(group.get("rope_theta") or hf.get("rope_theta") or 10000.0, "rope_theta"),
+        "share": _share(group, hf, family),
+        "scaling": "none" if kind == "default" else kind,
+    }
+    for name in _NEEDED.get(kind, ()):
+        if group.get(name) is None:
+            raise InputError(f"config.json has rope type {kind!r} without {name!r}; add it")
+    for name, field in _NUMBERS.get(kind, {}).items():
+        if group.get(name) is not None:
+            found[field] = _number(group[name], name)
+    if kind in _WITH_ORIGINAL:
+        found["original_context"] = _original(group, hf, family)
+    if kind == "yarn":
+        found["truncate"] = bool(group.get("truncate", True))
+    if kind == "longrope":
+        for length in ("short", "long"):
+            factors = group[f"{length}_factor"]
+            if not isinstance(factors, list | tuple):
+                raise InputError(f"config.json has {length}_factor = {factors!r}; give a list")
+            found[f"{length}_factors"] = tuple(_number(f, f"{length}_factor") for f in factors)
+    return RopeConfig(**found)
+
+
+def write_rope(config: ModelConfig, family: str) -> dict[str, Any]:
+    """Returns the settings of config.json for `config.rope`; `read_rope` gives it back."""
+    rope = config.rope
+    written: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": None}
+    if rope.share != 1 or family == "phi3":
+        written["partial_rotary_factor"] = rope.share
+    original = rope.original_context or config.context
+    if family == "phi3":
+        written["original_max_position_embeddings"] = original
+    if rope.scaling == "none":
+        return written
+    group: dict[str, Any] = {"type" if family == "phi3" else "rope_type": rope.scaling}
+    for name, field in _NUMBERS[rope.scaling].items():
+        if getattr(rope, field) is not None:
+            group[name] = getattr(rope, field)
+    if rope.scaling == "yarn":
+        group["truncate"] = rope.truncate
+    if rope.scaling in _WITH_ORIGINAL and family != "phi3":
+        group["original_max_position_embeddings"] = original
+    if rope.scaling == "longrope":
+        # In Phi-3's group nothing but these may stand beside the type before transformers 5.
+        group |= {"short_factor": [*rope.short_factors], "long_factor": [*rope.long_factors]}
+    return written | {"rope_scaling": group}
+
+
+def _share(group: Mapping[str, Any], hf: Mapping[str, Any], family: str) -> float:
+    share = group.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
+    if share != 1 and family != "phi3":
+        raise InputError(
+            f"config.json has partial_rotary_factor = {share}, which model_type {family!r} does "
+            "not use; supported is 1 there, and any share in phi3"
+        )
+    return _number(share, "partial_rotary_factor")
+
+
+def _original(group: Mapping[str, Any], hf: Mapping[str, Any], family: str) -> int | None:
+    name = "original_max_position_embeddings"
+    value = hf.get(name) or group.get(name) or (PHI3_ORIGINAL if family == "phi3" else None)
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise InputError(f"config.json has {name} = {value!r}; give a number of tokens")
+    return value
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"config.json has {name} = {value!r}, which is no number; correct it")
+    return float(value)
