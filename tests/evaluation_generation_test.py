@@ -102,6 +102,11 @@ def test_the_end_token_ends_a_text_and_the_loop(small):
         assert ended == (eos in whole)
         assert cut == (whole[: whole.index(eos)] if eos in whole else whole)
     assert any(found.ended)
+    other = free[0][2]
+    found = generate(model, params, PROMPTS, 12, sampling=GREEDY, seed=0, eos_id=[eos, other])
+    for whole, cut in zip(free, found.tokens, strict=True):
+        ends = [whole.index(end) for end in (eos, other) if end in whole]
+        assert cut == whole[: min(ends, default=None)]
 
 
 def test_a_text_that_is_to_stop_is_made_no_longer(small, monkeypatch):
@@ -128,7 +133,7 @@ def test_a_text_that_is_to_stop_is_made_no_longer(small, monkeypatch):
 
 def test_one_program_serves_prompts_of_many_lengths(small):
     model, params = small
-    generate(model, params, [[1], [2]], 4, sampling=GREEDY, seed=0)
+    generate(model, params, [[1], [2]], 4, sampling=GREEDY, seed=0, eos_id=5)
     before = generation._begin._cache_size(), generation._go_on._cache_size()
     for length in (2, 9, 31):
         generate(model, params, [[1] * length, [2]], 4, sampling=GREEDY, seed=length, eos_id=3)

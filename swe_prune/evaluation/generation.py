@@ -42,7 +42,7 @@ def generate(
     *,
     sampling: Sampling,
     seed: int,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     stop: Callable[[Sequence[int]], bool] | None = None,
 ) -> Generated:
     """Returns up to `max_new_tokens` more tokens for each prompt.
@@ -60,7 +60,7 @@ def generate(
         max_new_tokens: of each, at most.
         sampling: how each token is chosen.
         seed: of what is drawn.
-        eos_id: the token that ends a text; None: none does.
+        eos_id: the token that ends a text, or several; None: none does.
         stop: asked about the new tokens of each prompt after every CHECKED of them; where it says
             True the rest is not made, and what was made is returned whole. None: never asked.
 
@@ -76,12 +76,13 @@ def generate(
         tokens_BxL[number, length - len(row) :] = row
         valid_BxL[number, length - len(row) :] = True
     key = jax.random.key(seed)
-    eos = -1 if eos_id is None else eos_id  # no token is -1
-    state = _begin(model, sampling, max_new_tokens, params, tokens_BxL, valid_BxL, key, eos)
+    ends = [] if eos_id is None else np.atleast_1d(eos_id)
+    eos_E = np.array([*ends, -1], np.int32)  # no token is -1, so there is always one
+    state = _begin(model, sampling, max_new_tokens, params, tokens_BxL, valid_BxL, key, eos_E)
     until = max_new_tokens if stop is None else 1
     while True:
-        state = _go_on(model, sampling, params, state, key, eos, until)
-        texts = _texts(state, eos)
+        state = _go_on(model, sampling, params, state, key, eos_E, until)
+        texts = _texts(state, eos_E)
         if int(state.step) < until or until == max_new_tokens:
             break
         assert stop is not None
@@ -136,18 +137,20 @@ class _State:
     done_B: Bool[Array, " B"]
 
 
-def _texts(state: _State, eos: int) -> tuple[tuple[tuple[int, ...], ...], tuple[bool, ...]]:
-    """Returns the new tokens of each text before its `eos`, and whether it has one."""
+def _texts(
+    state: _State, eos_E: np.ndarray
+) -> tuple[tuple[tuple[int, ...], ...], tuple[bool, ...]]:
+    """Returns the new tokens of each text before its end, and whether it has one."""
     new_BxS = np.asarray(state.new_BxN)[:, : int(state.step)]
-    is_eos_BxS = new_BxS == eos
-    ended_B = is_eos_BxS.any(axis=1)
+    is_eos_BxS = np.isin(new_BxS, eos_E)
+    ended_B = np.any(is_eos_BxS, axis=1)
     kept_B = np.where(ended_B, is_eos_BxS.argmax(axis=1), new_BxS.shape[1])
-    texts = (tuple(row[:n].tolist()) for row, n in zip(new_BxS, kept_B, strict=True))
+    texts = [tuple(row[:n].tolist()) for row, n in zip(new_BxS, kept_B, strict=True)]
     return tuple(texts), tuple(ended_B.tolist())
 
 
 def _chosen(
-    state: _State, logits_BxV: Array, key: Array, sampling: Sampling, cache: Any, eos: Any
+    state: _State, logits_BxV: Array, key: Array, sampling: Sampling, cache: Any, eos_E: Any
 ) -> _State:
     """Returns the state with one more token of each text."""
     batch = len(logits_BxV)
@@ -155,7 +158,7 @@ def _chosen(
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(of_row_B, state.step)
     token_B = draw(logits_BxV, keys_B, sampling)
     new_BxN = state.new_BxN.at[:, state.step].set(token_B)
-    return _State(state.step + 1, new_BxN, cache, state.done_B | (token_B == eos))
+    return _State(state.step + 1, new_BxN, cache, state.done_B | jnp.isin(token_B, eos_E))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -167,7 +170,7 @@ def _begin(
     tokens_BxL: Int[Array, "B L"],
     valid_BxL: Bool[Array, "B L"],
     key: Key[Array, ""],
-    eos: Int[Array, ""],
+    eos_E: Int[Array, " E"],
 ) -> _State:
     """Returns the state with the prompts taken in and the first new token of each."""
     batch, length = tokens_BxL.shape
@@ -175,7 +178,7 @@ def _begin(
     logits_BxV, cache = _taken_in(model, params, tokens_BxL, valid_BxL, cache)
     new_BxN = jnp.zeros((batch, new), jnp.int32)
     empty = _State(jnp.int32(0), new_BxN, cache, jnp.zeros(batch, bool))
-    return _chosen(empty, logits_BxV, key, sampling, cache, eos)
+    return _chosen(empty, logits_BxV, key, sampling, cache, eos_E)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -185,7 +188,7 @@ def _go_on(
     params: PyTree,
     state: _State,
     key: Key[Array, ""],
-    eos: Int[Array, ""],
+    eos_E: Int[Array, " E"],
     until: Int[Array, ""],
 ) -> _State:
     """Returns the state when all texts are done or have `until` new tokens."""
@@ -198,7 +201,7 @@ def _go_on(
         logits_Bx1xV, cache = model.apply(
             {"params": params}, last_Bx1, state.cache, method="decode"
         )
-        return _chosen(state, logits_Bx1xV[:, -1], key, sampling, cache, eos)
+        return _chosen(state, logits_Bx1xV[:, -1], key, sampling, cache, eos_E)
 
     return jax.lax.while_loop(going_on, one_more, state)
 
