@@ -1,8 +1,9 @@
-"""Our side of `prune_llm.py`: `interop.load` and `blockwise.prune_blocks` in a process of its own."""
+"""Our side of `prune_llm.py`: `interop.load` and `blockwise.prune_blocks`, in their own process."""
 
 import json
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,10 +17,13 @@ from swe_prune.models import gpt
 def main() -> None:
     """Does the work that the arguments ask for, and prints what it took as JSON."""
     options = json.loads(sys.argv[1])
-    compiling = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiling.append(seconds) if "/compile/" in event else None
-    )
+    compiling: list[float] = []
+
+    def heard(event: str, duration_secs: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            compiling.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
     jax.block_until_ready(jax.numpy.zeros((8, 8)) @ jax.numpy.zeros((8, 8)))
     before, _ = timing.memory_mib()
     start = time.perf_counter()
@@ -28,6 +32,7 @@ def main() -> None:
     del model
     found = {"import_s": time.perf_counter() - start}
     found["import_mib"] = timing.memory_mib()[1] - before
+    held = timing.memory_mib()[0]
     tokens = np.load(options["tokens"])
     timing.restart_peak()
     compiling.clear()
@@ -39,11 +44,13 @@ def main() -> None:
         blocks=[f"block_{number}" for number in range(options["layers"])],
         sparsity=options["sparsity"],
         method=options["method"],
+        donate=True,
     )
     jax.block_until_ready((params, masks))
     found |= {"prune_s": time.perf_counter() - start, "compile_s": sum(compiling)}
     found["prune_mib"] = timing.memory_mib()[1] - before
-    first = {
+    print("DBG", before, held, timing.memory_mib(), file=sys.stderr)
+    first: dict[str, Any] = {
         name.removesuffix("/kernel"): np.asarray(leaf)
         for name, leaf in tree.named_leaves(masks["block_0"])
         if leaf is not None

@@ -57,7 +57,9 @@ class Block(nn.Module):
         )
         x = x + self.layers["attention/out"](y.transpose(1, 2).reshape(B, L, -1))
         y = F.rms_norm(x, (D,), self.mlp_norm, self.eps)
-        return x + self.layers["mlp/down"](F.silu(self.layers["mlp/gate"](y)) * self.layers["mlp/up"](y))
+        return x + self.layers["mlp/down"](
+            F.silu(self.layers["mlp/gate"](y)) * self.layers["mlp/up"](y)
+        )
 
 
 def rotated(x, turn):
@@ -108,12 +110,13 @@ def imported(path: str) -> Llama:
         value = gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type)
         if heads:  # the file has the two halves of each head interleaved
             value = value.reshape(heads, -1, 2, value.shape[-1]).swapaxes(1, 2)
-        parameter.copy_(torch.from_numpy(np.ascontiguousarray(value)).view(parameter.shape))
+        parameter.copy_(torch.tensor(value).reshape(parameter.shape))
 
     fill(model.embedding.weight, "token_embd.weight")
     fill(model.norm, "output_norm.weight")
     interleaved = {"attn_q": settings["heads"], "attn_k": settings["groups"]}
-    for i, block in enumerate(model.blocks):
+    blocks: Any = model.blocks
+    for i, block in enumerate(blocks):
         fill(block.attention_norm, f"blk.{i}.attn_norm.weight")
         fill(block.mlp_norm, f"blk.{i}.ffn_norm.weight")
         for name, stored in KERNELS.items():
@@ -122,14 +125,15 @@ def imported(path: str) -> Llama:
 
 
 @torch.no_grad()
-def prune(model: Llama, tokens: np.ndarray, options: dict[str, Any]) -> dict[str, np.ndarray]:
+def prune(model: Llama, tokens: np.ndarray, options: dict[str, Any]) -> dict[str, Any]:
     """Prunes the model's first blocks in place and returns the first one's masks, (in, out)."""
     hessian = options["method"] == "sparsegpt"
     split = torch.from_numpy(tokens).long().split(options["batch"])
     states = [model.embedding(batch) for batch in split]
     turn = model.turn(tokens.shape[1])
-    first = {}
-    for number, block in enumerate(model.blocks[: options["layers"]]):
+    first: dict[str, Any] = {}
+    blocks: Any = list(model.blocks)[: options["layers"]]
+    for number, block in enumerate(blocks):
         sums: dict[str, Any] = {}
         hooks = [
             layer.register_forward_pre_hook(watching(sums, name, hessian))
@@ -196,7 +200,7 @@ def sparsegpt(weight, hessian, sparsity: float) -> None:
 def main() -> None:
     """Does the work that the arguments ask for, and prints what it took as JSON."""
     options = json.loads(sys.argv[1])
-    torch.zeros(8, 8) @ torch.zeros(8, 8)
+    torch.zeros(8, 8).matmul(torch.zeros(8, 8))  # the runtime's own memory, before counting
     before, _ = timing.memory_mib()
     start = time.perf_counter()
     model = imported(options["model"])
@@ -205,7 +209,7 @@ def main() -> None:
     tokens = np.load(options["tokens"])
     timing.restart_peak()
     start = time.perf_counter()
-    masks = prune(model, tokens, options)
+    masks: dict[str, Any] = prune(model, tokens, options)
     found |= {"prune_s": time.perf_counter() - start, "compile_s": 0.0}
     found["prune_mib"] = timing.memory_mib()[1] - before
     np.savez(options["out"], **masks)
