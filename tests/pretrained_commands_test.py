@@ -166,10 +166,14 @@ def test_evaluate_compares_with_the_dense_model(place, tmp_path, capsys):
 def test_stored_dtypes_are_kept(place, tmp_path):
     half = tmp_path / "half"
     assert prune(place, half, "--criterion=wanda", "--sparsity=0.5", "--dtype=bfloat16") == 0
-    assert {leaf.dtype for leaf in jax.tree.leaves(interop.load(half).params)} == {np.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(interop.load(half).params)} == {
+        np.dtype(jnp.bfloat16)
+    }
     tuned = tmp_path / "tuned"
     assert finetune(place, tuned, "--steps=2", model=half) == 0
-    assert {leaf.dtype for leaf in jax.tree.leaves(interop.load(tuned).params)} == {np.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(interop.load(tuned).params)} == {
+        np.dtype(jnp.bfloat16)
+    }
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,9 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     folder = interop.export(given.out, model, params, mask=mask, record=record)
     _show(console, {"dense": dense, "pruned": found}, given.prompts, text.name)
     console.print(
-        f"Removed {counted.pruned:,} of {counted.total:,} prunable weights ({counted.sparsity:.2%}; "
-        f"{counted.pruned / _size(params):.2%} of all) in {seconds:.1f} s. {WHAT_A_MASK_GIVES}",
+        f"Removed {counted.pruned:,} of {counted.total:,} prunable weights "
+        f"({counted.sparsity:.2%}; {counted.pruned / _size(params):.2%} of all) "
+        f"in {seconds:.1f} s. {WHAT_A_MASK_GIVES}",
         highlight=False,
         soft_wrap=True,
     )
