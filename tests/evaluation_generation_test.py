@@ -79,6 +79,8 @@ def test_what_is_drawn_depends_on_seed_and_place_alone(small):
     assert drawn([PROMPTS[0], *PROMPTS[2:], PROMPTS[1]], 3)[0] == first[0]
     same = drawn([PROMPTS[1]] * 4, 3)
     assert len({*same}) == 4
+    even = generate(model, params, PROMPTS, 10, sampling=Sampling(temperature=1e6), seed=0).tokens
+    assert all(len({*tokens}) > 4 for tokens in even)  # each step draws anew
 
 
 @pytest.mark.parametrize("at_once", [8, 12])  # 32 tokens are whole parts, and a rest with them
