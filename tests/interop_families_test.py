@@ -91,7 +91,10 @@ REFUSED = {
     "unscaled": (changed("gpt2", scale_attn_weights=False), "scale_attn_weights"),
     "cross attention": (changed("gpt2", add_cross_attention=True), "add_cross_attention"),
     "missing": (changed("llama", drop=["hidden_size"]), "lacks 'hidden_size'"),
-    "not a number": (changed("llama", hidden_size="16"), "hidden_size = '16'; give a whole number above 0"),
+    "not a number": (
+        changed("llama", hidden_size="16"),
+        "hidden_size = '16'; give a whole number above 0",
+    ),
     "negative": (changed("llama", num_hidden_layers=-1), "num_hidden_layers = -1"),
     "not a bool": (changed("llama", tie_word_embeddings=1), "tie_word_embeddings = 1"),
     "rope type": (

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -105,7 +106,8 @@ def logits(made, tokens_BxL, valid_BxL=None):
     """Logits of a Pretrained, float32."""
     decoder = gpt.build(made.config, made.vocab_size)
     valid = {} if valid_BxL is None else {"valid_BxL": jnp.asarray(valid_BxL)}
-    return np.asarray(decoder.apply({"params": made.params}, jnp.asarray(tokens_BxL), **valid))
+    run = jax.jit(decoder.apply)
+    return np.asarray(run({"params": made.params}, jnp.asarray(tokens_BxL), **valid))
 
 
 def decoded(made, tokens_BxL, prompt, valid_BxL=None):
@@ -114,13 +116,11 @@ def decoded(made, tokens_BxL, prompt, valid_BxL=None):
     batch, length = tokens_BxL.shape
     cache = gpt.empty_cache(made.config, batch, length)
     steps = [slice(0, prompt), *(slice(at, at + 1) for at in range(prompt, length))]
-    found = []
+    run, found = jax.jit(decoder.apply, static_argnames="method"), []
     for step in steps:
         valid = None if valid_BxL is None else jnp.asarray(valid_BxL[:, step])
         variables = {"params": made.params}
-        out, cache = decoder.apply(
-            variables, jnp.asarray(tokens_BxL[:, step]), cache, valid, method="decode"
-        )
+        out, cache = run(variables, jnp.asarray(tokens_BxL[:, step]), cache, valid, method="decode")
         found.append(np.asarray(out))
     return np.concatenate(found, axis=1)
 

@@ -1,4 +1,4 @@
-"""Scores of the whole dense model, by which an allocation shares sparsity out before any pruning."""
+"""Scores of the whole dense model, for an allocation to read before any block is pruned."""
 
 from collections.abc import Iterable, Mapping
 

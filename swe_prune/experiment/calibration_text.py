@@ -39,7 +39,7 @@ def windows(
     Raises:
         InputError: the text has not so many windows.
     """
-    return data_lib.random_batches(
+    found = data_lib.random_batches(
         tokens,
         context=context,
         windows=settings.windows,
@@ -47,3 +47,4 @@ def windows(
         seed=settings.seed,
         setting="config.calibration.windows",
     )
+    return [dict(batch) for batch in found]

@@ -30,7 +30,7 @@ def sampled(
     if not settings.prompts:
         return {}
     tokenizer = experiment.data.tokenizer
-    prompts = [np.asarray(tokenizer.encode(prompt), np.int32) for prompt in settings.prompts]
+    prompts = [tokenizer.encode(prompt).tolist() for prompt in settings.prompts]
     found = generate(experiment.model, params, prompts, settings.tokens, sampling=GREEDY, seed=0)
     result: dict[str, Any] = {
         f"{name}_samples": [

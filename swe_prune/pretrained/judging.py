@@ -70,7 +70,9 @@ def protocol_of(
     """
     known = protocols.get(settings.protocol)
     window = settings.window or min(known.window, model.config.context)
-    begins = None if model.tokenizer is None or model.tokenizer.bos_id is not None else "none"
+    # A text begins as the tokenizer has it begin.
+    adds = model.tokenizer is not None and model.tokenizer.encode("", template=True).size
+    begins = None if adds else "none"
     return protocols.get(settings.protocol, window=window, bos=begins)
 
 

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from swe_prune import allocation, blockwise, calibration, importance, masks, patterns, tree
 from swe_prune.blockwise import KernelReport
+from swe_prune.blockwise.solver import check_sparsity
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.pretrained.settings import PruneSettings, number
 from swe_prune.training import step as step_lib
@@ -38,8 +39,8 @@ def checked(settings: PruneSettings) -> None:
     n_of_m = settings.pattern is not None and patterns.is_n_of_m(settings.pattern)
     if n_of_m and (settings.sparsity is not None or settings.allocation is not None):
         raise InputError(
-            f"--pattern={settings.pattern} fixes the sparsity of every tensor; leave out --sparsity "
-            "and --allocation"
+            f"--pattern={settings.pattern} fixes the sparsity of every tensor; leave out "
+            "--sparsity and --allocation"
         )
     if not n_of_m and (settings.sparsity is None or not 0 <= settings.sparsity < 1):
         raise InputError(
@@ -116,9 +117,9 @@ def pruned(
     criterion = importance.get(settings.criterion)
     if criterion.measures and stats is None:
         raise InputError(
-            f"criterion {criterion.name!r} judges weights by their trajectory, and {settings.model} "
-            "has none; make one with: python -m swe_prune finetune --track --model=… --out=DIR, and "
-            "give --model=DIR"
+            f"criterion {criterion.name!r} judges weights by their trajectory, and "
+            f"{settings.model} has none of {', '.join(criterion.measures)}; make one with "
+            "'python -m swe_prune finetune --track --model=… --out=DIR' and give --model=DIR"
         )
     loss = functools.partial(_loss, module)
     measured = _measured(criterion, module, params, batches, loss)
@@ -132,6 +133,8 @@ def pruned(
         **dict(options(settings)),
     )
     share: Any = settings.sparsity
+    if settings.pattern is not None and patterns.is_n_of_m(settings.pattern):
+        share, _ = check_sparsity(None, settings.pattern)
     if settings.allocation is not None:
         share = allocation.allocate(
             settings.allocation, share, scores=scores, params=params, loss=loss, batches=batches

@@ -1,4 +1,4 @@
-"""What the commands of a pretrained model may be told, each field one option of the command line."""
+"""What the commands of a pretrained model may be told: each field is an option of theirs."""
 
 import argparse
 import dataclasses
@@ -10,7 +10,7 @@ from swe_prune.errors import InputError, did_you_mean
 
 CALIBRATION = "shakespeare_plays:train"
 EVALUATION = "shakespeare_plays:validation[:2]"
-"""The texts that are there without a download; two plays that training and calibration never see."""
+"""Texts that need no download: of the second, two plays, the first has nothing."""
 
 
 def _option(default: Any, text: str, **more: Any) -> Any:

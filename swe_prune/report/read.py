@@ -245,7 +245,12 @@ def _read_detail(path: Path, seed: int) -> tuple[CellKey, Detail]:
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _malformed(path, f"{type(error).__name__}: {error}") from None
-    return key, Detail(tensors, histogram, kept, *names[1:])
+    samples = {
+        stage: value[f"{stage}_samples"]
+        for stage in ("pruned", "finetuned")
+        if value.get(f"{stage}_samples")
+    }
+    return key, Detail(tensors, histogram, kept, *names[1:], samples=samples)
 
 
 def _histogram(value: dict[str, Any]) -> Histogram:

@@ -102,6 +102,7 @@ class Detail:
     sample_kept: dict[str, list[bool]]
     schedule: str = USUAL[0]
     recovery: str = USUAL[1]
+    samples: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)  # by stage
 
     @property
     def total(self) -> int:
