@@ -79,6 +79,8 @@ def test_what_is_drawn_depends_on_seed_and_place_alone(small):
     assert drawn([PROMPTS[0], *PROMPTS[2:], PROMPTS[1]], 3)[0] == first[0]
     same = drawn([PROMPTS[1]] * 4, 3)
     assert len({*same}) == 4
+    even = generate(model, params, PROMPTS, 10, sampling=Sampling(temperature=1e6), seed=0).tokens
+    assert all(len({*tokens}) > 4 for tokens in even)  # each step draws anew
 
 
 @pytest.mark.parametrize("at_once", [8, 12])  # 32 tokens are whole parts, and a rest with them
@@ -93,8 +95,16 @@ def test_a_long_prompt_is_taken_in_parts(small, at_once, monkeypatch):
     generation._begin.clear_cache()
 
 
-def test_the_end_token_ends_a_text_and_the_loop(small):
+def test_the_end_token_ends_a_text_and_the_loop(small, monkeypatch):
     model, params = small
+    steps, go_on = [], generation._go_on
+
+    def counted(*args):
+        state = go_on(*args)
+        steps.append(int(state.step))
+        return state
+
+    monkeypatch.setattr(generation, "_go_on", counted)
     free = generate(model, params, PROMPTS, 12, sampling=GREEDY, seed=0).tokens
     eos = free[1][4]
     found = generate(model, params, PROMPTS, 12, sampling=GREEDY, seed=0, eos_id=eos)
@@ -102,6 +112,10 @@ def test_the_end_token_ends_a_text_and_the_loop(small):
         assert ended == (eos in whole)
         assert cut == (whole[: whole.index(eos)] if eos in whole else whole)
     assert any(found.ended)
+    assert steps == [12, 12]  # for there is one that did not end
+    alone = generate(model, params, [PROMPTS[1]] * 4, 12, sampling=GREEDY, seed=0, eos_id=eos)
+    assert alone.ended == (True,) * 4
+    assert steps[-1] == len(alone.tokens[0]) + 1 < 12
     other = free[0][2]
     found = generate(model, params, PROMPTS, 12, sampling=GREEDY, seed=0, eos_id=[eos, other])
     for whole, cut in zip(free, found.tokens, strict=True):

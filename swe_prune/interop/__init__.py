@@ -17,10 +17,12 @@ gguf_file           a GGUF file
 tokenizer           text to ids, from whichever file has it
 weights_file        safetensors written tensor by tensor
 mask_file           masks, one bit for each weight
+lm_eval             `harness`: the model as lm_eval asks it
 """
 
 from swe_prune.interop.exporting import PruningRecord, check_free, export, read_record
 from swe_prune.interop.families import FAMILIES, read_config, write_config
+from swe_prune.interop.lm_eval import harness
 from swe_prune.interop.mask_file import FILE as MASKS
 from swe_prune.interop.mask_file import read_masks
 from swe_prune.interop.pretrained import (
@@ -41,6 +43,7 @@ __all__ = [
     "PruningRecord",
     "check_free",
     "export",
+    "harness",
     "load",
     "located",
     "open_checkpoint",
