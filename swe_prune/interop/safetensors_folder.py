@@ -152,7 +152,7 @@ def _header(path: Path) -> dict[str, Entry]:
         header.pop("__metadata__", None)
         end = max((one["data_offsets"][1] for one in header.values()), default=0)
         entries = {
-            name: Entry(tuple(one["shape"]), DTYPES.get(one["dtype"], one["dtype"]))
+            name: Entry(tuple(one["shape"]), DTYPES.get(one["dtype"]) or str(one["dtype"]))
             for name, one in header.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
