@@ -1,4 +1,4 @@
-"""Side-by-side timing: the runs of the two alternate, so a busy machine slows both."""
+"""Side-by-side timing: the runs of the two alternate, so a busy machine slows both; and memory."""
 
 import dataclasses
 import os
@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,3 +111,18 @@ def peak_rss_mib() -> float:
     """Returns the most memory that this process has held so far, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB here
+
+
+def restart_peak() -> None:
+    """Has Linux forget the most memory that this process has held before now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory_mib() -> tuple[float, float]:
+    """Returns the memory that this process holds, and the most since `restart_peak`; Linux, MiB.
+
+    Of a process that another one started, `getrusage` would also count the parent.
+    """
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    now, peak = (int(fields[name].split()[0]) / 2**10 for name in ("VmRSS", "VmHWM"))
+    return now, peak

@@ -94,6 +94,9 @@ def test_the_record_says_what_was_pruned_and_how(tmp_path):
     up = said["tensors"]["block_1/mlp/up/kernel"]
     assert up == {"sparsity": 0.5, "pruned": 160, "of": 320}
     assert said["version"]
+    assert interop.read_record(path) == said
+    with pytest.raises(InputError, match="has no pruning.json"):
+        interop.read_record(tmp_path)
 
 
 def test_the_config_of_the_source_is_kept_and_one_that_changed_is_made(tmp_path):

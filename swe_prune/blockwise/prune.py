@@ -51,13 +51,14 @@ class KernelReport:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """How kernels are pruned: the method, its settings, and the sparsity of every kernel."""
+    """How kernels are pruned: the method, its settings, the sparsity of each, and what is kept."""
 
     method: str
     shares: Mapping[str, float]
     pattern: str | None
     block: int
     damping: float
+    donate: bool
 
     @property
     def hessian(self) -> bool:
@@ -83,6 +84,7 @@ def prune_blocks(
     block: int = BLOCK,
     damping: float = 0.01,
     offload: bool = False,
+    donate: bool = False,
     progress: Callable[[KernelReport], None] | None = None,
 ) -> tuple[PyTree, PyTree, tuple[KernelReport, ...]]:
     """Returns the parameters pruned, the masks, and a report of each kernel in its order.
@@ -110,6 +112,9 @@ def prune_blocks(
         block: inputs at a time, of "sparsegpt".
         damping: of "sparsegpt".
         offload: keep the activations in host memory, and one batch of them on the device.
+        donate: give up each kernel that is pruned, so that the weights are in memory once: jax
+            arrays are deleted, and numpy arrays that can be written hold the result. An error
+            half-way leaves some of them so.
         progress: called with the report of every kernel as soon as it is pruned.
 
     Returns:
@@ -135,7 +140,7 @@ def prune_blocks(
         if any(name.startswith(path + "/") for path in paths)
     }
     shares = _shares(shapes, sparsity, pattern)
-    plan = _Plan(method, shares, pattern, block, damping)
+    plan = _Plan(method, shares, pattern, block, damping, donate)
     run = functools.partial(call or measuring.applied, model)
     wires, states, counts = _captured(run, variables, batches, paths, offload)
     pruned: dict[str, Any] = {}
@@ -180,10 +185,22 @@ def _one_block(
         weight, given = (wiring.leaf(tree_of["params"], name) for tree_of in (part, own))
         *done, report = _kernel(f"{path}/{name}", weight, sums.pop(name, None), sum(counts), plan)
         new[name], kept[name] = jax.device_get(done) if isinstance(given, np.ndarray) else done
+        if plan.donate:
+            new[name] = _in_place_of(given, new[name])
         reports.append(report)
         if progress is not None:
             progress(report)
     return new, kept
+
+
+def _in_place_of(given: Any, new: Any) -> Any:
+    """Returns a pruned kernel, where the given one was if it is one that can be written."""
+    if isinstance(given, np.ndarray) and given.flags.writeable:
+        given[...] = new
+        return given
+    if isinstance(given, jax.Array) and given is not new:
+        given.delete()
+    return new
 
 
 def _advance(
@@ -268,7 +285,32 @@ def _captured(
         states.append(wiring.Activations(_kept(given, offload), [], kinds[shapes]))
     if not states:
         raise of_batches.nothing_given()
+    if len(paths) > 1:
+        _start_as_second(of_kinds, states)
     return [list(wires) for wires in zip(*of_kinds, strict=True)], states, counts
+
+
+def _start_as_second(of_kinds: list[list[wiring.Wire]], states: list[wiring.Activations]) -> None:
+    """Puts what goes into the first block where the second finds what goes into it."""
+    moves = []
+    for wires in of_kinds:
+        wires[0], moved = wiring.as_second(wires[0], wires[1])
+        moves.append((moved, _needed(wires)))
+    for at, state in enumerate(states):
+        moved, needed = moves[state.kind]
+        made = [
+            state.given[moved[i]] if i in moved else None for i in range(max(moved, default=-1) + 1)
+        ]
+        states[at] = wiring.Activations(_less(state.given, needed), made, state.kind)
+
+
+def _needed(wires: Iterable[wiring.Wire]) -> set[int]:
+    """Returns the numbers of what blocks ask for that the first was also called with."""
+    return {source.value for wire in wires for source in wire.sources if source.kind == "given"}
+
+
+def _less(given: list[Any], needed: set[int]) -> list[Any]:
+    return [leaf if index in needed else None for index, leaf in enumerate(given)]
 
 
 def _wires(
@@ -370,13 +412,7 @@ class _Runner:
     ) -> wiring.Activations:
         """Returns what goes into the next block, less what no later block asks for."""
         made = self.forward(part, _on_device(state))
-        needed = {
-            source.value
-            for wires in later
-            for source in wires[state.kind].sources
-            if source.kind == "given"
-        }
-        given = [leaf if index in needed else None for index, leaf in enumerate(state.given)]
+        given = _less(state.given, _needed(wires[state.kind] for wires in later))
         return wiring.Activations(given, _kept(made, offload), state.kind)
 
 
@@ -402,15 +438,30 @@ def _kernel(
             plan.damping,
         )
     else:
-        norm_R = 1.0 if sums is None else jnp.sqrt(sums["square"] / n).reshape(-1, 1)
-        mask_RxC = _ranked(name, jnp.abs(weight_RxC.astype(jnp.float32)) * norm_R, share, plan)
-        weight_RxC = jnp.where(mask_RxC, weight_RxC, 0)
-    removed = mask_RxC.size - int(tree.count_true([mask_RxC]))
+        mask_RxC = _ranked(name, _scores(weight_RxC, sums and sums["square"], n), share, plan)
+        weight_RxC = _zeroed(weight_RxC, mask_RxC)
+    removed = mask_RxC.size - int(_count_true(mask_RxC))
     return (
         patterns.from_matrix(weight_RxC, weight.shape, axes),
         patterns.from_matrix(mask_RxC, weight.shape, axes),
         KernelReport(name, removed, weight.size, report),
     )
+
+
+@jax.jit
+def _scores(weight_RxC: Array, square: Array | None, n: int) -> Array:
+    score_RxC = jnp.abs(weight_RxC.astype(jnp.float32))
+    return score_RxC if square is None else score_RxC * jnp.sqrt(square / n).reshape(-1, 1)
+
+
+@jax.jit
+def _zeroed(weight_RxC: Array, mask_RxC: Array) -> Array:
+    return jnp.where(mask_RxC, weight_RxC, 0)
+
+
+@jax.jit
+def _count_true(mask_RxC: Array) -> tree.Count:
+    return tree.count_true([mask_RxC])
 
 
 @functools.partial(jax.jit, donate_argnums=0)  # a Hessian is large: not twice

@@ -7,9 +7,10 @@ output; here scores are (in, out) and an output is a column.
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from swe_prune import allocation, select
+from swe_prune import allocation, select, tree
 
 TOLERANCE = 1e-3
 """How near the variant comes to the sparsity, and how narrow its bracket becomes."""
@@ -29,7 +30,16 @@ def wanda_mask(score_RxC: Float[Array, "R C"], sparsity: float) -> Bool[Array, "
     """
     allocation.check_sparsity(sparsity)
     keep = len(score_RxC) - int(len(score_RxC) * sparsity)
-    return select.top_k_mask(score_RxC[::-1], keep, axes=(0,))[::-1]
+    mask_RxC, nans = _highest(score_RxC, keep)
+    if not isinstance(nans, Tracer):
+        select.reject_nan(["scores"], [nans])
+    return mask_RxC
+
+
+@jax.jit  # as one program, which takes less time to compile than each of its operations alone
+def _highest(score_RxC: Array, keep: Array) -> tuple[Array, Array]:
+    mask_RxC = select.top_k_mask(score_RxC[::-1], keep, axes=(0,))[::-1]
+    return mask_RxC, tree.count_each([jnp.isnan(score_RxC)])[0]
 
 
 def wanda_variant_mask(score_RxC: Float[Array, "R C"], sparsity: float) -> Bool[Array, "R C"]:

@@ -103,6 +103,27 @@ class Activations:
     kind: int = dataclasses.field(metadata={"static": True})
 
 
+def as_second(first: Wire, second: Wire) -> tuple[Wire, dict[int, int]]:
+    """Returns the first block asking of a block before it what the second one does, if it can.
+
+    Where the second is called with what the first returned, the first was called with what came
+    before the blocks. Asked for by the same name, the two are alike and are compiled once.
+
+    Returns:
+        The wire, and the number in `made` of what is to be moved there, to its number in `given`.
+    """
+    moved: dict[int, int] = {}
+    if first.treedef != second.treedef:
+        return first, moved
+    sources = []
+    for own, other in zip(first.sources, second.sources, strict=True):
+        meets = own.kind == "given" and other.kind == "made"
+        if meets and moved.setdefault(other.value, own.value) != own.value:
+            return first, {}  # two that differ here are one and the same there
+        sources.append(other if meets else own)
+    return dataclasses.replace(first, sources=tuple(sources)), moved
+
+
 class _Reached(Exception):
     """The first block was called: what comes after it need not be traced."""
 

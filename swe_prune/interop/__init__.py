@@ -25,20 +25,32 @@ optional            the packages that this needs, imported when it is used
 from swe_prune.interop.exporting import check_free, export
 from swe_prune.interop.families import FAMILIES
 from swe_prune.interop.hf_config import read_config, write_config
+from swe_prune.interop.mask_file import FILE as MASKS
 from swe_prune.interop.mask_file import read_masks
-from swe_prune.interop.pretrained import Pretrained, load
-from swe_prune.interop.pruning_record import PruningRecord
+from swe_prune.interop.pretrained import (
+    Checkpoint,
+    Pretrained,
+    load,
+    located,
+    open_checkpoint,
+)
+from swe_prune.interop.pruning_record import PruningRecord, read_record
 from swe_prune.interop.tokenizer import PretrainedTokenizer
 
 __all__ = [
     "FAMILIES",
+    "MASKS",
+    "Checkpoint",
     "Pretrained",
     "PretrainedTokenizer",
     "PruningRecord",
     "check_free",
     "export",
     "load",
+    "located",
+    "open_checkpoint",
     "read_config",
     "read_masks",
+    "read_record",
     "write_config",
 ]

@@ -61,6 +61,7 @@ def export(
     *,
     mask: PyTree | None = None,
     record: PruningRecord | None = None,
+    also: Callable[[Path], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Writes the model as a Hugging Face folder and returns its path.
@@ -74,6 +75,7 @@ def export(
         params: pytree like `model.params`; None: these.
         mask: bool pytree like the parameters, None where dense. Applied to them, and written.
         record: what pruning.json says, which a mask needs.
+        also: writes what else belongs into the folder, which it is given before it has its name.
         shard_bytes: the weights are divided into files of at most this size, or of one tensor.
 
     Raises:
@@ -101,6 +103,8 @@ def export(
         write_folder(partial, bound, *_contents(leaves, mask), shard_bytes)
         if mask is not None:
             write_masks(partial / MASKS, mask)
+        if also is not None:
+            also(partial)
         check_free(folder)
         os.rename(partial, folder)
     except BaseException:

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import PyTree
 
 from swe_prune import masks
 from swe_prune.errors import InputError
+from swe_prune.interop.safetensors_folder import read_json
 from swe_prune.version import __version__
 
 FILE = "pruning.json"
@@ -33,6 +35,15 @@ class PruningRecord:
     calibration: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     commit: str | None = None
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """Returns what pruning.json of an exported folder says.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    return read_json(Path(folder) / FILE)
 
 
 def record_file(record: PruningRecord, mask: PyTree) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Everything that changes while a model trains, in one pytree."""
+"""Everything that changes while a model trains in one pytree, and beside it what does not."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ class TrainState:
 
     Attributes:
         step: optimizer steps taken, int32.
-        params: float32 weights.
+        params: float32 weights, or `lora.Adapters` of those in `Fixed`.
         opt_state: of the optax chain.
         masks: bool pytree like params with None where dense, or None: nothing is pruned.
         stats: trajectory statistics, or None: nothing is tracked.
@@ -36,6 +36,22 @@ class TrainState:
     rng: Array
     skipped: Int[Array, ""]
     skipped_in_row: Int[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """What the train step may read and leaves as it is: an argument of its own, never donated.
+
+    Attributes:
+        teacher: parameters of the dense model for `losses.Distillation`, or None.
+        base: parameters under the `lora.Adapters` that the state then has as its params, or None.
+        masks: of the base, bool, None where dense; those of the state are of its own params.
+    """
+
+    teacher: PyTree | None = None
+    base: PyTree | None = None
+    masks: PyTree | None = None
 
 
 def init_params(model: nn.Module, seed: int, context: int) -> PyTree:

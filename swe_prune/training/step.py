@@ -4,7 +4,8 @@
 
 All three are pure functions of pytrees. `compile_train_step` is the one place where the train step
 is jitted: the state is donated, so masks and statistics live in place beside the parameters. With
-`masks` or `stats` None in the state those parts are not in the compiled program at all.
+`masks` or `stats` None in the state those parts are not in the compiled program at all, and so it
+is with what `Fixed` lacks.
 """
 
 import dataclasses
@@ -20,11 +21,13 @@ from jaxtyping import Array, Float, PyTree
 
 from swe_prune import allocation, importance, masks, trajectory
 from swe_prune.errors import InputError
-from swe_prune.training.losses import cross_entropy
-from swe_prune.training.state import TrainState
+from swe_prune.training import lora, losses
+from swe_prune.training.losses import Distillation
+from swe_prune.training.state import Fixed, TrainState
 
 Batch = dict[str, Any]
-"""{"inputs": int32 (B, L), "targets": int32 (B, L)}."""
+"""{"inputs": int32 (B, L), "targets": int32 (B, L)}, and where tokens do not all count alike
+"weights": (B, L), 0 for padding."""
 
 Metrics = dict[str, Array]
 
@@ -32,11 +35,13 @@ Metrics = dict[str, Array]
 def train_step(
     state: TrainState,
     batch: Batch,
+    fixed: Fixed | None = None,
     *,
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     track_every: int,
     accumulate: int = 1,
+    distillation: Distillation | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Returns the state after one optimizer step, and its metrics as scalars.
 
@@ -46,17 +51,31 @@ def train_step(
 
     Args:
         state: masks and statistics are used where they are not None.
-        batch: windows of the training text.
+        batch: windows of the training text; a batch whose weights are all 0 is skipped.
+        fixed: what is read and not changed: a teacher, or the base whose adapters the state has.
         model: a Linen model of tokens to logits.
         optimizer: the optax chain whose state is in `state`.
         track_every: take a snapshot of the trajectory after every so many steps.
         accumulate: so many parts of the batch, one after another, whose gradients are averaged;
             they divide it evenly. Less memory for activations, the same step but for dropout.
+        distillation: how much of the loss is the distance to the teacher; None: it is the text's.
+
+    Raises:
+        InputError: a distillation without a teacher, or a teacher without one.
     """
+    fixed = Fixed() if fixed is None else fixed
+    _check_teacher(fixed, distillation)
     dropout = jax.random.fold_in(state.rng, state.step)
+    # A part's share of the tokens that count may be another than its share of the tokens.
+    total = jnp.sum(batch["weights"]) / accumulate if "weights" in batch else None
 
     def loss_of(params: PyTree, part: Batch, key: Array) -> Array:
-        return _losses_BxL(model, params, part, train=True, rngs={"dropout": key}).mean()
+        if fixed.base is not None:
+            params = lora.apply(fixed.base, params, fixed.masks)
+        losses_BxL = _losses_BxL(
+            model, params, part, fixed.teacher, distillation, train=True, rngs={"dropout": key}
+        )
+        return losses.weighted_mean(losses_BxL, part.get("weights"), total)
 
     loss, grads = _accumulated(loss_of, state.params, batch, dropout, accumulate)
     if state.masks is not None:
@@ -127,8 +146,11 @@ def compile_train_step(
     *,
     accumulate: int = 1,
     place: Callable[[TrainState], TrainState] = lambda state: state,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns the jitted train step; it takes over (donates) the state it is given.
+    distillation: Distillation | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns the jitted train step of (state, batch), or of (state, batch, fixed).
+
+    It takes over (donates) the state that it is given, and nothing else.
 
     Args:
         model: as in `train_step`, like the next two.
@@ -136,16 +158,21 @@ def compile_train_step(
         track_every: steps between snapshots.
         accumulate: as in `train_step`.
         place: constrains the state that the step returns to a layout over devices.
+        distillation: as in `train_step`; `fixed` then holds the teacher.
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, fixed: Fixed | None = None
+    ) -> tuple[TrainState, Metrics]:
         state, metrics = train_step(
             state,
             batch,
+            fixed,
             model=model,
             optimizer=optimizer,
             track_every=track_every,
             accumulate=accumulate,
+            distillation=distillation,
         )
         return place(state), metrics
 
@@ -153,13 +180,39 @@ def compile_train_step(
 
 
 def eval_step(params: PyTree, batch: Batch, *, model: nn.Module) -> Float[Array, ""]:
-    """Returns the summed loss of a batch in nats, float32."""
+    """Returns the summed loss of a batch in nats, float32; every token counts, weights or not."""
     return jnp.sum(_losses_BxL(model, params, batch))
 
 
-def _losses_BxL(model: nn.Module, params: PyTree, batch: Batch, **options: Any) -> Array:
+def _losses_BxL(
+    model: nn.Module,
+    params: PyTree,
+    batch: Batch,
+    teacher: Any = None,
+    distillation: Distillation | None = None,
+    **options: Any,
+) -> Array:
     logits_BxLxV: Any = model.apply({"params": params}, batch["inputs"], **options)
-    return cross_entropy(logits_BxLxV, batch["targets"])
+    losses_BxL = losses.cross_entropy(logits_BxLxV, batch["targets"])
+    if distillation is None:
+        return losses_BxL
+    teacher_BxLxV: Any = model.apply({"params": teacher}, batch["inputs"])
+    apart_BxL: Any = losses.divergence(logits_BxLxV, teacher_BxLxV, distillation.temperature)
+    return (1 - distillation.weight) * losses_BxL + distillation.weight * apart_BxL
+
+
+def _check_teacher(fixed: Fixed, distillation: Distillation | None) -> None:
+    if (fixed.teacher is None) == (distillation is None):
+        return
+    if distillation is None:
+        raise InputError(
+            "a teacher was given to the train step and no distillation= to compile it with; give "
+            "both or neither"
+        )
+    raise InputError(
+        "the train step distils and was given no teacher; pass Fixed(teacher=the dense parameters) "
+        "after the batch"
+    )
 
 
 def compile_eval_step(model: nn.Module) -> Callable[[PyTree, Batch], Float[Array, ""]]:
