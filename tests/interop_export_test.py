@@ -95,7 +95,7 @@ def test_the_record_says_what_was_pruned_and_how(tmp_path):
     assert up == {"sparsity": 0.5, "pruned": 160, "of": 320}
     assert said["version"]
     assert interop.read_record(path) == said
-    with pytest.raises(InputError, match="has no pruning.json"):
+    with pytest.raises(InputError, match=r"has no pruning\.json"):
         interop.read_record(tmp_path)
 
 
