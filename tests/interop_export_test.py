@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from swe_prune import interop, masks, tree
 from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError
-from swe_prune.interop.families import read_config
+from swe_prune.interop.hf_config import read_config
 
 RECORD = interop.PruningRecord(
     "magnitude",
@@ -37,8 +37,7 @@ def half_mask(params):
     return masks.by_sparsity(scores, 0.5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shard_bytes", [10**9, 2500])
+@pytest.mark.parametrize(("dtype", "shard_bytes"), [("float32", 10**9), ("bfloat16", 2500)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_out_and_in_again_is_bit_identical(tmp_path, name, shard_bytes, dtype):
     path, made = folder(tmp_path / "one", name, dtype, shard_bytes=shard_bytes)
@@ -95,6 +94,9 @@ def test_the_record_says_what_was_pruned_and_how(tmp_path):
     up = said["tensors"]["block_1/mlp/up/kernel"]
     assert up == {"sparsity": 0.5, "pruned": 160, "of": 320}
     assert said["version"]
+    assert interop.read_record(path) == said
+    with pytest.raises(InputError, match=r"has no pruning\.json"):
+        interop.read_record(tmp_path)
 
 
 def test_the_config_of_the_source_is_kept_and_one_that_changed_is_made(tmp_path):

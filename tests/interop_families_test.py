@@ -9,7 +9,7 @@ from interop_tiny import CONFIGS, GPT2, LLAMA, LLAMA3, VOCAB, random_params
 from swe_prune import tree
 from swe_prune.config import ModelConfig, RopeConfig
 from swe_prune.errors import InputError
-from swe_prune.interop import families, placing
+from swe_prune.interop import families, hf_config, placing
 from swe_prune.interop.tensor_names import GGUF, SAFETENSORS, Row, Table
 
 GGUF_CASES = [name for name in CONFIGS if not name.startswith("mistral")]
@@ -17,21 +17,21 @@ GGUF_CASES = [name for name in CONFIGS if not name.startswith("mistral")]
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_read_is_what_is_written(name):
-    family, config, vocab_size = families.read_config(CONFIGS[name])
-    written = families.write_config(config, vocab_size, family)
-    assert families.read_config(written) == (family, config, vocab_size)
+    family, config, vocab_size = hf_config.read_config(CONFIGS[name])
+    written = hf_config.write_config(config, vocab_size, family)
+    assert hf_config.read_config(written) == (family, config, vocab_size)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_family_is_found_for_the_settings(name):
-    _, config, vocab_size = families.read_config(CONFIGS[name])
-    written = families.write_config(config, vocab_size)
-    assert families.read_config(written)[1] == config
+    _, config, vocab_size = hf_config.read_config(CONFIGS[name])
+    written = hf_config.write_config(config, vocab_size)
+    assert hf_config.read_config(written)[1] == config
 
 
 def test_settings_get_where_they_belong():
     hf = LLAMA | {"attention_bias": True, "head_dim": 6, "hidden_act": "gelu", "rope_theta": 5e5}
-    family, config, vocab_size = families.read_config(hf, "bfloat16")
+    family, config, vocab_size = hf_config.read_config(hf, "bfloat16")
     assert (family, vocab_size) == ("llama", VOCAB)
     assert config == ModelConfig(
         layers=2,
@@ -60,18 +60,18 @@ def test_settings_get_where_they_belong():
 def test_both_spellings_of_rope_mean_the_same():
     old = LLAMA | {"rope_theta": 1e3, "rope_scaling": LLAMA3}
     new = LLAMA | {"rope_parameters": LLAMA3 | {"rope_theta": 1e3}}
-    assert families.read_config(old) == families.read_config(new)
-    assert families.read_config(old)[1].rope.theta == 1e3
+    assert hf_config.read_config(old) == hf_config.read_config(new)
+    assert hf_config.read_config(old)[1].rope.theta == 1e3
 
 
 def test_early_names_of_phi3s_scaling_are_understood():
     hf = CONFIGS["phi3 longrope"]
     early = hf | {"rope_scaling": hf["rope_scaling"] | {"type": "su"}}
-    assert families.read_config(early) == families.read_config(hf)
+    assert hf_config.read_config(early) == hf_config.read_config(hf)
 
 
 def test_dynamic_scaling_lets_texts_exceed_the_context_that_is_said():
-    config = families.read_config(CONFIGS["llama dynamic"])[1]
+    config = hf_config.read_config(CONFIGS["llama dynamic"])[1]
     assert (config.context, config.rope.original_context) == (32, 8)
 
 
@@ -134,20 +134,20 @@ REFUSED = {
 def test_what_cannot_be_computed_is_refused_in_a_sentence(case):
     hf, sentence = REFUSED[case]
     with pytest.raises(InputError, match=sentence) as caught:
-        families.read_config(hf)
+        hf_config.read_config(hf)
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_dtype_of_computation_is_refused():
     with pytest.raises(InputError, match="float32 or bfloat16"):
-        families.read_config(GPT2, "float16")
+        hf_config.read_config(GPT2, "float16")
 
 
 def test_a_decoder_of_no_family_is_not_written():
     with pytest.raises(InputError, match="any family"):
-        families.write_config(ModelConfig(norm="rms"), 9)
+        hf_config.write_config(ModelConfig(norm="rms"), 9)
     with pytest.raises(InputError, match="of mistral"):
-        families.write_config(families.read_config(GPT2)[1], 9, "mistral")
+        hf_config.write_config(hf_config.read_config(GPT2)[1], 9, "mistral")
 
 
 def test_defaults_are_those_of_transformers():
@@ -167,7 +167,7 @@ def test_defaults_are_those_of_transformers():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_each_parameter_is_in_one_tensor_and_comes_out_as_it_went_in(tables, name):
-    family, config, vocab_size = families.read_config(CONFIGS[name])
+    family, config, vocab_size = hf_config.read_config(CONFIGS[name])
     params = dict(tree.named_leaves(random_params(config)))
     bound = placing.bind(tables[family], config, vocab_size)
     parts = [part.name for one in bound for part in one.parts]
@@ -194,7 +194,7 @@ class Recording:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "phi3"])
 def test_of_a_slice_no_more_than_the_slice_is_read(name):
-    family, config, vocab_size = families.read_config(CONFIGS[name])
+    family, config, vocab_size = hf_config.read_config(CONFIGS[name])
     params = dict(tree.named_leaves(random_params(config)))
     for one in placing.bind(SAFETENSORS[family], config, vocab_size):
         for part in one.parts:
@@ -207,7 +207,7 @@ def test_of_a_slice_no_more_than_the_slice_is_read(name):
 
 
 def test_a_fused_tensor_of_parts_that_are_not_alike_is_joined_in_order():
-    config = families.read_config(CONFIGS["phi3 longrope"])[1]
+    config = hf_config.read_config(CONFIGS["phi3 longrope"])[1]
     bound = placing.bind(SAFETENSORS["phi3"], config, VOCAB)
     fused = next(one for one in bound if "qkv_proj" in one.name)
     assert fused.shape == (16 + 8 + 8, 16)
@@ -218,7 +218,7 @@ def test_the_tables_say_which_rows_lie_interleaved():
     """llama.cpp's permutation of query rows, written out for one head of width 6."""
     row = Row("q", ("block_{i}/attention/query/kernel",), "out_in", interleaved=True)
     config = dataclasses.replace(
-        families.read_config(LLAMA)[1], layers=1, heads=1, kv_heads=1, head_width=6
+        hf_config.read_config(LLAMA)[1], layers=1, heads=1, kv_heads=1, head_width=6
     )
     (bound,) = placing.bind(Table((row,)), config, VOCAB)
     kernel = np.tile(np.arange(6.0), (16, 1))

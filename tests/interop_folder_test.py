@@ -156,6 +156,12 @@ def test_a_damaged_file_is_refused(whole):
     refused(whole, "is damaged")
 
 
+def test_what_cannot_be_opened_is_a_sentence(whole):
+    (whole / WEIGHTS).unlink()
+    (whole / WEIGHTS).mkdir()
+    refused(whole, "model.safetensors cannot be read: Is a directory")
+
+
 def test_a_truncated_or_missing_shard_is_found_before_any_is_read(sharded, monkeypatch):
     monkeypatch.setattr("swe_prune.interop.pretrained.read_params", lambda *_: pytest.fail("read"))
     last = sorted(sharded.glob("model-*.safetensors"))[-1]

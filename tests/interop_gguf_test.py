@@ -37,6 +37,25 @@ def test_a_file_gives_the_parameters_and_settings_that_it_was_made_of(tmp_path, 
     assert loaded.tokenizer is None
 
 
+def test_query_and_key_lie_as_llama_cpp_has_them(tmp_path):
+    """By its converter's own permutation, of torch's weights, written out here."""
+    made = model("llama biases", num_key_value_heads=2)
+    path = written(tmp_path / "model.gguf", made)
+    tensors = {one.name: np.array(one.data) for one in gguf.GGUFReader(path).tensors}
+
+    def permuted(weights, heads):
+        halves = weights.reshape(heads, 2, len(weights) // heads // 2, *weights.shape[1:])
+        return halves.swapaxes(1, 2).reshape(weights.shape)
+
+    attention = made.params["block_1"]["attention"]
+    for stored, ours, heads in (("attn_q", "query", 4), ("attn_k", "key", 2)):
+        kernel, bias = np.asarray(attention[ours]["kernel"]).T, np.asarray(attention[ours]["bias"])
+        np.testing.assert_array_equal(tensors[f"blk.1.{stored}.weight"], permuted(kernel, heads))
+        np.testing.assert_array_equal(tensors[f"blk.1.{stored}.bias"], permuted(bias, heads))
+    kernel = np.asarray(attention["value"]["kernel"]).T
+    np.testing.assert_array_equal(tensors["blk.1.attn_v.weight"], kernel)
+
+
 KINDS = [Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1]
 
 

@@ -96,6 +96,7 @@ def test_in_bfloat16_the_error_is_no_larger_than_theirs(folders, name):
     The two round at other places, so neither equals the other; 1.25 leaves room for chance.
     """
     path, made = folders(name, "bfloat16")
+    assert transformers.AutoModelForCausalLM.from_pretrained(path).dtype == torch.bfloat16
     x_BxL = tokens(LONG, batch=8)
     exact = logits(made, x_BxL)
     found = logits(interop.load(path, compute_dtype="bfloat16"), x_BxL)

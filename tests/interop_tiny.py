@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from swe_prune.interop import families, placing
+from swe_prune.interop import hf_config, placing
 from swe_prune.interop.exporting import export
 from swe_prune.interop.pretrained import Pretrained
 from swe_prune.models import gpt
@@ -91,7 +91,7 @@ def random_params(config, vocab_size=VOCAB, dtype="float32", seed=0):
 def model(name, dtype="float32", **changes):
     """A Pretrained with random parameters, as if it had been loaded."""
     hf = CONFIGS[name] | changes
-    family, config, vocab_size = families.read_config(hf)
+    family, config, vocab_size = hf_config.read_config(hf)
     params = random_params(config, vocab_size, dtype)
     return Pretrained(config, vocab_size, params, None, family, Path("nowhere"), "safetensors", hf)
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from swe_prune import data, interop
-from swe_prune.interop import families
+from swe_prune.interop import hf_config
 from swe_prune.interop.tokenizer import PretrainedTokenizer
 from swe_prune.models import gpt
 from swe_prune.training import state as state_lib
@@ -65,7 +65,7 @@ def make(folder):
     place.train.write_text(text[:cut])
     place.held_out.write_text(text[cut:])
     words = tokenizer(text[:cut])
-    family, config, vocab_size = families.read_config(CONFIG)
+    family, config, vocab_size = hf_config.read_config(CONFIG)
     module = gpt.build(config, vocab_size)
     batches = data.train_iterator(words.encode(text[:cut]), context=64, batch=8, seed=0)
     optimizer = optax.adam(1e-2)

@@ -11,7 +11,7 @@ from swe_prune.errors import InputError
 from swe_prune.experiment import artifacts, samples, scoring
 from swe_prune.experiment.calibration_text import calibrated
 from swe_prune.experiment.grid import Cell
-from swe_prune.experiment.models import finite, load_dense, save, starting_values
+from swe_prune.experiment.models import finite, load_dense, save
 from swe_prune.experiment.setup import Experiment
 from swe_prune.experiment.shard import held
 from swe_prune.experiment.workdir import exists, result_of, results_of, write_result
@@ -58,9 +58,9 @@ def _prune_cell(
     dense = source.state
     try:
         if cell.blockwise is None:
-            start, masks = starting_values(experiment, dense), scoring.cell_masks(source, cell)
+            start, masks = source.start, scoring.cell_masks(source, cell)
         else:
-            start, masks = scoring.pruned_blocks(source, cell, starting_values(experiment, dense))
+            start, masks = scoring.pruned_blocks(source, cell)
     except InputError as error:
         raise InputError(f"cell {cell.name!r} of seed {cell.seed}: {error}") from error
     params = masks_lib.apply(start, masks)

@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 from swe_prune import allocation, blockwise, calibration, importance, parallel, tree
 from swe_prune.experiment.calibration_text import OF_GRADIENTS, OF_INPUTS
 from swe_prune.experiment.grid import Cell
+from swe_prune.experiment.models import starting_values
 from swe_prune.experiment.setup import Experiment
 from swe_prune.training import step as step_lib
 from swe_prune.training.state import TrainState
@@ -25,11 +26,15 @@ class Source:
         experiment: settings and model.
         state: the dense phase's last.
         measured: by need, on the calibration windows.
+        start: the weights that block-after-block pruning begins with.
+        dense_scores: of these, for allocations of blockwise cells; None where no cell needs them.
     """
 
     experiment: Experiment
     state: TrainState
     measured: dict[str, PyTree]
+    start: PyTree
+    dense_scores: PyTree | None
 
 
 def source(experiment: Experiment, state: TrainState, cells: Sequence[Cell]) -> Source:
@@ -58,7 +63,20 @@ def source(experiment: Experiment, state: TrainState, cells: Sequence[Cell]) -> 
             experiment.calibration,
             prunable=experiment.prunable,
         )
-    return Source(experiment, state, measured)
+    start, dense_scores = starting_values(experiment, state), None
+    if any(cell.blockwise is not None and _shared_by_scores(cell) for cell in cells):
+        dense_scores = blockwise.dense_scores(
+            experiment.model,
+            {"params": start},
+            experiment.calibration,
+            prunable=experiment.prunable,
+        )
+    return Source(experiment, state, measured, start, dense_scores)
+
+
+def _shared_by_scores(cell: Cell) -> bool:
+    """Returns whether a cell has an allocation that reads scores."""
+    return cell.allocation is not None and "scores" in allocation.get(cell.allocation).needs
 
 
 def from_weights_alone(cell: Cell) -> bool:
@@ -123,23 +141,15 @@ def select(source: Source, cell: Cell, of: PyTree, share: Any) -> PyTree:
     return _whole(source, found)
 
 
-def pruned_blocks(source: Source, cell: Cell, params: PyTree) -> tuple[PyTree, PyTree]:
+def pruned_blocks(source: Source, cell: Cell) -> tuple[PyTree, PyTree]:
     """Returns the parameters that block-after-block pruning leaves, and their masks.
 
     Args:
         source: of the cell.
         cell: with a blockwise method.
-        params: the weights that go on after pruning.
     """
-    of = None
-    if cell.allocation is not None and "scores" in allocation.get(cell.allocation).needs:
-        of = blockwise.dense_scores(
-            source.experiment.model,
-            {"params": params},
-            source.experiment.calibration,
-            prunable=source.experiment.prunable,
-        )
-    share = level(source, cell, of, cell.requested, params)
+    params = source.start
+    share = level(source, cell, source.dense_scores, cell.requested, params)
     pruned, kept, _ = blockwise.prune_blocks(
         source.experiment.model,
         {"params": params},

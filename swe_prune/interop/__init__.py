@@ -7,7 +7,8 @@
 
 pretrained          `load`, and what it gives
 exporting           `export`: the folder that transformers loads
-families            config.json <-> ModelConfig
+families            what each family has in config.json
+hf_config           config.json <-> ModelConfig
 rope_settings       its rotary positions
 tensor_names        the tables: which tensor of a file holds which parameter
 placing             the tables applied to one model: which slice of which tensor
@@ -18,10 +19,13 @@ tokenizer           text to ids, from whichever file has it
 weights_file        safetensors written tensor by tensor
 mask_file           masks, one bit for each weight
 lm_eval             `harness`: the model as lm_eval asks it
+pruning_record      pruning.json: how it was pruned, and what came of it
+optional            the packages that this needs, imported when it is used
 """
 
-from swe_prune.interop.exporting import PruningRecord, check_free, export, read_record
-from swe_prune.interop.families import FAMILIES, read_config, write_config
+from swe_prune.interop.exporting import check_free, export
+from swe_prune.interop.families import FAMILIES
+from swe_prune.interop.hf_config import read_config, write_config
 from swe_prune.interop.lm_eval import harness
 from swe_prune.interop.mask_file import FILE as MASKS
 from swe_prune.interop.mask_file import read_masks
@@ -32,6 +36,7 @@ from swe_prune.interop.pretrained import (
     located,
     open_checkpoint,
 )
+from swe_prune.interop.pruning_record import PruningRecord, read_record
 from swe_prune.interop.tokenizer import PretrainedTokenizer
 
 __all__ = [

@@ -8,12 +8,11 @@
 The folder is written beside its place under another name and renamed when it is whole.
 """
 
-import dataclasses
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,16 @@ from jaxtyping import PyTree
 
 from swe_prune import masks, tree
 from swe_prune.errors import InputError
-from swe_prune.interop.families import FAMILIES, read_config, write_config
+from swe_prune.interop.families import FAMILIES
+from swe_prune.interop.hf_config import canonical, read_config, write_config
 from swe_prune.interop.mask_file import FILE as MASKS
 from swe_prune.interop.mask_file import write_masks
 from swe_prune.interop.placing import Stored, bind
 from swe_prune.interop.pretrained import Pretrained
-from swe_prune.interop.safetensors_folder import INDEX, WEIGHTS, read_json
+from swe_prune.interop.pruning_record import FILE as RECORD
+from swe_prune.interop.pruning_record import PruningRecord, record_file
 from swe_prune.interop.tensor_names import SAFETENSORS
-from swe_prune.interop.weights_file import write_weights
-from swe_prune.version import __version__
+from swe_prune.interop.weights_file import write_folder
 
 COPIED = (
     "generation_config.json",
@@ -51,29 +51,7 @@ COPIED = (
 )
 """Files of the source folder that are copied where it has them."""
 
-RECORD = "pruning.json"
 SHARD_BYTES = 5 * 10**9
-
-
-@dataclasses.dataclass(frozen=True)
-class PruningRecord:
-    """What pruning.json says beside the counts, which are taken from the mask.
-
-    Attributes:
-        criterion: its registered name.
-        options: of the criterion, the pattern, the allocation and what else was chosen.
-        seed: of the run; None: nothing was random.
-        calibration: the text that was used and how; None: none was.
-        evaluation: what was measured, by the caller's names.
-        commit: of the code; None: not known.
-    """
-
-    criterion: str
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    seed: int | None = None
-    calibration: Mapping[str, Any] | None = None
-    evaluation: Mapping[str, Any] | None = None
-    commit: str | None = None
 
 
 def export(
@@ -110,17 +88,19 @@ def export(
     if (mask is None) != (record is None):
         raise InputError("a mask and a PruningRecord belong together; give both of them or neither")
     if mask is not None:
-        _same_structure(mask, params, "mask")
+        _check_mask(mask, params)
     leaves = dict(tree.named_leaves(params))
     bound = _bound(model, leaves)
-    files = _text_files(model, leaves, mask, record)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    files = {"config.json": _config(model, leaves)}
+    if record is not None:
+        files[RECORD] = record_file(record, mask)
+    partial = folder.parent / f".{folder.name}.partial-{uuid.uuid4().hex[:8]}"
+    partial.mkdir()
     try:
-        partial.chmod(0o777 & ~_umask())  # mkdtemp's is for nobody else
         _copy_or_write_tokenizer(model, partial)
         for name, content in files.items():
             _write_json(partial / name, content)
-        _write_all(partial, bound, leaves, mask, shard_bytes)
+        write_folder(partial, bound, *_contents(leaves, mask), shard_bytes)
         if mask is not None:
             write_masks(partial / MASKS, mask)
         if also is not None:
@@ -131,15 +111,6 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return folder
-
-
-def read_record(folder: str | Path) -> dict[str, Any]:
-    """Returns what pruning.json of an exported folder says.
-
-    Raises:
-        InputError: there is none, or it is damaged.
-    """
-    return read_json(Path(folder) / RECORD)
 
 
 def check_free(folder: str | Path) -> None:
@@ -165,34 +136,31 @@ def _bound(model: Pretrained, leaves: Mapping[str, Any]) -> list[Stored]:
     return bound
 
 
-def _text_files(
-    model: Pretrained, leaves: Mapping[str, Any], mask: PyTree, record: PruningRecord | None
-) -> dict[str, dict[str, Any]]:
-    files = {"config.json": _config(model, leaves)}
-    if record is not None:
-        counted = masks.summary(mask)
-        files[RECORD] = {
-            **dataclasses.asdict(record),
-            "version": __version__,
-            "sparsity": counted.sparsity,
-            "pruned": counted.pruned,
-            "prunable": counted.total,
-            "tensors": {
-                name: {"sparsity": one.sparsity, "pruned": one.pruned, "of": one.total}
-                for name, one in counted.tensors.items()
-            },
-        }
-        try:
-            json.dumps(files[RECORD], allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"the PruningRecord is no JSON: {error}; give plain values") from None
-    return files
+def _contents(
+    leaves: Mapping[str, Any], mask: PyTree
+) -> tuple[Callable[[Stored], np.dtype], Callable[[Stored], np.ndarray]]:
+    """Returns what tells the dtype of a stored tensor, and what gives its numbers, masked."""
+    kept = {} if mask is None else dict(tree.named_leaves(mask))
+
+    def dtype(one: Stored) -> np.dtype:
+        # Parts of one tensor may differ in dtype; joined, they have the wider one.
+        return np.result_type(*(np.dtype(leaves[part.name].dtype) for part in one.parts))
+
+    def values(one: Stored) -> np.ndarray:
+        parts = {}
+        for part in one.parts:
+            leaf, keep = leaves[part.name], kept.get(part.name)
+            parts[part.name] = leaf if keep is None else masks.apply(leaf, keep)
+        return one.write(parts)
+
+    return dtype, values
 
 
 def _config(model: Pretrained, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the source's config.json, or one made of the settings where these have changed."""
     family, config, vocab_size = read_config(model.hf_config, model.config.dtype)
-    if (family, config, vocab_size) == (model.family, model.config, model.vocab_size):
+    ours = (model.family, canonical(model.config), model.vocab_size)
+    if (family, config, vocab_size) == ours:
         written = dict(model.hf_config)
     else:
         written = write_config(model.config, model.vocab_size, model.family)
@@ -229,63 +197,11 @@ def _copy_or_write_tokenizer(model: Pretrained, folder: Path) -> None:
         _write_json(folder / "generation_config.json", said)
 
 
-def _write_all(
-    folder: Path,
-    bound: Sequence[Stored],
-    leaves: Mapping[str, Any],
-    mask: PyTree,
-    shard_bytes: int,
-) -> None:
-    kept = {} if mask is None else dict(tree.named_leaves(mask))
-
-    def stored(one: Stored) -> np.ndarray:
-        parts = {}
-        for part in one.parts:
-            leaf = leaves[part.name]
-            keep = kept.get(part.name)
-            parts[part.name] = leaf if keep is None else masks.apply(leaf, keep)
-        return one.write(parts)
-
-    shards = list(_shards(bound, leaves, shard_bytes))
-    if len(shards) == 1:
-        write_weights(folder / WEIGHTS, _described(shards[0], leaves), stored)
-        return
-    listed = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_weights(folder / name, _described(shard, leaves), stored)
-        listed |= {one.name: name for one in shard}
-    total = sum(leaf.nbytes for leaf in leaves.values())
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": listed})
-
-
-def _shards(
-    bound: Sequence[Stored], leaves: Mapping[str, Any], shard_bytes: int
-) -> Iterator[list[Stored]]:
-    shard, size = [], 0
-    for one in bound:
-        takes = sum(leaves[part.name].nbytes for part in one.parts)
-        if shard and size + takes > shard_bytes:
-            yield shard
-            shard, size = [], 0
-        shard.append(one)
-        size += takes
-    yield shard
-
-
-def _described(shard: Sequence[Stored], leaves: Mapping[str, Any]) -> list[tuple[Stored, np.dtype]]:
-    # Parts of one tensor may differ in dtype; joined, they have the wider one.
-    return [
-        (one, np.result_type(*(np.dtype(leaves[part.name].dtype) for part in one.parts)))
-        for one in shard
-    ]
-
-
-def _same_structure(mask: PyTree, params: PyTree, what: str) -> None:
+def _check_mask(mask: PyTree, params: PyTree) -> None:
     def check(name: str, keep: Any, weight: Any) -> None:
         if keep is not None and jnp.shape(keep) != jnp.shape(weight):
             raise InputError(
-                f"the {what} of {name!r} has the shape {jnp.shape(keep)} and the weight "
+                f"the mask of {name!r} has the shape {jnp.shape(keep)} and the weight "
                 f"{jnp.shape(weight)}; make the mask from scores of these parameters"
             )
 
@@ -295,9 +211,3 @@ def _same_structure(mask: PyTree, params: PyTree, what: str) -> None:
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

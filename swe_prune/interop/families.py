@@ -1,7 +1,7 @@
-"""config.json of Hugging Face <-> `ModelConfig`, for the families that the decoder computes.
+"""The families of models that the decoder computes: what each has in config.json.
 
-Each family is a table of keys with what transformers takes where a key is absent, so that a config
-means here what it means there. What the decoder cannot compute is refused, never ignored.
+A family is a table of keys with what transformers takes where a key is absent, so that a config
+means here what it means there.
 
 Source: https://github.com/huggingface/transformers, models/*/configuration_*.py.
 """
@@ -9,10 +9,6 @@ Source: https://github.com/huggingface/transformers, models/*/configuration_*.py
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
-
-from swe_prune.config import ModelConfig
-from swe_prune.errors import InputError
-from swe_prune.interop.rope_settings import read_rope, write_rope
 
 NEEDED = object()
 """The default of a key that has none: a config without it is no config of this family."""
@@ -28,8 +24,6 @@ ACTIVATIONS = {
     "tanh": "tanh",
 }
 """Names in config.json, and in `ModelConfig`; of several, the first is written."""
-
-COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,170 +144,3 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 """The supported values of `model_type`."""
-
-_KINDS = {
-    int: "a whole number above 0",
-    float: "a number above 0",
-    bool: "true or false",
-    str: "a name",
-}
-_NULLABLE = ("hidden", "head_width", "kv_heads", "window")  # None has a meaning in `ModelConfig`
-
-
-def read_config(
-    hf: Mapping[str, Any], compute_dtype: str = "float32"
-) -> tuple[str, ModelConfig, int]:
-    """Returns the family, the decoder's settings and the vocabulary's size of a config.json.
-
-    Args:
-        hf: what config.json holds.
-        compute_dtype: of the computation, "float32" or "bfloat16".
-
-    Raises:
-        InputError: another architecture, a quantized checkpoint, a setting that the decoder cannot
-            compute, one that is missing or of another type.
-
-    >>> read_config({"model_type": "gpt2", "vocab_size": 9, "n_embd": 4, "n_layer": 1, "n_head": 2})
-    ... # doctest: +ELLIPSIS
-    ('gpt2', ModelConfig(layers=1, heads=2, width=4, context=1024, ...), 9)
-    """
-    if compute_dtype not in COMPUTE_DTYPES:
-        raise InputError(
-            f"compute_dtype = {compute_dtype!r} is unknown; choose {' or '.join(COMPUTE_DTYPES)}"
-        )
-    name = hf.get("model_type")
-    family = FAMILIES.get(name) if isinstance(name, str) else None
-    if family is None:
-        raise InputError(
-            f"config.json has model_type {name!r}, which is not supported; "
-            f"supported are {', '.join(FAMILIES)}"
-        )
-    _refuse(hf, str(name), family)
-    fields = {key.field: _value(hf, key) for key in family.keys} | dict(family.fixed)
-    fields["activation"] = _activation(fields["activation"])
-    if name == "llama":
-        fields["out_bias"] = fields["qkv_bias"]
-    if name == "gpt2" and fields["hidden"] is None:
-        fields["hidden"] = 4 * fields["width"]
-    if family.rotary:
-        fields["rope"] = rope = read_rope(hf, str(name))
-        if rope.scaling == "dynamic":  # it acts on what is longer than the context that is said
-            fields["rope"] = dataclasses.replace(rope, original_context=fields["context"])
-            fields["context"] = int(fields["context"] * (rope.factor or 1))
-    config = _canonical(ModelConfig(**fields, dtype=compute_dtype))
-    return str(name), config, _value(hf, Key("vocab_size", "vocab_size"))
-
-
-def write_config(config: ModelConfig, vocab_size: int, family: str | None = None) -> dict[str, Any]:
-    """Returns a config.json for the decoder's settings, which transformers loads.
-
-    Args:
-        config: the settings; of their dtype of computation nothing is written.
-        vocab_size: V.
-        family: a key of `FAMILIES`; None: the first that can say all of the settings.
-
-    Raises:
-        InputError: no family, or not this one, can say all of the settings.
-    """
-    for name in FAMILIES if family is None else (family,):
-        written = _written(config, vocab_size, name)
-        try:
-            says_all = read_config(written, config.dtype)[1] == _canonical(config)
-        except InputError:
-            says_all = False
-        if says_all:
-            return written
-    raise InputError(
-        f"the model's settings cannot be written as a config.json of {family or 'any family'}: "
-        f"supported are {', '.join(FAMILIES)}, and this combination is none of them; {config}"
-    )
-
-
-def _written(config: ModelConfig, vocab_size: int, name: str) -> dict[str, Any]:
-    family = FAMILIES[name]
-    written: dict[str, Any] = {
-        "architectures": [family.architecture],
-        "model_type": name,
-        "vocab_size": vocab_size,
-    }
-    whole = dataclasses.replace(
-        config, hidden=config.hidden_size, kv_heads=config.key_heads, head_width=config.head_size
-    )
-    for key in family.keys:
-        written[key.name] = getattr(whole, key.field)
-        if key.kind is bool and written[key.name] is None:
-            written[key.name] = config.use_bias
-    if family.rotary and config.rope.scaling == "dynamic":
-        written["max_position_embeddings"] = config.rope.original_context or config.context
-    activation = next(key.name for key in family.keys if key.field == "activation")
-    written[activation] = next(
-        (hf for hf, own in ACTIVATIONS.items() if own == config.activation), config.activation
-    )
-    return written | (write_rope(config, name) if family.rotary else {})
-
-
-def _canonical(config: ModelConfig) -> ModelConfig:
-    """Returns the settings with one spelling of each, and without what no checkpoint says."""
-    as_said = {
-        "hidden": config.hidden_size,
-        "hidden_ratio": ModelConfig.hidden_ratio,
-        "kv_heads": None if config.key_heads == config.heads else config.key_heads,
-        "head_width": None if config.head_size * config.heads == config.width else config.head_size,
-        "vocab_size": None,
-        "dropout": 0.0,
-        "remat": False,
-        "scan_layers": False,
-    }
-    for field in ("qkv_bias", "out_bias", "mlp_bias", "head_bias"):
-        value = getattr(config, field)
-        as_said[field] = config.use_bias if value is None else value
-    rope = config.rope
-    if config.positions == "rope" and rope.original_context is None:
-        as_said["rope"] = dataclasses.replace(rope, original_context=config.context)
-    return dataclasses.replace(config, **as_said)
-
-
-def _refuse(hf: Mapping[str, Any], name: str, family: Family) -> None:
-    if hf.get("quantization_config"):
-        raise InputError(
-            "config.json has a quantization_config, and quantized safetensors are not supported; "
-            "supported are float32, float16 and bfloat16, and quantized GGUF files"
-        )
-    for key, allowed in family.only.items():
-        if key in hf and hf[key] not in allowed:
-            raise InputError(
-                f"config.json has {key} = {hf[key]!r}, which the decoder cannot compute; "
-                f"supported for {name} is {allowed[0]!r}"
-            )
-    kinds = set(hf.get("layer_types") or ())
-    wanted = "sliding_attention" if hf.get("sliding_window") else "full_attention"
-    if kinds - {wanted}:
-        raise InputError(
-            f"config.json has layers of the types {', '.join(sorted(map(str, kinds)))}; "
-            f"supported is {wanted} in all of them with this sliding_window"
-        )
-
-
-def _value(hf: Mapping[str, Any], key: Key) -> Any:
-    value = hf.get(key.name, key.default)
-    if value is NEEDED:
-        raise InputError(
-            f"config.json lacks {key.name!r}, which a {hf['model_type']} has; add it, or get the "
-            "file again"
-        )
-    if value is None and (key.field in _NULLABLE or key.default is None):
-        return None
-    if key.kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not key.kind or (key.kind is not str and key.kind is not bool and value <= 0):
-        raise InputError(f"config.json has {key.name} = {value!r}; give {_KINDS[key.kind]}")
-    return value
-
-
-def _activation(name: str) -> str:
-    if name not in ACTIVATIONS:
-        raise InputError(
-            f"config.json has the activation {name!r}, which the decoder cannot compute; "
-            f"supported are {', '.join(ACTIVATIONS)}"
-        )
-    return ACTIVATIONS[name]

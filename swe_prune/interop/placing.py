@@ -98,16 +98,21 @@ def bind(table: Table, config: ModelConfig, vocab_size: int) -> list[Stored]:
 def param_shapes(config: ModelConfig, vocab_size: int) -> dict[str, Shape]:
     """Returns the shape of each parameter of the model by its name, without making any."""
     one = dataclasses.replace(config, layers=1, scan_layers=False, remat=False, dropout=0.0)
-    model = gpt.build(one, vocab_size)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    made = jax.eval_shape(functools.partial(model.init), key, tokens)["params"]
     shapes = {}
-    for name, leaf in tree.named_leaves(made):
+    for name, shape in _shapes_of_one_layer(one, vocab_size):
         layers = range(config.layers) if name.startswith("block_0/") else (0,)
         for layer in layers:  # all alike, so one is traced
-            shapes[name.replace("block_0/", f"block_{layer}/")] = tuple(leaf.shape)
+            shapes[name.replace("block_0/", f"block_{layer}/")] = shape
     return shapes
+
+
+@functools.lru_cache(maxsize=64)  # tracing takes longer than all the rest of a small model
+def _shapes_of_one_layer(config: ModelConfig, vocab_size: int) -> tuple[tuple[str, Shape], ...]:
+    model = gpt.build(config, vocab_size)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    made = jax.eval_shape(model.init, key, tokens)["params"]
+    return tuple((name, tuple(leaf.shape)) for name, leaf in tree.named_leaves(made))
 
 
 def nested(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -126,14 +126,16 @@ def _placed(
     dtype: str | None,
     sharding_of: Callable[[str, Shape], jax.sharding.Sharding | None],
 ) -> Array:
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        values = part.read(stored, index)
+    whole = (slice(None),) * len(part.shape)
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        values = part.read(stored, whole if index is None else index)
         wanted = values.dtype if dtype is None else jnp.dtype(dtype)
         return np.ascontiguousarray(values, wanted)
 
     sharding = sharding_of(part.name, part.shape)
     if sharding is None:
-        placed = jnp.asarray(read((slice(None),) * len(part.shape)))
+        placed = jnp.asarray(read(whole))
     else:
         placed = jax.make_array_from_callback(part.shape, sharding, read)
     return placed.block_until_ready()  # or the copies on the host would queue up behind the reader

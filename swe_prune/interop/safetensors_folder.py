@@ -56,12 +56,12 @@ def read_folder(path: Path) -> Folder:
         InputError: no safetensors, pickles alone, a shard that is missing, truncated, damaged or
             outside the folder, or an index that is no index.
     """
-    if (path / INDEX).exists():
-        files = _indexed(path)
-    elif (path / WEIGHTS).exists():
-        files = dict.fromkeys(_header(path / WEIGHTS), path / WEIGHTS)
-    else:
-        raise InputError(_no_weights(path))
+    if not (path / INDEX).exists():
+        if not (path / WEIGHTS).exists():
+            raise InputError(_no_weights(path))
+        header = _header(path / WEIGHTS)
+        return Folder(path, header, dict.fromkeys(header, path / WEIGHTS))
+    files = _indexed(path)
     headers = {file: _header(file) for file in set(files.values())}
     for name, file in files.items():
         if name not in headers[file]:
@@ -138,21 +138,24 @@ def _no_weights(path: Path) -> str:
 
 def _header(path: Path) -> dict[str, Entry]:
     """Returns what the header says of each tensor, once it is sure that all of them are there."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(_LENGTH), "little")
-        if size < _LENGTH or length > size - _LENGTH:
-            raise InputError(
-                f"{path} ends within its header, after {size:,} bytes: it is truncated, or no "
-                "safetensors; get it again"
-            )
-        raw = file.read(length)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(_LENGTH), "little")
+            raw = file.read(length) if length <= size - _LENGTH else None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; see to its rights") from None
+    if raw is None:
+        raise InputError(
+            f"{path} ends within its header, after {size:,} bytes: it is truncated, or no "
+            "safetensors; get it again"
+        )
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         end = max((one["data_offsets"][1] for one in header.values()), default=0)
         entries = {
-            name: Entry(tuple(one["shape"]), DTYPES.get(one["dtype"], one["dtype"]))
+            name: Entry(tuple(one["shape"]), DTYPES.get(one["dtype"]) or str(one["dtype"]))
             for name, one in header.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):

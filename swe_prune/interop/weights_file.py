@@ -1,4 +1,4 @@
-"""A safetensors file written one tensor at a time; the package would want all of them at once.
+"""Safetensors files written one tensor at a time; the package would want all of them at once.
 
 Source: https://github.com/huggingface/safetensors (the format: eight bytes of length, a JSON header
 that says where each tensor is, the tensors).
@@ -6,45 +6,82 @@ that says where each tensor is, the tensors).
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from swe_prune.errors import InputError
 from swe_prune.interop.placing import Stored
-from swe_prune.interop.safetensors_folder import DTYPES
+from swe_prune.interop.safetensors_folder import DTYPES, INDEX, WEIGHTS
 
 _ALIGNED = 8  # the header's length, and so where the data begins, is a multiple of this
 
 
-def write_weights(
-    path: Path,
-    tensors: Sequence[tuple[Stored, np.dtype]],
+def write_folder(
+    folder: Path,
+    tensors: Sequence[Stored],
+    dtype: Callable[[Stored], np.dtype],
     values: Callable[[Stored], np.ndarray],
+    shard_bytes: int,
 ) -> None:
-    """Writes a safetensors file.
+    """Writes model.safetensors, or shards and their index where one file would be too large.
 
     Args:
-        path: of the file.
-        tensors: what is to be in it, and of which dtype.
-        values: gives the numbers of one of them; asked for each once, in their order.
+        folder: that is there.
+        tensors: what is to be in it, in this order.
+        dtype: gives that of one of them.
+        values: gives the numbers of one of them; asked for each once.
+        shard_bytes: of the tensors of a file at most, unless one alone has more.
 
     Raises:
         InputError: a dtype that checkpoints do not have.
     """
+    sizes = [math.prod(one.shape) * dtype(one).itemsize for one in tensors]
+    shards = list(_shards(tensors, sizes, shard_bytes))
+    if len(shards) == 1:
+        _write(folder / WEIGHTS, shards[0], dtype, values)
+        return
+    listed = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write(folder / name, shard, dtype, values)
+        listed |= {one.name: name for one in shard}
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": listed}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(
+    tensors: Sequence[Stored], sizes: Sequence[int], shard_bytes: int
+) -> Iterator[list[Stored]]:
+    shard, filled = [], 0
+    for one, size in zip(tensors, sizes, strict=True):
+        if shard and filled + size > shard_bytes:
+            yield shard
+            shard, filled = [], 0
+        shard.append(one)
+        filled += size
+    yield shard
+
+
+def _write(
+    path: Path,
+    tensors: Sequence[Stored],
+    dtype: Callable[[Stored], np.dtype],
+    values: Callable[[Stored], np.ndarray],
+) -> None:
     names = {ours: theirs for theirs, ours in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for one, dtype in tensors:
-        if dtype.name not in names:
+    for one in tensors:
+        if dtype(one).name not in names:
             raise InputError(
-                f"{one.name!r} is {dtype.name}, which is not written; "
+                f"{one.name!r} is {dtype(one).name}, which is not written; "
                 f"convert the parameters to one of {', '.join(names)}"
             )
-        start, end = end, end + math.prod(one.shape) * dtype.itemsize
+        start, end = end, end + math.prod(one.shape) * dtype(one).itemsize
         header[one.name] = {
-            "dtype": names[dtype.name],
+            "dtype": names[dtype(one).name],
             "shape": list(one.shape),
             "data_offsets": [start, end],
         }
@@ -53,6 +90,6 @@ def write_weights(
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
-        for one, dtype in tensors:
-            array = np.ascontiguousarray(values(one), dtype.newbyteorder("<"))
+        for one in tensors:
+            array = np.ascontiguousarray(values(one), dtype(one).newbyteorder("<"))
             file.write(array.view(np.uint8).data if array.size else b"")

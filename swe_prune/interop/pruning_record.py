@@ -1,0 +1,71 @@
+"""pruning.json: how a model was pruned, how much of each tensor, and what came of it."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import PyTree
+
+from swe_prune import masks
+from swe_prune.errors import InputError
+from swe_prune.interop.safetensors_folder import read_json
+from swe_prune.version import __version__
+
+FILE = "pruning.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningRecord:
+    """What pruning.json says beside the counts, which are taken from the mask.
+
+    Attributes:
+        criterion: its registered name.
+        options: of the criterion, the pattern, the allocation and what else was chosen.
+        seed: of the run; None: nothing was random.
+        calibration: the text that was used and how; None: none was.
+        evaluation: what was measured, by the caller's names.
+        commit: of the code; None: not known.
+    """
+
+    criterion: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seed: int | None = None
+    calibration: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any] | None = None
+    commit: str | None = None
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """Returns what pruning.json of an exported folder says.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    return read_json(Path(folder) / FILE)
+
+
+def record_file(record: PruningRecord, mask: PyTree) -> dict[str, Any]:
+    """Returns what pruning.json says: the record, and the counts of the mask.
+
+    Raises:
+        InputError: the record has what JSON cannot say.
+    """
+    counted = masks.summary(mask)
+    content = {
+        **dataclasses.asdict(record),
+        "version": __version__,
+        "sparsity": counted.sparsity,
+        "pruned": counted.pruned,
+        "prunable": counted.total,
+        "tensors": {
+            name: {"sparsity": one.sparsity, "pruned": one.pruned, "of": one.total}
+            for name, one in counted.tensors.items()
+        },
+    }
+    try:
+        json.dumps(content, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the PruningRecord is no JSON: {error}; give plain values") from None
+    return content
