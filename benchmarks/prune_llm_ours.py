@@ -32,7 +32,6 @@ def main() -> None:
     del model
     found = {"import_s": time.perf_counter() - start}
     found["import_mib"] = timing.memory_mib()[1] - before
-    held = timing.memory_mib()[0]
     tokens = np.load(options["tokens"])
     timing.restart_peak()
     compiling.clear()
@@ -49,7 +48,6 @@ def main() -> None:
     jax.block_until_ready((params, masks))
     found |= {"prune_s": time.perf_counter() - start, "compile_s": sum(compiling)}
     found["prune_mib"] = timing.memory_mib()[1] - before
-    print("DBG", before, held, timing.memory_mib(), file=sys.stderr)
     first: dict[str, Any] = {
         name.removesuffix("/kernel"): np.asarray(leaf)
         for name, leaf in tree.named_leaves(masks["block_0"])
