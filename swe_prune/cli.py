@@ -19,6 +19,7 @@ from rich.table import Table
 
 from swe_prune import config as config_lib
 from swe_prune.errors import InputError, Preempted, RunError
+from swe_prune.pretrained import settings
 from swe_prune.supervisor import SUPERVISED
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     distributed = False
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
+        if settings.wanted(arguments):
+            from swe_prune.pretrained import commands
+
+            commands.main(arguments)
+            return 0
         options, overrides = _parse(arguments)
         distributed = any(getattr(options, name, None) for name in ("distributed", *EXPLICIT))
         if getattr(options, "devices", None) is not None and PLANNED not in os.environ:
@@ -100,7 +106,8 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
     parser = argparse.ArgumentParser(
         prog="python -m swe_prune",
         description="Prune language models by what their weights did while they trained.",
-        epilog="Any setting can be given as --config.GROUP.NAME=VALUE.",
+        epilog="Any setting can be given as --config.GROUP.NAME=VALUE. For a pretrained model, give "
+        "prune, finetune and evaluate --model=PATH in place of --config: 'prune --model=. --help'.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, description in COMMANDS.items():

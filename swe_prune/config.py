@@ -85,6 +85,8 @@ class ModelConfig:
     positions: str = "learned"  # or "rope"
     rope: RopeConfig = RopeConfig()
     window: int | None = None  # a token sees itself and the window - 1 before it; None: all
+    pretrained: str | None = None  # a checkpoint, whose sizes take the place of the above: a
+    # Hugging Face folder, a GGUF file, or "package:NAME" for the GGUF file in an installed package
 
     @property
     def head_size(self) -> int:
@@ -116,6 +118,7 @@ class DataConfig:
     validation_fraction: float = 0.1  # of a text file, from its end; TFDS datasets bring splits
     train_chars: int | None = None  # only the first so many characters of the training split
     validation_chars: int | None = None
+    window: int | None = None  # tokens of a window; None: model.context
     batch: int = 64
     eval_windows: int = 256  # fixed validation windows
     eval_batch: int = 64
@@ -190,6 +193,18 @@ class CalibrationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SamplesConfig:
+    """Text that every model of the study writes, beside its loss; greedy, so that it is the same.
+
+    Its repetition is counted, and how far the model's next-token probabilities are from the dense
+    model's: both show what a loss hides.
+    """
+
+    prompts: tuple[str, ...] = ()  # none: nothing is written
+    tokens: int = 48  # new ones
+
+
+@dataclasses.dataclass(frozen=True)
 class CellConfig:
     """One cell of a study, for each of its seeds; see `sweep.py` for many at once.
 
@@ -246,9 +261,15 @@ class Config:
     prune: PruneConfig = PruneConfig()
     study: StudyConfig = StudyConfig()
     calibration: CalibrationConfig = CalibrationConfig()
+    samples: SamplesConfig = SamplesConfig()
     parallel: ParallelConfig = ParallelConfig()
     log_every: int = 10
     keep_finetuned: bool = False  # keep the fine-tuned parameters of every cell, not only its masks
+
+    @property
+    def window(self) -> int:
+        """L, the tokens of a window to train, calibrate and evaluate on."""
+        return self.model.context if self.data.window is None else self.data.window
 
     def without_switches(self) -> "Config":
         """Returns this config with the settings that say how, and not what, at their defaults.

@@ -6,8 +6,21 @@
 `B` is the batch, `L` the context, `N` and `M` the tokens of the splits.
 """
 
-from swe_prune.data.dataset import TextData, load
+from swe_prune.data.dataset import TextData, Tokenizer, load
+from swe_prune.data.overlap import check_disjoint
+from swe_prune.data.sources import read_named
 from swe_prune.data.tokenizer import CharTokenizer
-from swe_prune.data.windows import Batch, eval_batches, train_iterator
+from swe_prune.data.windows import Batch, eval_batches, random_batches, train_iterator
 
-__all__ = ["Batch", "CharTokenizer", "TextData", "eval_batches", "load", "train_iterator"]
+__all__ = [
+    "Batch",
+    "CharTokenizer",
+    "TextData",
+    "Tokenizer",
+    "check_disjoint",
+    "eval_batches",
+    "load",
+    "random_batches",
+    "read_named",
+    "train_iterator",
+]

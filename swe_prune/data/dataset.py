@@ -1,14 +1,32 @@
 """A text as token ids, ready to train on: `load`."""
 
 import dataclasses
+from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import UInt
+from jaxtyping import Integer
 
 from swe_prune.config import DataConfig
 from swe_prune.data import sources
 from swe_prune.data.tokenizer import CharTokenizer
 from swe_prune.errors import InputError
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back: a `CharTokenizer`, or the one that a pretrained model comes with."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        ...
+
+    def encode(self, text: str, /) -> Integer[np.ndarray, " N"]:
+        """Returns the ids of a text."""
+        ...
+
+    def decode(self, ids: Any, /) -> str:
+        """Returns the text of ids."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,18 +35,20 @@ class TextData:
 
     Attributes:
         name: the dataset as the config names it.
-        tokenizer: of the symbols of both splits.
+        tokenizer: of the symbols of both splits, or the one that was given.
         train: token ids (N,), in the tokenizer's dtype.
         validation: token ids (M,), in the tokenizer's dtype.
+        texts: both splits as they were read.
     """
 
     name: str
-    tokenizer: CharTokenizer
-    train: UInt[np.ndarray, " N"]
-    validation: UInt[np.ndarray, " M"]
+    tokenizer: Tokenizer
+    train: Integer[np.ndarray, " N"]
+    validation: Integer[np.ndarray, " M"]
+    texts: tuple[str, str] = dataclasses.field(repr=False)
 
 
-def load(config: DataConfig, context: int) -> TextData:
+def load(config: DataConfig, context: int, tokenizer: Tokenizer | None = None) -> TextData:
     """Returns the text that the config names, checked to be enough for windows of `context` tokens.
 
     `config.dataset` is a path to a text file, whose last `validation_fraction` is for validation,
@@ -40,24 +60,27 @@ def load(config: DataConfig, context: int) -> TextData:
     Args:
         config: which text.
         context: tokens of a window, L.
+        tokenizer: of a pretrained model; None: one of the text's own characters.
 
     Raises:
         InputError: the text cannot be found, read or prepared, or is too short, with the mend.
     """
-    train, validation = sources.read(config)
-    for split, text in (("training", train), ("validation", validation)):
-        if len(text) <= context:
+    texts = sources.read(config)
+    unit, setting = "tokens", "data.window"
+    if tokenizer is None:
+        unit, setting = "characters", "model.context"
+        tokenizer = CharTokenizer.from_texts(texts)
+    train, validation = map(tokenizer.encode, texts)
+    for split, tokens in (("training", train), ("validation", validation)):
+        if len(tokens) <= context:
             raise InputError(
-                f"the {split} text of {config.dataset!r} has {len(text)} characters and a window "
-                f"of model.context = {context} needs {context + 1}; lower it or give more text"
+                f"the {split} text of {config.dataset!r} has {len(tokens)} {unit} and a window "
+                f"of {setting} = {context} needs {context + 1}; lower it or give more text"
             )
     if config.eval_windows > len(validation) - context:
         raise InputError(
             f"data.eval_windows = {config.eval_windows} is more than the "
-            f"{len(validation) - context} windows of {context} characters that the validation text "
+            f"{len(validation) - context} windows of {context} {unit} that the validation text "
             f"of {config.dataset!r} has; lower it or give more text"
         )
-    tokenizer = CharTokenizer.from_texts((train, validation))
-    return TextData(
-        config.dataset, tokenizer, tokenizer.encode(train), tokenizer.encode(validation)
-    )
+    return TextData(config.dataset, tokenizer, train, validation, texts)

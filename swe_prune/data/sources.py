@@ -38,6 +38,30 @@ def read(config: DataConfig) -> tuple[str, str]:
     )
 
 
+def read_named(name: str) -> str:
+    """Returns one text: a file's, or a split of a TFDS dataset, "shakespeare_plays:validation".
+
+    Args:
+        name: a path, or NAME:SPLIT, where a SPLIT may be a part such as "validation[:2]".
+
+    Raises:
+        InputError: there is no such text, or it cannot be read, with the mend.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or name.startswith(("/", "~", "./", "../")):
+        return _read_file(path, 0.0)[0]
+    dataset, _, split = name.partition(":")
+    if not split:
+        raise InputError(
+            f"text {name!r} is no file that exists and names no split of a dataset; give the path "
+            "of a text file, or NAME:SPLIT such as shakespeare_plays:train"
+        )
+    config = DataConfig(dataset=dataset, train_split=split, validation_split=split)
+    builder = _builder(dataset, config.data_dir)
+    _check(builder, config)
+    return _read_split(builder, split, config.text_key, None)
+
+
 def _first(text: str, limit: int | None, key: str, split: str) -> str:
     if limit is not None and limit > len(text):
         raise InputError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Int, Int32, UInt
+from jaxtyping import Int, Int32, Integer
 
 from swe_prune.errors import InputError
 
@@ -19,7 +19,7 @@ Batch = Mapping[str, Int32[np.ndarray, "B L"]]
 
 
 def train_iterator(
-    tokens: UInt[np.ndarray, " N"],
+    tokens: Integer[np.ndarray, " N"],
     *,
     context: int,
     batch: int,
@@ -72,7 +72,7 @@ def train_iterator(
 
 
 def eval_batches(
-    tokens: UInt[np.ndarray, " N"], *, context: int, windows: int, batch: int
+    tokens: Integer[np.ndarray, " N"], *, context: int, windows: int, batch: int
 ) -> list[Batch]:
     """Returns fixed windows, evenly spaced from the first token to the last, in batches.
 
@@ -97,7 +97,39 @@ def eval_batches(
     return [_cut(tokens, chunk, context) for chunk in starts.reshape(-1, batch)]
 
 
-def _cut(tokens: UInt[np.ndarray, " N"], starts: Int[np.ndarray, " B"], context: int) -> Batch:
+def random_batches(
+    tokens: Integer[np.ndarray, " N"],
+    *,
+    context: int,
+    windows: int,
+    batch: int,
+    seed: int,
+    setting: str = "windows",
+) -> list[Batch]:
+    """Returns windows of a text drawn without repeating a start, in batches; the last may be less.
+
+    Args:
+        tokens: of the text.
+        context: L.
+        windows: how many.
+        batch: B.
+        seed: of the choice, which is the same for the same seed.
+        setting: what the number of windows is called in an error.
+
+    Raises:
+        InputError: the text has not so many windows.
+    """
+    there = len(tokens) - context
+    if windows > there:
+        raise InputError(
+            f"{setting} = {windows} is more than the {max(0, there)} windows of {context} tokens "
+            "that the training text has; lower it or give more text"
+        )
+    starts = np.random.default_rng(seed).choice(there, windows, replace=False)
+    return [_cut(tokens, starts[at : at + batch], context) for at in range(0, windows, batch)]
+
+
+def _cut(tokens: Integer[np.ndarray, " N"], starts: Int[np.ndarray, " B"], context: int) -> Batch:
     window_BxL1 = tokens[starts[:, None] + np.arange(context + 1)]
     return {
         "inputs": window_BxL1[:, :-1].astype(np.int32),
@@ -105,7 +137,7 @@ def _cut(tokens: UInt[np.ndarray, " N"], starts: Int[np.ndarray, " B"], context:
     }
 
 
-def _check_length(tokens: UInt[np.ndarray, " N"], context: int) -> None:
+def _check_length(tokens: Integer[np.ndarray, " N"], context: int) -> None:
     if context < 1 or len(tokens) <= context:
         raise InputError(
             f"{len(tokens)} tokens are too few for a window of context = {context}, which needs "

@@ -1,5 +1,25 @@
-"""What a model is worth: loss on fixed validation windows."""
+"""What a model is worth: loss, perplexity, what it writes, and how far from the dense one it is."""
 
+from swe_prune.evaluation.distance import Distance, kl_to_dense
+from swe_prune.evaluation.generation import Generated, generate
 from swe_prune.evaluation.loss import mean_loss
+from swe_prune.evaluation.perplexity import PerplexityResult, gate, perplexity
+from swe_prune.evaluation.protocols import Protocol
+from swe_prune.evaluation.repetition import Repetition, repetition
+from swe_prune.evaluation.sampling import GREEDY, Sampling
 
-__all__ = ["mean_loss"]
+__all__ = [
+    "GREEDY",
+    "Distance",
+    "Generated",
+    "PerplexityResult",
+    "Protocol",
+    "Repetition",
+    "Sampling",
+    "gate",
+    "generate",
+    "kl_to_dense",
+    "mean_loss",
+    "perplexity",
+    "repetition",
+]

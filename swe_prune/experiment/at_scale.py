@@ -83,7 +83,7 @@ def cost(experiment: Experiment) -> Cost:
         state = dataclasses.replace(state, stats=None)
     batch = {
         name: jax.ShapeDtypeStruct(
-            (experiment.config.data.batch, experiment.config.model.context),
+            (experiment.config.data.batch, experiment.config.window),
             jnp.int32,
             sharding=jax.sharding.NamedSharding(experiment.mesh, parallel.BATCH),
         )

@@ -3,11 +3,11 @@
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt
+from jaxtyping import Integer
 
 from swe_prune import allocation, importance
+from swe_prune import data as data_lib
 from swe_prune.config import CalibrationConfig
-from swe_prune.errors import InputError
 from swe_prune.experiment.grid import Cell
 
 OF_INPUTS = {"input_norm", "hessian"}
@@ -24,7 +24,7 @@ def calibrated(cell: Cell) -> bool:
 
 
 def windows(
-    tokens: UInt[np.ndarray, " N"], context: int, settings: CalibrationConfig
+    tokens: Integer[np.ndarray, " N"], context: int, settings: CalibrationConfig
 ) -> list[dict[str, Any]]:
     """Returns random windows of a text, in batches; the same for the same seed.
 
@@ -39,16 +39,12 @@ def windows(
     Raises:
         InputError: the text has not so many windows.
     """
-    there = len(tokens) - context
-    if settings.windows > there:
-        raise InputError(
-            f"config.calibration.windows = {settings.windows} is more than the {there} windows "
-            "that the training text has; lower it or give more text"
-        )
-    chosen = np.random.default_rng(settings.seed).choice(there, settings.windows, replace=False)
-    window_WxL1 = tokens[chosen[:, None] + np.arange(context + 1)].astype(np.int32)
-    return [
-        {"inputs": part_BxL1[:, :-1], "targets": part_BxL1[:, 1:]}
-        for at in range(0, settings.windows, settings.batch)
-        for part_BxL1 in [window_WxL1[at : at + settings.batch]]
-    ]
+    found = data_lib.random_batches(
+        tokens,
+        context=context,
+        windows=settings.windows,
+        batch=settings.batch,
+        seed=settings.seed,
+        setting="config.calibration.windows",
+    )
+    return [dict(batch) for batch in found]

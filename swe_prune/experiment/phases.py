@@ -3,7 +3,15 @@
 from typing import Any
 
 from swe_prune import masks as masks_lib
-from swe_prune.experiment import artifacts, grid, pruning, recovering, results
+from swe_prune.experiment import (
+    artifacts,
+    from_checkpoint,
+    grid,
+    pruning,
+    recovering,
+    results,
+    samples,
+)
 from swe_prune.experiment.fitting import fit, tune
 from swe_prune.experiment.models import (
     finite,
@@ -43,23 +51,29 @@ def _train_seed(experiment: Experiment, seed: int, progress: Progress) -> None:
     phase = experiment.phase(
         f"dense, seed {seed}", folder, experiment.config.train, experiment.train_steps
     )
+    start = experiment.fresh_state(seed)
+    result: dict[str, Any] = {}
+    if experiment.checkpoint is not None:
+        result["pretrained_loss"] = from_checkpoint.gated(experiment, start.params)
+        progress.say(f"pretrained: validation loss {result['pretrained_loss']:.4f} nats per token")
     state, seconds = fit(
         experiment,
         progress,
         phase,
-        experiment.fresh_state(seed),
+        start,
         experiment.dense_step(),
         data_seed=seed,
         sample=artifacts.sampler(experiment.prunable, experiment.everywhere),
     )
     loss = finite(experiment.validation_loss(state.params), phase.name)
-    result = {
+    result |= {
         "dense_loss": loss,
         "dense_train_loss": experiment.training_loss(state.params),
         "seconds": seconds,
         "steps": phase.steps,
         "params": size(state.params),
         "prunable": experiment.prunable_weights(),
+        **samples.sampled(experiment, "dense", state.params),
     }
     write_result(folder / "result.json", result)
     progress.say(f"dense model, seed {seed}: validation loss {loss:.4f} nats per token")
@@ -91,6 +105,7 @@ def _control(
         "control_loss": loss,
         "control_train_loss": experiment.training_loss(state.params),
         "seconds": seconds,
+        **samples.sampled(experiment, "control", state.params),
     }
     write_result(folder / "result.json", result)
     remove(folder / "checkpoints")

@@ -81,7 +81,7 @@ def _tensors(experiment: Experiment, params: Any) -> Table:
 def _estimate(experiment: Experiment) -> str:
     """Returns a sentence on the time, from a few real steps at a batch of some 2,048 tokens."""
     config = experiment.config
-    batch = min(config.data.batch, max(1, TIMED_TOKENS // config.model.context))
+    batch = min(config.data.batch, max(1, TIMED_TOKENS // config.window))
     ways = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
     batch = -(-batch // ways) * ways  # the devices share it
     batch = min(batch, config.data.eval_batch)

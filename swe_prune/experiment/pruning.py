@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 
 from swe_prune import masks as masks_lib
 from swe_prune.errors import InputError
-from swe_prune.experiment import artifacts, scoring
+from swe_prune.experiment import artifacts, samples, scoring
 from swe_prune.experiment.calibration_text import calibrated
 from swe_prune.experiment.grid import Cell
 from swe_prune.experiment.models import finite, load_dense, save, starting_values
@@ -86,6 +86,7 @@ def _prune_cell(
         "seconds": seconds,
         **(_calibration(experiment) if calibrated(cell) else {}),
         **described(experiment, masks, params, dense_result, loss),
+        **samples.sampled(experiment, "pruned", params, dense.params),
         "histogram": {
             "edges": edges,
             "dense": artifacts.histogram(dense.params, masks, edges, kept_only=False),

@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 from swe_prune import masks as masks_lib
 from swe_prune import sparse_training
 from swe_prune.errors import RunError
-from swe_prune.experiment import artifacts, gradual, pruning, timing
+from swe_prune.experiment import artifacts, gradual, pruning, samples, timing
 from swe_prune.experiment.fitting import tune
 from swe_prune.experiment.grid import Cell
 from swe_prune.experiment.models import finite, load_masks, save, starting_values
@@ -52,6 +52,7 @@ def finetune_cell(
     result["finetuned_loss"] = finite(experiment.validation_loss(state.params), name)
     result["finetuned_train_loss"] = experiment.training_loss(state.params)
     result["seconds"] += seconds
+    result |= samples.sampled(experiment, "finetuned", state.params, source.state.params)
     edges = result["histogram"]["edges"]
     result["histogram"]["finetuned"] = artifacts.histogram(
         state.params, masks, edges, kept_only=True

@@ -35,9 +35,14 @@ COLUMNS = (
     "finetuned_train_loss",
     "generalisation_gap",
     "control_gap",
+    "pruned_kl",
+    "finetuned_kl",
+    "pruned_repetition",
+    "finetuned_repetition",
 )
 """Of results.csv. Losses are nats per token; a gap is the validation minus the training loss, of
-the model after its recovery (before it, of the pruned one) and of its control."""
+the model after its recovery (before it, of the pruned one) and of its control. The last four are
+there where the study writes samples; see `samples.sampled`."""
 
 
 def rows(workdir: Workdir, cells: list[grid.Cell]) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from swe_prune import allocation, blockwise, calibration, importance, parallel, tree
-from swe_prune.errors import InputError
 from swe_prune.experiment.calibration_text import OF_GRADIENTS, OF_INPUTS
 from swe_prune.experiment.grid import Cell
 from swe_prune.experiment.setup import Experiment
@@ -134,9 +133,11 @@ def pruned_blocks(source: Source, cell: Cell, params: PyTree) -> tuple[PyTree, P
     """
     of = None
     if cell.allocation is not None and "scores" in allocation.get(cell.allocation).needs:
-        raise InputError(
-            f"allocation {cell.allocation!r} needs scores, which {cell.criterion!r} does not make "
-            "of the whole model; choose another of either"
+        of = blockwise.dense_scores(
+            source.experiment.model,
+            {"params": params},
+            source.experiment.calibration,
+            prunable=source.experiment.prunable,
         )
     share = level(source, cell, of, cell.requested, params)
     pruned, kept, _ = blockwise.prune_blocks(

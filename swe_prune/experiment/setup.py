@@ -15,11 +15,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from swe_prune import data as data_lib
-from swe_prune import parallel, trajectory, tree
+from swe_prune import interop, parallel, trajectory, tree
 from swe_prune.config import Config, PhaseConfig, to_steps
 from swe_prune.errors import InputError
 from swe_prune.evaluation import mean_loss
-from swe_prune.experiment import calibration_text, checks, grid, recovery, timing, workdir
+from swe_prune.experiment import (
+    calibration_text,
+    checks,
+    from_checkpoint,
+    grid,
+    recovery,
+    timing,
+    workdir,
+)
 from swe_prune.experiment.shard import Shard
 from swe_prune.models import gpt
 from swe_prune.training import optimizer as optimizer_lib
@@ -36,6 +44,7 @@ class Experiment:
         config: settings.
         workdir: where results go.
         data: token ids of both splits.
+        checkpoint: whose weights the dense phase starts from; None: fresh ones.
         model: untied from any parameters; neither scanned nor rematerialised, since calibration and
             blockwise pruning look into its layers. The compiled steps have it as the config says.
         mesh: the devices.
@@ -59,6 +68,7 @@ class Experiment:
     config: Config
     workdir: workdir.Workdir
     data: data_lib.TextData
+    checkpoint: interop.Checkpoint | None
     model: nn.Module
     mesh: Mesh
     host_statistics: bool
@@ -81,10 +91,17 @@ class Experiment:
         """Returns the dense phase's state at step 0, statistics included, born on its devices."""
 
         def born(seed: Any) -> state_lib.TrainState:
-            params = state_lib.init_params(self.model, seed, self.config.model.context)
+            params = state_lib.init_params(self.model, seed, self.config.window)
             return self.place(self.dense_state(params, seed), self.optimizer)
 
-        state = jax.jit(born)(seed)
+        def around(params: PyTree) -> state_lib.TrainState:
+            return self.place(self.dense_state(params, seed), self.optimizer)
+
+        if self.checkpoint is None:
+            state = jax.jit(born)(seed)
+        else:
+            params = from_checkpoint.weights(self.checkpoint, self.abstract_params)
+            state = jax.jit(around, donate_argnums=0)(params)
         if self.host_statistics and state.stats is not None:
             state = dataclasses.replace(state, stats=parallel.to_host(state.stats))
         return state
@@ -150,7 +167,7 @@ class Experiment:
         settings = self.config
         windows = data_lib.train_iterator(
             self.data.train,
-            context=settings.model.context,
+            context=settings.window,
             batch=settings.data.batch,
             seed=seed,
             rows=parallel.own_rows(settings.data.batch, self.mesh),
@@ -194,7 +211,12 @@ def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
     """
     grid.cells(config)
     measures = grid.measures(config)
-    data = data_lib.load(config.data, config.model.context)
+    config, checkpoint = from_checkpoint.opened(config)
+    if checkpoint is None:
+        data = data_lib.load(config.data, config.window)
+    else:
+        data = data_lib.load(config.data, config.window, checkpoint.tokenizer)
+        from_checkpoint.check_texts(data)
     mesh = parallel.mesh(config.parallel)
     constrain = functools.partial(parallel.constrain_rows, mesh=mesh)
     trained = gpt.build(config.model, vocab_size(config, data), constrain)
@@ -203,7 +225,7 @@ def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
     for phase in (config.train, config.finetune):
         name = "config.data.batch" + (" / accumulate" if phase.accumulate > 1 else "")
         parallel.check_batch(config.data.batch // phase.accumulate, name, mesh)
-    params = jax.eval_shape(lambda: state_lib.init_params(model, 0, config.model.context))
+    params = jax.eval_shape(lambda: state_lib.init_params(model, 0, config.window))
     specs, undivided = parallel.partition(params, _rules(config), mesh)
     params = parallel.laid_out(params, specs, mesh)
     missing = None
@@ -213,7 +235,7 @@ def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
             warnings.warn(missing, stacklevel=2)
     prunable = tree.prunable(params, config.prune.include, config.prune.exclude)
     checks.check(grid.cells(config), params, prunable)
-    epoch = max(1, len(data.train) // (config.data.batch * config.model.context))
+    epoch = max(1, len(data.train) // (config.data.batch * config.window))
     train_steps = to_steps(config.train.steps, epoch=epoch)
     track_every = to_steps(config.trajectory.every, total=train_steps)
     _check_lengths(config, train_steps, track_every)
@@ -229,7 +251,7 @@ def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
     validation, training = (
         data_lib.eval_batches(
             tokens,
-            context=config.model.context,
+            context=config.window,
             windows=config.data.eval_windows,
             batch=config.data.eval_batch,
         )
@@ -242,12 +264,13 @@ def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
             parallel.check_batch(
                 min(size, config.calibration.windows), "config.calibration.batch, .windows", mesh
             )
-        calibration = calibration_text.windows(data.train, config.model.context, config.calibration)
+        calibration = calibration_text.windows(data.train, config.window, config.calibration)
         calibration = [parallel.place_batch(batch, mesh) for batch in calibration]
     return Experiment(
         config=config,
         workdir=workdir.Workdir(path),
         data=data,
+        checkpoint=checkpoint,
         model=model,
         mesh=mesh,
         host_statistics=missing is None and config.parallel.statistics == "host",

@@ -19,21 +19,33 @@ weights_file        safetensors written tensor by tensor
 mask_file           masks, one bit for each weight
 """
 
-from swe_prune.interop.exporting import PruningRecord, check_free, export
+from swe_prune.interop.exporting import PruningRecord, check_free, export, read_record
 from swe_prune.interop.families import FAMILIES, read_config, write_config
+from swe_prune.interop.mask_file import FILE as MASKS
 from swe_prune.interop.mask_file import read_masks
-from swe_prune.interop.pretrained import Pretrained, load
+from swe_prune.interop.pretrained import (
+    Checkpoint,
+    Pretrained,
+    load,
+    located,
+    open_checkpoint,
+)
 from swe_prune.interop.tokenizer import PretrainedTokenizer
 
 __all__ = [
     "FAMILIES",
+    "MASKS",
+    "Checkpoint",
     "Pretrained",
     "PretrainedTokenizer",
     "PruningRecord",
     "check_free",
     "export",
     "load",
+    "located",
+    "open_checkpoint",
     "read_config",
     "read_masks",
+    "read_record",
     "write_config",
 ]

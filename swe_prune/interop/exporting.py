@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from swe_prune.interop.mask_file import FILE as MASKS
 from swe_prune.interop.mask_file import write_masks
 from swe_prune.interop.placing import Stored, bind
 from swe_prune.interop.pretrained import Pretrained
-from swe_prune.interop.safetensors_folder import INDEX, WEIGHTS
+from swe_prune.interop.safetensors_folder import INDEX, WEIGHTS, read_json
 from swe_prune.interop.tensor_names import SAFETENSORS
 from swe_prune.interop.weights_file import write_weights
 from swe_prune.version import __version__
@@ -83,6 +83,7 @@ def export(
     *,
     mask: PyTree | None = None,
     record: PruningRecord | None = None,
+    also: Callable[[Path], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Writes the model as a Hugging Face folder and returns its path.
@@ -96,6 +97,7 @@ def export(
         params: pytree like `model.params`; None: these.
         mask: bool pytree like the parameters, None where dense. Applied to them, and written.
         record: what pruning.json says, which a mask needs.
+        also: writes what else belongs into the folder, which it is given before it has its name.
         shard_bytes: the weights are divided into files of at most this size, or of one tensor.
 
     Raises:
@@ -121,12 +123,23 @@ def export(
         _write_all(partial, bound, leaves, mask, shard_bytes)
         if mask is not None:
             write_masks(partial / MASKS, mask)
+        if also is not None:
+            also(partial)
         check_free(folder)
         os.rename(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return folder
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """Returns what pruning.json of an exported folder says.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    return read_json(Path(folder) / RECORD)
 
 
 def check_free(folder: str | Path) -> None:

@@ -151,6 +151,12 @@ FAMILIES: Mapping[str, Family] = {
 }
 """The supported values of `model_type`."""
 
+_KINDS = {
+    int: "a whole number above 0",
+    float: "a number above 0",
+    bool: "true or false",
+    str: "a name",
+}
 _NULLABLE = ("hidden", "head_width", "kv_heads", "window")  # None has a meaning in `ModelConfig`
 
 
@@ -300,10 +306,7 @@ def _value(hf: Mapping[str, Any], key: Key) -> Any:
     if key.kind is float and type(value) is int:
         value = float(value)
     if type(value) is not key.kind or (key.kind is not str and key.kind is not bool and value <= 0):
-        raise InputError(
-            f"config.json has {key.name} = {value!r}; it must be a {key.kind.__name__}"
-            f"{' above 0' if key.kind in (int, float) else ''}"
-        )
+        raise InputError(f"config.json has {key.name} = {value!r}; give {_KINDS[key.kind]}")
     return value
 
 

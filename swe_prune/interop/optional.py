@@ -5,7 +5,7 @@ from typing import Any
 
 from swe_prune.errors import InputError
 
-EXTRA = "pretrained"
+EXTRA = "llm"
 """The extra of this package that installs them all."""
 
 

@@ -133,8 +133,10 @@ def _placed(
 
     sharding = sharding_of(part.name, part.shape)
     if sharding is None:
-        return jnp.asarray(read((slice(None),) * len(part.shape)))
-    return jax.make_array_from_callback(part.shape, sharding, read)
+        placed = jnp.asarray(read((slice(None),) * len(part.shape)))
+    else:
+        placed = jax.make_array_from_callback(part.shape, sharding, read)
+    return placed.block_until_ready()  # or the copies on the host would queue up behind the reader
 
 
 def _by_name(shardings: Shardings) -> Callable[[str, Shape], Any]:

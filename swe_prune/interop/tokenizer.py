@@ -49,9 +49,13 @@ class PretrainedTokenizer:
     eos_ids: tuple[int, ...] = ()
     chat_template: str | None = None
 
-    @functools.cached_property
+    @property
     def vocab_size(self) -> int:
         """One more than the largest id; the model may have more, which no text becomes."""
+        return self._ids
+
+    @functools.cached_property
+    def _ids(self) -> int:
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property

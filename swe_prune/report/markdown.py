@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from swe_prune.report import stats, study
+from swe_prune.report import language, stats, study
 from swe_prune.report.formats import DASH, mean_sd, number, percent, seeds_of
 from swe_prune.report.records import RULES, Results
 from swe_prune.report.stats import Cell, Spread
@@ -22,6 +22,9 @@ def document(results: Results) -> str:
         own = [cell for cell in cells if cell.rule == rule]
         if own:
             parts.append(criteria(own, rule))
+    written = language.of(results)
+    if written is not None:
+        parts += ["## Perplexity and samples", *map(_table, written.values())]
     if any(not row.plain for row in results.study):
         found = study.combinations(results.study)
         parts += ["## The study", study.answer(found), _table(study.table(found))]

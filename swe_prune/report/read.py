@@ -35,7 +35,7 @@ COLUMNS = [
 ADDED = [
     "options", "allocation", "pattern", "schedule", "recovery", "dense_train_loss",
     "control_train_loss", "pruned_train_loss", "finetuned_train_loss", "generalisation_gap",
-    "control_gap",
+    "control_gap", "pruned_kl", "finetuned_kl", "pruned_repetition", "finetuned_repetition",
 ]  # fmt: skip
 """Columns that may follow; a table from before they were there does without."""
 
@@ -245,7 +245,12 @@ def _read_detail(path: Path, seed: int) -> tuple[CellKey, Detail]:
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _malformed(path, f"{type(error).__name__}: {error}") from None
-    return key, Detail(tensors, histogram, kept, *names[1:])
+    samples = {
+        stage: value[f"{stage}_samples"]
+        for stage in ("pruned", "finetuned")
+        if value.get(f"{stage}_samples")
+    }
+    return key, Detail(tensors, histogram, kept, *names[1:], samples=samples)
 
 
 def _histogram(value: dict[str, Any]) -> Histogram:

@@ -40,6 +40,10 @@ class Row:
     finetuned_train_loss: float | None = None
     generalisation_gap: float | None = None
     control_gap: float | None = None
+    pruned_kl: float | None = None
+    finetuned_kl: float | None = None
+    pruned_repetition: float | None = None
+    finetuned_repetition: float | None = None
 
     @property
     def key(self) -> CellKey:
@@ -98,6 +102,7 @@ class Detail:
     sample_kept: dict[str, list[bool]]
     schedule: str = USUAL[0]
     recovery: str = USUAL[1]
+    samples: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)  # by stage
 
     @property
     def total(self) -> int:

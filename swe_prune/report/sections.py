@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from swe_prune.report import curves, missing, stats, study, tables, weights, words
+from swe_prune.report import curves, language, missing, stats, study, tables, weights, words
 from swe_prune.report.findings import Findings
 from swe_prune.report.formats import (
     DASH,
@@ -254,6 +254,7 @@ def content(results: Results, found: Findings) -> dict[str, Any]:
         "yardstick": words.yardstick(found),
         "comparisons": comparisons(results, found),
         "study": study_of(results),
+        "language": language.of(results),
         "heat": heat(results, found),
         "paths": paths(results, found),
         "histograms": histograms(results, found),

@@ -1,0 +1,234 @@
+"""Text from a model, token after token, with the keys and values of what was said kept."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Key, PyTree
+
+from swe_prune.errors import InputError
+from swe_prune.evaluation.sampling import Sampling, draw
+from swe_prune.evaluation.token_losses import bucket, check_tokens, context_of
+from swe_prune.models import gpt
+
+CHECKED = 32
+"""Every so many tokens it is asked whether a text has come to its end."""
+AT_ONCE = 128
+"""Tokens of the prompts that the model takes at a time, whose logits are in memory together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What a model made of each prompt.
+
+    Attributes:
+        tokens: the new tokens of each, without the prompt and without the final eos_id.
+        ended: for each, whether it ended with eos_id.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    ended: tuple[bool, ...]
+
+
+def generate(
+    model: Any,
+    params: PyTree,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling,
+    seed: int,
+    eos_id: int | Sequence[int] | None = None,
+    stop: Callable[[Sequence[int]], bool] | None = None,
+) -> Generated:
+    """Returns up to `max_new_tokens` more tokens for each prompt.
+
+    The prompts are padded on the left and run together: one program takes them in, another loops
+    until all have ended, compiled for the number of prompts, their padded length and
+    `max_new_tokens`. What a prompt is answered depends on the seed and on its place among the
+    prompts, and not on what the others are; but for the rounding of products of other shapes, and
+    for rotary positions that are scaled by the longest text ("dynamic" and "longrope").
+
+    Args:
+        model: of `models.gpt`.
+        params: its weights.
+        prompts: token ids of each, one or more.
+        max_new_tokens: of each, at most.
+        sampling: how each token is chosen.
+        seed: of what is drawn.
+        eos_id: the token that ends a text, or several; None: none does.
+        stop: asked about the new tokens of each prompt after every CHECKED of them; where it says
+            True the rest is not made, and what was made is returned whole. None: never asked.
+
+    Raises:
+        InputError: no prompt or an empty one, tokens that the model does not have, or a prompt
+            whose answer would exceed the context.
+    """
+    rows = [np.asarray(prompt, dtype=np.int64).reshape(-1) for prompt in prompts]
+    length = _checked(model, rows, max_new_tokens)
+    tokens_BxL = np.zeros((len(rows), length), np.int32)
+    valid_BxL = np.zeros((len(rows), length), bool)
+    for number, row in enumerate(rows):
+        tokens_BxL[number, length - len(row) :] = row
+        valid_BxL[number, length - len(row) :] = True
+    key = jax.random.key(seed)
+    ends = [] if eos_id is None else np.atleast_1d(eos_id)
+    eos_E = np.array([*ends, -1], np.int32)  # no token is -1, so there is always one
+    state = _begin(model, sampling, max_new_tokens, params, tokens_BxL, valid_BxL, key, eos_E)
+    until = max_new_tokens if stop is None else 1
+    while True:
+        state = _go_on(model, sampling, params, state, key, eos_E, until)
+        texts = _texts(state, eos_E)
+        if int(state.step) < until or until == max_new_tokens:
+            break
+        assert stop is not None
+        done_B = [ended or stop(text) for text, ended in zip(*texts, strict=True)]
+        if all(done_B):
+            break
+        state = dataclasses.replace(state, done_B=state.done_B | np.asarray(done_B))
+        until = min(until + CHECKED, max_new_tokens)
+    return Generated(*texts)
+
+
+def _checked(model: Any, rows: list[np.ndarray], max_new_tokens: int) -> int:
+    """Returns the length to which the prompts are padded."""
+    if not rows:
+        raise InputError("there is no prompt to go on from; give one or more")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens = {max_new_tokens} asks for nothing; give 1 or more")
+    for number, row in enumerate(rows):
+        if not len(row):
+            raise InputError(
+                f"prompt {number} is empty; give it a token, such as the one that begins a text"
+            )
+        check_tokens(model, row, f"prompt {number}")
+    longest = max(map(len, rows))
+    context = context_of(model)
+    if context is None:
+        return bucket(longest)
+    if longest + max_new_tokens > context:
+        raise InputError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
+            f"context of {context}; shorten the prompt or ask for at most "
+            f"{max(0, context - longest)} new tokens"
+        )
+    return bucket(longest, at_most=context - max_new_tokens)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """Of the texts so far.
+
+    Attributes:
+        step: new tokens made, int32.
+        new_BxN: they; what is not made yet is 0.
+        cache: of all tokens but the last.
+        done_B: whether a text needs no more.
+    """
+
+    step: Int[Array, ""]
+    new_BxN: Int[Array, "B N"]
+    cache: gpt.Cache
+    done_B: Bool[Array, " B"]
+
+
+def _texts(
+    state: _State, eos_E: np.ndarray
+) -> tuple[tuple[tuple[int, ...], ...], tuple[bool, ...]]:
+    """Returns the new tokens of each text before its end, and whether it has one."""
+    new_BxS = np.asarray(state.new_BxN)[:, : int(state.step)]
+    is_eos_BxS = np.isin(new_BxS, eos_E)
+    ended_B = np.any(is_eos_BxS, axis=1)
+    kept_B = np.where(ended_B, is_eos_BxS.argmax(axis=1), new_BxS.shape[1])
+    texts = [tuple(row[:n].tolist()) for row, n in zip(new_BxS, kept_B, strict=True)]
+    return tuple(texts), tuple(ended_B.tolist())
+
+
+def _chosen(
+    state: _State, logits_BxV: Array, key: Array, sampling: Sampling, cache: Any, eos_E: Any
+) -> _State:
+    """Returns the state with one more token of each text."""
+    batch = len(logits_BxV)
+    of_row_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(of_row_B, state.step)
+    token_B = draw(logits_BxV, keys_B, sampling)
+    new_BxN = state.new_BxN.at[:, state.step].set(token_B)
+    return _State(state.step + 1, new_BxN, cache, state.done_B | jnp.isin(token_B, eos_E))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _begin(
+    model: Any,
+    sampling: Sampling,
+    new: int,
+    params: PyTree,
+    tokens_BxL: Int[Array, "B L"],
+    valid_BxL: Bool[Array, "B L"],
+    key: Key[Array, ""],
+    eos_E: Int[Array, " E"],
+) -> _State:
+    """Returns the state with the prompts taken in and the first new token of each."""
+    batch, length = tokens_BxL.shape
+    cache = gpt.empty_cache(model.config, batch, length + new)
+    logits_BxV, cache = _taken_in(model, params, tokens_BxL, valid_BxL, cache)
+    new_BxN = jnp.zeros((batch, new), jnp.int32)
+    empty = _State(jnp.int32(0), new_BxN, cache, jnp.zeros(batch, bool))
+    return _chosen(empty, logits_BxV, key, sampling, cache, eos_E)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _go_on(
+    model: Any,
+    sampling: Sampling,
+    params: PyTree,
+    state: _State,
+    key: Key[Array, ""],
+    eos_E: Int[Array, " E"],
+    until: Int[Array, ""],
+) -> _State:
+    """Returns the state when all texts are done or have `until` new tokens."""
+
+    def going_on(state: _State) -> Array:
+        return (state.step < until) & ~state.done_B.all()
+
+    def one_more(state: _State) -> _State:
+        last_Bx1 = jax.lax.dynamic_slice_in_dim(state.new_BxN, state.step - 1, 1, axis=1)
+        logits_Bx1xV, cache = model.apply(
+            {"params": params}, last_Bx1, state.cache, method="decode"
+        )
+        return _chosen(state, logits_Bx1xV[:, -1], key, sampling, cache, eos_E)
+
+    return jax.lax.while_loop(going_on, one_more, state)
+
+
+def _taken_in(
+    model: Any, params: PyTree, tokens_BxL: Array, valid_BxL: Array, cache: Any
+) -> tuple[Array, Any]:
+    """Returns the logits after the prompts, B x V, and the cache that holds them."""
+
+    def take(cache: Any, part: tuple[Array, Array]) -> tuple[Any, Array]:
+        tokens_BxP, valid_BxP = part
+        logits_BxPxV, cache = model.apply(
+            {"params": params}, tokens_BxP, cache, valid_BxP, method="decode"
+        )
+        return cache, logits_BxPxV[:, -1]
+
+    batch, length = tokens_BxL.shape
+    first = length % AT_ONCE
+    logits_BxV = None
+    if first:
+        cache, logits_BxV = take(cache, (tokens_BxL[:, :first], valid_BxL[:, :first]))
+    if length > first:
+
+        def parts(x_BxL: Array) -> Array:
+            return x_BxL[:, first:].reshape(batch, -1, AT_ONCE).swapaxes(0, 1)
+
+        cache, of_parts = jax.lax.scan(take, cache, (parts(tokens_BxL), parts(valid_BxL)))
+        logits_BxV = of_parts[-1]
+    assert logits_BxV is not None
+    return logits_BxV, cache

@@ -1,0 +1,73 @@
+"""How the next token is chosen from the logits: the likeliest, or drawn."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from swe_prune.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to choose; in this order: temperature, then top_k, then top_p of what that left.
+
+    Attributes:
+        greedy: take the likeliest token, the first of them in the vocabulary; draw nothing.
+        temperature: the logits are divided by it.
+        top_k: only the k likeliest tokens may be drawn; None: all.
+        top_p: only the likeliest tokens that have at least this probability together; None: all
+            (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
+    """
+
+    greedy: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.greedy and (self.temperature, self.top_k, self.top_p) != (1.0, None, None):
+            raise InputError(
+                "greedy decoding draws nothing, so temperature, top_k and top_p have no meaning "
+                "beside it; leave them out, or greedy"
+            )
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise InputError(
+                f"temperature = {self.temperature} cannot be divided by; give a number above 0, or "
+                "greedy=True for the likeliest token"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k = {self.top_k} leaves no token; give 1 or more, or None")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p = {self.top_p} is no share of the tokens; give one in (0, 1]")
+
+
+GREEDY = Sampling(greedy=True)
+
+
+def draw(
+    logits_BxV: Float[Array, "B V"], keys_B: Key[Array, " B"], sampling: Sampling
+) -> Int[Array, " B"]:
+    """Returns the next token of each row, int32; of equal logits the first counts as likelier.
+
+    Args:
+        logits_BxV: float32.
+        keys_B: one for each row, which are drawn apart.
+        sampling: how to choose.
+    """
+    if sampling.greedy:
+        return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+    scaled_BxV = logits_BxV / sampling.temperature
+    if sampling.top_k is None and sampling.top_p is None:
+        return jax.vmap(jax.random.categorical)(keys_B, scaled_BxV).astype(jnp.int32)
+    kept = min(sampling.top_k or logits_BxV.shape[-1], logits_BxV.shape[-1])
+    likeliest_BxK, ids_BxK = jax.lax.top_k(scaled_BxV, kept)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        p_BxK = jax.nn.softmax(likeliest_BxK, axis=-1)
+        before_BxK = jnp.cumsum(p_BxK, axis=-1) - p_BxK
+        inside_BxK = (before_BxK < sampling.top_p).at[:, 0].set(True)
+        likeliest_BxK = jnp.where(inside_BxK, likeliest_BxK, -jnp.inf)
+    at_B = jax.vmap(jax.random.categorical)(keys_B, likeliest_BxK)
+    return jnp.take_along_axis(ids_BxK, at_B[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -1,0 +1,216 @@
+"""`prune`, `finetune` and `evaluate` of a pretrained model."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+from rich.console import Console
+
+from swe_prune import data as data_lib
+from swe_prune import interop, masks, tree
+from swe_prune.errors import InputError
+from swe_prune.evaluation import gate
+from swe_prune.models import gpt
+from swe_prune.pretrained import judging, pruning, settings, texts, tracked, tuning
+from swe_prune.pretrained.settings import EvaluateSettings, FinetuneSettings, PruneSettings
+from swe_prune.training.preemption import NOTICE
+from swe_prune.training.progress import Progress
+
+WIDTH = 110
+"""Columns of what is printed where there is no terminal to ask."""
+
+WHAT_A_MASK_GIVES = (
+    "Zeros make this model no faster and its files no smaller: dense matrix products skip nothing."
+)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command of a command line.
+
+    Raises:
+        InputError: as each command.
+    """
+    given = settings.parse(arguments)
+    command = {"prune": prune, "finetune": finetune, "evaluate": evaluate}[arguments[0]]
+    with NOTICE.heeded():
+        command(given, Progress(), Console(width=None if sys.stdout.isatty() else WIDTH))
+
+
+def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
+    """Prunes a pretrained model, judges it beside the dense one, and writes it; returns its folder.
+
+    Raises:
+        InputError: anything that is wrong with the settings, the model or the texts.
+        RunError: a Hessian that no damping helps.
+    """
+    pruning.checked(given)
+    interop.check_free(given.out)
+    checkpoint = interop.open_checkpoint(given.model, compute_dtype=given.compute_dtype)
+    text = texts.read(given.evaluation, checkpoint)
+    batches, calibration = [], None
+    if pruning.needs_text(given):
+        used = texts.read(given.calibration, checkpoint)
+        texts.keep_apart(used, text)
+        window = given.calibration_window or min(2048, checkpoint.config.context - 1)
+        batches = data_lib.random_batches(
+            used.tokens,
+            context=window,
+            windows=given.calibration_windows,
+            batch=given.calibration_batch,
+            seed=given.seed,
+            setting="--calibration-windows",
+        )
+        calibration = {"text": used.name, "windows": given.calibration_windows, "window": window,
+                       "seed": given.seed}  # fmt: skip
+        progress.say(
+            f"Calibrating on {given.calibration_windows} windows of {window} tokens of {used.name}."
+        )
+    model = checkpoint.read(dtype=given.dtype)
+    module = gpt.build(model.config, model.vocab_size)
+    stats = tracked.read(checkpoint.path, model.params)
+    dense = judging.judge(module, model.params, model, text, given)
+    gate(dense.perplexity, uniform=model.vocab_size, at_most=given.at_most)
+    begun = time.perf_counter()
+    kernels = len([1 for one in jax.tree.leaves(tree.prunable(model.params)) if one])
+    with progress.phase(f"pruning by {given.criterion}", kernels) as advance:
+        done = iter(range(1, kernels + 1))
+        params, mask = pruning.pruned(
+            module,
+            model.params,
+            batches,
+            given,
+            stats=stats,
+            progress=lambda report: advance(next(done), {}),
+        )
+        jax.block_until_ready(params)
+    seconds = time.perf_counter() - begun
+    found = judging.judge(module, params, model, text, given, dense=model.params)
+    counted = masks.summary(mask)
+    record = interop.PruningRecord(
+        given.criterion,
+        options={
+            "sparsity": given.sparsity,
+            "pattern": given.pattern,
+            "scope": given.scope,
+            "allocation": given.allocation,
+            "block_after_block": pruning.sequential(given),
+            **dict(pruning.options(given)),
+        },
+        seed=given.seed,
+        calibration=calibration,
+        evaluation={"text": text.name, "dense": dense.as_json(), "pruned": found.as_json()},
+    )
+    folder = interop.export(given.out, model, params, mask=mask, record=record)
+    _show(console, {"dense": dense, "pruned": found}, given.prompts, text.name)
+    console.print(
+        f"Removed {counted.pruned:,} of {counted.total:,} prunable weights "
+        f"({counted.sparsity:.2%}; {counted.pruned / _size(params):.2%} of all) "
+        f"in {seconds:.1f} s. {WHAT_A_MASK_GIVES}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(str(folder), highlight=False, soft_wrap=True)
+    return folder
+
+
+def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> Path:
+    """Fine-tunes a pretrained or a pruned model, judges it, and writes it; returns its folder.
+
+    Raises:
+        InputError: anything that is wrong with the settings, the model or the texts.
+        Preempted, RunError: as `training.loop.fit`; the same command goes on.
+    """
+    tuning.checked(given)
+    interop.check_free(given.out)
+    checkpoint = interop.open_checkpoint(given.model, compute_dtype=given.compute_dtype)
+    text, used = (texts.read(name, checkpoint) for name in (given.evaluation, given.text))
+    texts.keep_apart(used, text)
+    model = checkpoint.read(dtype=given.dtype)
+    mask = interop.read_masks(model.path) if _has_masks(model.path) else None
+    module = gpt.build(model.config, model.vocab_size)
+    trained = gpt.build(dataclasses.replace(model.config, remat=given.remat), model.vocab_size)
+    before = judging.judge(module, model.params, model, text, given)
+    gate(before.perplexity, uniform=model.vocab_size, at_most=given.at_most)
+    teacher = None
+    if given.teacher is not None:
+        teacher = _like(model, interop.load(given.teacher, tokenizer=False), given.teacher)
+    start, dtypes = tuning.as_float32(model.params)
+    params, mask, stats = tuning.tuned(trained, start, mask, teacher, used, given, progress)
+    params = tree.map_named(lambda name, leaf: leaf.astype(dtypes[name]), params)
+    after = judging.judge(module, params, model, text, given)
+    how = {"text": used.name, **{k: getattr(given, k) for k in ("steps", "batch", "learning_rate")}}
+    record = None
+    if mask is not None:
+        record = interop.PruningRecord(
+            **_record_of(model.path),
+            evaluation={"text": text.name, "before": before.as_json(), "finetuned": after.as_json(),
+                        "finetuning": how},
+        )  # fmt: skip
+
+    def also(folder: Path) -> None:
+        if stats is not None:
+            tracked.write(folder, stats, {"every": given.track_every, **how})
+
+    folder = interop.export(given.out, model, params, mask=mask, record=record, also=also)
+    tuning.forget(given)
+    _show(console, {"before": before, "fine-tuned": after}, given.prompts, text.name)
+    console.print(str(folder), highlight=False, soft_wrap=True)
+    return folder
+
+
+def evaluate(given: EvaluateSettings, progress: Progress, console: Console) -> dict[str, Any]:
+    """Judges a model, beside the dense one where that is named; returns the verdicts by name.
+
+    Raises:
+        InputError: anything that is wrong with the settings, the models or the text.
+    """
+    model = interop.load(given.model, dtype=given.dtype, compute_dtype=given.compute_dtype)
+    text = texts.read(given.evaluation, model)
+    module = gpt.build(model.config, model.vocab_size)
+    rows, dense = {}, None
+    if given.dense is not None:
+        dense = _like(model, interop.load(given.dense, tokenizer=False), given.dense)
+        rows["dense"] = judging.judge(module, dense, model, text, given)
+        gate(rows["dense"].perplexity, uniform=model.vocab_size, at_most=given.at_most)
+    rows["model"] = judging.judge(module, model.params, model, text, given, dense=dense)
+    _show(console, rows, given.prompts, text.name)
+    return rows
+
+
+def _show(
+    console: Console, rows: dict[str, judging.Verdict], prompts: tuple[str, ...], text: str
+) -> None:
+    for line in judging.table(rows, prompts, text):
+        console.print(line, highlight=False, soft_wrap=isinstance(line, str), markup=False)
+
+
+def _like(model: interop.Pretrained, other: interop.Pretrained, name: str) -> PyTree:
+    """Returns another model's weights, of the same shapes."""
+    shapes = [
+        {leaf_name: leaf.shape for leaf_name, leaf in tree.named_leaves(one.params)}
+        for one in (model, other)
+    ]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"{name} has other tensors than {model.path}, so they cannot be compared; give the "
+            "model that it was made from"
+        )
+    return other.params
+
+
+def _has_masks(path: Path) -> bool:
+    return path.is_dir() and (path / interop.MASKS).exists()
+
+
+def _record_of(path: Path) -> dict[str, Any]:
+    before = interop.read_record(path)
+    return {key: before.get(key) for key in ("criterion", "options", "seed", "calibration")}
+
+
+def _size(params: PyTree) -> int:
+    return sum(map(tree.size, jax.tree.leaves(params)))

@@ -1,0 +1,169 @@
+"""What a model lost: perplexity, distance from the dense one, and what both of them write."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+from jaxtyping import PyTree
+from rich.table import Table
+
+from swe_prune import interop
+from swe_prune.evaluation import (
+    GREEDY,
+    Distance,
+    PerplexityResult,
+    Protocol,
+    generate,
+    kl_to_dense,
+    perplexity,
+    protocols,
+    repetition,
+)
+from swe_prune.pretrained.settings import JudgingSettings
+from swe_prune.pretrained.texts import Text
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What one model is worth.
+
+    Attributes:
+        perplexity: of the evaluation text.
+        written: what it went on with after each prompt.
+        repetition: share of 3-grams in it that stood there before, mean over the prompts.
+        distance: from the dense model; None for itself.
+    """
+
+    perplexity: PerplexityResult
+    written: tuple[str, ...]
+    repetition: float
+    distance: Distance | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns plain values for pruning.json."""
+        found = self.perplexity
+        values: dict[str, Any] = {
+            "protocol": dataclasses.asdict(found.protocol),
+            "perplexity": found.perplexity,
+            "nats_per_token": found.nats_per_token,
+            "standard_error": found.standard_error,
+            "bits_per_byte": found.bits_per_byte,
+            "tokens": found.tokens,
+            "written": list(self.written),
+            "repetition": self.repetition,
+        }
+        if self.distance is not None:
+            values["kl_to_dense"] = self.distance.nats_per_token
+            values["agreement"] = self.distance.agreement
+        return values
+
+
+def protocol_of(
+    model: interop.Pretrained | interop.Checkpoint, settings: JudgingSettings
+) -> Protocol:
+    """Returns the protocol, its window no longer than the model's context; its name says so.
+
+    Raises:
+        InputError: an unknown name, or a window that cannot be.
+    """
+    known = protocols.get(settings.protocol)
+    window = settings.window or min(known.window, model.config.context)
+    # A text begins as the tokenizer has it begin.
+    adds = model.tokenizer is not None and model.tokenizer.encode("", template=True).size
+    begins = None if adds else "none"
+    return protocols.get(settings.protocol, window=window, bos=begins)
+
+
+def judge(
+    module: nn.Module,
+    params: PyTree,
+    model: interop.Pretrained | interop.Checkpoint,
+    text: Text,
+    settings: JudgingSettings,
+    *,
+    dense: PyTree | None = None,
+) -> Verdict:
+    """Returns what a model is worth on a text.
+
+    Args:
+        module: the model.
+        params: its weights.
+        model: where its tokenizer and context are.
+        text: to be evaluated on.
+        settings: protocol, windows and prompts.
+        dense: weights of the dense model to be compared with; None: not compared.
+    """
+    assert model.tokenizer is not None
+    protocol = protocol_of(model, settings)
+    bos = model.tokenizer.bos_id
+    found = perplexity(
+        module,
+        params,
+        text.tokens,
+        protocol,
+        batch=settings.eval_batch,
+        bos_id=bos,
+        text_bytes=text.size,
+        windows_limit=settings.eval_windows,
+    )
+    prompts = [model.tokenizer.encode(prompt) for prompt in settings.prompts]
+    made = generate(
+        module,
+        params,
+        [p.tolist() for p in prompts],
+        settings.new_tokens,
+        sampling=GREEDY,
+        seed=0,
+        eos_id=model.tokenizer.eos_id,
+    )
+    distance = None
+    if dense is not None:
+        distance = kl_to_dense(
+            module,
+            dense,
+            params,
+            text.tokens,
+            found.protocol,
+            batch=settings.eval_batch,
+            bos_id=bos,
+        )
+    return Verdict(
+        found,
+        tuple(model.tokenizer.decode(np.asarray(tokens, np.int32)) for tokens in made.tokens),
+        float(np.mean([repetition(tokens).shares[2] for tokens in made.tokens])),
+        distance,
+    )
+
+
+def table(rows: dict[str, Verdict], prompts: tuple[str, ...], text: str) -> list[Any]:
+    """Returns what to print: a table with one row for each model, and what each wrote.
+
+    Args:
+        rows: by what they are called; the first is the dense one.
+        prompts: that they went on from.
+        text: what they were evaluated on.
+    """
+    first = next(iter(rows.values())).perplexity
+    numbers = Table(title=f"{text}: {first.tokens:,} tokens, {first.protocol.name}")
+    for heading in ("model", "perplexity", "nats/token", "bits/byte", "KL to dense", "same top-1",
+                    "repetition"):  # fmt: skip
+        numbers.add_column(heading, justify="left" if heading == "model" else "right")
+    for name, verdict in rows.items():
+        found, apart = verdict.perplexity, verdict.distance
+        error = f" ± {found.standard_error:.3f}" if found.standard_error is not None else ""
+        numbers.add_row(
+            name,
+            f"{found.perplexity:.2f}" if math.isfinite(found.perplexity) else "inf",
+            f"{found.nats_per_token:.4f}{error}",
+            f"{found.bits_per_byte:.4f}" if found.bits_per_byte is not None else "",
+            "" if apart is None else f"{apart.nats_per_token:.4f}",
+            "" if apart is None else f"{apart.agreement:.1%}",
+            f"{verdict.repetition:.1%}",
+        )
+    lines: list[Any] = [numbers]
+    for number, prompt in enumerate(prompts):
+        lines.append(f"After {prompt!r}:")
+        lines += [f"  {name}: {verdict.written[number]!r}" for name, verdict in rows.items()]
+    return lines

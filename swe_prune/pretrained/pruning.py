@@ -1,0 +1,203 @@
+"""From a pretrained model to its masks: block after block, or at once on the dense model."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jaxtyping import PyTree
+
+from swe_prune import allocation, blockwise, calibration, importance, masks, patterns, tree
+from swe_prune.blockwise import KernelReport
+from swe_prune.blockwise.solver import check_sparsity
+from swe_prune.errors import InputError, did_you_mean
+from swe_prune.pretrained.settings import PruneSettings, number
+from swe_prune.training import step as step_lib
+from swe_prune.trajectory import TrajectoryStats
+
+BLOCKS = r"block_[0-9]+"
+SEQUENTIAL = ("wanda", "wanda_variant", "sparsegpt")
+"""Criteria that go block after block, as their references do."""
+
+
+def checked(settings: PruneSettings) -> None:
+    """Refuses what cannot be done, before anything is read.
+
+    Raises:
+        InputError: an unknown name, a sparsity that is missing or beside an n:m pattern, or two
+            settings that exclude each other.
+    """
+    known = [*importance.names(), *SEQUENTIAL]
+    if settings.criterion not in known:
+        raise InputError(
+            f"unknown criterion {settings.criterion!r}; {did_you_mean(settings.criterion, known)}"
+        )
+    if settings.allocation is not None:
+        allocation.get(settings.allocation).check_options(())
+    n_of_m = settings.pattern is not None and patterns.is_n_of_m(settings.pattern)
+    if n_of_m and (settings.sparsity is not None or settings.allocation is not None):
+        raise InputError(
+            f"--pattern={settings.pattern} fixes the sparsity of every tensor; leave out "
+            "--sparsity and --allocation"
+        )
+    if not n_of_m and (settings.sparsity is None or not 0 <= settings.sparsity < 1):
+        raise InputError(
+            f"--sparsity={settings.sparsity} is no share to remove; give a number in [0, 1)"
+        )
+    if settings.scope not in masks.SCOPES:
+        raise InputError(
+            f"--scope={settings.scope} is unknown; {did_you_mean(settings.scope, masks.SCOPES)}"
+        )
+    if sequential(settings):
+        if settings.scope != "tensor" or (settings.pattern is not None and not n_of_m):
+            raise InputError(
+                f"--criterion={settings.criterion} prunes kernel by kernel, unstructured or n:m; "
+                "leave out --scope and other patterns, or give --at-once"
+            )
+    else:
+        importance.get(settings.criterion).check_options(name for name, _ in options(settings))
+
+
+def sequential(settings: PruneSettings) -> bool:
+    """Returns whether blocks are pruned one after another."""
+    one_way = settings.criterion not in importance.names()
+    return settings.criterion in SEQUENTIAL and (one_way or not settings.at_once)
+
+
+def options(settings: PruneSettings) -> list[tuple[str, Any]]:
+    """Returns the criterion's own options.
+
+    Raises:
+        InputError: one that is not NAME=VALUE.
+    """
+    found = []
+    for one in settings.options:
+        name, equals, value = one.partition("=")
+        if not equals:
+            raise InputError(f"--option={one} has no value; write --option=NAME=VALUE")
+        found.append((name, number(value)))
+    return found
+
+
+def needs_text(settings: PruneSettings) -> bool:
+    """Returns whether anything is measured on calibration text."""
+    if sequential(settings) or importance.get(settings.criterion).measured:
+        return True
+    rule = settings.allocation and allocation.get(settings.allocation)
+    return bool(rule) and "batches" in rule.needs
+
+
+def pruned(
+    module: nn.Module,
+    params: PyTree,
+    batches: Sequence[Mapping[str, Any]],
+    settings: PruneSettings,
+    *,
+    stats: TrajectoryStats | None = None,
+    progress: Any = None,
+) -> tuple[PyTree, PyTree]:
+    """Returns the parameters with exact zeros, and the masks.
+
+    Args:
+        module: the model.
+        params: its weights; numpy arrays stay in host memory where blocks go one after another.
+        batches: of calibration windows; none where nothing is measured.
+        settings: checked.
+        stats: the trajectory of a tracked fine-tuning, for criteria that read one.
+        progress: called with the report of each kernel, block after block.
+
+    Raises:
+        InputError: a criterion that needs a trajectory and got none, or shapes that do not fit.
+        RunError: a Hessian that no damping helps.
+    """
+    if sequential(settings):
+        return _block_after_block(module, params, batches, settings, progress)
+    criterion = importance.get(settings.criterion)
+    if criterion.measures and stats is None:
+        raise InputError(
+            f"criterion {criterion.name!r} judges weights by their trajectory, and "
+            f"{settings.model} has none of {', '.join(criterion.measures)}; make one with "
+            "'python -m swe_prune finetune --track --model=… --out=DIR' and give --model=DIR"
+        )
+    loss = functools.partial(_loss, module)
+    measured = _measured(criterion, module, params, batches, loss)
+    scores = importance.score(
+        settings.criterion,
+        params,
+        stats=stats,
+        measured=measured,
+        prunable=None if stats is not None and criterion.measures else tree.prunable(params),
+        seed=settings.seed,
+        **dict(options(settings)),
+    )
+    share: Any = settings.sparsity
+    if settings.pattern is not None and patterns.is_n_of_m(settings.pattern):
+        share, _ = check_sparsity(None, settings.pattern)
+    if settings.allocation is not None:
+        share = allocation.allocate(
+            settings.allocation, share, scores=scores, params=params, loss=loss, batches=batches
+        )
+    mask = masks.by_sparsity(scores, share, settings.scope, pattern=settings.pattern)
+    return masks.apply(params, mask), mask
+
+
+def _measured(
+    criterion: importance.Criterion, module: nn.Module, params: PyTree, batches: Any, loss: Any
+) -> dict[str, PyTree]:
+    found: dict[str, PyTree] = {}
+    needs = set(criterion.measured)
+    if needs & {"input_norm", "hessian"}:
+        found |= calibration.inputs(module, {"params": params}, batches, hessian="hessian" in needs)
+    if needs & {"gradient", "gradient_square"}:
+        found |= calibration.gradients(loss, params, batches, at_once=1)
+    if "second_moment" in needs:
+        raise InputError(
+            f"criterion {criterion.name!r} needs the optimizer's second moment, which a checkpoint "
+            "has not; use one that is measured, such as wanda or sparsegpt"
+        )
+    return found
+
+
+def _block_after_block(
+    module: nn.Module,
+    params: PyTree,
+    batches: Sequence[Mapping[str, Any]],
+    settings: PruneSettings,
+    progress: Any,
+) -> tuple[PyTree, PyTree]:
+    share: Any = settings.sparsity
+    if settings.allocation is not None:
+        share = allocation.allocate(
+            settings.allocation,
+            share,
+            scores=blockwise.dense_scores(module, {"params": params}, batches),
+            params=params,
+            loss=functools.partial(_loss, module),
+            batches=batches,
+        )
+    if settings.offload:
+        params = jax.tree.map(np.asarray, params)
+
+    def report(kernel: KernelReport) -> None:
+        if progress is not None:
+            progress(kernel)
+
+    new, mask, _ = blockwise.prune_blocks(
+        module,
+        {"params": params},
+        batches,
+        blocks=BLOCKS,
+        sparsity=share,
+        method=settings.criterion,
+        pattern=settings.pattern,
+        offload=settings.offload,
+        progress=report,
+        **dict(options(settings)),
+    )
+    return masks.apply(new, mask), mask
+
+
+def _loss(module: nn.Module, params: PyTree, batch: Mapping[str, Any]) -> Any:
+    return step_lib.eval_step(params, dict(batch), model=module) / batch["targets"].size

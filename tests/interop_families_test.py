@@ -1,0 +1,226 @@
+"""config.json <-> ModelConfig, and the tables of names."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from interop_tiny import CONFIGS, GPT2, LLAMA, LLAMA3, VOCAB, random_params
+
+from swe_prune import tree
+from swe_prune.config import ModelConfig, RopeConfig
+from swe_prune.errors import InputError
+from swe_prune.interop import families, placing
+from swe_prune.interop.tensor_names import GGUF, SAFETENSORS, Row, Table
+
+GGUF_CASES = [name for name in CONFIGS if not name.startswith("mistral")]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_read_is_what_is_written(name):
+    family, config, vocab_size = families.read_config(CONFIGS[name])
+    written = families.write_config(config, vocab_size, family)
+    assert families.read_config(written) == (family, config, vocab_size)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_family_is_found_for_the_settings(name):
+    _, config, vocab_size = families.read_config(CONFIGS[name])
+    written = families.write_config(config, vocab_size)
+    assert families.read_config(written)[1] == config
+
+
+def test_settings_get_where_they_belong():
+    hf = LLAMA | {"attention_bias": True, "head_dim": 6, "hidden_act": "gelu", "rope_theta": 5e5}
+    family, config, vocab_size = families.read_config(hf, "bfloat16")
+    assert (family, vocab_size) == ("llama", VOCAB)
+    assert config == ModelConfig(
+        layers=2,
+        heads=4,
+        width=16,
+        context=32,
+        activation="gelu_exact",
+        use_bias=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=False,
+        head_bias=False,
+        tied_head=False,
+        dtype="bfloat16",
+        hidden=20,
+        kv_heads=2,
+        head_width=6,
+        gated=True,
+        norm="rms",
+        norm_epsilon=1e-5,
+        positions="rope",
+        rope=RopeConfig(theta=5e5, original_context=32),
+    )
+
+
+def test_both_spellings_of_rope_mean_the_same():
+    old = LLAMA | {"rope_theta": 1e3, "rope_scaling": LLAMA3}
+    new = LLAMA | {"rope_parameters": LLAMA3 | {"rope_theta": 1e3}}
+    assert families.read_config(old) == families.read_config(new)
+    assert families.read_config(old)[1].rope.theta == 1e3
+
+
+def test_early_names_of_phi3s_scaling_are_understood():
+    hf = CONFIGS["phi3 longrope"]
+    early = hf | {"rope_scaling": hf["rope_scaling"] | {"type": "su"}}
+    assert families.read_config(early) == families.read_config(hf)
+
+
+def test_dynamic_scaling_lets_texts_exceed_the_context_that_is_said():
+    config = families.read_config(CONFIGS["llama dynamic"])[1]
+    assert (config.context, config.rope.original_context) == (32, 8)
+
+
+def changed(name, drop=(), **changes):
+    return {key: value for key, value in (CONFIGS[name] | changes).items() if key not in drop}
+
+
+REFUSED = {
+    "architecture": (changed("llama", model_type="mamba"), "supported are gpt2, llama, mistral"),
+    "no model_type": (changed("llama", drop=["model_type"]), "model_type None"),
+    "quantized": (changed("llama", quantization_config={"bits": 4}), "quantization_config"),
+    "activation": (changed("llama", hidden_act="relu6"), "'relu6'.*supported are gelu_new"),
+    "scaled by layer": (
+        changed("gpt2", scale_attn_by_inverse_layer_idx=True),
+        "scale_attn_by_inverse_layer_idx = True.*supported for gpt2 is False",
+    ),
+    "unscaled": (changed("gpt2", scale_attn_weights=False), "scale_attn_weights"),
+    "cross attention": (changed("gpt2", add_cross_attention=True), "add_cross_attention"),
+    "missing": (changed("llama", drop=["hidden_size"]), "lacks 'hidden_size'"),
+    "not a number": (
+        changed("llama", hidden_size="16"),
+        "hidden_size = '16'; give a whole number above 0",
+    ),
+    "negative": (changed("llama", num_hidden_layers=-1), "num_hidden_layers = -1"),
+    "not a bool": (changed("llama", tie_word_embeddings=1), "tie_word_embeddings = 1"),
+    "rope type": (
+        changed("llama", rope_scaling={"rope_type": "axial", "factor": 2.0}),
+        "rope type 'axial'; supported are default, linear",
+    ),
+    "rope without factor": (
+        changed("llama", rope_scaling={"rope_type": "linear"}),
+        "'linear' without 'factor'",
+    ),
+    "rope of words": (
+        changed("llama", rope_scaling={"rope_type": "linear", "factor": "two"}),
+        "factor = 'two'",
+    ),
+    "rope for each kind": (
+        changed("llama", rope_parameters={"full_attention": {"rope_type": "default"}}),
+        "for each kind of layer",
+    ),
+    "rope no group": (changed("llama", rope_scaling="linear"), "no group"),
+    "longrope factors": (
+        changed("llama", rope_scaling={"type": "longrope", "short_factor": 1, "long_factor": [1]}),
+        "short_factor = 1; give a list",
+    ),
+    "original of words": (
+        changed("llama", original_max_position_embeddings="8", rope_scaling=LLAMA3),
+        "original_max_position_embeddings = '8'",
+    ),
+    "partial": (changed("llama", partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
+    "mixed layers": (
+        changed("mistral", layer_types=["full_attention", "sliding_attention"]),
+        "supported is sliding_attention in all",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_computed_is_refused_in_a_sentence(case):
+    hf, sentence = REFUSED[case]
+    with pytest.raises(InputError, match=sentence) as caught:
+        families.read_config(hf)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_dtype_of_computation_is_refused():
+    with pytest.raises(InputError, match="float32 or bfloat16"):
+        families.read_config(GPT2, "float16")
+
+
+def test_a_decoder_of_no_family_is_not_written():
+    with pytest.raises(InputError, match="any family"):
+        families.write_config(ModelConfig(norm="rms"), 9)
+    with pytest.raises(InputError, match="of mistral"):
+        families.write_config(families.read_config(GPT2)[1], 9, "mistral")
+
+
+def test_defaults_are_those_of_transformers():
+    pytest.importorskip("transformers", reason="the defaults are compared with transformers'")
+    from transformers import AutoConfig
+
+    for name, family in families.FAMILIES.items():
+        theirs = AutoConfig.for_model(name)
+        for key in family.keys:
+            if key.default is not families.NEEDED and key.default is not None:
+                assert getattr(theirs, key.name) == key.default, (name, key.name)
+
+
+@pytest.mark.parametrize(
+    ("tables", "name"),
+    [(SAFETENSORS, name) for name in CONFIGS] + [(GGUF, name) for name in GGUF_CASES],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_parameter_is_in_one_tensor_and_comes_out_as_it_went_in(tables, name):
+    family, config, vocab_size = families.read_config(CONFIGS[name])
+    params = dict(tree.named_leaves(random_params(config)))
+    bound = placing.bind(tables[family], config, vocab_size)
+    parts = [part.name for one in bound for part in one.parts]
+    assert sorted(parts) == sorted(params)
+    for one in bound:
+        stored = one.write(params)
+        assert stored.shape == one.shape
+        for part in one.parts:
+            whole = (slice(None),) * len(part.shape)
+            np.testing.assert_array_equal(part.read(stored, whole), params[part.name])
+
+
+class Recording:
+    """A stored tensor that counts what is asked of it."""
+
+    def __init__(self, values):
+        self.values, self.read = values, 0
+
+    def __getitem__(self, index):
+        found = self.values[index]
+        self.read += found.size
+        return found
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "phi3"])
+def test_of_a_slice_no_more_than_the_slice_is_read(name):
+    family, config, vocab_size = families.read_config(CONFIGS[name])
+    params = dict(tree.named_leaves(random_params(config)))
+    for one in placing.bind(SAFETENSORS[family], config, vocab_size):
+        for part in one.parts:
+            stored = Recording(one.write(params))
+            half = part.shape[-1] // 2
+            index = (*[slice(None)] * (len(part.shape) - 1), slice(half, None))
+            found = part.read(stored, index)
+            np.testing.assert_array_equal(found, params[part.name][index])
+            assert stored.read == found.size
+
+
+def test_a_fused_tensor_of_parts_that_are_not_alike_is_joined_in_order():
+    config = families.read_config(CONFIGS["phi3 longrope"])[1]
+    bound = placing.bind(SAFETENSORS["phi3"], config, VOCAB)
+    fused = next(one for one in bound if "qkv_proj" in one.name)
+    assert fused.shape == (16 + 8 + 8, 16)
+    assert [part.start for part in fused.parts] == [0, 16, 24]
+
+
+def test_the_tables_say_which_rows_lie_interleaved():
+    """llama.cpp's permutation of query rows, written out for one head of width 6."""
+    row = Row("q", ("block_{i}/attention/query/kernel",), "out_in", interleaved=True)
+    config = dataclasses.replace(
+        families.read_config(LLAMA)[1], layers=1, heads=1, kv_heads=1, head_width=6
+    )
+    (bound,) = placing.bind(Table((row,)), config, VOCAB)
+    kernel = np.tile(np.arange(6.0), (16, 1))
+    stored = bound.write({"block_0/attention/query/kernel": kernel})
+    np.testing.assert_array_equal(stored[:, 0], [0, 3, 1, 4, 2, 5])

@@ -1,0 +1,54 @@
+"""Folders that transformers wrote give the logits that it computed; needs no torch.
+
+The folders and arrays are made by golden/make_pretrained_golden.py.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from interop_tiny import assert_logits_close, assert_same_params, decoded, logits
+
+from swe_prune import interop
+
+FOLDER = Path(__file__).parent / "golden" / "pretrained"
+NAMES = sorted(path.name for path in FOLDER.iterdir())
+
+
+def test_every_family_is_there():
+    assert {name.split("_")[0] for name in NAMES} == set(interop.FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: interop.load(FOLDER / name, dtype="float32") for name in NAMES}
+
+
+def golden(name, case):
+    arrays = np.load(FOLDER / name / "golden.npz")
+    return [arrays[f"{case}_{what}"] for what in ("tokens", "valid", "logits")]
+
+
+@pytest.mark.parametrize("case", ["long", "padded", "short"])
+@pytest.mark.parametrize("name", NAMES)
+def test_logits(models, name, case):
+    tokens_BxL, valid_BxL, wanted_BxLxV = golden(name, case)
+    found = logits(models[name], tokens_BxL, valid_BxL)
+    assert_logits_close(found[valid_BxL], wanted_BxLxV[valid_BxL])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama_biases_llama3", "mistral_window"])
+def test_logits_of_a_padded_prompt_and_then_one_token_at_a_time(models, name):
+    """Of scalings that do not follow the length, whose kept keys are those of the whole text."""
+    tokens_BxL, valid_BxL, wanted_BxLxV = golden(name, "padded")
+    found = decoded(models[name], tokens_BxL, 10, valid_BxL)
+    assert_logits_close(found[valid_BxL], wanted_BxLxV[valid_BxL])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_out_and_in_again_is_bit_identical(tmp_path, name):
+    one = interop.load(FOLDER / name)
+    two = interop.load(interop.export(tmp_path / "out", one))
+    assert_same_params(one.params, two.params)
+    assert one.config == two.config
+    assert str(one.params["embedding"]["embedding"].dtype) == "bfloat16"

@@ -1,0 +1,240 @@
+"""`prune`, `finetune` and `evaluate` of a pretrained model, as a user types them."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pretrained_tiny
+import pytest
+
+from swe_prune import cli, interop, tree
+from swe_prune.pretrained import settings, tracked
+
+QUICK = [
+    "--calibration-windows=8", "--calibration-window=32", "--window=32", "--eval-windows=8",
+    "--new-tokens=4", "--prompt=You may",
+]  # fmt: skip
+TUNING = ["--window=32", "--eval-windows=8", "--new-tokens=4", "--train-window=32", "--batch=4"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    pytest.importorskip("safetensors")
+    return pretrained_tiny.make(tmp_path_factory.mktemp("tiny"))
+
+
+def prune(place, out, *more, model=None):
+    return cli.main(
+        ["prune", f"--model={model or place.model}", f"--out={out}", *QUICK,
+         f"--calibration={place.train}", f"--evaluation={place.held_out}", *more]
+    )  # fmt: skip
+
+
+def finetune(place, out, *more, model=None):
+    return cli.main(
+        ["finetune", f"--model={model or place.model}", f"--out={out}", *TUNING,
+         f"--text={place.train}", f"--evaluation={place.held_out}", *more]
+    )  # fmt: skip
+
+
+def zeros(params, mask):
+    """How many weights the mask removes, all of them exactly 0."""
+    removed = 0
+    for (name, leaf), (_, kept) in zip(
+        tree.named_leaves(params), tree.named_leaves(mask), strict=True
+    ):
+        if kept is not None:
+            assert not np.any(np.asarray(leaf)[~np.asarray(kept)]), name
+            removed += int((~np.asarray(kept)).sum())
+    return removed
+
+
+@pytest.mark.parametrize(
+    ("criterion", "more", "share"),
+    [
+        ("magnitude", ["--sparsity=0.5"], 0.5),
+        ("magnitude", ["--pattern=2:4"], 0.5),
+        ("random", ["--sparsity=0.25", "--scope=global"], 0.25),
+        ("wanda", ["--sparsity=0.5"], 0.5),
+        ("wanda", ["--pattern=2:4"], 0.5),
+        ("wanda", ["--sparsity=0.5", "--at-once", "--scope=row"], 0.5),
+        ("wanda", ["--sparsity=0.5", "--allocation=owl"], 0.5),
+        ("sparsegpt", ["--sparsity=0.5", "--offload"], 0.5),
+        ("taylor", ["--sparsity=0.5"], 0.5),
+    ],
+    ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else str(value),
+)
+def test_prune_writes_a_model_with_its_zeros_and_its_record(
+    place, tmp_path, capsys, criterion, more, share
+):
+    out = tmp_path / "pruned"
+    assert prune(place, out, f"--criterion={criterion}", *more) == 0
+    model, mask = interop.load(out), interop.read_masks(out)
+    total = sum(kept.size for kept in jax.tree.leaves(mask))
+    rows = sum(kept.shape[1] for kept in jax.tree.leaves(mask))  # Wanda rounds in each output
+    assert zeros(model.params, mask) == pytest.approx(share * total, abs=rows)
+    record = interop.read_record(out)
+    assert record["criterion"] == criterion
+    dense, pruned = record["evaluation"]["dense"], record["evaluation"]["pruned"]
+    assert dense["perplexity"] < pretrained_tiny.VOCAB
+    assert pruned["kl_to_dense"] > 0
+    assert (record["calibration"] is None) == (criterion in ("magnitude", "random"))
+    printed = capsys.readouterr().out
+    assert f"{pruned['perplexity']:.2f}" in printed
+    assert "After 'You may':" in printed
+
+
+def test_swe_needs_the_trajectory_that_a_tracked_finetuning_leaves(place, tmp_path, capsys):
+    assert prune(place, tmp_path / "no", "--criterion=swe", "--sparsity=0.5") == 2
+    assert "finetune --track" in capsys.readouterr().err
+    tuned, out = tmp_path / "tuned", tmp_path / "pruned"
+    assert finetune(place, tuned, "--track", "--steps=6", "--track-every=2") == 0
+    model = interop.load(tuned)
+    stats = tracked.read(tuned, model.params)
+    assert stats is not None
+    assert int(stats.count) == 3
+    assert not (tmp_path / "tuned.work").exists()
+    assert prune(place, out, "--criterion=swe", "--sparsity=0.5", model=tuned) == 0
+    mask = interop.read_masks(out)
+    for name, kept in tree.named_leaves(mask):
+        if kept is not None:  # what was removed has the smallest late means
+            mean = np.abs(np.asarray(dict(tree.named_leaves(stats.buffers["late_mean"]))[name]))
+            assert mean[~np.asarray(kept)].max() <= mean[np.asarray(kept)].min()
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--lora-rank=2"], ["--teacher=MODEL", "--temperature=2"], ["--accumulate=2"]]
+)
+def test_finetuning_a_pruned_model_keeps_its_zeros_and_lowers_its_loss(place, tmp_path, more):
+    pruned, tuned = tmp_path / "pruned", tmp_path / "tuned"
+    assert prune(place, pruned, "--criterion=magnitude", "--sparsity=0.6") == 0
+    more = [one.replace("MODEL", str(place.model)) for one in more]
+    steps = ["--steps=12", "--learning-rate=3e-3", "--warmup=2"]
+    assert finetune(place, tuned, *steps, *more, model=pruned) == 0
+    mask = interop.read_masks(tuned)
+    assert zeros(interop.load(tuned).params, mask) == zeros(interop.load(pruned).params, mask) > 0
+    record = interop.read_record(tuned)
+    assert record["criterion"] == "magnitude"
+    found = record["evaluation"]
+    assert found["finetuned"]["nats_per_token"] < found["before"]["nats_per_token"]
+
+
+def test_a_finetuning_that_was_stopped_goes_on_to_the_same_weights(place, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = ["--steps=8", "--checkpoint-every=2", "--learning-rate=1e-3"]
+    assert finetune(place, whole, *more) == 0
+    from swe_prune.pretrained import commands
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:  # as a kill after the last step, before the export
+        patched.setattr(commands.interop, "export", stop)
+        assert finetune(place, parts, *more) == 130
+    assert not parts.exists()
+    assert (tmp_path / "parts.work" / "checkpoints" / "8").is_dir()
+    assert finetune(place, parts, *more) == 0
+    one, two = (interop.load(path).params for path in (whole, parts))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_another_finetuning_does_not_go_on_from_a_stopped_one(place, tmp_path, capsys):
+    (tmp_path / "out.work").mkdir()
+    texts = [f"--text={place.train}", f"--evaluation={place.held_out}"]
+    begun = settings.parse(
+        ["finetune", f"--model={place.model}", "--out=x", *TUNING, *texts, "--steps=5"]
+    )
+    (tmp_path / "out.work" / "settings.json").write_text(json.dumps(dataclasses.asdict(begun)))
+    assert finetune(place, tmp_path / "out", "--steps=6") == 2
+    assert "steps (5 there, 6 now)" in capsys.readouterr().err
+
+
+def test_evaluate_compares_with_the_dense_model(place, tmp_path, capsys):
+    pruned = tmp_path / "pruned"
+    assert prune(place, pruned, "--criterion=magnitude", "--sparsity=0.5") == 0
+    recorded = interop.read_record(pruned)["evaluation"]["pruned"]
+    capsys.readouterr()
+    more = ["--window=32", "--eval-windows=8", f"--evaluation={place.held_out}"]
+    assert cli.main(["evaluate", f"--model={pruned}", f"--dense={place.model}", *more]) == 0
+    printed = capsys.readouterr().out
+    assert f"{recorded['perplexity']:.2f}" in printed
+    assert f"{recorded['kl_to_dense']:.4f}" in printed
+
+
+def test_stored_dtypes_are_kept(place, tmp_path):
+    half = tmp_path / "half"
+    assert prune(place, half, "--criterion=wanda", "--sparsity=0.5", "--dtype=bfloat16") == 0
+    assert {leaf.dtype for leaf in jax.tree.leaves(interop.load(half).params)} == {
+        np.dtype(jnp.bfloat16)
+    }
+    tuned = tmp_path / "tuned"
+    assert finetune(place, tuned, "--steps=2", model=half) == 0
+    assert {leaf.dtype for leaf in jax.tree.leaves(interop.load(tuned).params)} == {
+        np.dtype(jnp.bfloat16)
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--criterion=wandaa", "--sparsity=0.5"], "did you mean 'wanda'"),
+        (["--criterion=wanda"], "--sparsity=None is no share"),
+        (["--criterion=wanda", "--sparsity=1.5"], "--sparsity=1.5 is no share"),
+        (["--criterion=wanda", "--sparsity=0.5", "--pattern=2:4"], "fixes the sparsity"),
+        (["--criterion=wanda", "--sparsity=0.5", "--scope=row"], "--at-once"),
+        (["--criterion=magnitude", "--sparsity=0.5", "--scope=all"], "--scope=all is unknown"),
+        (["--criterion=magnitude", "--sparsity=0.5", "--allocation=owls"], "did you mean 'owl'"),
+        (["--criterion=magnitude", "--sparsity=0.5", "--option=x"], "NAME=VALUE"),
+        (["--criterion=magnitude", "--sparsity=0.5", "--option=x=1"], "no option 'x'"),
+        (["--criterion=magnitude_curvature", "--sparsity=0.5"], "second moment"),
+        (["--criterion=magnitude", "--sparsity=0.5", "--sparsty=1"], "did you mean '--sparsity'"),
+        (["--criterion=magnitude", "--sparsity=x"], "invalid float value"),
+        (["--criterion=magnitude", "--sparsity=0.5", "--protocol=wiki"], "wikitext2"),
+        (["--criterion=magnitude", "--sparsity=0.5", "--at-most=1.1"], "1.1"),
+        (["--criterion=wanda", "--sparsity=0.5", "--calibration=nothing.txt"], "is no file"),
+        (["--criterion=wanda", "--sparsity=0.5", "--calibration-windows=1000000"],
+         "--calibration-windows = 1000000"),
+    ],
+)  # fmt: skip
+def test_bad_settings_get_one_sentence_and_leave_nothing(place, tmp_path, capsys, arguments, said):
+    assert prune(place, tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == error.count("Calibrating") + 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calibration_on_the_evaluation_text_is_refused(place, tmp_path, capsys):
+    more = ["--criterion=wanda", "--sparsity=0.5", f"--calibration={place.held_out}"]
+    assert prune(place, tmp_path / "out", *more) == 2
+    assert "evaluation text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--steps=0"], "--steps=0 is none"),
+        (["--batch=4", "--accumulate=3"], "does not divide"),
+        (["--track", "--lora-rank=2"], "give one of both"),
+        (["--track", "--steps=2", "--track-every=3"], "takes no snapshot"),
+        (["--track", "--measure=late_men"], "late_mean"),
+        (["--lora-alpha=2"], "give --lora-rank"),
+        (["--teacher=nowhere"], "does not exist"),
+    ],
+)
+def test_bad_finetuning_gets_one_sentence(place, tmp_path, capsys, more, said):
+    assert finetune(place, tmp_path / "out", *more) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_exists_is_refused_before_work(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    for run in (prune, finetune):
+        more = ["--criterion=wanda", "--sparsity=0.5"] if run is prune else []
+        assert run(place, out, *more) == 2
+        assert "exists already" in capsys.readouterr().err
+    assert list(out.iterdir()) == []
