@@ -82,7 +82,10 @@ def run(side: str, options: dict[str, Any], **environment: str) -> dict[str, flo
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
         sys.exit(f"{side} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    told = ", ".join(f"{name} {value:.1f}" for name, value in found.items())
+    print(f"{options['method']} {side}: {told}", flush=True)
+    return found
 
 
 def agreement(folder: Path) -> dict[str, float]:
