@@ -28,8 +28,14 @@ def main() -> None:
     before, _ = timing.memory_mib()
     start = time.perf_counter()
     model = interop.load(options["model"], tokenizer=False)
-    config, vocab_size, params = model.config, model.vocab_size, jax.block_until_ready(model.params)
+    config, vocab_size = model.config, model.vocab_size
+    leaves, structure = jax.tree.flatten(model.params)
     del model
+    for number, leaf in enumerate(leaves):  # to host memory that can be written, one at a time
+        leaves[number] = np.array(leaf)
+    del leaf
+    params = structure.unflatten(leaves)
+    del leaves
     found = {"import_s": time.perf_counter() - start}
     found["import_mib"] = timing.memory_mib()[1] - before
     tokens = np.load(options["tokens"])
@@ -43,6 +49,7 @@ def main() -> None:
         blocks=[f"block_{number}" for number in range(options["layers"])],
         sparsity=options["sparsity"],
         method=options["method"],
+        offload=True,
         donate=True,
     )
     jax.block_until_ready((params, masks))
