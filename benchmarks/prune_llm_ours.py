@@ -28,11 +28,16 @@ def main() -> None:
     before, _ = timing.memory_mib()
     start = time.perf_counter()
     model = interop.load(options["model"], tokenizer=False)
-    config, vocab_size, params = model.config, model.vocab_size, jax.block_until_ready(model.params)
+    config, vocab_size = model.config, model.vocab_size
+    leaves, structure = jax.tree.flatten(model.params)
     del model
+    for number, leaf in enumerate(leaves):  # to host memory that can be written, one at a time
+        leaves[number] = np.array(leaf)
+    del leaf
+    params = structure.unflatten(leaves)
+    del leaves
     found = {"import_s": time.perf_counter() - start}
     found["import_mib"] = timing.memory_mib()[1] - before
-    held = timing.memory_mib()[0]
     tokens = np.load(options["tokens"])
     timing.restart_peak()
     compiling.clear()
@@ -44,12 +49,12 @@ def main() -> None:
         blocks=[f"block_{number}" for number in range(options["layers"])],
         sparsity=options["sparsity"],
         method=options["method"],
+        offload=True,
         donate=True,
     )
     jax.block_until_ready((params, masks))
     found |= {"prune_s": time.perf_counter() - start, "compile_s": sum(compiling)}
     found["prune_mib"] = timing.memory_mib()[1] - before
-    print("DBG", before, held, timing.memory_mib(), file=sys.stderr)
     first: dict[str, Any] = {
         name.removesuffix("/kernel"): np.asarray(leaf)
         for name, leaf in tree.named_leaves(masks["block_0"])

@@ -314,6 +314,54 @@ def test_one_block_its_hessians_and_the_activations_are_in_memory_at_a_time(monk
     assert deeper <= alive + 0.05 * block
 
 
+@pytest.mark.parametrize(
+    ("model", "rule"),
+    [(Plain(4), BLOCKS), (Foreign(), r"layers_\d")],
+    ids=["plain", "two kinds of batch"],
+)
+def test_blocks_that_are_alike_are_traced_as_the_first(monkeypatch, model, rule):
+    traced, whole = [], blockwise.wiring.Wire.run
+
+    def counted(self, *args):
+        traced.append(self.path)
+        return whole(self, *args)
+
+    monkeypatch.setattr(blockwise.wiring.Wire, "run", counted)
+    if isinstance(model, Plain):
+        variables, batches, options = made(model, rows()), [rows()] * 2, {}
+    else:
+        (_, variables, batches), options = foreign(), {"call": call}
+    blockwise.prune_blocks(model, variables, batches, blocks=rule, sparsity=0.5, **options)
+    assert {path[-1] for path in traced} == {"0"}
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
+def test_kernels_that_are_given_up_are_held_once(method):
+    model = Plain(3, width=32)
+    host = jax.tree.map(np.asarray, made(model, rows(4, 32)))
+    options = {"blocks": BLOCKS, "method": method, "sparsity": 0.5}
+    expected, kept, _ = blockwise.prune_blocks(model, host, [rows(4, 32)], **options)
+    given = jax.tree.map(jnp.array, host)
+    before = bytes_alive()
+    params, mask, _ = blockwise.prune_blocks(model, given, [rows(4, 32)], donate=True, **options)
+    masks_of = size(mask)
+    assert before + masks_of <= bytes_alive() < before + masks_of + 2048
+    jax.tree.map(np.testing.assert_array_equal, (params, mask), (expected, kept))
+    for name, leaf in named(given["params"]).items():
+        assert leaf.is_deleted() == name.endswith("kernel")
+    written = jax.tree.map(np.array, host)
+    params, _, _ = blockwise.prune_blocks(model, written, [rows(4, 32)], donate=True, **options)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    for (name, new), old in zip(
+        named(params).items(), named(written["params"]).values(), strict=True
+    ):
+        assert new is old, name
+    locked = jax.tree.map(np.array, host)
+    jax.tree.map(lambda leaf: leaf.setflags(write=False), locked)
+    params, _, _ = blockwise.prune_blocks(model, locked, [rows(4, 32)], donate=True, **options)
+    jax.tree.map(np.testing.assert_array_equal, (params, locked), (expected, host))
+
+
 def one_way(**changes):
     model, variables, batches = foreign()
     options = {"blocks": r"layers_\d", "sparsity": 0.5, "call": call, **changes}

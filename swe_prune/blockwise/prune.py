@@ -295,22 +295,26 @@ def _start_as_second(of_kinds: list[list[wiring.Wire]], states: list[wiring.Acti
     moves = []
     for wires in of_kinds:
         wires[0], moved = wiring.as_second(wires[0], wires[1])
-        moves.append((moved, _needed(wires)))
+        moves.append((moved, _asked(wires, "given")))
     for at, state in enumerate(states):
-        moved, needed = moves[state.kind]
-        made = [
-            state.given[moved[i]] if i in moved else None for i in range(max(moved, default=-1) + 1)
-        ]
-        states[at] = wiring.Activations(_less(state.given, needed), made, state.kind)
+        moved, asked = moves[state.kind]
+        made = [None] * (max(moved, default=-1) + 1)
+        for number, given in moved.items():
+            made[number] = state.given[given]
+        states[at] = wiring.Activations(_less(state.given, asked), made, state.kind)
 
 
-def _needed(wires: Iterable[wiring.Wire]) -> set[int]:
-    """Returns the numbers of what blocks ask for that the first was also called with."""
-    return {source.value for wire in wires for source in wire.sources if source.kind == "given"}
+def _asked(wires: Iterable[wiring.Wire], kind: str) -> set[int]:
+    """Returns the numbers of what blocks ask for from a place."""
+    return {source.value for wire in wires for source in wire.sources if source.kind == kind}
 
 
-def _less(given: list[Any], needed: set[int]) -> list[Any]:
-    return [leaf if index in needed else None for index, leaf in enumerate(given)]
+def _less(leaves: Sequence[Any], asked: set[int]) -> list[Any]:
+    """Returns the leaves that are asked for, None in between for the others."""
+    return [
+        leaf if number in asked else None
+        for number, leaf in enumerate(leaves[: max(asked, default=-1) + 1])
+    ]
 
 
 def _wires(
@@ -412,7 +416,9 @@ class _Runner:
     ) -> wiring.Activations:
         """Returns what goes into the next block, less what no later block asks for."""
         made = self.forward(part, _on_device(state))
-        given = _less(state.given, _needed(wires[state.kind] for wires in later))
+        wires = [of_kinds[state.kind] for of_kinds in later]
+        made = _less(made, _asked(wires[:1], "made"))
+        given = _less(state.given, _asked(wires, "given"))
         return wiring.Activations(given, _kept(made, offload), state.kind)
 
 

@@ -92,9 +92,10 @@ def _by_parts(compare: Callable[..., Array], found: Array, logits: Array, *more:
     if part == length:
         return compare(logits, *more)
 
-    # Along L, since B may be divided over devices; the last part may overlap the one before.
+    # Along L, since B may be divided over devices. A last part that would end beyond L is moved
+    # back, by dynamic_slice as by its update, and overlaps the one before.
     def add(number: Array, found: Array) -> Array:
-        start = jnp.minimum(number * part, length - part)
+        start = number * part
         given = (jax.lax.dynamic_slice_in_dim(x, start, part, axis=1) for x in (logits, *more))
         return jax.lax.dynamic_update_slice_in_dim(found, compare(*given), start, axis=1)
 
