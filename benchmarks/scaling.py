@@ -2,12 +2,16 @@
 
     python benchmarks/scaling.py [--devices=1,2,4,8] [--axis=fsdp] [--rounds=9]
     JAX_PLATFORMS=cuda python benchmarks/scaling.py --devices=1,2
+    python benchmarks/scaling.py --activations [--devices=8]
 
 Weak scaling: every device has its own 8 windows, whatever their number. Each number of devices is a
 process of its own, since JAX fixes it at the start; they take turns, so a busy machine slows all,
 and a ratio is that of two turns of one round. On CPU the devices are forced and share the machine's
 cores: more of them than cores cannot be faster, and what their tokens/s falls short of one device's
 is what the division costs. On GPUs each process sees the first so many.
+
+With `--activations` nothing is timed: a small model's step is compiled with and without
+`parallel.constrain_rows`, at two batches, and what it receives is printed.
 """
 
 import argparse
@@ -69,6 +73,37 @@ def work(devices: int, axis: str) -> None:
         print(json.dumps(spent), flush=True)
 
 
+def activations(devices: int, axis: str) -> None:
+    """Prints what a step of a small model receives with and without `constrain_rows`."""
+    from swe_prune import config, parallel
+    from swe_prune.experiment import at_scale
+    from swe_prune.experiment.setup import setup
+
+    small = {"layers": 2, "heads": 2, "width": 16, "context": 16}
+    print("| batch | constrain_rows | received in a step, bytes |\n|---:|---|---:|")
+    kept = parallel.constrain_rows
+    for windows in (devices, 2 * devices):
+        for constrained in (False, True):
+            # As `setup` builds the model, with the one call that is measured left out.
+            parallel.constrain_rows = kept if constrained else lambda x, mesh: x
+            overrides = {f"model.{key}": value for key, value in small.items()}
+            overrides |= {"parallel.data": 1, f"parallel.{axis}": devices}
+            overrides |= {f"data.{k}": windows for k in ("batch", "eval_windows", "eval_batch")}
+            given = [f"{key}={value}" for key, value in overrides.items()]
+            received = at_scale.cost(setup(config.load(CONFIG, given), Path())).received
+            says = "with" if constrained else "without"
+            print(f"| {windows} | {says} | {sum(received.values()):,} |", flush=True)
+
+
+def environment(devices: int) -> dict[str, str]:
+    """Returns that of a process that sees so many devices."""
+    env = dict(os.environ)
+    if env.get("JAX_PLATFORMS", "cpu") != "cpu":
+        return env | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(devices)))}
+    forced = f"--xla_force_host_platform_device_count={devices}"
+    return env | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{env.get('XLA_FLAGS', '')} {forced}"}
+
+
 def about(jax: Any) -> dict[str, Any]:
     """Returns what the numbers were measured with."""
     return {"kind": jax.devices()[0].device_kind, "jax": jax.__version__}
@@ -79,17 +114,11 @@ class Worker:
 
     def __init__(self, devices: int, axis: str) -> None:
         """Starts it, compiles there and waits until that is done."""
-        env = dict(os.environ)
-        if env.get("JAX_PLATFORMS", "cpu") == "cpu":
-            forced = f"--xla_force_host_platform_device_count={devices}"
-            env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{env.get('XLA_FLAGS', '')} {forced}"}
-        else:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(devices)))
         self.devices = devices
         self.turns: list[dict[str, float]] = []
         self._process = subprocess.Popen(
             [sys.executable, __file__, f"--worker={devices}", f"--axis={axis}"],
-            env=env,
+            env=environment(devices),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -131,9 +160,15 @@ def main() -> None:
     parser.add_argument("--axis", choices=("data", "fsdp", "tensor"), default="fsdp")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--activations", action="store_true", help="what a small step receives")
     options = parser.parse_args()
     if options.worker is not None:
-        work(options.worker, options.axis)
+        (activations if options.activations else work)(options.worker, options.axis)
+        return
+    if options.activations:
+        for devices in options.devices.split(","):
+            command = [sys.executable, __file__, f"--worker={devices}", f"--axis={options.axis}"]
+            subprocess.run([*command, "--activations"], env=environment(int(devices)), check=True)
         return
 
     from swe_prune import config

@@ -12,20 +12,19 @@ import itertools
 import json
 import logging
 import re
-import shutil
 import threading
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as preservation
 
-from swe_prune import processes
+from swe_prune import processes, storage
 from swe_prune.errors import DamagedError, InputError, RunError
 from swe_prune.tree import named_leaves
 
@@ -39,7 +38,7 @@ class Checkpoints:
         folder: where they are.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, keep_every: int = 0):
+    def __init__(self, folder: epath.PathLike, keep: int = 2, keep_every: int = 0):
         """Opens the folder, making it when there is none, and clears what a kill left half done.
 
         Args:
@@ -47,7 +46,7 @@ class Checkpoints:
             keep: how many of the latest to keep.
             keep_every: keep those of every so many steps for good too; 0: none.
         """
-        self.folder = folder.absolute()
+        self.folder = storage.absolute(folder)
         policies: list[Any] = [preservation.LatestN(keep)]
         if keep_every:
             policies.append(preservation.EveryNSteps(keep_every))
@@ -177,7 +176,7 @@ class Checkpoints:
         def drop() -> list[int]:
             cut = [step for step in steps if self._checksum_files(step) is None]
             for step in cut:
-                shutil.rmtree(self.folder / str(step))
+                storage.remove(self.folder / str(step))
             return cut
 
         cut = processes.first(drop)
@@ -193,10 +192,7 @@ class Checkpoints:
         """Renames a damaged one, lest it stand in the way of a new one of its number."""
 
         def rename() -> None:
-            target = self.folder / f"damaged_{step}"
-            if target.exists():
-                shutil.rmtree(target)
-            (self.folder / str(step)).rename(target)
+            storage.move(self.folder / str(step), self.folder / f"damaged_{step}")
             for file in self.folder.glob(f"{step}.*checksums"):
                 file.unlink()
 
@@ -211,13 +207,11 @@ class Checkpoints:
                 if not (self.folder / stale.name.partition(".")[0]).exists():
                     stale.unlink(missing_ok=True)
         part = f".{share}_of_{of}" if of > 1 else ""
-        target = self.folder / f"{step}{part}.checksums"
-        temporary = target.with_suffix(".tmp")
-        names = _files(self.folder / str(step))[share::of]
-        temporary.write_text(json.dumps(_checksums(self.folder / str(step), names)))
-        temporary.replace(target)
+        names = storage.files(self.folder / str(step))[share::of]
+        sums = _checksums(self.folder / str(step), names)
+        storage.write(self.folder / f"{step}{part}.checksums", json.dumps(sums))
 
-    def _checksum_files(self, step: int) -> list[Path] | None:
+    def _checksum_files(self, step: int) -> list[epath.Path] | None:
         """Returns the lists of checksums of a checkpoint, or None when one is not there."""
         found = {file.name: file for file in self.folder.glob(f"{step}.*checksums")}
         if f"{step}.checksums" in found:
@@ -244,7 +238,7 @@ class Checkpoints:
                 written |= json.loads(file.read_text())
         except (OSError, ValueError) as error:
             return f"its checksums cannot be read ({_first_line(error)})"
-        names = sorted(written.keys() | set(_files(self.folder / str(step))))
+        names = sorted(written.keys() | set(storage.files(self.folder / str(step))))
         for name in names[processes.index() :: processes.count()]:
             found = _checksums(self.folder / str(step), [name]).get(name)
             if written.get(name) != found:
@@ -266,16 +260,15 @@ class Checkpoints:
         return f"delete {self.folder / str(step)} and run the same command to {resume}"
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def _checksums(folder: Path, names: Sequence[str]) -> dict[str, str]:
+def _checksums(folder: epath.Path, names: Sequence[str]) -> dict[str, str]:
     sums = {}
     for name in names:
         if (folder / name).is_file():
+            digest = hashlib.sha256()
             with (folder / name).open("rb") as file:
-                sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+                while part := file.read(1 << 22):
+                    digest.update(part)
+            sums[name] = digest.hexdigest()
     return sums
 
 

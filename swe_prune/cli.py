@@ -11,13 +11,14 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 
 from swe_prune import config as config_lib
+from swe_prune import storage
 from swe_prune.errors import InputError, Preempted, RunError
 from swe_prune.pretrained import settings
 from swe_prune.supervisor import SUPERVISED
@@ -74,6 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stopped = RunError("stopped; run the same command again to go on")
         return _failed(stopped, 130, distributed)
     except Exception as error:
+        if storage.failed(error):
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            failed = RunError(
+                f"the bucket of --workdir cannot be read or written ({reason}); see that this "
+                "machine reaches it and its credentials may, and run the same command again, what "
+                "was finished is kept"
+            )
+            return _failed(failed, failed.exit_code, distributed)
         if distributed:  # a fault of ours; the others must not wait for this process
             from swe_prune import processes
 
@@ -126,7 +135,9 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
                 help="compile the train step for N devices, which need not be there, and print "
                 "what each would hold and receive",
             )
-            command.add_argument("--json", action="store_true", help="with --devices: as JSON")
+            command.add_argument(
+                "--json", action="store_true", help="as JSON, for programs to read"
+            )
         if name in SHARDED:
             command.add_argument(
                 "--shard",
@@ -150,7 +161,8 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
                 "--process", metavar="I/N", help="with --coordinator: process I of N"
             )
     options, rest = parser.parse_known_args(arguments)
-    options.workdir = None if options.workdir is None else _folder(options.workdir)
+    if options.workdir is not None:
+        options.workdir = storage.place(options.workdir, "--workdir")
     prefix = "--config."
     for argument in rest:
         if not argument.startswith(prefix):
@@ -159,16 +171,6 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
                 f"'python -m swe_prune {options.command} --help' lists the rest"
             )
     return options, [argument.removeprefix(prefix) for argument in rest]
-
-
-def _folder(text: str) -> Path:
-    # A Path would make a folder named "gs:" here, which goes with the machine.
-    if "://" in text:
-        raise InputError(
-            f"--workdir={text} is an address and no folder; mount the bucket as a folder that all "
-            "processes see, as launch/README.md shows, and give that"
-        )
-    return Path(text)
 
 
 def _dispatch(options: argparse.Namespace, overrides: list[str], distributed: bool) -> None:
@@ -191,12 +193,13 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], distributed: bo
     processes.check_same(config_lib.flat(config) | _versions())
     text = getattr(options, "shard", None)
     shard = None if text is None else experiment_lib.parse(text)
-    experiment = experiment_lib.setup(config, options.workdir or Path(), shard)
+    experiment = experiment_lib.setup(config, options.workdir or epath.Path(), shard)
     if options.command == "plan":
         _plan(experiment, options)
         return
     progress = Progress(Console(quiet=True) if processes.index() > 0 else None)
-    with experiment_lib.claim(experiment.workdir, config, shard), NOTICE.heeded():
+    claimed = experiment_lib.claim(experiment.workdir, config, shard, progress.say)
+    with claimed, NOTICE.heeded():
         progress.say(experiment_lib.memory_line(experiment))
         if options.command == "evaluate":
             rows = experiment_lib.evaluate(experiment, progress)
@@ -221,12 +224,18 @@ def _forced(devices: int, arguments: Sequence[str]) -> int:
 
 
 def _plan(experiment: "Experiment", options: argparse.Namespace) -> None:
-    from swe_prune.experiment import at_scale, plan
+    from swe_prune.experiment import at_scale
+    from swe_prune.experiment.plan import as_json, plan
 
-    if options.devices is None:
+    if options.json:
+        at_hand = options.devices is None
+        print(
+            json.dumps(
+                as_json(experiment) if at_hand else at_scale.as_json(at_scale.cost(experiment))
+            )
+        )
+    elif options.devices is None:
         plan(experiment, Console())
-    elif options.json:
-        print(json.dumps(at_scale.as_json(at_scale.cost(experiment))))
     else:
         at_scale.plan_at_scale(experiment, Console())
 
@@ -256,7 +265,7 @@ def _config(options: argparse.Namespace, overrides: list[str]) -> config_lib.Con
     return config_of(options.workdir)
 
 
-def _report(workdir: Path) -> None:
+def _report(workdir: epath.Path) -> None:
     from swe_prune import report
 
     for path in report.build(workdir):

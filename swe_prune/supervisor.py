@@ -5,6 +5,7 @@ up, in C++ where no Python can speak. So the work is done by a child, and the pa
 JAX, passes on what the child says, and says what the child could not.
 """
 
+import json
 import os
 import re
 import signal
@@ -13,8 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import IO
+
+from etils import epath
+
+from swe_prune import storage
 
 SUPERVISED = "SWE_PRUNE_SUPERVISED"
 """Environment variable of the child: its parent's process number."""
@@ -27,7 +31,9 @@ FIRST_GONE = "process 0 is gone, and its log says why; run the same command agai
 ABORTED = "Terminating process because the JAX distributed service detected fatal errors"
 
 
-def supervise(arguments: Sequence[str], workdir: Path, process: str | None, join: float) -> int:
+def supervise(
+    arguments: Sequence[str], workdir: epath.Path, process: str | None, join: float
+) -> int:
     """Runs the command in a child and returns the exit code that this process should have.
 
     Args:
@@ -69,30 +75,33 @@ def _pass_on(stream: IO[str]) -> str:
     return fatal
 
 
-def _signs(workdir: Path) -> Path:
+def _signs(workdir: epath.Path) -> epath.Path:
     return workdir / ".processes"
 
 
-def _sign(workdir: Path, process: str | None) -> Path | None:
+def _sign(workdir: epath.Path, process: str | None) -> epath.Path | None:
     """Leaves a file that says that this process came up; None where the workdir refuses."""
     name = f"{socket.gethostname()}-{os.getpid()}" if process is None else process.split("/")[0]
     try:
-        _signs(workdir).mkdir(parents=True, exist_ok=True)
-        (_signs(workdir) / name).write_text(socket.gethostname())
-    except OSError:
+        storage.write(
+            _signs(workdir) / name, json.dumps({"host": socket.gethostname(), "time": time.time()})
+        )
+    except Exception as error:
+        if not isinstance(error, OSError) and not storage.failed(error):
+            raise
         return None  # the child says so, and better
     return _signs(workdir) / name
 
 
-def _absent(workdir: Path, sign: Path | None, process: str | None, join: float) -> str:
+def _absent(workdir: epath.Path, sign: epath.Path | None, process: str | None, join: float) -> str:
     """Returns who did not come up, as far as those who did left a sign."""
     mend = "start it, or correct N or HOST:PORT, and run the same command again"
     since = time.time() - 2 * join
-    came = {
-        file.name: file.read_text()
-        for file in _signs(workdir).glob("*")
-        if file.stat().st_mtime > since
-    }
+    came = {}
+    for file in _signs(workdir).glob("*"):
+        left = json.loads(file.read_text())
+        if left["time"] > since:
+            came[file.name] = left["host"]
     if sign is not None:
         came[sign.name] = socket.gethostname()
     here = ", ".join(f"{name} on {host}" for name, host in sorted(came.items()))

@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import json
+import math
 import os
 import subprocess
 import sys
@@ -129,7 +131,7 @@ def test_a_shard_that_is_none(text, tmp_path, plays_dir, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", "--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is an address"),
+        (["run", "--workdir=s3://bucket/run"], "--workdir 's3://bucket/run' is an address"),
         (["plan", "--devices=0"], "--devices=0 is none"),
         (["run", "--workdir=w", "--process=0/2"], "belong together"),
         (["run", "--workdir=w", "--coordinator=a:1", "--process=2/2"], "--process=2/2 is none"),
@@ -145,7 +147,7 @@ def test_a_place_that_is_none(arguments, said, tmp_path, plays_dir, capfd, monke
     assert len(sentences) == 1
     assert said in sentences[0]
     assert not list(tmp_path.rglob("seed_*"))
-    assert not (tmp_path / "gs:").exists()
+    assert not (tmp_path / "s3:").exists()
 
 
 def test_a_run_without_the_extra_for_its_report_says_so_first(
@@ -169,6 +171,24 @@ def test_plan_trains_nothing_and_names_every_tensor(tmp_path, plays_dir, capsys,
     for part in parts:
         assert part in shown
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny_config.py"]
+
+
+def test_a_plan_for_programs_says_what_the_plan_for_people_does(tmp_path, plays_dir, capsys):
+    config = tiny.config_file(tmp_path, tiny.config(plays_dir))
+    assert cli.main(["plan", "--json", f"--config={config}"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tracking"] == {"late_mean": 12288}
+    assert found["prunable"] == 12288 // 4 < found["weights"]
+    kernels = {name for name, about in found["tensors"].items() if about["dense"] is None}
+    assert "block_0/mlp/up/kernel" in kernels
+    assert found["tensors"]["block_0/mlp/up/kernel"]["shape"] == [16, 64]
+    assert "embedding" in found["tensors"]["embedding/embedding"]["dense"]
+    assert sum(math.prod(found["tensors"][name]["shape"]) for name in kernels) == found["prunable"]
+    assert len(found["cells"]) == 16
+    assert found["seeds"] == [0, 1]
+    # Two dense models of 24 steps, and 4 more of each cell and each seed's control.
+    assert found["steps"] == 2 * 24 + 4 * (16 + 2)
+    assert found["seconds"] > 0
 
 
 def test_a_scanned_model_trains_and_is_pruned_by_what_its_layers_are_given(tmp_path, plays_dir):

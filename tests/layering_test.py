@@ -9,10 +9,11 @@ import swe_prune
 
 PACKAGE = Path(swe_prune.__file__).parent
 HOUSE = [
-    "version", "errors", "supervisor", "processes", "tree", "config", "sweep", "trajectory",
-    "select", "schedules", "importance", "allocation", "patterns", "masks", "sparse_training",
-    "one_call", "calibration", "blockwise", "models", "data", "training", "structured", "parallel",
-    "checkpoint", "evaluation", "interop", "pretrained", "experiment", "report", "cli", "__main__",
+    "version", "errors", "storage", "supervisor", "processes", "tree", "config", "sweep",
+    "trajectory", "select", "schedules", "importance", "allocation", "patterns", "masks",
+    "sparse_training", "one_call", "calibration", "blockwise", "models", "data", "training",
+    "structured", "parallel", "checkpoint", "evaluation", "interop", "pretrained", "experiment",
+    "report", "cli", "__main__",
 ]  # fmt: skip
 
 

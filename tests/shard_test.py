@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import multiprocessing
 import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -116,7 +117,8 @@ def test_who_comes_second_says_so_and_waits(tmp_path):
 def test_what_another_process_finished_meanwhile_is_not_done_again(whole, monkeypatch):
     cells = [(0, grid.cells(whole.config))]
     monkeypatch.setattr(pruning, "todo", lambda *_: cells)  # as it was before the other finished
-    stamps = {p: p.stat().st_mtime_ns for p in whole.workdir.path.glob("seed_*/**/result.json")}
+    finished = Path(whole.workdir.path).glob("seed_*/**/result.json")
+    stamps = {p: p.stat().st_mtime_ns for p in finished}
     assert len(stamps) == 6
     phases.prune(whole, Progress())
     phases.finetune(whole, Progress())

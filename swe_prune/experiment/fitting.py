@@ -2,9 +2,9 @@
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from jaxtyping import PyTree
 
 from swe_prune.checkpoint import Checkpoints
@@ -24,7 +24,7 @@ def tune(
     progress: Progress,
     tuning: Tuning,
     name: str,
-    folder: Path,
+    folder: epath.Path,
     state: TrainState,
     seed: int,
     step: Callable[..., Any] | None = None,

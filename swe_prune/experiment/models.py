@@ -2,13 +2,13 @@
 
 import contextlib
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jaxtyping import PyTree
 
-from swe_prune import trajectory, tree
+from swe_prune import processes, trajectory, tree
 from swe_prune.checkpoint import Checkpoints
 from swe_prune.errors import InputError, RunError
 from swe_prune.experiment.grid import Cell
@@ -73,13 +73,18 @@ def starting_values(experiment: Experiment, dense: TrainState, cell: Cell | None
     )
 
 
-def save(folder: Path, values: PyTree, cell: Cell, step: int = 0) -> None:
+def save(folder: epath.Path, values: PyTree, cell: Cell, step: int = 0) -> None:
     """Writes one pytree of a cell in a folder of its own."""
+    if processes.count() > 1:
+        # In jax 0.10 a result of a process with one device may hold itself as its only shard, which
+        # cannot be asked for then; a copy does not.
+        places = jax.tree.map(lambda value: value.sharding, values)
+        values = jax.jit(lambda values: values, out_shardings=places)(values)
     with contextlib.closing(Checkpoints(folder, keep=1)) as store:
         store.save(step, values, {"cell": cell.name})
 
 
-def restored(folder: Path, like: PyTree, step: int | None = None) -> PyTree:
+def restored(folder: epath.Path, like: PyTree, step: int | None = None) -> PyTree:
     """Returns the pytree of a folder with a number, or the newest."""
     with contextlib.closing(Checkpoints(folder)) as store:
         return store.restore(like, step)[0]

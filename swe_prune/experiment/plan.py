@@ -45,6 +45,34 @@ def plan(experiment: Experiment, console: Console) -> None:
     console.print(_estimate(experiment), highlight=False, soft_wrap=True)
 
 
+def as_json(experiment: Experiment) -> dict[str, Any]:
+    """Returns what `plan` prints as something JSON can hold; sizes in bytes, times in seconds."""
+    config, params = experiment.config, experiment.abstract_params
+    prune = config.prune
+    steps, per_step, _ = _timed(experiment)
+    return {
+        "name": config.name,
+        "weights": sum(map(tree.size, jax.tree.leaves(params))),
+        "prunable": experiment.prunable_weights(),
+        "tensors": {
+            name: {
+                "shape": list(leaf.shape),
+                "dense": tree.dense_reason(name, leaf, prune.include, prune.exclude) or None,
+            }
+            for name, leaf in tree.named_leaves(params)
+        },
+        "tracking": trajectory.memory(params, experiment.measures, experiment.prunable),
+        "track_every": experiment.track_every,
+        "train_steps": experiment.train_steps,
+        "steps": steps,
+        "seconds": per_step * steps,
+        "seeds": list(grid.seeds(config)),
+        "cells": [{"seed": cell.seed, "name": cell.name} for cell in grid.cells(config)],
+        "devices": dict(experiment.mesh.shape),
+        "undivided": experiment.undivided,
+    }
+
+
 def _recoveries(experiment: Experiment) -> str:
     """Returns how long the cells train after pruning, by kind of recovery."""
     tunings = experiment.tunings.values()
@@ -79,7 +107,20 @@ def _tensors(experiment: Experiment, params: Any) -> Table:
 
 
 def _estimate(experiment: Experiment) -> str:
-    """Returns a sentence on the time, from a few real steps at a batch of some 2,048 tokens."""
+    """Returns a sentence on the time."""
+    steps, per_step, batch = _timed(experiment)
+    return (
+        f"About {_duration(per_step * steps)} on this machine for {steps:,} steps, evaluations and "
+        f"compilation apart: {TIMED_STEPS} steps timed at batch {batch}, scaled to "
+        f"{experiment.config.data.batch}; a full batch is often faster per token."
+    )
+
+
+def _timed(experiment: Experiment) -> tuple[int, float, int]:
+    """Returns (steps in all, seconds of one, the batch it was timed at).
+
+    The time is that of a few real steps at a batch of some 2,048 tokens.
+    """
     config = experiment.config
     batch = min(config.data.batch, max(1, TIMED_TOKENS // config.window))
     ways = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
@@ -100,11 +141,7 @@ def _estimate(experiment: Experiment) -> str:
     controls = {(c.seed, c.recovery): experiment.tuning_steps(c) for c in cells}
     steps = len(seeds) * experiment.train_steps + sum(controls.values())
     steps += sum(map(experiment.tuning_steps, cells))
-    return (
-        f"About {_duration(per_step * steps)} on this machine for {steps:,} steps, evaluations and "
-        f"compilation apart: {TIMED_STEPS} steps timed at batch {batch}, scaled to "
-        f"{config.data.batch}; a full batch is often faster per token."
-    )
+    return steps, per_step, batch
 
 
 def _bytes(size: int) -> str:

@@ -4,7 +4,7 @@ import csv
 import io
 from typing import Any
 
-from swe_prune import processes
+from swe_prune import processes, storage
 from swe_prune.experiment import grid
 from swe_prune.experiment.shard import locked
 from swe_prune.experiment.workdir import Workdir, read_json
@@ -83,6 +83,4 @@ def _write_locked(workdir: Workdir, cells: list[grid.Cell]) -> None:
     table.writerow(COLUMNS)
     for row in rows(workdir, cells):
         table.writerow([row.get(column, "") for column in COLUMNS])
-    temporary = workdir.results.with_suffix(".tmp")
-    temporary.write_text(text.getvalue())
-    temporary.replace(workdir.results)
+    storage.write(workdir.results, text.getvalue())

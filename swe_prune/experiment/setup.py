@@ -4,18 +4,18 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from swe_prune import data as data_lib
-from swe_prune import interop, parallel, trajectory, tree
+from swe_prune import interop, parallel, storage, trajectory, tree
 from swe_prune.config import Config, PhaseConfig, to_steps
 from swe_prune.errors import InputError
 from swe_prune.evaluation import mean_loss
@@ -182,7 +182,7 @@ class Experiment:
         """Returns nats per token on as many fixed windows of the training text."""
         return mean_loss(self.eval_step, params, self.training)
 
-    def phase(self, name: str, folder: Path, settings: PhaseConfig, steps: int) -> Phase:
+    def phase(self, name: str, folder: epath.Path, settings: PhaseConfig, steps: int) -> Phase:
         """Returns the loop's settings for one phase."""
         return Phase(
             name=name,
@@ -198,7 +198,7 @@ class Experiment:
         )
 
 
-def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
+def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> Experiment:
     """Returns the experiment, with everything checked that can be before any training.
 
     Args:
@@ -268,7 +268,7 @@ def setup(config: Config, path: Path, shard: Shard | None = None) -> Experiment:
         calibration = [parallel.place_batch(batch, mesh) for batch in calibration]
     return Experiment(
         config=config,
-        workdir=workdir.Workdir(path),
+        workdir=workdir.Workdir(storage.place(path)),
         data=data,
         checkpoint=checkpoint,
         model=model,

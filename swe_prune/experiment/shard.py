@@ -5,11 +5,13 @@ import dataclasses
 import fcntl
 import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TypeVar
 
-from swe_prune import processes
-from swe_prune.errors import InputError
+from etils import epath
+
+from swe_prune import processes, storage
+from swe_prune.errors import InputError, RunError
+from swe_prune.experiment import lease
 
 Item = TypeVar("Item")
 
@@ -53,7 +55,7 @@ def parse(text: str) -> Shard:
 
 
 @contextlib.contextmanager
-def held(folder: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
+def held(folder: epath.PathLike, what: str, say: Callable[[str], None]) -> Iterator[None]:
     """Holds a folder against other runs, first waiting for the one that has it.
 
     The processes of one run hold it together, by the first of them. Arguments as in `locked`.
@@ -64,18 +66,35 @@ def held(folder: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
+def locked(folder: epath.PathLike, what: str, say: Callable[[str], None]) -> Iterator[None]:
     """Holds a folder for this process, first waiting for the one that has it.
 
-    The lock is the operating system's: it is gone with the process, however that ends.
+    The lock is the operating system's: it is gone with the process, however that ends. In a bucket
+    it is a lease.
 
     Args:
         folder: made when there is none.
         what: what the other process is doing there, for the message.
         say: told once that there is something to wait for.
+
+    Raises:
+        RunError: it is in a bucket that cannot be reached.
     """
+    folder = epath.Path(folder)
+    if storage.in_bucket(folder):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(lease.held(lease.store(folder), ".lock", what, wait=say))
+            except (OSError, ValueError, RuntimeError) as error:
+                raise RunError(
+                    f"{str(folder)!r} cannot be held ({str(error).splitlines()[0]}); see that this "
+                    "machine reaches the bucket, and run the same command again, what was finished "
+                    "is kept"
+                ) from error
+            yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as lock:
+    with open(folder / ".lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

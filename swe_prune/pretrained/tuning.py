@@ -9,16 +9,16 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from flax import linen as nn
 from jaxtyping import PyTree
 
 from swe_prune import data as data_lib
-from swe_prune import parallel, trajectory, tree
+from swe_prune import parallel, storage, trajectory, tree
 from swe_prune.checkpoint import Checkpoints
 from swe_prune.config import ParallelConfig, PhaseConfig
 from swe_prune.errors import InputError
@@ -95,7 +95,7 @@ def tuned(
         InputError: the text is too short, or OUT.work is of other settings.
         Preempted, RunError: as `training.loop.fit`.
     """
-    work = Path(f"{settings.out}.work")
+    work = storage.place(f"{settings.out}.work")
     _settle(work, settings)
     phase = PhaseConfig(
         steps=settings.steps,
@@ -135,7 +135,7 @@ def tuned(
 
 
 def _fit(
-    work: Path,
+    work: epath.Path,
     state: state_lib.TrainState,
     step: Callable[..., Any],
     text: Text,
@@ -168,7 +168,7 @@ def _fit(
     return state
 
 
-def _settle(work: Path, settings: FinetuneSettings) -> None:
+def _settle(work: epath.Path, settings: FinetuneSettings) -> None:
     """Makes the folder of a run's checkpoints, or finds that it is this run's."""
     asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in HOW_ONLY}
     asked = json.loads(json.dumps(asked))

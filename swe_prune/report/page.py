@@ -3,10 +3,12 @@
 import base64
 import importlib
 import io
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from etils import epath
+
+from swe_prune import storage
 from swe_prune.errors import InputError
 from swe_prune.report import findings, markdown, read
 from swe_prune.version import __version__
@@ -19,7 +21,7 @@ _DPI = 180
 _FIGURES = ("heat", "paths", "histograms", "training")  # groups of figures beside the comparisons
 
 
-def build(workdir: Path) -> list[Path]:
+def build(workdir: epath.PathLike) -> list[epath.Path]:
     """Writes `workdir/report/report.html`, its figures as PNG and `tables.md`; returns the paths.
 
     The page is one file that needs neither network nor JavaScript. Partial results are shown, with
@@ -32,7 +34,7 @@ def build(workdir: Path) -> list[Path]:
     # Only now: these import matplotlib, which the rest of the library does without.
     from swe_prune.report import look, sections
 
-    workdir = Path(workdir)
+    workdir = storage.place(workdir, "working directory")
     results = read.load(workdir)
     with look.look():
         content = sections.content(results, findings.find(results.rows))
@@ -42,10 +44,13 @@ def build(workdir: Path) -> list[Path]:
         pngs = {f"{picture.name}.png": _png(picture) for picture in pictures}
     html = _html(content, svgs).encode()
     tables = {"tables.md": markdown.document(results).encode()}
-    return [
-        _write(workdir / "report" / name, data)
+    files = {
+        workdir / "report" / name: data
         for name, data in {"report.html": html, **pngs, **tables}.items()
-    ]
+    }
+    for path, data in files.items():
+        storage.write(path, data)
+    return list(files)
 
 
 def need_extra() -> None:
@@ -97,15 +102,3 @@ def _html(content: dict[str, Any], svgs: dict[str, str]) -> str:
 def _typographic(value: Any) -> Any:
     # Sentences are written with the keyboard's apostrophe; a page is set with the printer's.
     return value.replace("'", "\N{RIGHT SINGLE QUOTATION MARK}") if type(value) is str else value
-
-
-def _write(path: Path, data: bytes) -> Path:
-    """Writes a file beside its place and renames it, so a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

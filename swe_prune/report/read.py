@@ -10,9 +10,11 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from swe_prune import storage
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.report.records import (
     RULES,
@@ -47,13 +49,13 @@ _KINDS: dict[str, type] = {
 }  # fmt: skip
 
 
-def load(workdir: Path) -> Results:
+def load(workdir: epath.PathLike) -> Results:
     """Returns everything the working directory holds by now.
 
     Raises:
         InputError: there is no finished cell, or a file is malformed; the file is named.
     """
-    workdir = Path(workdir)
+    workdir = storage.place(workdir, "working directory")
     study, repeated = read_rows(workdir / "results.csv")
     plain = any(row.plain for row in study)
     config, fingerprint = _read_config(workdir / "config.json")
@@ -81,7 +83,7 @@ def load(workdir: Path) -> Results:
     )
 
 
-def read_rows(path: Path) -> tuple[list[Row], int]:
+def read_rows(path: epath.Path) -> tuple[list[Row], int]:
     """Returns the rows of `results.csv`, the last of each cell, and how many it replaced."""
     if not path.is_file():
         raise InputError(
@@ -148,7 +150,7 @@ def label(cell: Mapping[str, Any]) -> str:
     return " ".join([cell["criterion"], *(str(cell[name]) for name in _NAMING if cell.get(name))])
 
 
-def _with_control(row: Row, controls: dict[int, dict[str, Any]], workdir: Path) -> Row:
+def _with_control(row: Row, controls: dict[int, dict[str, Any]], workdir: epath.Path) -> Row:
     # A cell may finish before its seed's control does: the control's own file is then the newer.
     if row.control_loss is not None or row.recovery != "finetune" or row.seed not in controls:
         return row
@@ -159,18 +161,18 @@ def _with_control(row: Row, controls: dict[int, dict[str, Any]], workdir: Path) 
     return dataclasses.replace(row, control_loss=float(loss))
 
 
-def _malformed(path: Path, reason: str) -> InputError:
+def _malformed(path: epath.Path, reason: str) -> InputError:
     return InputError(f"{str(path)!r} cannot be read: {reason}; repair or remove it")
 
 
-def _text(path: Path) -> str:
+def _text(path: epath.Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text()
     except (UnicodeDecodeError, OSError) as error:
         raise _malformed(path, str(error)) from None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: epath.Path) -> dict[str, Any]:
     try:
         value = json.loads(_text(path))
     except json.JSONDecodeError as error:
@@ -180,7 +182,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_lines(path: Path) -> Iterable[dict[str, Any]]:
+def _read_lines(path: epath.Path) -> Iterable[dict[str, Any]]:
     for number, line in enumerate(_text(path).splitlines(), start=1):
         if not line.strip():
             continue
@@ -193,7 +195,7 @@ def _read_lines(path: Path) -> Iterable[dict[str, Any]]:
         yield value
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any] | None, str | None]:
+def _read_config(path: epath.Path) -> tuple[dict[str, Any] | None, str | None]:
     if not path.is_file():
         return None, None
     value = _read_object(path)
@@ -202,7 +204,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any] | None, str | None]:
     return value["config"], str(value.get("fingerprint", "")) or None
 
 
-def _read_metrics(path: Path) -> list[dict[str, float]]:
+def _read_metrics(path: epath.Path) -> list[dict[str, float]]:
     # A resumed run repeats the steps after its checkpoint: of one step the later line is kept.
     merged: dict[int, dict[str, float]] = {}
     for line in _read_lines(path):
@@ -211,7 +213,7 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
     return [merged[step] for step in sorted(merged)]
 
 
-def _read_trajectory(path: Path) -> Trajectory:
+def _read_trajectory(path: epath.Path) -> Trajectory:
     snapshots = {line["step"]: line.get("values") for line in _read_lines(path)}
     steps = sorted(snapshots)
     values: dict[str, list[list[float]]] = {}
@@ -229,7 +231,7 @@ def _read_trajectory(path: Path) -> Trajectory:
     return Trajectory(steps, values)
 
 
-def _read_detail(path: Path, seed: int) -> tuple[CellKey, Detail]:
+def _read_detail(path: epath.Path, seed: int) -> tuple[CellKey, Detail]:
     value = _read_object(path)
     try:
         names = (label(value), str(value.get("schedule") or USUAL[0]))

@@ -99,6 +99,8 @@ def fit(
 
     def save(number: int) -> None:
         assert checkpoints is not None
+        for lines in filter(None, (log, samples)):
+            lines.flush()
         seconds = before + time.perf_counter() - begun
         checkpoints.save(number, state, {"batches": batches.get_state(), "seconds": seconds})
 
@@ -123,5 +125,7 @@ def fit(
                 continue  # what it may be in trouble for must not be saved
             save(number)
     meter.flush()
+    for lines in filter(None, (log, samples)):
+        lines.flush()
     jax.block_until_ready(state)
     return state, before + time.perf_counter() - begun

@@ -2,18 +2,19 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
-from swe_prune import processes
+from swe_prune import processes, storage
 from swe_prune.errors import RunError
 from swe_prune.training.phase import Phase
+
+BUCKET_SECONDS = 30.0
 
 
 class JsonLines:
@@ -22,9 +23,13 @@ class JsonLines:
     Opening cuts off what a killed run wrote after the step that the new one resumes from, and a
     last line that was cut short, so an interrupted run leaves the same file as an uninterrupted.
     Of several processes the first one writes.
+
+    In a bucket nothing can be appended to, so the file is kept here and written anew: at most every
+    `BUCKET_SECONDS`, and when `flush` is called. A run that dies loses lines of steps after its
+    last checkpoint, which the next run does again.
     """
 
-    def __init__(self, path: Path, resume_from: int):
+    def __init__(self, path: epath.Path, resume_from: int):
         """Opens the file for appending, keeping the lines up to a step.
 
         Args:
@@ -32,38 +37,49 @@ class JsonLines:
             resume_from: the last step whose lines stay.
         """
         self._path = path
+        self._in_bucket = storage.in_bucket(path)
         if processes.index() > 0:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_lines(path) if resume_from and line["step"] <= resume_from]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
+        self._text = "".join(json.dumps(line) + "\n" for line in kept)
+        self._write()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Appends a line; arrays become lists."""
         if processes.index() > 0:
             return
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}, default=_plain) + "\n")
+        line = json.dumps({"step": step, **values}, default=_plain) + "\n"
+        if not self._in_bucket:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(line)
+            return
+        self._text += line
+        self._unwritten = True
+        if time.monotonic() - self._written > BUCKET_SECONDS:
+            self._write()
+
+    def flush(self) -> None:
+        """Has every line written."""
+        if processes.index() == 0 and self._unwritten:
+            self._write()
+
+    def _write(self) -> None:
+        storage.write(self._path, self._text)
+        self._written, self._unwritten = time.monotonic(), False
+        if not self._in_bucket:
+            self._text = ""
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: epath.Path) -> list[dict[str, Any]]:
     """Returns the whole lines of a JSON-lines file; a last line cut short is left out."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: epath.Path, value: Any) -> None:
     """Writes JSON so that the file is there whole or not at all, whenever the process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=1, default=_plain)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    storage.write(path, json.dumps(value, indent=1, default=_plain))
 
 
 def _plain(value: Any) -> Any:
@@ -124,6 +140,7 @@ class Meter:
         self.in_trouble = in_row > 0
         if in_row >= self._phase.stop_after_skipped:
             name = next(name for name, value in values.items() if not math.isfinite(value))
+            self._log.flush()
             raise RunError(
                 f"{name} is {values[name]} at step {step} of phase {self._phase.name!r}, the "
                 f"{in_row}. in a row that was skipped for not being finite, from batch "

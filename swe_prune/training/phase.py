@@ -1,7 +1,8 @@
 """The settings of one phase of training."""
 
 import dataclasses
-from pathlib import Path
+
+from etils import epath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Phase:
     """
 
     name: str
-    folder: Path
+    folder: epath.Path
     steps: int
     log_every: int
     eval_every: int = 0
