@@ -472,6 +472,8 @@ def validate(config: Config) -> None:
     for key in ("hidden", "kv_heads", "head_width", "window"):
         value = getattr(model, key)
         need(value is None or value >= 1, f"model.{key}", value, "give at least 1")
+    need(data.window is None or data.window >= 1, "data.window", data.window, "give at least 1")
+    need(config.samples.tokens >= 1, "samples.tokens", config.samples.tokens, "give at least 1")
     need(0 <= model.dropout < 1, "model.dropout", model.dropout, "give a share in [0, 1)")
     need(
         data.eval_windows % data.eval_batch == 0,

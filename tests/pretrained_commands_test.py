@@ -81,6 +81,7 @@ def test_prune_writes_a_model_with_its_zeros_and_its_record(
     assert dense["perplexity"] < pretrained_tiny.VOCAB
     assert pruned["kl_to_dense"] > 0
     assert (record["calibration"] is None) == (criterion in ("magnitude", "random"))
+    assert record["commit"] == interop.commit_of_code()
     printed = capsys.readouterr().out
     assert f"{pruned['perplexity']:.2f}" in printed
     assert "After 'You may':" in printed

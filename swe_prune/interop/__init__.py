@@ -36,7 +36,7 @@ from swe_prune.interop.pretrained import (
     located,
     open_checkpoint,
 )
-from swe_prune.interop.pruning_record import PruningRecord, read_record
+from swe_prune.interop.pruning_record import PruningRecord, commit_of_code, read_record
 from swe_prune.interop.tokenizer import PretrainedTokenizer
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "PretrainedTokenizer",
     "PruningRecord",
     "check_free",
+    "commit_of_code",
     "export",
     "harness",
     "load",

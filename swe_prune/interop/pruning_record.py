@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,3 +70,22 @@ def record_file(record: PruningRecord, mask: PyTree) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise InputError(f"the PruningRecord is no JSON: {error}; give plain values") from None
     return content
+
+
+def commit_of_code() -> str | None:
+    """Returns the commit that this code is of, with a "+" where it was changed since.
+
+    None where it is installed and no checkout, or git is not there.
+    """
+    package = Path(__file__).parents[1]
+    if not (package.parent / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -104,6 +104,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
         seed=given.seed,
         calibration=calibration,
         evaluation={"text": text.name, "dense": dense.as_json(), "pruned": found.as_json()},
+        commit=interop.commit_of_code(),
     )
     folder = interop.export(given.out, model, params, mask=mask, record=record)
     _show(console, {"dense": dense, "pruned": found}, given.prompts, text.name)
@@ -148,6 +149,7 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     if mask is not None:
         record = interop.PruningRecord(
             **_record_of(model.path),
+            commit=interop.commit_of_code(),
             evaluation={"text": text.name, "before": before.as_json(), "finetuned": after.as_json(),
                         "finetuning": how},
         )  # fmt: skip
