@@ -49,26 +49,26 @@ def get_config() -> ConfigDict:
                 "validation_split": "validation[:2]",
                 "window": 128,
                 "batch": 4,
-                "eval_windows": 12,
+                "eval_windows": 8,
                 "eval_batch": 4,
             },
             "train": phase
             | {
-                "steps": 40,
+                "steps": 20,
                 "final_learning_rate": 5e-6,
-                "warmup": 4,
+                "warmup": 2,
                 "checkpoint_every": "50%",
                 "keep_latest": 1,
             },
             "trajectory": {"every": "5%"},  # twenty snapshots
             "finetune": phase
             | {
-                "steps": 12,
+                "steps": 8,
                 "final_learning_rate": 0.0,
                 "warmup": 2,
                 "checkpoint_every": 0,  # a killed cell starts again
             },
-            "calibration": {"windows": 32, "batch": 4},
+            "calibration": {"windows": 16, "batch": 4},
             "samples": {"prompts": ("KING HENRY:\n", "The capital of France is"), "tokens": 24},
             "study": {"std_criteria": (), "criteria": (), "seeds": (0,), "cells": cells()},
             "log_every": 5,

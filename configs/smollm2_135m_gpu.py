@@ -15,8 +15,8 @@ def get_config() -> ConfigDict:
         {
             "name": "smollm2_135m_gpu",
             "data": {"window": 512, "batch": 16, "eval_windows": 96, "eval_batch": 16},
-            "train": {"steps": 150, "warmup": 15},
-            "finetune": {"steps": 40, "warmup": 4},
+            "train": {"steps": 200, "warmup": 20},
+            "finetune": {"steps": 60, "warmup": 6},
             "calibration": {"windows": 128, "batch": 16},
         }
     )

@@ -99,8 +99,9 @@ def test_logits_are_those_of_the_formulas(config):
         )
 
 
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("length", [20, 150])
+@pytest.mark.parametrize(
+    ("name", "length"), [*((name, 20) for name in ALL), ("llama", 150), ("window", 150)]
+)
 def test_what_is_fed_in_parts_gives_what_is_fed_at_once(name, length):
     config = dataclasses.replace(ALL[name], context=200)
     model, params = make(config)
@@ -194,8 +195,10 @@ def test_the_memory_switches_change_no_loss_and_no_gradient(config, changes):
         return jax.value_and_grad(loss)(params)
 
     plain, switched = value_and_grad(config), value_and_grad(dataclasses.replace(config, **changes))
+    # Over all leaves: a bias of the keys has no gradient but rounding, since it shifts all scores.
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain))
     for one, two in zip(jax.tree.leaves(plain), jax.tree.leaves(switched), strict=True):
-        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5 * float(jnp.abs(one).max()))
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6 * largest)
 
 
 @pytest.mark.parametrize("name", ALL)

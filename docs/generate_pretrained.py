@@ -1,0 +1,126 @@
+"""The tables of `docs/pretrained.md` from the working directory of a study of a pretrained model.
+
+    python docs/generate_pretrained.py runs/smollm2
+
+Perplexities, distance from the dense model and repetition by criterion and level, what the models
+wrote, and how far the masks of two criteria differ, which says whether one knows what the other
+does not.
+"""
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swe_prune import experiment as experiment_lib
+from swe_prune import storage, tree
+from swe_prune.experiment import models
+from swe_prune.experiment.workdir import config_of
+from swe_prune.report import language, read
+from swe_prune.report.formats import number, percent
+from swe_prune.report.records import Results, Row
+
+
+def main() -> None:
+    """Prints the tables as Markdown."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--pair", default="swe,magnitude", help="criteria whose masks to compare")
+    options = parser.parse_args()
+    results = read.load(options.workdir)
+    references = language.references(results)
+    shown = ", ".join(f"{name} {math.exp(loss):.2f}" for name, loss in references.items())
+    print(f"Perplexity: {shown}.\n")
+    for title, field, form in (
+        ("Perplexity straight after pruning", "pruned_loss", _perplexity),
+        ("Perplexity after the recovery", "finetuned_loss", _perplexity),
+        ("KL to the dense model straight after pruning, nats per token", "pruned_kl", _number),
+        ("KL to the dense model after the recovery", "finetuned_kl", _number),
+        ("Repeated 3-grams in the samples, straight after pruning", "pruned_repetition", _percent),
+        ("Repeated 3-grams in the samples, after the recovery", "finetuned_repetition", _percent),
+    ):
+        print(f"{title}\n\n{matrix(results, field, form)}\n")
+    print(samples(results))
+    print(f"\n{differing(options.workdir, *options.pair.split(','))}")
+
+
+def matrix(results: Results, field: str, form: Any) -> str:
+    """Returns one number of every cell, criteria down and levels across; the lowest is bold."""
+    rows = {(row.criterion.removesuffix(" 2:4"), level(row)): row for row in results.study}
+    names = list(dict.fromkeys(name for name, _ in rows))
+    levels = sorted({at for _, at in rows}, key=lambda at: (":" in at, at))
+    lines = [["", *levels], ["---", *["---:"] * len(levels)]]
+    lowest = {
+        at: min(
+            (v for n in names if (v := _value(rows.get((n, at)), field)) is not None), default=None
+        )
+        for at in levels
+    }
+    for name in names:
+        cells = []
+        for at in levels:
+            value = _value(rows.get((name, at)), field)
+            text = "" if value is None else form(value)
+            cells.append(f"**{text}**" if value is not None and value == lowest[at] else text)
+        lines.append([f"`{name}`", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def level(row: Row) -> str:
+    """Returns the sparsity that was asked for, or the pattern."""
+    return "2:4" if row.criterion.endswith(" 2:4") else percent(row.requested).replace("\xa0", " ")
+
+
+def samples(results: Results) -> str:
+    """Returns what the models wrote, as the report's table has it."""
+    table = language.samples(results)
+    rule = ["---"] * len(table.head)
+    lines = [table.head, rule, *([cell.replace("|", "\\|") for cell in row] for row in table.rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def differing(workdir: Path, one: str, other: str) -> str:
+    """Returns how many of the removed weights two criteria do not share, at each level."""
+    experiment = experiment_lib.setup(config_of(storage.place(workdir)), storage.place(workdir))
+    by_name: dict[tuple[str, float, str], Any] = {
+        (cell.criterion, cell.requested, cell.pattern or ""): cell for cell in experiment.cells
+    }
+    lines = []
+    for (name, requested, pattern), cell in by_name.items():
+        twin = by_name.get((other, requested, pattern))
+        if name != one or twin is None:
+            continue
+        masks = [models.load_masks(experiment, which) for which in (cell, twin)]
+        apart = removed = 0
+        for (_, a), (_, b) in zip(*map(tree.named_leaves, masks), strict=True):
+            if a is not None:
+                a, b = np.asarray(a), np.asarray(b)
+                apart, removed = apart + int((~a & b).sum()), removed + int((~a).sum())
+        lines.append(f"{pattern or percent(requested)}: {apart / removed:.2%}")
+    return f"Of the weights that `{one}` removes, `{other}` keeps: " + ", ".join(lines) + "."
+
+
+def _value(row: Row | None, field: str) -> float | None:
+    return None if row is None else dataclasses.asdict(row)[field]
+
+
+def _perplexity(loss: float) -> str:
+    value = math.exp(min(loss, 700.0))
+    return f"{value:,.0f}" if value >= 1000 else number(value, 1)
+
+
+def _number(value: float) -> str:
+    return number(value, 3)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+if __name__ == "__main__":
+    main()
