@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from swe_prune import experiment as experiment_lib
-from swe_prune import storage, tree
+from swe_prune import storage, trajectory, tree
 from swe_prune.experiment import models
 from swe_prune.experiment.workdir import config_of
 from swe_prune.report import language, read
@@ -46,7 +46,9 @@ def main() -> None:
     ):
         print(f"{title}\n\n{matrix(results, field, form)}\n")
     print(samples(results))
-    print(f"\n{differing(options.workdir, *options.pair.split(','))}")
+    place = storage.place(options.workdir)
+    experiment = experiment_lib.setup(config_of(place), place)
+    print(f"\n{differing(experiment, *options.pair.split(','))}\n\n{moved(experiment)}")
 
 
 def matrix(results: Results, field: str, form: Any) -> str:
@@ -84,9 +86,8 @@ def samples(results: Results) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def differing(workdir: Path, one: str, other: str) -> str:
+def differing(experiment: experiment_lib.Experiment, one: str, other: str) -> str:
     """Returns how many of the removed weights two criteria do not share, at each level."""
-    experiment = experiment_lib.setup(config_of(storage.place(workdir)), storage.place(workdir))
     by_name: dict[tuple[str, float, str], Any] = {
         (cell.criterion, cell.requested, cell.pattern or ""): cell for cell in experiment.cells
     }
@@ -103,6 +104,22 @@ def differing(workdir: Path, one: str, other: str) -> str:
                 apart, removed = apart + int((~a & b).sum()), removed + int((~a).sum())
         lines.append(f"{pattern or percent(requested)}: {apart / removed:.2%}")
     return f"Of the weights that `{one}` removes, `{other}` keeps: " + ", ".join(lines) + "."
+
+
+def moved(experiment: experiment_lib.Experiment) -> str:
+    """Returns how far the weights are from their late mean, of which swe knows nothing else."""
+    state = models.load_dense(experiment, experiment.cells[0].seed)
+    if state.stats is None or "late_mean" not in state.stats.measures:
+        return "No late mean was tracked."
+    late = trajectory.read(state.stats, "late_mean")
+    apart = size = 0.0
+    for (_, weight), (_, mean) in zip(
+        tree.named_leaves(state.params), tree.named_leaves(late), strict=True
+    ):
+        if mean is not None:
+            weight, mean = np.asarray(weight, np.float64), np.asarray(mean, np.float64)
+            apart, size = apart + ((weight - mean) ** 2).sum(), size + (weight**2).sum()
+    return f"The weights are {math.sqrt(apart / size):.3%} of their norm away from their late mean."
 
 
 def _value(row: Row | None, field: str) -> float | None:
