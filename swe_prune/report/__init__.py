@@ -4,7 +4,8 @@
 made on any machine the working directory was copied to. The path of a number through the modules:
 
     read (records) ─▶ stats ─▶ findings ─▶ words, tables ─┐
-      └──────────────────────▶ curves, weights (figures) ─┴▶ sections ─▶ page
+      ├──────────────────────▶ curves, weights (figures) ─┼▶ sections ─▶ page
+      └──────────────────────▶ language (perplexities) ───┘
 """
 
 from swe_prune.report.page import build, need_extra
