@@ -197,6 +197,8 @@ def test_stored_dtypes_are_kept(place, tmp_path):
         (["--criterion=wanda", "--sparsity=0.5", "--calibration=nothing.txt"], "is no file"),
         (["--criterion=wanda", "--sparsity=0.5", "--calibration-windows=1000000"],
          "--calibration-windows = 1000000"),
+        (["--criterion=wanda", "--sparsity=0.5", "--calibration-window=129"],
+         "--calibration-window=129 does not fit the 128 tokens"),
     ],
 )  # fmt: skip
 def test_bad_settings_get_one_sentence_and_leave_nothing(place, tmp_path, capsys, arguments, said):
@@ -223,6 +225,7 @@ def test_calibration_on_the_evaluation_text_is_refused(place, tmp_path, capsys):
         (["--track", "--measure=late_men"], "late_mean"),
         (["--lora-alpha=2"], "give --lora-rank"),
         (["--teacher=nowhere"], "does not exist"),
+        (["--train-window=129"], "--train-window=129 does not fit the 128 tokens"),
     ],
 )
 def test_bad_finetuning_gets_one_sentence(place, tmp_path, capsys, more, said):

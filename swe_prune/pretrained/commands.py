@@ -56,7 +56,8 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     if pruning.needs_text(given):
         used = texts.read(given.calibration, checkpoint)
         texts.keep_apart(used, text)
-        window = given.calibration_window or min(2048, checkpoint.config.context - 1)
+        window = given.calibration_window or min(2048, checkpoint.config.context)
+        _check_window("--calibration-window", window, checkpoint)
         batches = data_lib.random_batches(
             used.tokens,
             context=window,
@@ -131,6 +132,7 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     checkpoint = interop.open_checkpoint(given.model, compute_dtype=given.compute_dtype)
     text, used = (texts.read(name, checkpoint) for name in (given.evaluation, given.text))
     texts.keep_apart(used, text)
+    _check_window("--train-window", given.train_window, checkpoint)
     model = checkpoint.read(dtype=given.dtype)
     mask = interop.read_masks(model.path) if _has_masks(model.path) else None
     module = gpt.build(model.config, model.vocab_size)
@@ -182,6 +184,15 @@ def evaluate(given: EvaluateSettings, progress: Progress, console: Console) -> d
     rows["model"] = judging.judge(module, model.params, model, text, given, dense=dense)
     _show(console, rows, given.prompts, text.name)
     return rows
+
+
+def _check_window(name: str, window: int, checkpoint: interop.Checkpoint) -> None:
+    context = checkpoint.config.context
+    if not 1 <= window <= context:
+        raise InputError(
+            f"{name}={window} does not fit the {context} tokens of {checkpoint.path}; give 1 to "
+            f"{context}"
+        )
 
 
 def _show(
