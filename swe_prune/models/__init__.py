@@ -1,5 +1,11 @@
 """Linen models that know nothing of pruning.
 
+gpt        the decoder, one for all families: `build`, and how its parameters are divided
+block      attention and MLP
+attention  the attention itself
+places     where tokens stand, and the cache of those before them
+rope       rotary positions
+
 One legend for the letters that carry shapes in names (`x_BxLxD`), here and in the whole package:
 
     B  batch, sequences           V  vocabulary, symbols

@@ -13,9 +13,6 @@ https://github.com/karpathy/nanoGPT (one flag for all biases, the 10.7 M charact
 Zhang and Sennrich 2019 (RMS norm), Shazeer 2020 (gated MLP), Touvron et al. 2023 (Llama).
 """
 
-import dataclasses
-import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,14 +25,11 @@ from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.models import rope
 from swe_prune.models.attention import attention
+from swe_prune.models.block import ACTIVATIONS, INIT_STDDEV, Block, dense, norm
+from swe_prune.models.places import Cache, Places, empty_cache, placed
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=True),  # GPT-2's, by tanh
-    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
+__all__ = ["ACTIVATIONS", "GPT", "Block", "Cache", "attention", "build", "empty_cache",
+           "partition_rules"]  # fmt: skip
 
 Rule = tuple[str, tuple[str | None, ...]]
 
@@ -49,8 +43,6 @@ PARTITION_RULES: tuple[Rule, ...] = (
 POSITION_RULE: Rule = (r"position_embedding$", (None, "fsdp"))
 HEAD_RULE: Rule = (r"head/kernel$", ("fsdp", "tensor"))
 """Of learned positions and of the output head, where there is a parameter for them."""
-
-INIT_STDDEV = 0.02
 
 
 def _as_it_is(x_NxD: Array) -> Array:
@@ -113,69 +105,6 @@ def partition_rules(config: ModelConfig) -> tuple[Rule, ...]:
     """Returns the partition rules of a model's parameters; see `parallel.partition`."""
     learned = (POSITION_RULE,) if config.positions == "learned" else ()
     return (*learned, *PARTITION_RULES, *(() if config.tied_head else (HEAD_RULE,)))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """The keys and values of the tokens so far, to go on from without computing them again.
-
-    Attributes:
-        keys: of each block, B x T x G x K with room for T tokens.
-        values: the same.
-        valid_BxT: False for padding and for room that is not used yet.
-        length: tokens so far, padding included, int32.
-    """
-
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
-    valid_BxT: Bool[Array, "B T"]
-    length: Int[Array, ""]
-
-
-def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: str | None = None) -> Cache:
-    """Returns a cache with room for `capacity` tokens of each of `batch` sequences.
-
-    Args:
-        config: of the model.
-        batch: B.
-        capacity: T, the prompt's tokens and the new ones.
-        dtype: of keys and values; None: the computation's.
-
-    Raises:
-        InputError: more room than the model's context.
-    """
-    if capacity > config.context:
-        raise InputError(
-            f"{capacity} tokens exceed the model's context of {config.context}; "
-            "shorten the prompt or ask for fewer new tokens"
-        )
-    shape = (batch, capacity, config.key_heads, config.head_size)
-
-    def room() -> tuple[Array, ...]:
-        return tuple(jnp.zeros(shape, dtype or config.dtype) for _ in range(config.layers))
-
-    return Cache(room(), room(), jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """Where the tokens stand, which every block's attention asks.
-
-    Attributes:
-        turn: cosine and sine of `rope.rotation`, or None.
-        valid_BxT: of the keys, or None: all are valid.
-        start: position of the first token among the keys.
-    """
-
-    turn: tuple[Array, Array] | None = None
-    valid_BxT: Array | None = None
-    start: Array | None = None
-
-
-PLAIN = Places()
-"""Learned positions, no padding, no cache."""
 
 
 class GPT(nn.Module):
@@ -269,7 +198,7 @@ class GPT(nn.Module):
             self.vocab_size, cfg.width, embedding_init=init, dtype=cfg.dtype, name="embedding"
         )
         x_BxLxD = embed(tokens_BxL)
-        positions_BxL, places = _places(cfg, batch, length, valid_BxL, cache)
+        positions_BxL, places = placed(cfg, batch, length, valid_BxL, cache)
         if cfg.positions == "learned":
             table = self.param("position_embedding", init, (cfg.context, cfg.width))
             learned = table[:length] if positions_BxL is None else table[positions_BxL]
@@ -295,7 +224,7 @@ class GPT(nn.Module):
             for layer in range(cfg.layers):
                 run = block(cfg, name=f"block_{layer}")
                 x_NxD = self.constrain(run(x_NxD, batch, train, places))
-        x_NxD = _norm(cfg, "final_norm")(x_NxD)
+        x_NxD = norm(cfg, "final_norm")(x_NxD)
         if cfg.tied_head:
             # Not embed.attend, whose logits would be rounded to config.dtype.
             table_VxD = embed.embedding.astype(cfg.dtype)
@@ -303,56 +232,8 @@ class GPT(nn.Module):
                 "nd,vd->nv", x_NxD, table_VxD, preferred_element_type=jnp.float32
             )
         else:
-            logits_NxV = _dense(cfg, self.vocab_size, "head", cfg.head_bias)(x_NxD)
+            logits_NxV = dense(cfg, self.vocab_size, "head", cfg.head_bias)(x_NxD)
         return logits_NxV.astype(jnp.float32).reshape(batch, length, self.vocab_size), cache
-
-
-def _places(
-    cfg: ModelConfig, batch: int, length: int, valid_BxL: Array | None, cache: Cache | None
-) -> tuple[Array | None, Places]:
-    """Returns the position of each token, None for 0, 1, …, and what the attention asks of it."""
-    if valid_BxL is None and cache is None:
-        if cfg.positions == "learned":
-            return None, Places()
-        plain_1xL = jnp.arange(length, dtype=jnp.int32)[None]
-        return plain_1xL, Places(rope.rotation(cfg, cfg.head_size, plain_1xL))
-    valid_BxL = jnp.ones((batch, length), bool) if valid_BxL is None else valid_BxL
-    before_B, valid_BxT, start = jnp.zeros(batch, jnp.int32), valid_BxL, None
-    if cache is not None:
-        start = cache.length
-        before_B = cache.valid_BxT.sum(-1, dtype=jnp.int32)
-        valid_BxT = jax.lax.dynamic_update_slice(cache.valid_BxT, valid_BxL, (0, start))
-    # Padding stands at 0, wherever it is: it is not seen.
-    positions_BxL = before_B[:, None] + jnp.cumsum(valid_BxL, axis=1, dtype=jnp.int32) - 1
-    positions_BxL = jnp.maximum(positions_BxL, 0)
-    turn = None
-    if cfg.positions == "rope":
-        turn = rope.rotation(cfg, cfg.head_size, positions_BxL)
-    return positions_BxL, Places(turn, valid_BxT, start)
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with the keys and values kept, if any are."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(  # noqa: D102 (the class's)
-        self,
-        x_NxD: Array,
-        batch: int,
-        train: bool,
-        places: Places = PLAIN,
-        kept: tuple[Array, Array] | None = None,
-    ) -> Any:
-        cfg = self.config
-        drop = nn.Dropout(cfg.dropout, deterministic=not train)
-        y_NxD = _norm(cfg, "attention_norm")(x_NxD)
-        y_NxD, kept = Attention(cfg, name="attention")(y_NxD, batch, places, kept)
-        x_NxD = x_NxD + drop(y_NxD)
-        y_NxD = _norm(cfg, "mlp_norm")(x_NxD)
-        x_NxD = x_NxD + drop(MLP(cfg, name="mlp")(y_NxD))
-        return x_NxD if kept is None else (x_NxD, kept)
 
 
 def _scanned(
@@ -400,84 +281,3 @@ def _scanned(
     keys = None if key is None else jax.random.split(key, cfg.layers)
     x_NxD, _ = jax.lax.scan(run, x_NxD, (jax.tree.map_with_path(stack, *blocks), keys))
     return x_NxD
-
-
-class Attention(nn.Module):
-    """Causal self-attention: kernels query (D x HK), key and value (D x GK), and out (HK x D)."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(  # noqa: D102 (the class's)
-        self,
-        x_NxD: Array,
-        batch: int,
-        places: Places = PLAIN,
-        kept: tuple[Array, Array] | None = None,
-    ) -> tuple[Array, tuple[Array, Array] | None]:
-        cfg = self.config
-
-        def heads(name: str, count: int) -> Array:
-            y_NxC = _dense(cfg, count * cfg.head_size, name, cfg.qkv_bias)(x_NxD)
-            return y_NxC.reshape(batch, -1, count, cfg.head_size)
-
-        q_BxLxHxK = heads("query", cfg.heads)
-        k_BxTxGxK, v_BxTxGxK = heads("key", cfg.key_heads), heads("value", cfg.key_heads)
-        if places.turn is not None:
-            q_BxLxHxK = rope.rotate(q_BxLxHxK, places.turn)
-            k_BxTxGxK = rope.rotate(k_BxTxGxK, places.turn)
-        start = 0 if places.start is None else places.start
-        if kept is not None:
-            at = (0, start, 0, 0)
-            k_BxTxGxK, v_BxTxGxK = kept = (
-                jax.lax.dynamic_update_slice(kept[0], k_BxTxGxK.astype(kept[0].dtype), at),
-                jax.lax.dynamic_update_slice(kept[1], v_BxTxGxK.astype(kept[1].dtype), at),
-            )
-        y_BxLxHxK = attention(
-            q_BxLxHxK,
-            k_BxTxGxK,
-            v_BxTxGxK,
-            window=cfg.window,
-            valid_BxT=places.valid_BxT,
-            start=start,
-        )
-        y_NxC = y_BxLxHxK.reshape(len(x_NxD), -1)
-        return _dense(cfg, cfg.width, "out", cfg.out_bias, residual=True)(y_NxC), kept
-
-
-class MLP(nn.Module):
-    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) where it is gated."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x_NxD: Array) -> Array:  # noqa: D102 (the class's)
-        cfg = self.config
-        h_NxF = _dense(cfg, cfg.hidden_size, "up", cfg.mlp_bias)(x_NxD)
-        # Only its input is kept for the backward pass; what lies between is cheaper made anew.
-        activation = jax.checkpoint(ACTIVATIONS[cfg.activation])
-        if cfg.gated:
-            h_NxF = activation(_dense(cfg, cfg.hidden_size, "gate", cfg.mlp_bias)(x_NxD)) * h_NxF
-        else:
-            h_NxF = activation(h_NxF)
-        return _dense(cfg, cfg.width, "down", cfg.mlp_bias, residual=True)(h_NxF)
-
-
-def _dense(
-    cfg: ModelConfig, features: int, name: str, use_bias: bool | None, residual: bool = False
-) -> nn.Dense:
-    # GPT-2 scales what is added to the residual stream by 1 / sqrt(additions), two in every layer.
-    stddev = INIT_STDDEV / math.sqrt(2 * cfg.layers) if residual else INIT_STDDEV
-    return nn.Dense(
-        features,
-        use_bias=cfg.use_bias if use_bias is None else use_bias,
-        kernel_init=nn.initializers.normal(stddev),
-        dtype=cfg.dtype,
-        name=name,
-    )
-
-
-def _norm(cfg: ModelConfig, name: str) -> nn.Module:
-    if cfg.norm == "rms":
-        return nn.RMSNorm(epsilon=cfg.norm_epsilon, dtype=cfg.dtype, name=name)
-    return nn.LayerNorm(epsilon=cfg.norm_epsilon, use_bias=cfg.use_bias, dtype=cfg.dtype, name=name)

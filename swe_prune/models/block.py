@@ -1,0 +1,141 @@
+"""The decoder's block: attention and an MLP, each behind a norm and added to what came in."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array
+
+from swe_prune.config import ModelConfig
+from swe_prune.models import rope
+from swe_prune.models.attention import attention
+from swe_prune.models.places import PLAIN, Places
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),  # GPT-2's, by tanh
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+INIT_STDDEV = 0.02
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); with the keys and values kept, if any are."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(  # noqa: D102 (the class's)
+        self,
+        x_NxD: Array,
+        batch: int,
+        train: bool,
+        places: Places = PLAIN,
+        kept: tuple[Array, Array] | None = None,
+    ) -> Any:
+        cfg = self.config
+        drop = nn.Dropout(cfg.dropout, deterministic=not train)
+        y_NxD = norm(cfg, "attention_norm")(x_NxD)
+        y_NxD, kept = Attention(cfg, name="attention")(y_NxD, batch, places, kept)
+        x_NxD = x_NxD + drop(y_NxD)
+        y_NxD = norm(cfg, "mlp_norm")(x_NxD)
+        x_NxD = x_NxD + drop(MLP(cfg, name="mlp")(y_NxD))
+        return x_NxD if kept is None else (x_NxD, kept)
+
+
+class Attention(nn.Module):
+    """Causal self-attention: kernels query (D x HK), key and value (D x GK), and out (HK x D)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(  # noqa: D102 (the class's)
+        self,
+        x_NxD: Array,
+        batch: int,
+        places: Places = PLAIN,
+        kept: tuple[Array, Array] | None = None,
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        cfg = self.config
+
+        def heads(name: str, count: int) -> Array:
+            y_NxC = dense(cfg, count * cfg.head_size, name, cfg.qkv_bias)(x_NxD)
+            return y_NxC.reshape(batch, -1, count, cfg.head_size)
+
+        q_BxLxHxK = heads("query", cfg.heads)
+        k_BxTxGxK, v_BxTxGxK = heads("key", cfg.key_heads), heads("value", cfg.key_heads)
+        if places.turn is not None:
+            q_BxLxHxK = rope.rotate(q_BxLxHxK, places.turn)
+            k_BxTxGxK = rope.rotate(k_BxTxGxK, places.turn)
+        start = 0 if places.start is None else places.start
+        if kept is not None:
+            at = (0, start, 0, 0)
+            k_BxTxGxK, v_BxTxGxK = kept = (
+                jax.lax.dynamic_update_slice(kept[0], k_BxTxGxK.astype(kept[0].dtype), at),
+                jax.lax.dynamic_update_slice(kept[1], v_BxTxGxK.astype(kept[1].dtype), at),
+            )
+        y_BxLxHxK = attention(
+            q_BxLxHxK,
+            k_BxTxGxK,
+            v_BxTxGxK,
+            window=cfg.window,
+            valid_BxT=places.valid_BxT,
+            start=start,
+        )
+        y_NxC = y_BxLxHxK.reshape(len(x_NxD), -1)
+        return dense(cfg, cfg.width, "out", cfg.out_bias, residual=True)(y_NxC), kept
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) where it is gated."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_NxD: Array) -> Array:  # noqa: D102 (the class's)
+        cfg = self.config
+        h_NxF = dense(cfg, cfg.hidden_size, "up", cfg.mlp_bias)(x_NxD)
+        # Only its input is kept for the backward pass; what lies between is cheaper made anew.
+        activation = jax.checkpoint(ACTIVATIONS[cfg.activation])
+        if cfg.gated:
+            h_NxF = activation(dense(cfg, cfg.hidden_size, "gate", cfg.mlp_bias)(x_NxD)) * h_NxF
+        else:
+            h_NxF = activation(h_NxF)
+        return dense(cfg, cfg.width, "down", cfg.mlp_bias, residual=True)(h_NxF)
+
+
+def dense(
+    cfg: ModelConfig, features: int, name: str, use_bias: bool | None, residual: bool = False
+) -> nn.Dense:
+    """Returns a Dense layer of the decoder; `use_bias` None: as the config has it.
+
+    Args:
+        cfg: of the model.
+        features: outputs.
+        name: of its parameters.
+        use_bias: of its own.
+        residual: what it gives is added to the residual stream.
+    """
+    # GPT-2 scales what is added to the residual stream by 1 / sqrt(additions), two in every layer.
+    stddev = INIT_STDDEV / math.sqrt(2 * cfg.layers) if residual else INIT_STDDEV
+    return nn.Dense(
+        features,
+        use_bias=cfg.use_bias if use_bias is None else use_bias,
+        kernel_init=nn.initializers.normal(stddev),
+        dtype=cfg.dtype,
+        name=name,
+    )
+
+
+def norm(cfg: ModelConfig, name: str) -> nn.Module:
+    """Returns the norm that the config names."""
+    if cfg.norm == "rms":
+        return nn.RMSNorm(epsilon=cfg.norm_epsilon, dtype=cfg.dtype, name=name)
+    return nn.LayerNorm(epsilon=cfg.norm_epsilon, use_bias=cfg.use_bias, dtype=cfg.dtype, name=name)

@@ -1,0 +1,106 @@
+"""Where tokens stand, and the keys and values of those before them that are kept."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from swe_prune.config import ModelConfig
+from swe_prune.errors import InputError
+from swe_prune.models import rope
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The keys and values of the tokens so far, to go on from without computing them again.
+
+    Attributes:
+        keys: of each block, B x T x G x K with room for T tokens.
+        values: the same.
+        valid_BxT: False for padding and for room that is not used yet.
+        length: tokens so far, padding included, int32.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    valid_BxT: Bool[Array, "B T"]
+    length: Int[Array, ""]
+
+
+def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: str | None = None) -> Cache:
+    """Returns a cache with room for `capacity` tokens of each of `batch` sequences.
+
+    Args:
+        config: of the model.
+        batch: B.
+        capacity: T, the prompt's tokens and the new ones.
+        dtype: of keys and values; None: the computation's.
+
+    Raises:
+        InputError: more room than the model's context.
+    """
+    if capacity > config.context:
+        raise InputError(
+            f"{capacity} tokens exceed the model's context of {config.context}; "
+            "shorten the prompt or ask for fewer new tokens"
+        )
+    shape = (batch, capacity, config.key_heads, config.head_size)
+
+    def room() -> tuple[Array, ...]:
+        return tuple(jnp.zeros(shape, dtype or config.dtype) for _ in range(config.layers))
+
+    return Cache(room(), room(), jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the tokens stand, which every block's attention asks.
+
+    Attributes:
+        turn: cosine and sine of `rope.rotation`, or None.
+        valid_BxT: of the keys, or None: all are valid.
+        start: position of the first token among the keys.
+    """
+
+    turn: tuple[Array, Array] | None = None
+    valid_BxT: Array | None = None
+    start: Array | None = None
+
+
+PLAIN = Places()
+"""Learned positions, no padding, no cache."""
+
+
+def placed(
+    cfg: ModelConfig, batch: int, length: int, valid_BxL: Array | None, cache: Cache | None
+) -> tuple[Array | None, Places]:
+    """Returns the position of each token, None for 0, 1, …, and what the attention asks of it.
+
+    Args:
+        cfg: of the model.
+        batch: B.
+        length: L.
+        valid_BxL: False for padding; None: there is none.
+        cache: of the tokens before these; None: there are none.
+    """
+    if valid_BxL is None and cache is None:
+        if cfg.positions == "learned":
+            return None, Places()
+        plain_1xL = jnp.arange(length, dtype=jnp.int32)[None]
+        return plain_1xL, Places(rope.rotation(cfg, cfg.head_size, plain_1xL))
+    valid_BxL = jnp.ones((batch, length), bool) if valid_BxL is None else valid_BxL
+    before_B, valid_BxT, start = jnp.zeros(batch, jnp.int32), valid_BxL, None
+    if cache is not None:
+        start = cache.length
+        before_B = cache.valid_BxT.sum(-1, dtype=jnp.int32)
+        valid_BxT = jax.lax.dynamic_update_slice(cache.valid_BxT, valid_BxL, (0, start))
+    # Padding stands at 0, wherever it is: it is not seen.
+    positions_BxL = before_B[:, None] + jnp.cumsum(valid_BxL, axis=1, dtype=jnp.int32) - 1
+    positions_BxL = jnp.maximum(positions_BxL, 0)
+    turn = None
+    if cfg.positions == "rope":
+        turn = rope.rotation(cfg, cfg.head_size, positions_BxL)
+    return positions_BxL, Places(turn, valid_BxT, start)
