@@ -133,7 +133,8 @@ def test_lines_in_a_bucket_are_written_together(names, monkeypatch):
 @pytest.fixture(params=["file", "gcs"])
 def objects(request, tmp_path, monkeypatch):
     """A store that writes on condition: on disk, by its own locks, and in a bucket."""
-    monkeypatch.setenv("SWE_PRUNE_LOST_TIMEOUT", "1.5")
+    # No less: a holder that a busy machine keeps from renewing ends its process, which is this one.
+    monkeypatch.setenv("SWE_PRUNE_LOST_TIMEOUT", "3")
     if request.param == "file":
         return ts.KvStore.open({"driver": "file", "path": f"{tmp_path}/"}).result()
     request.getfixturevalue("names")
@@ -148,7 +149,7 @@ def written(objects, **changes):
 
 def test_a_lease_is_one_processs_until_it_lets_go(objects):
     with lease.held(objects, "x", "thing"):
-        time.sleep(2)  # longer than a dead one's would last
+        time.sleep(4)  # longer than a dead one's would last
         with (
             pytest.raises(InputError, match=r"^thing is in use by another run \(process \d+ on "),
             lease.held(objects, "x", "thing"),
@@ -164,14 +165,14 @@ def test_a_lease_is_one_processs_until_it_lets_go(objects):
 
 
 def test_a_dead_holder_is_waited_out_by_the_longer_of_both_times(objects):
-    written(objects, patience=2.5)
+    written(objects, patience=4)
     began = time.monotonic()
     with lease.held(objects, "x", "thing"):
-        assert 2.5 < time.monotonic() - began < 5
+        assert 4 < time.monotonic() - began < 8
     written(objects)
     began = time.monotonic()
     assert lease.alive(objects, ["x"]) is None
-    assert 1.5 < time.monotonic() - began < 4
+    assert 3 < time.monotonic() - began < 6
     assert objects.read("x").result().state == "missing"
 
 
@@ -312,7 +313,7 @@ def test_every_command_does_in_a_bucket_what_it_does_in_a_folder(names, config, 
 
 
 def test_shards_share_a_bucket_and_a_whole_run_does_not(names, plays_dir, monkeypatch):
-    monkeypatch.setenv("SWE_PRUNE_LOST_TIMEOUT", "1.5")
+    monkeypatch.setenv("SWE_PRUNE_LOST_TIMEOUT", "6")
     config, workdir = settings(plays_dir), experiment.Workdir(storage.place("gs://bucket/run"))
     with experiment.claim(workdir, config, experiment.Shard(0, 2)):
         with experiment.claim(workdir, config, experiment.Shard(1, 2)):
@@ -359,7 +360,7 @@ def wait_until(true, process, seconds=300):
 def test_a_second_run_is_refused_and_a_killed_ones_lease_runs_out(
     names, config, local, capsys, monkeypatch
 ):
-    monkeypatch.setenv("SWE_PRUNE_LOST_TIMEOUT", "4")
+    monkeypatch.setenv("SWE_PRUNE_LOST_TIMEOUT", "10")
     workdir = storage.place("gs://bucket/killed")
     process = started(config, workdir, "--config.train.steps=2000")
     wait_until(lambda: any(name.endswith("/4.checksums") for name in names), process)
@@ -387,7 +388,7 @@ def test_a_second_run_is_refused_and_a_killed_ones_lease_runs_out(
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_numbers_of_an_uninterrupted(names, config, local, monkeypatch):
-    monkeypatch.setenv("SWE_PRUNE_LOST_TIMEOUT", "3")
+    monkeypatch.setenv("SWE_PRUNE_LOST_TIMEOUT", "15")
     workdir = storage.place("gs://bucket/again")
     process = started(config, workdir, command="run")
     wait_until(lambda: any(name.endswith("/8.checksums") for name in names), process)

@@ -246,7 +246,7 @@ def test_an_unknown_dtype_is_refused(whole):
 def test_a_missing_package_is_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(
-        InputError, match=r"'safetensors', which is not installed.*swe-prune\[llm\]"
+        InputError, match=r"'safetensors', which is not installed.*swe-prune\[pretrained\]"
     ):
         optional.require("safetensors", "reading")
 
