@@ -8,7 +8,6 @@ does not.
 """
 
 import argparse
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -123,7 +122,7 @@ def moved(experiment: experiment_lib.Experiment) -> str:
 
 
 def _value(row: Row | None, field: str) -> float | None:
-    return None if row is None else dataclasses.asdict(row)[field]
+    return None if row is None else getattr(row, field)
 
 
 def _perplexity(loss: float) -> str:

@@ -12,10 +12,9 @@ from swe_prune.experiment.calibration_text import OF_GRADIENTS, OF_INPUTS
 from swe_prune.experiment.grid import Cell
 from swe_prune.experiment.models import starting_values
 from swe_prune.experiment.setup import Experiment
+from swe_prune.models import gpt
 from swe_prune.training import step as step_lib
 from swe_prune.training.state import TrainState
-
-BLOCKS = r"block_[0-9]+"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +153,7 @@ def pruned_blocks(source: Source, cell: Cell) -> tuple[PyTree, PyTree]:
         source.experiment.model,
         {"params": params},
         source.experiment.calibration,
-        blocks=BLOCKS,
+        blocks=gpt.BLOCKS,
         sparsity=share,
         method=str(cell.blockwise),
         pattern=cell.pattern,

@@ -90,18 +90,17 @@ class Experiment:
     def fresh_state(self, seed: int) -> state_lib.TrainState:
         """Returns the dense phase's state at step 0, statistics included, born on its devices."""
 
-        def born(seed: Any) -> state_lib.TrainState:
-            params = state_lib.init_params(self.model, seed, self.config.window)
+        def around(params: PyTree, seed: Any) -> state_lib.TrainState:
             return self.place(self.dense_state(params, seed), self.optimizer)
 
-        def around(params: PyTree) -> state_lib.TrainState:
-            return self.place(self.dense_state(params, seed), self.optimizer)
+        def born(seed: Any) -> state_lib.TrainState:
+            return around(state_lib.init_params(self.model, seed, self.config.window), seed)
 
         if self.checkpoint is None:
             state = jax.jit(born)(seed)
         else:
             params = from_checkpoint.weights(self.checkpoint, self.abstract_params)
-            state = jax.jit(around, donate_argnums=0)(params)
+            state = jax.jit(around, donate_argnums=0)(params, seed)
         if self.host_statistics and state.stats is not None:
             state = dataclasses.replace(state, stats=parallel.to_host(state.stats))
         return state

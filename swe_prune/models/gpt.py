@@ -28,8 +28,12 @@ from swe_prune.models.attention import attention
 from swe_prune.models.block import ACTIVATIONS, INIT_STDDEV, Block, dense, norm
 from swe_prune.models.places import Cache, Places, empty_cache, placed
 
-__all__ = ["ACTIVATIONS", "GPT", "Block", "Cache", "attention", "build", "empty_cache",
+__all__ = ["ACTIVATIONS",
+    "BLOCKS", "GPT", "Block", "Cache", "attention", "build", "empty_cache",
            "partition_rules"]  # fmt: skip
+
+BLOCKS = r"block_[0-9]+"
+"""Matches the paths of the blocks, which `blockwise` takes one after another."""
 
 Rule = tuple[str, tuple[str | None, ...]]
 

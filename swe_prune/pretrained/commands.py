@@ -51,6 +51,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     pruning.checked(given)
     interop.check_free(given.out)
     checkpoint = interop.open_checkpoint(given.model, compute_dtype=given.compute_dtype)
+    pruning.check_trajectory(given, tracked.there(checkpoint.path))
     text = texts.read(given.evaluation, checkpoint)
     batches, calibration = [], None
     if pruning.needs_text(given):

@@ -1,7 +1,7 @@
 """From a pretrained model to its masks: block after block, or at once on the dense model."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,11 +13,11 @@ from swe_prune import allocation, blockwise, calibration, importance, masks, pat
 from swe_prune.blockwise import KernelReport
 from swe_prune.blockwise.solver import check_sparsity
 from swe_prune.errors import InputError, did_you_mean
+from swe_prune.models import gpt
 from swe_prune.pretrained.settings import PruneSettings, number
 from swe_prune.training import step as step_lib
 from swe_prune.trajectory import TrajectoryStats
 
-BLOCKS = r"block_[0-9]+"
 SEQUENTIAL = ("wanda", "wanda_variant", "sparsegpt")
 """Criteria that go block after block, as their references do."""
 
@@ -57,7 +57,13 @@ def checked(settings: PruneSettings) -> None:
                 "leave out --scope and other patterns, or give --at-once"
             )
     else:
-        importance.get(settings.criterion).check_options(name for name, _ in options(settings))
+        criterion = importance.get(settings.criterion)
+        criterion.check_options(name for name, _ in options(settings))
+        if "second_moment" in criterion.needs:
+            raise InputError(
+                f"criterion {criterion.name!r} needs the optimizer's second moment, which a "
+                "checkpoint has not; use one that is measured, such as wanda or sparsegpt"
+            )
 
 
 def sequential(settings: PruneSettings) -> bool:
@@ -81,6 +87,23 @@ def options(settings: PruneSettings) -> list[tuple[str, Any]]:
     return found
 
 
+def check_trajectory(settings: PruneSettings, tracked: bool) -> None:
+    """Refuses a criterion of the trajectory where the model has none.
+
+    Raises:
+        InputError: it has none.
+    """
+    if sequential(settings):
+        return
+    criterion = importance.get(settings.criterion)
+    if criterion.measures and not tracked:
+        raise InputError(
+            f"criterion {criterion.name!r} judges weights by their trajectory, and "
+            f"{settings.model} has none of {', '.join(criterion.measures)}; make one with "
+            "'python -m swe_prune finetune --track --model=… --out=DIR' and give --model=DIR"
+        )
+
+
 def needs_text(settings: PruneSettings) -> bool:
     """Returns whether anything is measured on calibration text."""
     if sequential(settings) or importance.get(settings.criterion).measured:
@@ -96,7 +119,7 @@ def pruned(
     settings: PruneSettings,
     *,
     stats: TrajectoryStats | None = None,
-    progress: Any = None,
+    progress: Callable[[KernelReport], None] | None = None,
 ) -> tuple[PyTree, PyTree]:
     """Returns the parameters with exact zeros, and the masks.
 
@@ -109,18 +132,12 @@ def pruned(
         progress: called with the report of each kernel, block after block.
 
     Raises:
-        InputError: a criterion that needs a trajectory and got none, or shapes that do not fit.
+        InputError: shapes that do not fit, or a measure that was not tracked.
         RunError: a Hessian that no damping helps.
     """
     if sequential(settings):
         return _block_after_block(module, params, batches, settings, progress)
     criterion = importance.get(settings.criterion)
-    if criterion.measures and stats is None:
-        raise InputError(
-            f"criterion {criterion.name!r} judges weights by their trajectory, and "
-            f"{settings.model} has none of {', '.join(criterion.measures)}; make one with "
-            "'python -m swe_prune finetune --track --model=… --out=DIR' and give --model=DIR"
-        )
     loss = functools.partial(_loss, module)
     measured = _measured(criterion, module, params, batches, loss)
     scores = importance.score(
@@ -152,11 +169,6 @@ def _measured(
         found |= calibration.inputs(module, {"params": params}, batches, hessian="hessian" in needs)
     if needs & {"gradient", "gradient_square"}:
         found |= calibration.gradients(loss, params, batches, at_once=1)
-    if "second_moment" in needs:
-        raise InputError(
-            f"criterion {criterion.name!r} needs the optimizer's second moment, which a checkpoint "
-            "has not; use one that is measured, such as wanda or sparsegpt"
-        )
     return found
 
 
@@ -169,31 +181,29 @@ def _block_after_block(
 ) -> tuple[PyTree, PyTree]:
     share: Any = settings.sparsity
     if settings.allocation is not None:
+        scores = None
+        if "scores" in allocation.get(settings.allocation).needs:
+            scores = blockwise.dense_scores(module, {"params": params}, batches)
         share = allocation.allocate(
             settings.allocation,
             share,
-            scores=blockwise.dense_scores(module, {"params": params}, batches),
+            scores=scores,
             params=params,
             loss=functools.partial(_loss, module),
             batches=batches,
         )
     if settings.offload:
         params = jax.tree.map(np.asarray, params)
-
-    def report(kernel: KernelReport) -> None:
-        if progress is not None:
-            progress(kernel)
-
     new, mask, _ = blockwise.prune_blocks(
         module,
         {"params": params},
         batches,
-        blocks=BLOCKS,
+        blocks=gpt.BLOCKS,
         sparsity=share,
         method=settings.criterion,
         pattern=settings.pattern,
         offload=settings.offload,
-        progress=report,
+        progress=progress,
         **dict(options(settings)),
     )
     return masks.apply(new, mask), mask

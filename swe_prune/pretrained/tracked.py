@@ -33,6 +33,11 @@ def write(folder: Path, stats: TrajectoryStats, about: Mapping[str, Any]) -> Non
     (place / ABOUT).write_text(json.dumps(described, indent=2) + "\n")
 
 
+def there(folder: Path) -> bool:
+    """Returns whether a trajectory lies beside a model; a file has none beside it."""
+    return (folder / FOLDER / ABOUT).is_file()
+
+
 def read(folder: Path, params: PyTree) -> TrajectoryStats | None:
     """Returns the statistics beside a model; None where there are none.
 
@@ -43,9 +48,9 @@ def read(folder: Path, params: PyTree) -> TrajectoryStats | None:
     Raises:
         InputError: they are damaged, or of another model.
     """
-    place = folder / FOLDER
-    if not folder.is_dir() or not (place / ABOUT).is_file():
+    if not there(folder):
         return None
+    place = folder / FOLDER
     try:
         about = json.loads((place / ABOUT).read_text())
         measures = tuple(about["measures"])

@@ -1,6 +1,5 @@
 """Perplexities and samples of text, where the models of a study write some."""
 
-import dataclasses
 import itertools
 import math
 from typing import Any
@@ -106,7 +105,7 @@ def perplexity(loss: float | None) -> str:
 
 
 def _mean(rows: list[Row], field: str) -> float | None:
-    values = [value for row in rows if (value := dataclasses.asdict(row)[field]) is not None]
+    values = [value for row in rows if (value := getattr(row, field)) is not None]
     return sum(values) / len(values) if values else None
 
 
