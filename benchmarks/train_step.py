@@ -262,7 +262,7 @@ def main() -> None:
     measure(taking_turns, batches, flags.seconds)
 
     console = Console(width=max(Console().width, 100))  # the tables do not fit 80 columns
-    total = sum(map(tree.size, jax.tree.leaves(experiment.abstract_params)))
+    total = tree.size(experiment.abstract_params)
     console.print(
         f"{settings.name}: {total:,} parameters ({experiment.prunable_weights():,} prunable), "
         f"batch {settings.data.batch} x {settings.model.context}, {settings.model.dtype}; "

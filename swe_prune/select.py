@@ -96,7 +96,7 @@ def top_k_masks(
     Raises:
         InputError: as `top_k_mask`.
     """
-    check_k(k, sum(map(tree.size, xs)))
+    check_k(k, tree.size(list(xs)))
     check_floats(xs)
     if not xs:
         return []

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt32
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, UInt32
 
 from swe_prune.errors import InputError
 
@@ -187,9 +187,19 @@ def named_key(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def size(leaf: Any) -> int:
-    """Returns the number of elements as a Python int, exact at any size."""
-    return math.prod(leaf.shape)
+def size(values: PyTree) -> int:
+    """Returns the number of elements of a leaf, or of all of a pytree's, exact at any size.
+
+    >>> size({"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)})
+    9
+    """
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(values))
+
+
+@jax.jit  # as one program, which takes less time to compile than each of its operations alone
+def all_finite(x: Float[Array, "..."]) -> Bool[Array, ""]:
+    """Returns whether no element is NaN or infinite."""
+    return jnp.isfinite(x).all()
 
 
 class Count(NamedTuple):

@@ -335,6 +335,20 @@ def test_blocks_that_are_alike_are_traced_as_the_first(monkeypatch, model, rule)
     assert {path[-1] for path in traced} == {"0"}
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_blocks_steps_are_compiled_once(caplog, offload):
+    """Arrays that came back from the host are no other arguments than those that never left."""
+    model = Plain(3)
+    variables = made(model, rows())
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        blockwise.prune_blocks(
+            model, variables, [rows()] * 3, blocks=BLOCKS, sparsity=0.5, offload=offload
+        )
+    done = [line.split()[4] for line in caplog.messages if line.startswith("Finished XLA comp")]
+    for program in ("jit(add)", "jit(_run)"):  # calibration's and the forward one
+        assert done.count(program) == 1, done
+
+
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
 def test_kernels_that_are_given_up_are_held_once(method):
     model = Plain(3, width=32)

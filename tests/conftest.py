@@ -5,6 +5,7 @@ import tempfile
 import pytest
 
 UNOPTIMIZED = "--xla_backend_optimization_level=0"
+PRECISION = "JAX_DEFAULT_MATMUL_PRECISION"
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 MADE = pytest.StashKey[str]()
 
@@ -12,12 +13,16 @@ MADE = pytest.StashKey[str]()
 def pytest_configure(config):
     """Has every program compiled fast, and those of several processes only once.
 
+    Products are of the precision that their arrays say, on accelerators too.
+
     Compiling takes most of the time of these tests, whose programs are tiny and run a few times.
     The settings are in the environment, for the processes that tests start, and before jax is
     imported.
     """
     if UNOPTIMIZED not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {UNOPTIMIZED}".strip()
+    # What is compared with float64 is meant in float32; a GPU would round its products to TF32.
+    os.environ.setdefault(PRECISION, "highest")
     if CACHE not in os.environ:
         config.stash[MADE] = os.environ[CACHE] = tempfile.mkdtemp(prefix="swe_prune_compiled_")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"

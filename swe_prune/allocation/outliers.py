@@ -146,7 +146,7 @@ def _outlier_ratios(
 def _outliers(scores: list[Array], m: float) -> tuple[tree.Count, Array, list[Array], list[Array]]:
     """Returns of one group how many outliers, the mean, and how many negative and NaN scores."""
     scores = [score.astype(jnp.float32) for score in scores]
-    mean = sum(map(jnp.sum, scores), jnp.float32(0)) / sum(map(tree.size, scores))
+    mean = sum(map(jnp.sum, scores), jnp.float32(0)) / tree.size(scores)
     outliers = tree.count_true([score > m * mean for score in scores])
     negatives = [tree.count_each([score < 0])[0] for score in scores]
     nans = [tree.count_each([jnp.isnan(score)])[0] for score in scores]

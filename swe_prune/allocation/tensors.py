@@ -65,7 +65,7 @@ def scored(scores: PyTree) -> dict[str, jax.Array]:
     """
     named = {name: leaf for name, leaf in tree.named_leaves(scores) if leaf is not None}
     select.check_floats(list(named.values()))
-    if not sum(map(tree.size, named.values())):
+    if not tree.size(named):
         raise InputError("no scores were given: every leaf is None, that is dense; widen the rules")
     if any(isinstance(leaf, Tracer) for leaf in named.values()):
         raise InputError(

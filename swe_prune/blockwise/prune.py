@@ -340,7 +340,11 @@ def _check_order(of_kinds: list[list[wiring.Wire]], number: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _OnHost:
-    """An array that was brought to host memory, and how it was divided over devices."""
+    """An array that was brought to host memory, and how it was divided over devices.
+
+    `sharding` is None of one that jax was free to place: bound to its device it would be of another
+    kind to the compiled programs, and they would be compiled again.
+    """
 
     value: np.ndarray
     sharding: Any
@@ -350,7 +354,9 @@ def _kept(leaves: Sequence[Any], offload: bool) -> list[Any]:
     if not offload:
         return list(leaves)
     return [
-        _OnHost(jax.device_get(leaf), leaf.sharding) if isinstance(leaf, jax.Array) else leaf
+        _OnHost(jax.device_get(leaf), leaf.sharding if leaf.committed else None)
+        if isinstance(leaf, jax.Array)
+        else leaf
         for leaf in leaves
     ]
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from swe_prune import allocation, patterns, select
+from swe_prune import allocation, patterns, select, tree
 from swe_prune.errors import InputError
 from swe_prune.importance import reconstruction
 
@@ -136,7 +136,7 @@ def _checked(
             raise InputError(
                 f"block = {block} would cut groups of {n_of_m[1]} inputs; give a multiple of it"
             )
-    if not isinstance(weight_RxC, Tracer) and not bool(jnp.isfinite(weight_RxC).all()):
+    if not isinstance(weight_RxC, Tracer) and not bool(tree.all_finite(weight_RxC)):
         raise InputError("the weight has NaN or inf; find out where the training diverged")
     return share, n_of_m
 

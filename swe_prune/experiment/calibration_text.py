@@ -7,11 +7,9 @@ from jaxtyping import Integer
 
 from swe_prune import allocation, importance
 from swe_prune import data as data_lib
+from swe_prune.calibration.measures import MEASURES
 from swe_prune.config import CalibrationConfig
 from swe_prune.experiment.grid import Cell
-
-OF_INPUTS = {"input_norm", "hessian"}
-OF_GRADIENTS = {"gradient", "gradient_square"}
 
 
 def calibrated(cell: Cell) -> bool:
@@ -20,7 +18,7 @@ def calibrated(cell: Cell) -> bool:
         return True
     if cell.blockwise is not None:
         return True
-    return bool(set(importance.get(cell.criterion).measured) & (OF_INPUTS | OF_GRADIENTS))
+    return bool(MEASURES & set(importance.get(cell.criterion).measured))
 
 
 def windows(

@@ -102,8 +102,3 @@ def finite(loss: float, name: str) -> float:
             "what was finished before is kept"
         )
     return loss
-
-
-def size(params: PyTree) -> int:
-    """Returns how many parameters there are."""
-    return sum(map(tree.size, jax.tree.leaves(params)))

@@ -3,6 +3,7 @@
 from typing import Any
 
 from swe_prune import masks as masks_lib
+from swe_prune import tree
 from swe_prune.experiment import (
     artifacts,
     from_checkpoint,
@@ -18,7 +19,6 @@ from swe_prune.experiment.models import (
     load_dense,
     load_finetuned,
     load_masks,
-    size,
     starting_values,
 )
 from swe_prune.experiment.setup import Experiment
@@ -71,7 +71,7 @@ def _train_seed(experiment: Experiment, seed: int, progress: Progress) -> None:
         "dense_train_loss": experiment.training_loss(state.params),
         "seconds": seconds,
         "steps": phase.steps,
-        "params": size(state.params),
+        "params": tree.size(state.params),
         "prunable": experiment.prunable_weights(),
         **samples.sampled(experiment, "dense", state.params),
     }

@@ -22,7 +22,7 @@ def plan(experiment: Experiment, console: Console) -> None:
     config = experiment.config
     params = experiment.abstract_params
     console.print(_tensors(experiment, params))
-    total = sum(map(tree.size, jax.tree.leaves(params)))
+    total = tree.size(params)
     prunable = experiment.prunable_weights()
     cells = grid.cells(config)
     rules = collections.Counter(cell.rule for cell in cells)
@@ -52,7 +52,7 @@ def as_json(experiment: Experiment) -> dict[str, Any]:
     steps, per_step, _ = _timed(experiment)
     return {
         "name": config.name,
-        "weights": sum(map(tree.size, jax.tree.leaves(params))),
+        "weights": tree.size(params),
         "prunable": experiment.prunable_weights(),
         "tensors": {
             name: {

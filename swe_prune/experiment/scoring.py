@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from swe_prune import allocation, blockwise, calibration, importance, parallel, tree
-from swe_prune.experiment.calibration_text import OF_GRADIENTS, OF_INPUTS
 from swe_prune.experiment.grid import Cell
 from swe_prune.experiment.models import starting_values
 from swe_prune.experiment.setup import Experiment
@@ -45,23 +44,14 @@ def source(experiment: Experiment, state: TrainState, cells: Sequence[Cell]) -> 
         cells: of its seed.
     """
     registered = [cell.criterion for cell in cells if cell.blockwise is None]
-    needs = {need for name in registered for need in importance.get(name).measured}
-    measured: dict[str, PyTree] = {}
-    if needs & OF_INPUTS:
-        measured |= calibration.inputs(
-            experiment.model,
-            {"params": state.params},
-            experiment.calibration,
-            hessian="hessian" in needs,
-            prunable=experiment.prunable,
-        )
-    if needs & OF_GRADIENTS:
-        measured |= calibration.gradients(
-            _loss(experiment),
-            state.params,
-            experiment.calibration,
-            prunable=experiment.prunable,
-        )
+    measured = calibration.measure(
+        {need for name in registered for need in importance.get(name).measured},
+        experiment.model,
+        {"params": state.params},
+        experiment.calibration,
+        loss=_loss(experiment),
+        prunable=experiment.prunable,
+    )
     start, dense_scores = starting_values(experiment, state), None
     if any(cell.blockwise is not None and _shared_by_scores(cell) for cell in cells):
         dense_scores = blockwise.dense_scores(

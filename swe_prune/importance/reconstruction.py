@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
+from swe_prune import tree
 from swe_prune.errors import InputError, RunError
 from swe_prune.importance.registry import register
 
@@ -94,8 +95,8 @@ def inverse_factor(
     factor_RxR, used = _factored(hessian_RxR, jnp.asarray(damping, hessian_RxR.dtype))
     if isinstance(factor_RxR, Tracer):
         return factor_RxR, used
-    if not bool(jnp.isfinite(factor_RxR).all()):
-        if not bool(jnp.isfinite(hessian_RxR).all()):
+    if not bool(tree.all_finite(factor_RxR)):
+        if not bool(tree.all_finite(hessian_RxR)):
             raise InputError("the hessian has NaN or inf; find the calibration batch that has them")
         raise RunError(
             f"the hessian of {len(hessian_RxR)} inputs is not positive definite even with damping "

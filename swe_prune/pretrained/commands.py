@@ -112,7 +112,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     _show(console, {"dense": dense, "pruned": found}, given.prompts, text.name)
     console.print(
         f"Removed {counted.pruned:,} of {counted.total:,} prunable weights "
-        f"({counted.sparsity:.2%}; {counted.pruned / _size(params):.2%} of all) "
+        f"({counted.sparsity:.2%}; {counted.pruned / tree.size(params):.2%} of all) "
         f"in {seconds:.1f} s. {WHAT_A_MASK_GIVES}",
         highlight=False,
         soft_wrap=True,
@@ -224,7 +224,3 @@ def _has_masks(path: Path) -> bool:
 def _record_of(path: Path) -> dict[str, Any]:
     before = interop.read_record(path)
     return {key: before.get(key) for key in ("criterion", "options", "seed", "calibration")}
-
-
-def _size(params: PyTree) -> int:
-    return sum(map(tree.size, jax.tree.leaves(params)))

@@ -139,7 +139,9 @@ def pruned(
         return _block_after_block(module, params, batches, settings, progress)
     criterion = importance.get(settings.criterion)
     loss = functools.partial(_loss, module)
-    measured = _measured(criterion, module, params, batches, loss)
+    measured = calibration.measure(
+        criterion.measured, module, {"params": params}, batches, loss=loss, at_once=1
+    )
     scores = importance.score(
         settings.criterion,
         params,
@@ -158,18 +160,6 @@ def pruned(
         )
     mask = masks.by_sparsity(scores, share, settings.scope, pattern=settings.pattern)
     return masks.apply(params, mask), mask
-
-
-def _measured(
-    criterion: importance.Criterion, module: nn.Module, params: PyTree, batches: Any, loss: Any
-) -> dict[str, PyTree]:
-    found: dict[str, PyTree] = {}
-    needs = set(criterion.measured)
-    if needs & {"input_norm", "hessian"}:
-        found |= calibration.inputs(module, {"params": params}, batches, hessian="hessian" in needs)
-    if needs & {"gradient", "gradient_square"}:
-        found |= calibration.gradients(loss, params, batches, at_once=1)
-    return found
 
 
 def _block_after_block(
