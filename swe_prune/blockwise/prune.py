@@ -389,6 +389,7 @@ class _Runner:
             dense_like=dense_like,
         )
         self.step = measuring.accumulating(self.measure)
+        self.known: dict[str, Any] = {}
         self.forward = jax.jit(self._run)
 
     def _run(self, variables: Any, state: wiring.Activations) -> list[Array]:
@@ -409,6 +410,7 @@ class _Runner:
             map(_on_device, states),
             step=self.step,
             count=lambda _, number: counts[number],
+            known=self.known,
         )
         measuring.check_used(self.wanted, sums)
         return sums

@@ -136,6 +136,7 @@ def accumulated(
     *,
     step: Callable[..., Any] | None = None,
     count: Callable[[PyTree, int], int] = of_batches.sequences,
+    known: dict[str, Any] | None = None,
 ) -> tuple[dict[str, dict[str, Array]], int]:
     """Returns the sums over all batches, and the number of sequences in them.
 
@@ -145,20 +146,24 @@ def accumulated(
         batches: streamed.
         step: `accumulating(measure)`, to share what it has compiled; None: one of its own.
         count: (batch, its number) → how many sequences it has.
+        known: what `measure` gives, by the shapes of the batch, where it was traced before for
+            variables of these shapes; new ones are added.
 
     Raises:
         InputError: as `inputs`.
     """
+    known = {} if known is None else known
     step = accumulating(measure) if step is None else step
-    state, known, total = None, set(), 0
+    state, seen, total = None, set(), 0
     for number, batch in enumerate(batches):
         total += count(batch, number)
         shapes = str(of_batches.shapes(batch))
-        if shapes not in known:  # a batch that does not fit is found before it is run
-            new = traced(measure, variables, batch, number)
-            known.add(shapes)
-            state = _zeros(new) if state is None else state
-            _check_same(state[0], new, number)
+        if shapes not in seen:  # a batch that does not fit is found before it is run
+            if shapes not in known:
+                known[shapes] = traced(measure, variables, batch, number)
+            seen.add(shapes)
+            state = _zeros(known[shapes]) if state is None else state
+            _check_same(state[0], known[shapes], number)
         state = step(variables, state, batch, number)
     if state is None:
         raise of_batches.nothing_given()
