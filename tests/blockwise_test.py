@@ -23,7 +23,7 @@ def tokens(n=6, length=6, seed=0):
 
 def made(model, *args):
     """Variables with weights that are large enough for every block to change what comes next."""
-    variables = model.init(jax.random.key(0), *args)
+    variables = jax.jit(model.init)(jax.random.key(0), *args)
     return jax.tree.map(lambda w: w * 12 if w.ndim > 1 else w, variables)
 
 

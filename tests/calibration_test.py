@@ -49,7 +49,7 @@ def assert_measured(measured, name, inputs_NxR, n, shape=None):
 def test_statistics_are_those_of_all_tokens_over_the_sequences(remat):
     model = Perceptron(remat)
     x_BxLx5 = drawn(11, 3, 5)
-    variables = model.init(jax.random.key(0), x_BxLx5)
+    variables = jax.jit(model.init)(jax.random.key(0), x_BxLx5)
     batches = [x_BxLx5[:4], x_BxLx5[4:8], x_BxLx5[8:]]  # the last one is shorter
     measured = calibration.inputs(model, variables, batches, hessian=True)
 
@@ -75,7 +75,7 @@ def test_attention_projections_of_flax_are_measured():
 
     x = drawn(6, 4, 8)
     model = Model()
-    variables = model.init(jax.random.key(1), x)
+    variables = jax.jit(model.init)(jax.random.key(1), x)
     measured = calibration.inputs(model, variables, np.split(x, 3), hessian=True)
     for name in ("query", "key", "value"):
         assert_measured(measured, f"attention/{name}/kernel", x, 6, (8, 1, 1))
@@ -111,7 +111,7 @@ def conv_oracle(x_BxHxWxC, size, stride, pad):
 def test_a_convolution_is_measured_over_its_patches(padding, stride, pad):
     model = nn.Conv(4, (3, 2), strides=stride, padding=padding)
     x = drawn(3, 6, 7, 2)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     measured = calibration.inputs(model, variables, [x[:2], x[2:]], hessian=True)
     assert_measured(measured, "kernel", conv_oracle(x, (3, 2), stride, pad), 3, (3, 2, 2, 1))
 
@@ -126,7 +126,7 @@ def tokens(n=6, length=6, seed=0):
 
 def test_a_model_that_flattens_its_batch_is_divided_by_its_sequences():
     model = tiny_gpt()
-    variables = model.init(jax.random.key(0), tokens())
+    variables = jax.jit(model.init)(jax.random.key(0), tokens())
     seen = []
 
     def see(call, args, kwargs, context):
@@ -144,7 +144,7 @@ def test_a_model_that_flattens_its_batch_is_divided_by_its_sequences():
 
 def test_weights_in_bfloat16_are_measured_in_float32():
     model = tiny_gpt(dtype="bfloat16")
-    variables = model.init(jax.random.key(0), tokens())
+    variables = jax.jit(model.init)(jax.random.key(0), tokens())
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), variables)
     measured = calibration.inputs(model, half, [tokens()], hessian=True)
     for leaf in jax.tree.leaves(measured):
@@ -171,7 +171,7 @@ def scanned(axes):
 
 def test_a_scan_that_lists_the_collection_is_measured_layer_by_layer():
     model, x = scanned({"params": 0, "calibration": 0}), drawn(5, 4)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     measured = calibration.inputs(model, variables, [x[:2], x[2:]], hessian=True)
     layers, h = variables["params"]["layers"]["dense"], float64(x)
     for i in range(3):
@@ -222,7 +222,7 @@ def test_submodules_made_in_setup_and_state_that_the_model_returns():
             return self.up(self.norm(x))
 
     x, model, returned = drawn(4, 5), Model(), []
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
 
     def call(model, variables, batch):
         y, state = model.apply(variables, batch, mutable=["batch_stats"])

@@ -40,9 +40,14 @@ def tokens_of(batch=2, length=20, seed=0):
 def make(config, seed=0):
     """The model and parameters none of which is at its special initial value, 0 or 1."""
     model = gpt.build(config, SYMBOLS)
-    params = model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
     rng = np.random.default_rng(seed)
     return model, jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape, np.float32), params)
+
+
+def logits_of(model, params, *args, **options):
+    """The model's answer, compiled as a whole: op by op it takes many times as long."""
+    return jax.jit(lambda p, a: model.apply({"params": p}, *a, **options))(params, args)
 
 
 def numpy_logits(params, tokens_L, config):
@@ -91,7 +96,7 @@ def numpy_logits(params, tokens_L, config):
 def test_logits_are_those_of_the_formulas(config):
     model, params = make(config)
     tokens_BxL = tokens_of()
-    logits_BxLxV = model.apply({"params": params}, tokens_BxL)
+    logits_BxLxV = logits_of(model, params, tokens_BxL)
     for tokens_L, logits_LxV in zip(tokens_BxL, logits_BxLxV, strict=True):
         expected_LxV = numpy_logits(params, tokens_L, config)
         np.testing.assert_allclose(
@@ -106,7 +111,7 @@ def test_what_is_fed_in_parts_gives_what_is_fed_at_once(name, length):
     config = dataclasses.replace(ALL[name], context=200)
     model, params = make(config)
     tokens_BxL = tokens_of(length=length)
-    whole = model.apply({"params": params}, tokens_BxL)
+    whole = logits_of(model, params, tokens_BxL)
     decode = jax.jit(lambda t, cache: model.apply({"params": params}, t, cache, method="decode"))
     cache, parts = gpt.empty_cache(config, 2, length + 3), []
     for start, stop in [(0, 7), (7, 8), (8, 9), (9, length)]:
@@ -123,7 +128,7 @@ def test_what_is_fed_in_parts_gives_what_is_fed_at_once(name, length):
 def test_padding_on_the_left_changes_nothing(name, cached):
     model, params = make(ALL[name])
     tokens_1xL = tokens_of(batch=1, length=9)
-    alone = model.apply({"params": params}, tokens_1xL)[0]
+    alone = logits_of(model, params, tokens_1xL)[0]
     padded_BxL = np.concatenate([tokens_of(2, 5, seed=3), np.tile(tokens_1xL, (2, 1))], axis=1)
     valid_BxL = np.ones((2, 14), bool)
     valid_BxL[0, :5] = False
@@ -131,13 +136,13 @@ def test_padding_on_the_left_changes_nothing(name, cached):
         cache = gpt.empty_cache(ALL[name], 2, 16)
         parts = []
         for part in (slice(0, 11), slice(11, 14)):
-            logits, cache = model.apply(
-                {"params": params}, padded_BxL[:, part], cache, valid_BxL[:, part], method="decode"
+            logits, cache = logits_of(
+                model, params, padded_BxL[:, part], cache, valid_BxL[:, part], method="decode"
             )
             parts.append(logits)
         logits = np.concatenate(parts, axis=1)
     else:
-        logits = model.apply({"params": params}, padded_BxL, valid_BxL=valid_BxL)
+        logits = logits_of(model, params, padded_BxL, valid_BxL)
     assert np.isfinite(logits).all()
     np.testing.assert_allclose(logits[0, 5:], alone, rtol=1e-4, atol=1e-5 * np.abs(alone).max())
     assert np.abs(logits[1, 5:] - alone).max() > 0.01  # there the first five are real
@@ -155,10 +160,10 @@ def test_a_window_reaches_so_far_and_no_further():
             {"params": params | {"embedding": {"embedding": table_VxD}}}, tokens_1xL
         )[0]
 
-    _, pullback = jax.vjp(logits, table)
+    pull = jax.jit(lambda cotangent: jax.vjp(logits, table)[1](cotangent)[0])
     for t in (0, 3, 7, 11):
         cotangent = jnp.zeros((12, SYMBOLS)).at[t].set(jnp.arange(1.0, SYMBOLS + 1))
-        reached = np.abs(np.asarray(pullback(cotangent)[0])).max(axis=1) > 0
+        reached = np.abs(np.asarray(pull(cotangent))).max(axis=1) > 0
         assert np.flatnonzero(reached).tolist() == list(range(max(0, t - 3), t + 1))
 
 
@@ -173,8 +178,8 @@ def test_shared_heads_are_heads_that_are_alike():
             attention[name] = {"kernel": jnp.repeat(kernel, 2, axis=1).reshape(16, 16)}
     tokens_BxL = tokens_of()
     np.testing.assert_allclose(
-        model.apply({"params": params}, tokens_BxL),
-        gpt.build(full, SYMBOLS).apply({"params": copied}, tokens_BxL),
+        logits_of(model, params, tokens_BxL),
+        logits_of(gpt.build(full, SYMBOLS), copied, tokens_BxL),
         rtol=1e-5,
         atol=1e-5,
     )
@@ -192,7 +197,7 @@ def test_the_memory_switches_change_no_loss_and_no_gradient(config, changes):
         def loss(params):
             return jnp.mean(model.apply({"params": params}, tokens_BxL) ** 2)
 
-        return jax.value_and_grad(loss)(params)
+        return jax.jit(jax.value_and_grad(loss))(params)
 
     plain, switched = value_and_grad(config), value_and_grad(dataclasses.replace(config, **changes))
     # Over all leaves: a bias of the keys has no gradient but rounding, since it shifts all scores.

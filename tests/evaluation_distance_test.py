@@ -24,14 +24,14 @@ PROTOCOL = Protocol("overlapping", 8, 3, partial=True)
 def pair():
     """A model, its weights, and weights that differ from them."""
     model = gpt.build(ModelConfig(layers=1, heads=2, width=8, context=8), VOCABULARY)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     scaled = jax.tree.map(lambda w: 8 * w, params)
     return model, scaled, jax.tree.map(lambda w: jnp.where(jnp.abs(w) < 0.1, 0, w), scaled)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(model, params, tokens):
-    return model.apply({"params": params}, tokens)
+    return jax.jit(model.apply)({"params": params}, tokens)
 
 
 def log_p(model, params, rows):
@@ -88,7 +88,7 @@ def test_the_direction_is_from_the_dense_model(pair):
 def test_a_narrower_model_is_held_against_the_dense_one(pair):
     model, dense, _ = pair
     narrow = gpt.build(ModelConfig(layers=1, heads=2, width=8, context=8, hidden=4), VOCABULARY)
-    params = narrow.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(narrow.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     result = kl_to_dense(model, dense, params, TOKENS, PROTOCOL, batch=4, pruned_model=narrow)
     p, q = (log_p(m, w, TOKENS[None, :8]) for m, w in ((model, dense), (narrow, params)))
     first = kl_to_dense(model, dense, params, TOKENS[:8], PROTOCOL, batch=4, pruned_model=narrow)

@@ -25,7 +25,7 @@ PROMPTS = [[3], [1, 2, 3, 4, 5, 6, 7], [9, 8, 9, 8], [16, 0, 2, 2, 11]]
 
 def built(config):
     model = gpt.build(config, VOCABULARY)
-    params = model.init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
     return model, jax.tree.map(lambda w: 6 * w, params)  # far from uniform, so no ties
 
 
@@ -36,7 +36,7 @@ def small():
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(model, params, tokens):
-    return model.apply({"params": params}, tokens)
+    return jax.jit(model.apply)({"params": params}, tokens)
 
 
 def without_cache(model, params, prompt, count):

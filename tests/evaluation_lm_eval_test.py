@@ -50,7 +50,7 @@ def small():
         layers=1, heads=2, width=16, context=CONTEXT, positions="rope", norm="rms", gated=True
     )
     model = gpt.build(config, len(PIECES) + 2)
-    params = model.init(jax.random.key(3), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, 4), jnp.int32))["params"]
     return model, jax.tree.map(lambda w: 5 * w, params)
 
 
@@ -65,7 +65,7 @@ def asked(*args):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(model, params, tokens):
-    return model.apply({"params": params}, tokens)
+    return jax.jit(model.apply)({"params": params}, tokens)
 
 
 def naive(small, tokens, count):

@@ -40,13 +40,13 @@ class Last(nn.Module):
 @pytest.fixture(scope="module")
 def last():
     model = Last()
-    return model, model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
 
 
 @pytest.fixture(scope="module")
 def small():
     model = gpt.build(ModelConfig(layers=1, heads=2, width=8, context=16), VOCABULARY)
-    return model, model.init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
+    return model, jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))["params"]
 
 
 def naive(params, context, target):
@@ -107,7 +107,9 @@ def test_windows_that_do_not_overlap_are_the_plain_sum(small):
     model, params = small
     result = perplexity(model, params, TOKENS, PLAIN, batch=3)
     rows = TOKENS[:56].reshape(7, 8)
-    logits = np.asarray(model.apply({"params": params}, jnp.asarray(rows)), np.float64)[:, :-1]
+    logits = np.asarray(jax.jit(model.apply)({"params": params}, jnp.asarray(rows)), np.float64)[
+        :, :-1
+    ]
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     nats = -np.take_along_axis(log_p, rows[:, 1:, None], -1)[..., 0]
     assert (result.tokens, result.windows) == (49, 7)

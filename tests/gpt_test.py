@@ -1,6 +1,7 @@
 """The model: sizes, causality, precision, dropout, and a forward pass against float64 numpy."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -28,7 +29,7 @@ def tokens_of(config, batch=2, length=None, seed=0):
 def make(config=TINY, seed=0):
     """Returns the model and parameters none of which is at its special initial value, 0 or 1."""
     model = gpt.build(config, SYMBOLS)
-    params = model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
     leaves, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     moved = [x + 0.2 * rng.standard_normal(x.shape, np.float32) for x in leaves]
@@ -76,7 +77,8 @@ def test_qkv_bias_follows_use_bias_unless_given():
 
 def test_residual_projections_start_smaller():
     config = ModelConfig(layers=8, heads=2, width=64, context=4)
-    params = gpt.build(config, 50).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    init = jax.jit(gpt.build(config, 50).init)
+    params = init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     block = params["block_3"]
     small = 0.02 / math.sqrt(2 * 8)
     # 4,096 draws: the standard error of a standard deviation is 1.1 % of it.
@@ -100,10 +102,11 @@ def test_logits_do_not_depend_on_what_follows(length):
         full = params | {"position_embedding": position_embedding}
         return model.apply({"params": full}, tokens_BxL)[0]
 
-    _, pullback = jax.vjp(logits, params["position_embedding"])
+    table = params["position_embedding"]
+    pull = jax.jit(lambda cotangent: jax.vjp(logits, table)[1](cotangent)[0])
     for t in {0, length // 3, length // 2, length - 1}:
         cotangent_LxV = jnp.zeros((length, SYMBOLS)).at[t].set(jnp.arange(1.0, SYMBOLS + 1))
-        grad_LxD = np.asarray(pullback(cotangent_LxV)[0])
+        grad_LxD = np.asarray(pull(cotangent_LxV))
         assert not grad_LxD[t + 1 :].any()
         assert grad_LxD[: t + 1].any(axis=1).all()
 
@@ -158,7 +161,7 @@ def test_forward_is_the_formula(changes, length):
     config = dataclasses.replace(TINY, **changes)
     model, params = make(config)
     tokens_BxL = tokens_of(config, length=length)
-    logits_BxLxV = model.apply({"params": params}, tokens_BxL)
+    logits_BxLxV = jax.jit(model.apply)({"params": params}, tokens_BxL)
     assert logits_BxLxV.dtype == jnp.float32
     # atol: logits reach 3, and each is a sum of 16 products that may cancel.
     expected = numpy_forward(params, tokens_BxL, config)
@@ -179,10 +182,19 @@ def test_attention_and_its_gradient_are_plain_softmax(length):
         np.asarray(scale * rng.standard_normal((2, length, 3, 8)), np.float32)
         for scale in (4, 4, 1, 1)
     )
-    y, pullback = jax.vjp(gpt.attention, q, k, v)
-    expected_y, expected_pullback = jax.vjp(plain, q, k, v)
+
+    def value_and_gradients(attention):
+        @jax.jit
+        def both(q, k, v):
+            y, pullback = jax.vjp(attention, q, k, v)
+            return y, pullback(cotangent)
+
+        return both(q, k, v)
+
+    y, gradients = value_and_gradients(gpt.attention)
+    expected_y, expected_gradients = value_and_gradients(plain)
     np.testing.assert_allclose(y, expected_y, rtol=1e-5, atol=1e-5)
-    for got, expected in zip(pullback(cotangent), expected_pullback(cotangent), strict=True):
+    for got, expected in zip(gradients, expected_gradients, strict=True):
         # atol: sums over up to 200 positions of terms near 10, in another order.
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
@@ -197,20 +209,19 @@ def test_attention_survives_large_scores():
 def test_bfloat16_computes_close_and_keeps_float32_params():
     model, params = make()
     half = gpt.build(dataclasses.replace(TINY, dtype="bfloat16"), SYMBOLS)
-    fresh = half.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    fresh = jax.jit(half.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     assert {x.dtype for x in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
     tokens_BxL = tokens_of(TINY)
-    exact = model.apply({"params": params}, tokens_BxL)
-    got, state = half.apply(
-        {"params": params}, tokens_BxL, capture_intermediates=True, mutable="intermediates"
-    )
+    exact = jax.jit(model.apply)({"params": params}, tokens_BxL)
+    seen = functools.partial(half.apply, capture_intermediates=True, mutable="intermediates")
+    got, state = jax.jit(seen)({"params": params}, tokens_BxL)
     assert got.dtype == jnp.float32
     inner = flatten_dict(state["intermediates"], sep="/")
     assert inner["block_1/mlp/down/__call__"][0].dtype == jnp.bfloat16
     # bfloat16 carries 8 bits, 0.4 %; two layers of it stay within a few percent of the range.
     assert np.abs(got - exact).max() < 0.05 * np.abs(exact).max()
     assert np.abs(got - exact).max() > 0
-    grads = jax.grad(lambda p: half.apply({"params": p}, tokens_BxL).sum())(params)
+    grads = jax.jit(jax.grad(lambda p: half.apply({"params": p}, tokens_BxL).sum()))(params)
     assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
 
@@ -219,11 +230,12 @@ def test_dropout_acts_in_training_only_and_follows_its_key():
     plain, _ = make()
     tokens_BxL = tokens_of(TINY)
 
+    @jax.jit
     def train(key):
         return model.apply({"params": params}, tokens_BxL, train=True, rngs={"dropout": key})
 
-    still = model.apply({"params": params}, tokens_BxL)
-    np.testing.assert_array_equal(still, plain.apply({"params": params}, tokens_BxL))
+    still = jax.jit(model.apply)({"params": params}, tokens_BxL)
+    np.testing.assert_array_equal(still, jax.jit(plain.apply)({"params": params}, tokens_BxL))
     first = train(jax.random.key(1))
     np.testing.assert_array_equal(first, train(jax.random.key(1)))
     assert (np.asarray(first) != np.asarray(still)).mean() > 0.9
@@ -234,6 +246,7 @@ def test_tied_head_is_the_embedding():
     model, params = make()
     tokens_BxL = jnp.zeros((1, 4), jnp.int32)  # symbol 0 alone is looked up
 
+    @jax.jit
     def logits(embedding):
         return model.apply({"params": params | {"embedding": {"embedding": embedding}}}, tokens_BxL)
 
@@ -267,9 +280,8 @@ def test_what_cannot_be_built_is_named(changes, message):
 def test_every_activation_is_the_one_used(activation):
     model, params = make(dataclasses.replace(TINY, activation=activation))
     tokens_BxL = tokens_of(TINY)
-    _, state = model.apply(
-        {"params": params}, tokens_BxL, capture_intermediates=True, mutable="intermediates"
-    )
+    seen = functools.partial(model.apply, capture_intermediates=True, mutable="intermediates")
+    _, state = jax.jit(seen)({"params": params}, tokens_BxL)
     mlp = flatten_dict(state["intermediates"]["block_0"]["mlp"], sep="/")
     h_NxF = gpt.ACTIVATIONS[activation](mlp["up/__call__"][0])
     expected = h_NxF @ params["block_0"]["mlp"]["down"]["kernel"]
@@ -280,7 +292,7 @@ def test_learns_one_batch_by_heart():
     config = ModelConfig(layers=1, heads=2, width=32, context=16)
     model = gpt.build(config, SYMBOLS)
     tokens_BxL = jnp.asarray(tokens_of(config, batch=2, length=17))
-    params = model.init(jax.random.key(0), tokens_BxL[:, :-1])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), tokens_BxL[:, :-1])["params"]
     optimizer = optax.adam(1e-2)
 
     def loss_of(params):

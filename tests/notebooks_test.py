@@ -1,13 +1,25 @@
+"""The notebooks run, what they print is so, and what is committed was printed by them."""
+
 import ast
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import pretrained_tiny
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "quickstart.ipynb"
+from swe_prune import interop, tree
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 ROWS = ("swe", "magnitude", "random")
 PRUNED = 3789  # 80 % of the 10 x 64 + 64 x 64 weights of the two hidden kernels, 3788.8, rounded
+MOST_LINES = {"quickstart": 25, "prune_llm": 35}
+
+
+def read(name):
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
 
 
 def code_cells(notebook):
@@ -20,28 +32,23 @@ def printed(cells):
     return "".join(output.text for cell in cells for output in cell.outputs)
 
 
-def rows_of(cells):
+def executed(notebook, folder):
+    for cell in code_cells(notebook)[1]:
+        cell.outputs = []  # lest what was committed be taken for what was computed
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3")
+    client.execute(cwd=str(folder))  # raises where a cell does
+    install, others = code_cells(notebook)
+    assert not install.outputs  # nothing was installed
+    return others
+
+
+def quickstart_rows(cells):
     """Returns per criterion (count removed, norm left, dense, pruned, fine-tuned loss)."""
     split = [line.split() for line in printed(cells).splitlines()]
     return {name: tuple(map(float, numbers)) for name, *numbers in split}
 
 
-@pytest.fixture(scope="module")
-def committed():
-    return nbformat.read(NOTEBOOK, as_version=4)
-
-
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    for cell in code_cells(notebook)[1]:
-        cell.outputs = []  # lest what was committed be taken for what was computed
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3")
-    client.execute(cwd=str(tmp_path_factory.mktemp("notebook")))  # raises where a cell does
-    return notebook
-
-
-def check_rows(rows):
+def check_quickstart(rows):
     assert tuple(rows) == ROWS
     for name, (count, left, dense, pruned, tuned) in rows.items():
         assert count == PRUNED, name
@@ -50,27 +57,64 @@ def check_rows(rows):
     assert max(rows["swe"][-1], rows["magnitude"][-1]) < rows["random"][-1]
 
 
-def test_it_runs_and_what_it_says_of_itself_is_true(executed):
-    install, others = code_cells(executed)
-    assert not install.outputs  # nothing was installed
-    check_rows(rows_of(others))
+def llm_rows(cells):
+    """Returns the dense perplexity, and per method (sparsity, perplexity)."""
+    first, *rows, last = (line.split(maxsplit=3) for line in printed(cells).splitlines())
+    assert first[0] == "dense"
+    assert last == ["True"]  # what was exported and read again is worth the same
+    return float(first[1]), {name: (float(share), float(found)) for name, share, found, _ in rows}
 
 
-def test_the_committed_outputs_come_from_a_run_of_all_cells_in_order(committed):
-    install, others = code_cells(committed)
-    assert [cell.execution_count for cell in (install, *others)] == list(range(1, len(others) + 2))
-    check_rows(rows_of(others))
+def test_the_quickstart_runs_and_what_it_says_of_itself_is_true(tmp_path):
+    check_quickstart(quickstart_rows(executed(read("quickstart"), tmp_path)))
 
 
-def test_the_whole_workflow_takes_at_most_25_lines(committed):
-    lines = [line.strip() for cell in code_cells(committed)[1] for line in cell.source.splitlines()]
+def test_a_language_model_is_pruned_and_goes_out_with_its_zeros(tmp_path):
+    place = pretrained_tiny.make(tmp_path)
+    notebook = read("prune_llm")
+    (chosen,) = (cell for cell in notebook.cells if cell.source.startswith("MODEL ="))
+    chosen.source = (  # what a user would change, too: another model, other texts
+        f"MODEL = {str(place.model)!r}\n"
+        f"CALIBRATION, HELD_OUT = {str(place.train)!r}, {str(place.held_out)!r}"
+    )
+    dense, rows = llm_rows(executed(notebook, tmp_path))
+    assert tuple(rows) == ("magnitude", "wanda", "sparsegpt")
+    for share, found in rows.values():
+        assert share == 0.5
+        assert found > dense
+    kernels = [
+        leaf
+        for name, leaf in tree.named_leaves(interop.load(tmp_path / "pruned").params)
+        if name.startswith("block_") and leaf.ndim == 2
+    ]
+    assert len(kernels) == 14
+    for kernel in kernels:
+        assert np.mean(np.asarray(kernel) == 0) == 0.5
+
+
+def test_the_committed_outputs_come_from_a_run_of_all_cells_in_order():
+    for name in NAMES:
+        install, others = code_cells(read(name))
+        counts = [cell.execution_count for cell in (install, *others)]
+        assert counts == list(range(1, len(others) + 2)), name
+    check_quickstart(quickstart_rows(code_cells(read("quickstart"))[1]))
+    dense, rows = llm_rows(code_cells(read("prune_llm"))[1])
+    values = [dense, *(rows[name][1] for name in ("sparsegpt", "wanda", "magnitude"))]
+    assert values == sorted(values)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_short(name):
+    cells = code_cells(read(name))[1]
+    lines = [line.strip() for cell in cells for line in cell.source.splitlines()]
     code = [line for line in lines if line and not line.startswith("#")]
-    assert len(code) <= 25
+    assert len(code) <= MOST_LINES[name]
     assert not any(";" in line for line in code)
 
 
-def test_it_holds_calls_and_no_logic(committed):
-    for cell in code_cells(committed)[1]:
+@pytest.mark.parametrize("name", NAMES)
+def test_it_holds_calls_and_no_logic(name):
+    for cell in code_cells(read(name))[1]:
         for node in ast.walk(ast.parse(cell.source)):
             assert not isinstance(node, ast.If | ast.While | ast.Try | ast.ClassDef)
             if isinstance(node, ast.FunctionDef):
@@ -78,9 +122,11 @@ def test_it_holds_calls_and_no_logic(committed):
                 assert node.end_lineno - node.lineno < 6, node.name
 
 
-def test_it_installs_only_where_the_package_is_missing(committed):
-    install, others = code_cells(committed)
-    guard, pip = [line for line in install.source.splitlines() if line.strip()][1:]
+@pytest.mark.parametrize("name", NAMES)
+def test_it_installs_only_where_the_package_is_missing(name):
+    install, others = code_cells(read(name))
+    guard, *pips = [line for line in install.source.splitlines() if line.strip()][1:]
     assert guard == 'if importlib.util.find_spec("swe_prune") is None:'
-    assert pip.startswith("    %pip install")
+    assert all(pip.startswith("    %pip install") for pip in pips)
+    assert pips
     assert "%" not in "".join(cell.source for cell in others)

@@ -56,7 +56,7 @@ def assert_zeros(params, mask):
 
 
 def logits(params, seed=0):
-    return MODEL.apply({"params": params}, batch_of(seed)["inputs"])
+    return jax.jit(MODEL.apply)({"params": params}, batch_of(seed)["inputs"])
 
 
 def train(base, mask, adapters, steps=20, optimizer=None, **options):
@@ -173,7 +173,7 @@ def test_parts_of_a_batch_and_a_teacher_serve_adapters_too():
 def test_kernels_of_more_than_two_axes_are_adapted_as_matrices():
     attention = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)
     x_BxLxD = np.random.default_rng(0).standard_normal((1, 3, 6)).astype(np.float32)
-    params = attention.init(jax.random.key(0), x_BxLxD)["params"]
+    params = jax.jit(attention.init)(jax.random.key(0), x_BxLxD)["params"]
     adapters = moved(lora.init(params, 2, 2.0, jax.random.key(0)))
     sides = {
         name: (a.shape[0], b.shape[1])

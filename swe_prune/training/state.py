@@ -57,7 +57,8 @@ class Fixed:
 def init_params(model: nn.Module, seed: int, context: int) -> PyTree:
     """Returns freshly initialized parameters; under `jax.eval_shape`, their shapes."""
     tokens_BxL = jnp.zeros((1, context), jnp.int32)
-    return model.init(jax.random.key(seed), tokens_BxL)["params"]
+    init = jax.jit(model.init)  # op by op it would take many times as long to compile
+    return init(jax.random.key(seed), tokens_BxL)["params"]
 
 
 def create(
