@@ -142,7 +142,7 @@ def test_padding_on_the_left_changes_nothing(name, cached):
             parts.append(logits)
         logits = np.concatenate(parts, axis=1)
     else:
-        logits = logits_of(model, params, padded_BxL, valid_BxL)
+        logits = logits_of(model, params, padded_BxL, valid_BxL=valid_BxL)
     assert np.isfinite(logits).all()
     np.testing.assert_allclose(logits[0, 5:], alone, rtol=1e-4, atol=1e-5 * np.abs(alone).max())
     assert np.abs(logits[1, 5:] - alone).max() > 0.01  # there the first five are real
