@@ -15,7 +15,7 @@ demo: $(call STAMP,demo)
 	$(BIN)/python -m swe_prune run --config=configs/shakespeare_char.py --workdir=runs/demo
 
 test: $(call STAMP,test)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(call STAMP,lint)
 	$(BIN)/ruff check $(FORMAT)

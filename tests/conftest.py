@@ -8,6 +8,7 @@ UNOPTIMIZED = "--xla_backend_optimization_level=0"
 PRECISION = "JAX_DEFAULT_MATMUL_PRECISION"
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 MADE = pytest.StashKey[str]()
+FIRST = ("multidevice_test.py", "distributed_test.py", "bucket_test.py", "resume_test.py")
 
 
 def pytest_configure(config):
@@ -26,6 +27,12 @@ def pytest_configure(config):
     if CACHE not in os.environ:
         config.stash[MADE] = os.environ[CACHE] = tempfile.mkdtemp(prefix="swe_prune_compiled_")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+
+def pytest_collection_modifyitems(items):
+    """Puts first what takes longest, lest one worker be left alone with it at the end."""
+    names = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: names.get(item.path.name, len(FIRST)))
 
 
 def pytest_unconfigure(config):
