@@ -270,10 +270,10 @@ echo $$ >"$HERE/pid.$number"; mv "$HERE/pid.$number" "$HERE/ready.$number"
 while true; do sleep 0.05 & wait "$!" || true; done
 """
     player = stand_in(tmp_path, "player", PLAYER + part)
-    # SIGINT is ignored in what a shell starts in the background, and so it may be here
+    # What a shell starts in the background ignores SIGINT, and under nohup SIGHUP: so may this.
     as_in_a_terminal = (
         "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
-        "os.execvp(sys.argv[1], sys.argv[1:])"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
     )
     script = ["bash", str(LAUNCH / "local.sh"), "3", *RUN]
     running = subprocess.Popen(
