@@ -123,14 +123,15 @@ install() {
         { [[ -z ${OPTION[setup]:-} ]] || on all "${OPTION[setup]}"; }
 }
 
-# One run at a time holds the lock, on each machine; its exit code is left in a file.
+# One run at a time holds the lock, on each machine; its exit code is left in a file. The run waits a
+# moment for the lock, which whoever asks how it does holds for an instant.
 start() {
     local line=(../swe_prune_venv/bin/python -m swe_prune "${TRAIN[@]}")
     has_shard || line+=(--distributed)
     # shellcheck disable=SC2016  # to be expanded there
     on all "flock --timeout 60 swe_prune.lock rm -f swe_prune.exit \
 || { echo 'a run is still going on here; wait for it or delete the slice' >&2; exit 1; }; \
-cd swe_prune && { nohup flock --nonblock ../swe_prune.lock \
+cd swe_prune && { nohup flock --timeout 10 ../swe_prune.lock \
 bash -c '\"\$@\"; echo \$? >../swe_prune.exit' swe_prune $(quoted "${line[@]}") \
 >>../swe_prune.log 2>&1 </dev/null & }"
 }

@@ -372,7 +372,7 @@ IN_ALL = (
 RUN_IN_ALL = (
     "flock --timeout 60 swe_prune.lock rm -f swe_prune.exit "
     "|| { echo 'a run is still going on here; wait for it or delete the slice' >&2; exit 1; }; "
-    "cd swe_prune && { nohup flock --nonblock ../swe_prune.lock "
+    "cd swe_prune && { nohup flock --timeout 10 ../swe_prune.lock "
     "bash -c '\"$@\"; echo $? >../swe_prune.exit' swe_prune "
     "../swe_prune_venv/bin/python -m swe_prune run --config=c.py --workdir=/nfs/demo "
     "--config.study.seeds=\\[0\\,\\ 1\\] LAST >>../swe_prune.log 2>&1 </dev/null & }"
