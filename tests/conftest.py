@@ -14,8 +14,6 @@ FIRST = ("multidevice_test.py", "distributed_test.py", "bucket_test.py", "resume
 def pytest_configure(config):
     """Has every program compiled fast, and those of several processes only once.
 
-    Products are of the precision that their arrays say, on accelerators too.
-
     Compiling takes most of the time of these tests, whose programs are tiny and run a few times.
     The settings are in the environment, for the processes that tests start, and before jax is
     imported.

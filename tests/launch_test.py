@@ -267,7 +267,7 @@ def test_local_passes_signals_on_once_to_all(sent, tmp_path):
     part = f"""
 trap 'echo {sent.name} >>"$HERE/got.$number"; exit 75' {sent.name.removeprefix("SIG")}
 echo $$ >"$HERE/pid.$number"; mv "$HERE/pid.$number" "$HERE/ready.$number"
-while true; do sleep 0.05 & wait "$!" || true; done
+while true; do read -rt 0.05 <> <(:) || true; done
 """
     player = stand_in(tmp_path, "player", PLAYER + part)
     # What a shell starts in the background ignores SIGINT, and under nohup SIGHUP: so may this.

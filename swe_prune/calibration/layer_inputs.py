@@ -154,16 +154,14 @@ def accumulated(
     """
     known = {} if known is None else known
     step = accumulating(measure) if step is None else step
-    state, seen, total = None, set(), 0
+    state, total = None, 0
     for number, batch in enumerate(batches):
         total += count(batch, number)
         shapes = str(of_batches.shapes(batch))
-        if shapes not in seen:  # a batch that does not fit is found before it is run
-            if shapes not in known:
-                known[shapes] = traced(measure, variables, batch, number)
-            seen.add(shapes)
-            state = _zeros(known[shapes]) if state is None else state
-            _check_same(state[0], known[shapes], number)
+        if shapes not in known:  # a batch that does not fit is found before it is run
+            known[shapes] = traced(measure, variables, batch, number)
+        state = _zeros(known[shapes]) if state is None else state
+        _check_same(state[0], known[shapes], number)
         state = step(variables, state, batch, number)
     if state is None:
         raise of_batches.nothing_given()
