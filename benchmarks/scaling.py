@@ -37,15 +37,15 @@ def work(devices: int, axis: str) -> None:
     import jax
 
     from swe_prune import config, importance, masks
-    from swe_prune.experiment import at_scale
-    from swe_prune.experiment.setup import setup
+    from swe_prune.study import plan_at_scale
+    from swe_prune.study.experiment import setup
 
     overrides = {"parallel.data": 1} | {f"parallel.{axis}": devices}
     for key in ("batch", "eval_windows", "eval_batch"):
         overrides[f"data.{key}"] = WINDOWS * devices
     settings = config.load(CONFIG, [f"{key}={value}" for key, value in overrides.items()])
     experiment = setup(settings, Path())
-    cost = at_scale.cost(experiment)
+    cost = plan_at_scale.cost(experiment)
     batches = experiment.batches(0)
     state = experiment.fresh_state(0)
     prunable = experiment.prunable
@@ -76,8 +76,8 @@ def work(devices: int, axis: str) -> None:
 def activations(devices: int, axis: str) -> None:
     """Prints what a step of a small model receives with and without `constrain_rows`."""
     from swe_prune import config, parallel
-    from swe_prune.experiment import at_scale
-    from swe_prune.experiment.setup import setup
+    from swe_prune.study import plan_at_scale
+    from swe_prune.study.experiment import setup
 
     small = {"layers": 2, "heads": 2, "width": 16, "context": 16}
     print("| batch | constrain_rows | received in a step, bytes |\n|---:|---|---:|")
@@ -90,7 +90,7 @@ def activations(devices: int, axis: str) -> None:
             overrides |= {"parallel.data": 1, f"parallel.{axis}": devices}
             overrides |= {f"data.{k}": windows for k in ("batch", "eval_windows", "eval_batch")}
             given = [f"{key}={value}" for key, value in overrides.items()]
-            received = at_scale.cost(setup(config.load(CONFIG, given), Path())).received
+            received = plan_at_scale.cost(setup(config.load(CONFIG, given), Path())).received
             says = "with" if constrained else "without"
             print(f"| {windows} | {says} | {sum(received.values()):,} |", flush=True)
 

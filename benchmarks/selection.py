@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from timing import Comparison, compare
 
-from swe_prune import select, tree
+from swe_prune import counting, select
 
 FEW = 3  # repetitions where one takes seconds
 LARGE = 10**8
@@ -46,12 +46,12 @@ def passes(x: jax.Array, k: int) -> int:
         jax.debug.callback(lambda: counted.append(1))
         return original(masks, axes)
 
-    original, tree.count_each = tree.count_each, count_each
+    original, counting.count_each = counting.count_each, count_each
     try:
         jax.block_until_ready(jax.jit(lambda x, k: select.top_k_mask(x, k))(x, k))
         jax.effects_barrier()
     finally:
-        tree.count_each = original
+        counting.count_each = original
     return len(counted)
 
 

@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from swe_prune import __version__, config, importance, masks, parallel, trajectory, tree
-from swe_prune.experiment.setup import Experiment, setup
+from swe_prune.study.experiment import Experiment, setup
 from swe_prune.training import optimizer as optimizer_lib
 from swe_prune.training import step as step_lib
 from swe_prune.training.state import TrainState

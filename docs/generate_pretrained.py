@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from swe_prune import experiment as experiment_lib
-from swe_prune import storage, trajectory, tree
-from swe_prune.experiment import models
-from swe_prune.experiment.workdir import config_of
+from swe_prune import study, trajectory, tree
 from swe_prune.report import language, read
 from swe_prune.report.formats import number, percent
 from swe_prune.report.records import Results, Row
+from swe_prune.runtime import storage
+from swe_prune.study import saved
+from swe_prune.study.workdir import config_of
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
         print(f"{title}\n\n{matrix(results, field, form)}\n")
     print(samples(results))
     place = storage.place(options.workdir)
-    experiment = experiment_lib.setup(config_of(place), place)
+    experiment = study.setup(config_of(place), place)
     print(f"\n{differing(experiment, *options.pair.split(','))}\n\n{moved(experiment)}")
 
 
@@ -85,7 +85,7 @@ def samples(results: Results) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def differing(experiment: experiment_lib.Experiment, one: str, other: str) -> str:
+def differing(experiment: study.Experiment, one: str, other: str) -> str:
     """Returns how many of the removed weights two criteria do not share, at each level."""
     by_name: dict[tuple[str, float, str], Any] = {
         (cell.criterion, cell.requested, cell.pattern or ""): cell for cell in experiment.cells
@@ -95,7 +95,7 @@ def differing(experiment: experiment_lib.Experiment, one: str, other: str) -> st
         twin = by_name.get((other, requested, pattern))
         if name != one or twin is None:
             continue
-        masks = [models.load_masks(experiment, which) for which in (cell, twin)]
+        masks = [saved.load_masks(experiment, which) for which in (cell, twin)]
         apart = removed = 0
         for (_, a), (_, b) in zip(*map(tree.named_leaves, masks), strict=True):
             if a is not None:
@@ -105,9 +105,9 @@ def differing(experiment: experiment_lib.Experiment, one: str, other: str) -> st
     return f"Of the weights that `{one}` removes, `{other}` keeps: " + ", ".join(lines) + "."
 
 
-def moved(experiment: experiment_lib.Experiment) -> str:
+def moved(experiment: study.Experiment) -> str:
     """Returns how far the weights are from their late mean, of which swe knows nothing else."""
-    state = models.load_dense(experiment, experiment.cells[0].seed)
+    state = saved.load_dense(experiment, experiment.cells[0].seed)
     if state.stats is None or "late_mean" not in state.stats.measures:
         return "No late mean was tracked."
     late = trajectory.read(state.stats, "late_mean")

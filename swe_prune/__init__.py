@@ -30,7 +30,7 @@ from swe_prune import (
     trajectory,
     tree,
 )
-from swe_prune.one_call import Pruned, prune
+from swe_prune.pruning import Pruned, prune
 from swe_prune.version import __version__
 
 __all__ = [

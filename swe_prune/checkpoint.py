@@ -24,8 +24,8 @@ from etils import epath
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as preservation
 
-from swe_prune import processes, storage
 from swe_prune.errors import DamagedError, InputError, RunError
+from swe_prune.runtime import processes, storage
 from swe_prune.tree import named_leaves
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save

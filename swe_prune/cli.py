@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.table import Table
 
 from swe_prune import config as config_lib
-from swe_prune import storage
 from swe_prune.errors import InputError, Preempted, RunError
 from swe_prune.pretrained import settings
-from swe_prune.supervisor import SUPERVISED
+from swe_prune.runtime import storage
+from swe_prune.runtime.supervisor import SUPERVISED
 
 if TYPE_CHECKING:
-    from swe_prune.experiment import Experiment
+    from swe_prune.study import Experiment
 
 PLANNED = "SWE_PRUNE_PLANNED"
 """Environment variable of the process that compiles for devices that are not there."""
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             return _failed(failed, failed.exit_code, distributed)
         if distributed:  # a fault of ours; the others must not wait for this process
-            from swe_prune import processes
+            from swe_prune.runtime import processes
 
             processes.await_verdict(error)
             traceback.print_exc()
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _failed(error: Exception, code: int, distributed: bool) -> int:
     if distributed:
-        from swe_prune import processes
+        from swe_prune.runtime import processes
 
         processes.fail(error, code)  # does not return where others are told
     print(f"swe_prune: {error}", file=sys.stderr)
@@ -102,7 +102,7 @@ def _failed(error: Exception, code: int, distributed: bool) -> int:
 
 
 def _supervise(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    from swe_prune import processes, supervisor
+    from swe_prune.runtime import processes, supervisor
 
     processes.place(options.coordinator, options.process)
     if options.distributed and options.coordinator is not None:
@@ -185,29 +185,29 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], distributed: bo
         report.need_extra()  # now rather than after hours of training
     config = _config(options, overrides)
     # jax and all that comes with it, only once there is something to do
-    from swe_prune import experiment as experiment_lib
-    from swe_prune import processes
-    from swe_prune.training.preemption import NOTICE
+    from swe_prune import study
+    from swe_prune.runtime import processes
+    from swe_prune.runtime.preemption import NOTICE
     from swe_prune.training.progress import Progress
 
     processes.check_same(config_lib.flat(config) | _versions())
     text = getattr(options, "shard", None)
-    shard = None if text is None else experiment_lib.parse(text)
-    experiment = experiment_lib.setup(config, options.workdir or epath.Path(), shard)
+    shard = None if text is None else study.parse(text)
+    experiment = study.setup(config, options.workdir or epath.Path(), shard)
     if options.command == "plan":
         _plan(experiment, options)
         return
     progress = Progress(Console(quiet=True) if processes.index() > 0 else None)
-    claimed = experiment_lib.claim(experiment.workdir, config, shard, progress.say)
+    claimed = study.claim(experiment.workdir, config, shard, progress.say)
     with claimed, NOTICE.heeded():
-        progress.say(experiment_lib.memory_line(experiment))
+        progress.say(study.memory_line(experiment))
         if options.command == "evaluate":
-            rows = experiment_lib.evaluate(experiment, progress)
+            rows = study.evaluate(experiment, progress)
             processes.first(lambda: _print_evaluation(rows))
         else:
             if options.command == "finetune":
-                experiment_lib.control(experiment, progress)
-            getattr(experiment_lib, options.command)(experiment, progress)
+                study.control(experiment, progress)
+            getattr(study, options.command)(experiment, progress)
         if options.command == "run":
             processes.first(lambda: _report(options.workdir))
     processes.end()
@@ -224,24 +224,26 @@ def _forced(devices: int, arguments: Sequence[str]) -> int:
 
 
 def _plan(experiment: "Experiment", options: argparse.Namespace) -> None:
-    from swe_prune.experiment import at_scale
-    from swe_prune.experiment.plan import as_json, plan
+    from swe_prune.study import plan_at_scale
+    from swe_prune.study.plan import as_json, plan
 
     if options.json:
         at_hand = options.devices is None
         print(
             json.dumps(
-                as_json(experiment) if at_hand else at_scale.as_json(at_scale.cost(experiment))
+                as_json(experiment)
+                if at_hand
+                else plan_at_scale.as_json(plan_at_scale.cost(experiment))
             )
         )
     elif options.devices is None:
         plan(experiment, Console())
     else:
-        at_scale.plan_at_scale(experiment, Console())
+        plan_at_scale.plan_at_scale(experiment, Console())
 
 
 def _join(options: argparse.Namespace) -> None:
-    from swe_prune import processes
+    from swe_prune.runtime import processes
 
     where = processes.place(options.coordinator, options.process)
     processes.start(where, processes.Timeouts.of_environment())
@@ -260,7 +262,7 @@ def _config(options: argparse.Namespace, overrides: list[str]) -> config_lib.Con
         return config_lib.load(options.config, overrides)
     if options.workdir is None or overrides:
         raise InputError("no --config was given; give the path of a get_config() file")
-    from swe_prune.experiment.workdir import config_of
+    from swe_prune.study.workdir import config_of
 
     return config_of(options.workdir)
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from swe_prune import tree
+from swe_prune import counting, tree
 from swe_prune.errors import InputError
 
 
@@ -43,7 +43,7 @@ def sortable_bits(x: Float[Array, "..."]) -> UInt[Array, "..."]:
 
 def top_k_mask(
     x: Float[Array, "..."],
-    k: int | Int[Array, ""] | tree.Count,
+    k: int | Int[Array, ""] | counting.Count,
     *,
     axes: tuple[int, ...] | None = None,
     name: str = "scores",
@@ -55,7 +55,7 @@ def top_k_mask(
     Args:
         x: floats, fewer than 2^32 of them.
         k: how many to keep, 0 ≤ k ≤ elements; may be traced, then it is clipped to that range. A
-            `tree.Count` is clipped too; with `axes` it may hold a number for every slice.
+            `counting.Count` is clipped too; with `axes` it may hold a number for every slice.
         axes: select within every slice along these axes, k in each; None: over all of `x`.
         name: what an error calls the array.
 
@@ -80,7 +80,7 @@ def top_k_mask(
 
 def top_k_masks(
     xs: Sequence[Float[Array, "..."]],
-    k: int | Int[Array, ""] | tree.Count,
+    k: int | Int[Array, ""] | counting.Count,
     *,
     names: Sequence[str] | None = None,
 ) -> list[Bool[Array, "..."]]:
@@ -115,7 +115,7 @@ def _is_traced(*values: Any) -> bool:
 
 def check_k(k: Any, size: int) -> None:
     """Raises InputError for a k that is no integer or, unless it is traced, outside [0, size]."""
-    if isinstance(k, tree.Count):
+    if isinstance(k, counting.Count):
         return
     if not jnp.issubdtype(jnp.result_type(k), jnp.integer):
         raise InputError(f"k = {k!r} is no integer; give how many elements to keep")
@@ -133,10 +133,10 @@ def check_floats(xs: Sequence[Any]) -> None:
             )
 
 
-def _count_of(k: Any) -> tree.Count:
-    if isinstance(k, tree.Count):
+def _count_of(k: Any) -> counting.Count:
+    if isinstance(k, counting.Count):
         return k
-    return tree.count(jnp.maximum(k, 0) if isinstance(k, Tracer) else int(k))
+    return counting.count(jnp.maximum(k, 0) if isinstance(k, Tracer) else int(k))
 
 
 def reject_nan(names: Sequence[str], nans: Sequence[Array]) -> None:
@@ -149,14 +149,14 @@ def reject_nan(names: Sequence[str], nans: Sequence[Array]) -> None:
             )
 
 
-def _checked(xs: list[Array], k: tree.Count, axes: tuple[int, ...] | None):
-    return _select(xs, k, axes), [tree.count_each([jnp.isnan(x)])[0] for x in xs]
+def _checked(xs: list[Array], k: counting.Count, axes: tuple[int, ...] | None):
+    return _select(xs, k, axes), [counting.count_each([jnp.isnan(x)])[0] for x in xs]
 
 
 _checked_select = jax.jit(_checked, static_argnums=2)
 
 
-def _select(xs: list[Array], k: tree.Count, axes: tuple[int, ...] | None) -> list[Array]:
+def _select(xs: list[Array], k: counting.Count, axes: tuple[int, ...] | None) -> list[Array]:
     """Returns the masks; everything about k may be traced."""
     keys = [sortable_bits(x) for x in xs]
     threshold, reached = _threshold(keys, k, axes)
@@ -166,41 +166,44 @@ def _select(xs: list[Array], k: tree.Count, axes: tuple[int, ...] | None) -> lis
         # The last ties go first, so that what stays is the first by order and flat index.
         here = surplus.saturated()
         if axes is None and len(keys) > 1:
-            here = jnp.minimum(tree.count_true([key == threshold]).saturated(), here)
-            surplus = surplus.minus(tree.count(here))
+            here = jnp.minimum(counting.count_true([key == threshold]).saturated(), here)
+            surplus = surplus.minus(counting.count(here))
         masks.append(_without_last_ties(key, threshold, here, axes))
     return masks[::-1]
 
 
-def _at_most(k: tree.Count, bound: tree.Count) -> tree.Count:
+def _at_most(k: counting.Count, bound: counting.Count) -> counting.Count:
     """Returns the smaller of the two counts, in the shape of the bound."""
     enough = bound >= k
-    return tree.Count(*(jnp.where(enough, a, b) for a, b in zip(k, bound, strict=True)))
+    return counting.Count(*(jnp.where(enough, a, b) for a, b in zip(k, bound, strict=True)))
 
 
 def _threshold(
-    keys: list[Array], k: tree.Count, axes: tuple[int, ...] | None
-) -> tuple[Array, tree.Count]:
+    keys: list[Array], k: counting.Count, axes: tuple[int, ...] | None
+) -> tuple[Array, counting.Count]:
     """Returns the largest key that at least k elements reach, and how many reach it."""
     shape = () if axes is None else _kept_shape(keys[0].shape, axes)
     sizes = [tree.size(key) // math.prod(shape) if math.prod(shape) else 0 for key in keys]
-    everything = tree.Count(*(jnp.broadcast_to(n, shape) for n in tree.count(sum(sizes))))
+    everything = counting.Count(*(jnp.broadcast_to(n, shape) for n in counting.count(sum(sizes))))
 
-    def counts(candidates: list[Array]) -> list[tree.Count]:
-        each = [tree.count_each([key >= bound for bound in candidates], axes) for key in keys]
-        return [tree.total([tree.count(n) for n in of_one]) for of_one in zip(*each, strict=True)]
+    def counts(candidates: list[Array]) -> list[counting.Count]:
+        each = [counting.count_each([key >= bound for bound in candidates], axes) for key in keys]
+        return [
+            counting.total([counting.count(n) for n in of_one])
+            for of_one in zip(*each, strict=True)
+        ]
 
     dtype = keys[0].dtype
     return _largest(counts, _at_most(k, everything), everything, jnp.iinfo(dtype).bits, dtype)
 
 
 def _largest(
-    counts: Callable[[list[Array]], list[tree.Count]],
-    k: tree.Count,
-    everything: tree.Count,
+    counts: Callable[[list[Array]], list[counting.Count]],
+    k: counting.Count,
+    everything: counting.Count,
     bits: int,
     dtype: Any,
-) -> tuple[Array, tree.Count]:
+) -> tuple[Array, counting.Count]:
     """Returns the largest bound below 2^bits with a count of at least k, and its count.
 
     Two bits a pass: three candidates are counted together, which reads the keys half as often.
@@ -218,7 +221,7 @@ def _largest(
         for candidate, n in zip(candidates, counts(candidates), strict=True):
             enough = n >= k
             bound = jnp.where(enough, candidate, bound)
-            reached = tree.Count(
+            reached = counting.Count(
                 *(jnp.where(enough, a, b) for a, b in zip(n, reached, strict=True))
             )
         return shift - 2, bound, reached
@@ -244,13 +247,13 @@ def _without_last_ties(
         position += place * jnp.uint32(stride % 2**32)
         stride *= key.shape[axis]
 
-    def counts(candidates: list[Array]) -> list[tree.Count]:
+    def counts(candidates: list[Array]) -> list[counting.Count]:
         behind = [(key == threshold) & (position >= bound) for bound in candidates]
-        return [tree.count(n) for n in tree.count_each(behind, axes)]
+        return [counting.count(n) for n in counting.count_each(behind, axes)]
 
     def cut(key: Array) -> Array:
-        everything = tree.count(tree.count_each([key == threshold], axes)[0])
-        bound, _ = _largest(counts, tree.count(n), everything, stride.bit_length(), jnp.uint32)
+        everything = counting.count(counting.count_each([key == threshold], axes)[0])
+        bound, _ = _largest(counts, counting.count(n), everything, stride.bit_length(), jnp.uint32)
         return (key > threshold) | ((key == threshold) & ((position < bound) | (n == 0)))
 
     return jax.lax.cond(jnp.any(n > 0), cut, lambda key: key >= threshold, key)

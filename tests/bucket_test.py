@@ -17,10 +17,11 @@ import pytest
 import tensorstore as ts
 import tiny
 
-from swe_prune import cli, experiment, report, storage
+from swe_prune import cli, report, study
 from swe_prune.checkpoint import Checkpoints
 from swe_prune.errors import InputError, RunError
-from swe_prune.experiment import lease, shard
+from swe_prune.runtime import lease, storage
+from swe_prune.study import shard
 from swe_prune.training import metrics
 
 TREE = {"w": jnp.arange(6.0).reshape(2, 3), "mask": jnp.array([True, False]), "dense": None}
@@ -148,11 +149,11 @@ def written(objects, **changes):
 
 
 def test_a_lease_is_one_processs_until_it_lets_go(objects):
-    with lease.held(objects, "x", "thing"):
+    with lease.acquire(objects, "x", "thing"):
         time.sleep(4)  # longer than a dead one's would last
         with (
             pytest.raises(InputError, match=r"^thing is in use by another run \(process \d+ on "),
-            lease.held(objects, "x", "thing"),
+            lease.acquire(objects, "x", "thing"),
         ):
             pass
         found = lease.alive(objects, ["w", "x"])
@@ -160,14 +161,14 @@ def test_a_lease_is_one_processs_until_it_lets_go(objects):
         assert found.pid == os.getpid()
     assert objects.read("x").result().state == "missing"
     assert lease.alive(objects, ["x"]) is None
-    with lease.held(objects, "x", "thing"):
+    with lease.acquire(objects, "x", "thing"):
         pass
 
 
 def test_a_dead_holder_is_waited_out_by_the_longer_of_both_times(objects):
     written(objects, patience=4)
     began = time.monotonic()
-    with lease.held(objects, "x", "thing"):
+    with lease.acquire(objects, "x", "thing"):
         assert 4 < time.monotonic() - began < 8
     written(objects)
     began = time.monotonic()
@@ -183,7 +184,7 @@ def test_of_many_who_find_a_dead_holder_one_at_a_time_takes_over(objects):
     inside, most, together = [], [], threading.Lock()
 
     def enter():
-        with lease.held(objects, "x", "thing", wait=lambda _: None):
+        with lease.acquire(objects, "x", "thing", wait=lambda _: None):
             with together:
                 inside.append(1)
                 most.append(len(inside))
@@ -201,7 +202,7 @@ def test_of_many_who_find_a_dead_holder_one_at_a_time_takes_over(objects):
 
 def test_a_holder_that_was_taken_over_ends_itself(objects):
     ends = []
-    with lease.held(objects, "x", "thing", end=ends.append):
+    with lease.acquire(objects, "x", "thing", end=ends.append):
         written(objects)
         deadline = time.monotonic() + 5
         while not ends and time.monotonic() < deadline:
@@ -219,7 +220,7 @@ def test_a_holder_that_cannot_reach_the_bucket_ends_before_others_take_over(name
         raise gcs_server.Refused(503)
 
     objects = lease.store(storage.place("gs://bucket/run"))
-    with lease.held(objects, "x", "thing", end=ends.append):
+    with lease.acquire(objects, "x", "thing", end=ends.append):
         began = time.monotonic()
         monkeypatch.setattr(gcs_server.Bucket, "put", refused)
         while not ends and time.monotonic() - began < 6:
@@ -314,17 +315,17 @@ def test_every_command_does_in_a_bucket_what_it_does_in_a_folder(names, config, 
 
 def test_shards_share_a_bucket_and_a_whole_run_does_not(names, plays_dir, monkeypatch):
     monkeypatch.setenv("SWE_PRUNE_LOST_TIMEOUT", "6")
-    config, workdir = settings(plays_dir), experiment.Workdir(storage.place("gs://bucket/run"))
-    with experiment.claim(workdir, config, experiment.Shard(0, 2)):
-        with experiment.claim(workdir, config, experiment.Shard(1, 2)):
+    config, workdir = settings(plays_dir), study.Workdir(storage.place("gs://bucket/run"))
+    with study.claim(workdir, config, study.Shard(0, 2)):
+        with study.claim(workdir, config, study.Shard(1, 2)):
             pass
-        for other, what in ((None, "workdir"), (experiment.Shard(0, 2), "shard 0/2 of")):
+        for other, what in ((None, "workdir"), (study.Shard(0, 2), "shard 0/2 of")):
             with (
                 pytest.raises(InputError, match=f"^{what} 'gs://bucket/run' is in use by another"),
-                experiment.claim(workdir, config, other),
+                study.claim(workdir, config, other),
             ):
                 pass
-    with experiment.claim(workdir, config):
+    with study.claim(workdir, config):
         pass
     assert sorted(names) == ["run/config.json"]
 

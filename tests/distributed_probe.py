@@ -3,9 +3,10 @@
 import json
 import sys
 
-from swe_prune import parallel, processes
+from swe_prune import parallel
 from swe_prune.config import ParallelConfig
 from swe_prune.errors import InputError
+from swe_prune.runtime import processes
 
 
 def main(coordinator: str, process: str) -> None:

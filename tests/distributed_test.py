@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import tiny
 
-from swe_prune import cli, experiment
+from swe_prune import cli, study
 from swe_prune.config import CalibrationConfig, CellConfig, PhaseConfig, StudyConfig
-from swe_prune.experiment import models
+from swe_prune.study import saved
 from swe_prune.training.metrics import read_lines
 
 pytestmark = pytest.mark.slow
@@ -175,13 +175,12 @@ def test_their_checkpoint_gives_one_process_their_masks(together, config, tmp_pa
     shutil.copytree(together / "seed_0/dense", tmp_path / "seed_0/dense")
     assert cli.main(["prune", f"--config={config}", f"--workdir={tmp_path}"]) == 0
     one, two = (
-        experiment.setup(experiment.workdir.config_of(folder), folder)
-        for folder in (tmp_path, together)
+        study.setup(study.workdir.config_of(folder), folder) for folder in (tmp_path, together)
     )
     compared = [cell for cell in one.cells if not cell.gradual]
     assert len(compared) == 3
     for cell in compared:
-        masks = [jax.device_get(models.load_masks(made, cell)) for made in (one, two)]
+        masks = [jax.device_get(saved.load_masks(made, cell)) for made in (one, two)]
         if cell.criterion in ("swe", "random"):
             jax.tree.map(np.testing.assert_array_equal, *masks)
         else:  # calibrated in another order of addition

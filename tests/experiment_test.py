@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import tiny
 
-from swe_prune import cli, experiment, masks, tree
+from swe_prune import cli, masks, study, tree
 from swe_prune.config import StudyConfig, TrajectoryConfig
 from swe_prune.errors import InputError
-from swe_prune.experiment import grid, models, results
+from swe_prune.study import grid, results, saved
 from swe_prune.training.metrics import read_lines
 from swe_prune.training.progress import Progress
 from swe_prune.training.step import prune_step
@@ -70,8 +70,8 @@ def test_equal_sparsity_is_met_to_the_weight(finished):
 
 def test_swe_spread_ranks_as_magnitude_within_a_tensor_and_swe_does_not(finished, plays_dir):
     settings = tiny.config(plays_dir)
-    shared = experiment.setup(settings, finished)
-    dense = models.load_dense(shared, 0)
+    shared = study.setup(settings, finished)
+    dense = saved.load_dense(shared, 0)
     common = {"rule": "tensor", "level": 0.5, "seed": 0}
 
     def mask(criterion):
@@ -90,9 +90,9 @@ def test_swe_spread_ranks_as_magnitude_within_a_tensor_and_swe_does_not(finished
 
 def test_the_masks_on_disk_are_those_of_the_table(finished, plays_dir):
     settings = tiny.config(plays_dir)
-    shared = experiment.setup(settings, finished)
+    shared = study.setup(settings, finished)
     for row, cell in zip(table(finished), grid.cells(settings), strict=True):
-        summary = masks.summary(models.load_masks(shared, cell))
+        summary = masks.summary(saved.load_masks(shared, cell))
         assert float(row["sparsity_prunable"]) == summary.sparsity
 
 
@@ -106,8 +106,8 @@ def test_running_again_changes_nothing(finished, plays_dir, capsys):
 
 
 def test_evaluate_computes_the_recorded_losses_again(finished, plays_dir):
-    shared = experiment.setup(tiny.config(plays_dir), finished)
-    rows = experiment.evaluate(shared, Progress())
+    shared = study.setup(tiny.config(plays_dir), finished)
+    rows = study.evaluate(shared, Progress())
     assert len(rows) == 2 + 16
     for row in rows:
         assert row["computed"] == pytest.approx(row["recorded"], rel=1e-6), row["model"]
@@ -195,14 +195,14 @@ def test_another_config_is_refused_with_the_difference(finished, tmp_path, plays
 
 def test_a_second_run_on_the_workdir_is_refused(tmp_path, plays_dir):
     settings = tiny.config(plays_dir)
-    workdir = experiment.Workdir(tmp_path)
+    workdir = study.Workdir(tmp_path)
     with (
-        experiment.claim(workdir, settings),
+        study.claim(workdir, settings),
         pytest.raises(InputError, match="is in use by another run"),
-        experiment.claim(workdir, settings),
+        study.claim(workdir, settings),
     ):
         pass
-    with experiment.claim(workdir, settings):
+    with study.claim(workdir, settings):
         pass
 
 
@@ -226,9 +226,9 @@ def test_late_mean_values_can_go_on_instead_of_the_final_ones(finished, plays_di
     averaged = dataclasses.replace(
         settings, prune=dataclasses.replace(settings.prune, values_from="late_mean")
     )
-    shared = experiment.setup(averaged, finished)
-    dense = models.load_dense(shared, 0)
-    values = models.starting_values(shared, dense)
+    shared = study.setup(averaged, finished)
+    dense = saved.load_dense(shared, 0)
+    values = saved.starting_values(shared, dense)
     late = dense.stats.buffers["late_mean"]["block_0"]["mlp"]["up"]["kernel"]
     np.testing.assert_array_equal(values["block_0"]["mlp"]["up"]["kernel"], late)
     np.testing.assert_array_equal(

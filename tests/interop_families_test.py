@@ -9,7 +9,7 @@ from interop_tiny import CONFIGS, GPT2, LLAMA, LLAMA3, VOCAB, random_params
 from swe_prune import tree
 from swe_prune.config import ModelConfig, RopeConfig
 from swe_prune.errors import InputError
-from swe_prune.interop import families, hf_config, placing
+from swe_prune.interop import families, hf_config, slices
 from swe_prune.interop.tensor_names import GGUF, SAFETENSORS, Row, Table
 
 GGUF_CASES = [name for name in CONFIGS if not name.startswith("mistral")]
@@ -169,7 +169,7 @@ def test_defaults_are_those_of_transformers():
 def test_each_parameter_is_in_one_tensor_and_comes_out_as_it_went_in(tables, name):
     family, config, vocab_size = hf_config.read_config(CONFIGS[name])
     params = dict(tree.named_leaves(random_params(config)))
-    bound = placing.bind(tables[family], config, vocab_size)
+    bound = slices.bind(tables[family], config, vocab_size)
     parts = [part.name for one in bound for part in one.parts]
     assert sorted(parts) == sorted(params)
     for one in bound:
@@ -196,7 +196,7 @@ class Recording:
 def test_of_a_slice_no_more_than_the_slice_is_read(name):
     family, config, vocab_size = hf_config.read_config(CONFIGS[name])
     params = dict(tree.named_leaves(random_params(config)))
-    for one in placing.bind(SAFETENSORS[family], config, vocab_size):
+    for one in slices.bind(SAFETENSORS[family], config, vocab_size):
         for part in one.parts:
             stored = Recording(one.write(params))
             half = part.shape[-1] // 2
@@ -208,7 +208,7 @@ def test_of_a_slice_no_more_than_the_slice_is_read(name):
 
 def test_a_fused_tensor_of_parts_that_are_not_alike_is_joined_in_order():
     config = hf_config.read_config(CONFIGS["phi3 longrope"])[1]
-    bound = placing.bind(SAFETENSORS["phi3"], config, VOCAB)
+    bound = slices.bind(SAFETENSORS["phi3"], config, VOCAB)
     fused = next(one for one in bound if "qkv_proj" in one.name)
     assert fused.shape == (16 + 8 + 8, 16)
     assert [part.start for part in fused.parts] == [0, 16, 24]
@@ -220,7 +220,7 @@ def test_the_tables_say_which_rows_lie_interleaved():
     config = dataclasses.replace(
         hf_config.read_config(LLAMA)[1], layers=1, heads=1, kv_heads=1, head_width=6
     )
-    (bound,) = placing.bind(Table((row,)), config, VOCAB)
+    (bound,) = slices.bind(Table((row,)), config, VOCAB)
     kernel = np.tile(np.arange(6.0), (16, 1))
     stored = bound.write({"block_0/attention/query/kernel": kernel})
     np.testing.assert_array_equal(stored[:, 0], [0, 3, 1, 4, 2, 5])

@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 
 from swe_prune import tree
-from swe_prune.interop.placing import bind
+from swe_prune.interop.slices import bind
 from swe_prune.interop.tensor_names import GGUF
 
 Q = gguf.GGMLQuantizationType

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from swe_prune.interop import hf_config, placing
+from swe_prune.interop import hf_config, slices
 from swe_prune.interop.exporting import export
 from swe_prune.interop.pretrained import Pretrained
 from swe_prune.models import gpt
@@ -82,10 +82,10 @@ def random_params(config, vocab_size=VOCAB, dtype="float32", seed=0):
     """Parameters large enough that attention is far from even, and that every part matters."""
     rng = np.random.default_rng(seed)
     made = {}
-    for name, shape in placing.param_shapes(config, vocab_size).items():
+    for name, shape in slices.param_shapes(config, vocab_size).items():
         values = rng.normal(size=shape) * (0.2 if name.endswith(("scale", "bias")) else 0.4)
         made[name] = jnp.asarray(values + name.endswith("scale"), dtype)
-    return placing.nested(made)
+    return slices.nested(made)
 
 
 def model(name, dtype="float32", **changes):

@@ -9,11 +9,10 @@ import swe_prune
 
 PACKAGE = Path(swe_prune.__file__).parent
 HOUSE = [
-    "version", "errors", "storage", "supervisor", "processes", "tree", "config", "sweep",
-    "trajectory", "select", "schedules", "importance", "allocation", "patterns", "masks",
-    "sparse_training", "one_call", "calibration", "blockwise", "models", "data", "training",
-    "structured", "parallel", "checkpoint", "evaluation", "interop", "pretrained", "experiment",
-    "report", "cli", "__main__",
+    "version", "errors", "runtime", "tree", "counting", "config", "sweep", "trajectory", "select",
+    "schedules", "importance", "allocation", "patterns", "masks", "sparse_training", "calibration",
+    "blockwise", "recipe", "pruning", "models", "data", "training", "parallel", "checkpoint",
+    "evaluation", "interop", "pretrained", "study", "report", "cli", "__main__",
 ]  # fmt: skip
 
 

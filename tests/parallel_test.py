@@ -10,12 +10,12 @@ import tiny
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from swe_prune import experiment, parallel, trajectory
+from swe_prune import parallel, trajectory
 from swe_prune.config import ModelConfig, ParallelConfig
 from swe_prune.errors import InputError
-from swe_prune.experiment import models, phases
 from swe_prune.models import gpt
 from swe_prune.parallel import host_memory
+from swe_prune.study import phases, saved
 from swe_prune.training import loop
 from swe_prune.training import state as state_lib
 from swe_prune.training.progress import Progress
@@ -100,8 +100,8 @@ def test_an_experiment_tracks_in_host_memory_what_it_tracks_on_the_device(
     host = dataclasses.replace(settings, parallel=ParallelConfig(statistics="host"))
     masks = []
     for name, config in (("device", settings), ("host", host)):
-        made = experiment.setup(config, tmp_path / name)
-        with experiment.claim(made.workdir, config):
+        made = study.setup(config, tmp_path / name)
+        with study.claim(made.workdir, config):
             if name == "host":
                 with monkeypatch.context() as patch:
                     patch.setattr(loop.metrics_lib.Meter, "late", fails_at(10))
@@ -109,9 +109,9 @@ def test_an_experiment_tracks_in_host_memory_what_it_tracks_on_the_device(
                         phases.train(made, Progress())
             phases.train(made, Progress())
             phases.prune(made, Progress())
-        stats = [models.load_dense(made, seed).stats for seed in (0, 1)]
+        stats = [saved.load_dense(made, seed).stats for seed in (0, 1)]
         assert [int(one.count) for one in stats] == [8, 8]
-        masks.append([jax.device_get(models.load_masks(made, cell)) for cell in made.cells])
+        masks.append([jax.device_get(saved.load_masks(made, cell)) for cell in made.cells])
     state = made.fresh_state(0)
     assert {b.sharding.memory_kind for b in jax.tree.leaves(state.stats.buffers)} == {"pinned_host"}
     jax.tree.map(np.testing.assert_array_equal, *masks)

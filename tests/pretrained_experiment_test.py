@@ -8,8 +8,7 @@ import pretrained_tiny
 import pytest
 from ml_collections import ConfigDict
 
-from swe_prune import cli, interop
-from swe_prune import experiment as experiment_lib
+from swe_prune import cli, interop, study
 from swe_prune.config import from_dict
 from swe_prune.errors import InputError
 from swe_prune.training.progress import Progress
@@ -63,7 +62,7 @@ def test_it_starts_from_the_checkpoint(place, done):
     assert result["dense_loss"] == pytest.approx(result["pretrained_loss"], abs=0.5)
     model = interop.load(place.model)
     config = from_dict(ConfigDict(config_of(place)))
-    experiment = experiment_lib.setup(config, workdir)
+    experiment = study.setup(config, workdir)
     assert experiment.config.model.layers == model.config.layers
     assert experiment.validation_loss(model.params) == pytest.approx(
         result["pretrained_loss"], rel=1e-6
@@ -104,14 +103,14 @@ def test_it_is_evaluated_and_run_again_without_doing_anything_twice(done, capsys
 def test_sizes_beside_a_checkpoint_are_refused(place, tmp_path):
     config = from_dict(ConfigDict(config_of(place, layers=3)))
     with pytest.raises(InputError, match=r"config.model.layers = 3 was given beside"):
-        experiment_lib.setup(config, tmp_path)
+        study.setup(config, tmp_path)
 
 
 def test_windows_longer_than_the_models_context_are_refused(place, tmp_path):
     values = config_of(place)
     values["data"]["window"] = 129
     with pytest.raises(InputError, match=r"config\.data\.window = 129 exceeds the 128 tokens"):
-        experiment_lib.setup(from_dict(ConfigDict(values)), tmp_path)
+        study.setup(from_dict(ConfigDict(values)), tmp_path)
 
 
 def test_a_text_that_the_model_knows_nothing_of_is_refused(place, tmp_path):
@@ -119,6 +118,6 @@ def test_a_text_that_the_model_knows_nothing_of_is_refused(place, tmp_path):
     text.write_text("".join(chr(0x4E00 + i * 7919 % 20000) for i in range(900)))
     values = config_of(place)
     values["data"]["dataset"] = str(text)
-    experiment = experiment_lib.setup(from_dict(ConfigDict(values)), tmp_path / "w")
+    experiment = study.setup(from_dict(ConfigDict(values)), tmp_path / "w")
     with pytest.raises(InputError, match="guessing among its symbols"):
-        experiment_lib.train(experiment, Progress())
+        study.train(experiment, Progress())

@@ -11,8 +11,8 @@ from report_synthetic import COLUMNS, row, write_rows
 
 from swe_prune import report
 from swe_prune.config import RECOVERIES, SCHEDULES, SCOPES
-from swe_prune.experiment import results as experiment_results
 from swe_prune.report import markdown, missing, read, records, study
+from swe_prune.study import results as experiment_results
 
 NBSP, TIMES = "\N{NO-BREAK SPACE}", "\N{MULTIPLICATION SIGN}"
 

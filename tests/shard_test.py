@@ -12,11 +12,12 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swe_prune import cli, experiment
+from swe_prune import cli, study
 from swe_prune.config import StudyConfig
 from swe_prune.errors import InputError
-from swe_prune.experiment import grid, phases, pruning
-from swe_prune.experiment.shard import Shard, held
+from swe_prune.runtime.locks import lock_for_run
+from swe_prune.study import grid, phases, prune_phase
+from swe_prune.study.shard import Shard
 from swe_prune.training.progress import Progress
 
 
@@ -41,8 +42,8 @@ def table(path):
 
 
 def run(settings, path, shard, commands=(phases.run,)):
-    shared = experiment.setup(settings, path, shard)
-    with experiment.claim(shared.workdir, settings, shard):
+    shared = study.setup(settings, path, shard)
+    with study.claim(shared.workdir, settings, shard):
         for command in commands:
             command(shared, Progress())
     return shared
@@ -67,26 +68,26 @@ def test_shards_do_what_one_process_does(whole, tmp_path, plays_dir):
 
 def test_shards_share_a_workdir_and_a_whole_run_does_not(tmp_path, plays_dir):
     settings = settings_of(plays_dir)
-    workdir = experiment.Workdir(tmp_path)
-    with experiment.claim(workdir, settings, Shard(0, 2)):
-        with experiment.claim(workdir, settings, Shard(1, 2)):
+    workdir = study.Workdir(tmp_path)
+    with study.claim(workdir, settings, Shard(0, 2)):
+        with study.claim(workdir, settings, Shard(1, 2)):
             pass
         for other in (None, Shard(0, 2)):
             with (
                 pytest.raises(InputError, match="is in use by another run"),
-                experiment.claim(workdir, settings, other),
+                study.claim(workdir, settings, other),
             ):
                 pass
     changed = dataclasses.replace(settings, log_every=7)
     with (
         pytest.raises(InputError, match="made by another config: log_every"),
-        experiment.claim(workdir, changed, Shard(0, 2)),
+        study.claim(workdir, changed, Shard(0, 2)),
     ):
         pass
 
 
 def _hold(folder, ready, done):
-    with held(folder, "it", lambda _: None):
+    with lock_for_run(folder, "it", lambda _: None):
         ready.set()
         done.wait(30)
 
@@ -104,19 +105,21 @@ def test_who_comes_second_says_so_and_waits(tmp_path):
             said.append((text, time.monotonic()))
             done.set()
 
-        with held(tmp_path, "dense model of seed 0", say):
+        with lock_for_run(tmp_path, "dense model of seed 0", say):
             assert said[0][0] == "another process is at the dense model of seed 0; waiting for it"
     finally:
         done.set()
         other.join()
     said.clear()
-    with held(tmp_path, "dense model of seed 0", lambda text: said.append(text)):
+    with lock_for_run(tmp_path, "dense model of seed 0", lambda text: said.append(text)):
         assert said == []
 
 
 def test_what_another_process_finished_meanwhile_is_not_done_again(whole, monkeypatch):
     cells = [(0, grid.cells(whole.config))]
-    monkeypatch.setattr(pruning, "todo", lambda *_: cells)  # as it was before the other finished
+    monkeypatch.setattr(
+        prune_phase, "todo", lambda *_: cells
+    )  # as it was before the other finished
     finished = Path(whole.workdir.path).glob("seed_*/**/result.json")
     stamps = {p: p.stat().st_mtime_ns for p in finished}
     assert len(stamps) == 6

@@ -12,16 +12,16 @@ import optax
 import pytest
 import tiny
 
-from swe_prune import experiment, schedules, sweep, tree
+from swe_prune import schedules, study, sweep, tree
 from swe_prune.config import CalibrationConfig, StudyConfig, from_dict, load, validate
 from swe_prune.errors import InputError
-from swe_prune.experiment import (
+from swe_prune.study import (
     calibration_text,
     gradual,
     grid,
-    models,
     recovery,
     results,
+    saved,
     scoring,
     timing,
 )
@@ -78,9 +78,9 @@ def config(plays_dir, cells=CELLS, seeds=(0,), **changes):
 def done(tmp_path_factory, plays_dir):
     """The study run once."""
     settings = config(plays_dir, keep_finetuned=True)
-    shared = experiment.setup(settings, tmp_path_factory.mktemp("study") / "work")
-    with experiment.claim(shared.workdir, settings):
-        experiment.run(shared, Progress())
+    shared = study.setup(settings, tmp_path_factory.mktemp("study") / "work")
+    with study.claim(shared.workdir, settings):
+        study.run(shared, Progress())
     return shared
 
 
@@ -127,7 +127,7 @@ def test_every_recovery_has_a_control_of_its_own(done, table):
 
 
 def test_gaps_are_validation_minus_training_loss(done, table):
-    dense = models.load_dense(done, 0)
+    dense = saved.load_dense(done, 0)
     for row in table.values():
         assert float(row["dense_train_loss"]) == done.training_loss(dense.params)
         if row["finetuned_loss"]:
@@ -146,7 +146,7 @@ def test_the_training_windows_are_fixed_and_of_the_training_text(done):
 
 
 def test_scores_are_those_of_the_formulas_in_float64(done):
-    dense = models.load_dense(done, 0)
+    dense = saved.load_dense(done, 0)
     source = scoring.source(done, dense, done.cells)
     by_name = {cell.name: cell for cell in done.cells}
     leaf = ("block_0", "mlp", "up", "kernel")
@@ -188,10 +188,10 @@ def _mean_gradient(shared, params):
 
 
 def test_block_after_block_pruning_goes_on_with_the_weights_it_changed(done):
-    dense = models.load_dense(done, 0)
+    dense = saved.load_dense(done, 0)
     cell = done.cells[-1]
-    start = models.starting_values(done, dense, cell)
-    kept = models.load_masks(done, cell)["block_0"]["mlp"]["up"]["kernel"]
+    start = saved.starting_values(done, dense, cell)
+    kept = saved.load_masks(done, cell)["block_0"]["mlp"]["up"]["kernel"]
     before, after = (np.asarray(p["block_0"]["mlp"]["up"]["kernel"]) for p in (dense.params, start))
     assert (before[kept] != after[kept]).any()
     np.testing.assert_array_equal(
@@ -200,23 +200,23 @@ def test_block_after_block_pruning_goes_on_with_the_weights_it_changed(done):
 
 
 def test_gradual_masks_are_held_and_those_of_fixed_scores_are_one_shot_masks(done):
-    dense = models.load_dense(done, 0)
+    dense = saved.load_dense(done, 0)
     for cell in done.cells:
         if cell.gradual:
-            masks = models.load_masks(done, cell)
-            params = models.load_finetuned(done, cell)
+            masks = saved.load_masks(done, cell)
+            params = saved.load_finetuned(done, cell)
             revived = tree.map_tracked(lambda m, w: int((~m & (w != 0)).sum()), masks, params)
             assert sum(jax.tree.leaves(revived)) == 0
     swe = next(cell for cell in done.cells if cell.schedule == "iterative")
     once = scoring.cell_masks(scoring.source(done, dense, [swe]), swe)
     for ours, theirs in zip(
-        jax.tree.leaves(models.load_masks(done, swe)), jax.tree.leaves(once), strict=True
+        jax.tree.leaves(saved.load_masks(done, swe)), jax.tree.leaves(once), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
 
 
 def test_what_a_gradual_cell_has_pruned_stays_so(done):
-    dense = models.load_dense(done, 0)
+    dense = saved.load_dense(done, 0)
     cell = next(cell for cell in done.cells if cell.schedule == "cubic")
     source = scoring.source(done, dense, [cell])
     # Kept are the smaller halves, which a criterion that forgets what is gone would not choose.
@@ -255,7 +255,7 @@ def test_calibration_is_of_the_training_text_and_the_same_for_every_seed(done):
 def test_a_gradual_cell_that_is_killed_ends_as_if_it_had_not_been(done, tmp_path):
     shutil.copytree(done.workdir.path, tmp_path / "work")
     cell = next(cell for cell in done.cells if cell.schedule == "iterative")
-    copy = dataclasses.replace(done, workdir=experiment.Workdir(tmp_path / "work"), cells=[cell])
+    copy = dataclasses.replace(done, workdir=study.Workdir(tmp_path / "work"), cells=[cell])
     path = copy.workdir.cell(cell) / "result.json"
     whole = json.loads(path.read_text())
     for name in ("finetuned_loss", "finetuned_train_loss"):
@@ -273,10 +273,10 @@ def test_a_gradual_cell_that_is_killed_ends_as_if_it_had_not_been(done, tmp_path
 
     mortal = dataclasses.replace(tuning, step=dies)
     with pytest.raises(KeyboardInterrupt):
-        experiment.finetune(dataclasses.replace(copy, tunings={cell.recovery: mortal}), Progress())
+        study.finetune(dataclasses.replace(copy, tunings={cell.recovery: mortal}), Progress())
     assert "finetuned_loss" not in json.loads(path.read_text())
     steps = -20  # now it lives; the checkpoint is of step 4, so two of the six are left
-    experiment.finetune(dataclasses.replace(copy, tunings={cell.recovery: mortal}), Progress())
+    study.finetune(dataclasses.replace(copy, tunings={cell.recovery: mortal}), Progress())
     assert steps == -18
     ours = json.loads(path.read_text())
     theirs = json.loads((done.workdir.cell(cell) / "result.json").read_text())
@@ -285,7 +285,7 @@ def test_a_gradual_cell_that_is_killed_ends_as_if_it_had_not_been(done, tmp_path
 
 
 def test_evaluate_computes_every_recorded_loss_again(done):
-    compared = experiment.evaluate(done, Progress())
+    compared = study.evaluate(done, Progress())
     assert len(compared) == 1 + 11 + 9
     for row in compared:
         assert row["computed"] == pytest.approx(row["recorded"], rel=1e-6), row["model"]
@@ -412,7 +412,7 @@ def test_rewarming_reaches_the_dense_peak_and_rewinding_the_dense_schedules_end(
 )
 def test_a_cell_that_cannot_work_is_named_before_any_training(cell, sentence, tmp_path, plays_dir):
     with pytest.raises(InputError, match=sentence):
-        experiment.setup(config(plays_dir, [cell]), tmp_path / "work")
+        study.setup(config(plays_dir, [cell]), tmp_path / "work")
     assert not (tmp_path / "work").exists()
 
 
@@ -433,7 +433,7 @@ SWEEPS = sorted((Path(__file__).parents[1] / "configs" / "sweeps").glob("*.py"))
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_the_sweeps_that_come_along_can_be_run(path, plays_dir, tmp_path):
     settings = load(path, [f"data.data_dir={plays_dir}"])
-    shared = experiment.setup(settings, tmp_path / "work")
+    shared = study.setup(settings, tmp_path / "work")
     assert {cell.seed for cell in shared.cells} == {0, 1, 2}
     assert f"{len(shared.cells)} cells" in path.read_text()
     assert {"magnitude", "random"} <= {cell.criterion for cell in shared.cells}

@@ -1,9 +1,20 @@
 """How much to take where: every rule that shares a sparsity out over the tensors."""
 
+from swe_prune.allocation.alpha_pruning import (
+    alpha_pruning,
+    alpha_shares,
+    hill_alpha,
+    tail_exponents,
+)
 from swe_prune.allocation.by_score import by_scores
 from swe_prune.allocation.by_shape import erk, erk_densities, table, uniform
-from swe_prune.allocation.count import Allocation, apportion, check_sparsity, removed_count
-from swe_prune.allocation.deviation import (
+from swe_prune.allocation.ecoflap import ecoflap, zeroth_order_importance
+from swe_prune.allocation.filling import water_fill
+from swe_prune.allocation.groups import GROUPINGS, Groups, grouped
+from swe_prune.allocation.owl import owl, owl_n_of_m, owl_sparsities
+from swe_prune.allocation.registry import NEEDS, Rule, allocate, get, names
+from swe_prune.allocation.rounding import Allocation, apportion, check_sparsity, removed_count
+from swe_prune.allocation.std_rule import (
     gaussian_rate,
     gaussian_sparsity,
     rate_for_sparsity,
@@ -12,17 +23,6 @@ from swe_prune.allocation.deviation import (
     std,
     std_threshold,
 )
-from swe_prune.allocation.filling import water_fill
-from swe_prune.allocation.heavy_tail import (
-    alpha_pruning,
-    alpha_shares,
-    hill_alpha,
-    tail_exponents,
-)
-from swe_prune.allocation.outliers import owl, owl_n_of_m, owl_sparsities
-from swe_prune.allocation.registry import NEEDS, Rule, allocate, get, names
-from swe_prune.allocation.tensors import GROUPINGS, Groups, grouped
-from swe_prune.allocation.zeroth_order import ecoflap, zeroth_order_importance
 
 __all__ = [
     "GROUPINGS",

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from swe_prune import select, tree
-from swe_prune.allocation.count import Allocation, check_sparsity, removed_count
-from swe_prune.allocation.tensors import scored
+from swe_prune import counting, select, tree
+from swe_prune.allocation.groups import scored
+from swe_prune.allocation.rounding import Allocation, check_sparsity, removed_count
 
 
 def by_scores(scores: PyTree, sparsity: float) -> Allocation:
@@ -31,7 +31,7 @@ def by_scores(scores: PyTree, sparsity: float) -> Allocation:
     named = scored(scores)
     sizes = {name: tree.size(leaf) for name, leaf in named.items()}
     total = sum(sizes.values())
-    keep = tree.count(total - removed_count(total, sparsity))
+    keep = counting.count(total - removed_count(total, sparsity))
     kept, nans = jax.device_get(_kept_each(list(named.values()), keep))
     select.reject_nan(list(named), nans)
     gone = {name: sizes[name] - int(n) for name, n in zip(named, kept, strict=True)}
@@ -39,7 +39,9 @@ def by_scores(scores: PyTree, sparsity: float) -> Allocation:
 
 
 @jax.jit
-def _kept_each(scores: list[Array], keep: tree.Count) -> tuple[list[tree.Count], list[Array]]:
+def _kept_each(
+    scores: list[Array], keep: counting.Count
+) -> tuple[list[counting.Count], list[Array]]:
     masks = select.top_k_masks(scores, keep)
-    nans = [tree.count_each([jnp.isnan(score)])[0] for score in scores]
-    return [tree.count_true([mask]) for mask in masks], nans
+    nans = [counting.count_each([jnp.isnan(score)])[0] for score in scores]
+    return [counting.count_true([mask]) for mask in masks], nans

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from jaxtyping import PyTree
 
 from swe_prune import tree
-from swe_prune.allocation import count, tensors
-from swe_prune.allocation.count import Allocation
+from swe_prune.allocation import groups, rounding
+from swe_prune.allocation.rounding import Allocation
 from swe_prune.errors import InputError
 
 
@@ -24,9 +24,9 @@ def uniform(shapes: PyTree, sparsity: float) -> Allocation:
     >>> uniform({"a": (3,), "b": (3,), "c": (4,)}, 0.5).removed
     {'a': 2, 'b': 1, 'c': 2}
     """
-    count.check_sparsity(sparsity)
-    sizes = _sizes(tensors.shapes_of(shapes))
-    return count.meet({name: size * sparsity for name, size in sizes.items()}, sizes, sparsity)
+    rounding.check_sparsity(sparsity)
+    sizes = _sizes(groups.shapes_of(shapes))
+    return rounding.meet({name: size * sparsity for name, size in sizes.items()}, sizes, sparsity)
 
 
 def erk(shapes: PyTree, sparsity: float, *, power: float = 1.0, kernel: bool = True) -> Allocation:
@@ -47,9 +47,9 @@ def erk(shapes: PyTree, sparsity: float, *, power: float = 1.0, kernel: bool = T
     {'a': 0.8706, 'b': 0.094}
     """
     densities, _ = erk_densities(shapes, sparsity, power=power, kernel=kernel)
-    sizes = _sizes(tensors.shapes_of(shapes))
+    sizes = _sizes(groups.shapes_of(shapes))
     gone = {name: size * (1 - densities[name]) for name, size in sizes.items()}
-    return count.meet(gone, sizes, sparsity)
+    return rounding.meet(gone, sizes, sparsity)
 
 
 def erk_densities(
@@ -74,18 +74,18 @@ def erk_densities(
     Raises:
         InputError: sparsity outside [0, 1), a power out of [−8, 8], or no tensors.
     """
-    count.check_sparsity(sparsity)
+    rounding.check_sparsity(sparsity)
     if not abs(power) <= 8:
         raise InputError(f"power = {power} is out of [-8, 8]; give one such as 1.0")
-    named = tensors.shapes_of(shapes)
+    named = groups.shapes_of(shapes)
     sizes = _sizes(named)
 
     def raw(shape: tuple[int, ...]) -> float:
         dims = shape if kernel else shape[-2:]
         return (sum(dims) / math.prod(dims)) ** power if dims and 0 not in dims else 1.0
 
-    kept = sum(sizes.values()) - count.removed_count(sum(sizes.values()), sparsity)
-    densities, scale = count.scaled([*map(raw, named.values())], [*sizes.values()], kept)
+    kept = sum(sizes.values()) - rounding.removed_count(sum(sizes.values()), sparsity)
+    densities, scale = rounding.scaled([*map(raw, named.values())], [*sizes.values()], kept)
     return dict(zip(named, densities, strict=True)), scale
 
 
@@ -111,8 +111,8 @@ def table(rules: Mapping[str, float], shapes: PyTree, sparsity: float | None = N
     total        55  120    45.83%
     """
     for share in [*rules.values(), *([] if sparsity is None else [sparsity])]:
-        count.check_sparsity(share)
-    sizes = _sizes(tensors.shapes_of(shapes))
+        rounding.check_sparsity(share)
+    sizes = _sizes(groups.shapes_of(shapes))
     rule_of = {
         name: next((rule for rule in rules if tree.rule_matches(rule, name)), None)
         for name in sizes
@@ -130,18 +130,18 @@ def table(rules: Mapping[str, float], shapes: PyTree, sparsity: float | None = N
             )
     given = {name: rules[rule] for name, rule in rule_of.items() if rule is not None}
     if sparsity is None:
-        gone = {name: count.removed_count(size, given[name]) for name, size in sizes.items()}
+        gone = {name: rounding.removed_count(size, given[name]) for name, size in sizes.items()}
         return Allocation(gone, sizes)
     total = sum(sizes.values())
-    kept, _ = count.scaled(
+    kept, _ = rounding.scaled(
         [1 - share for share in given.values()],
         [*sizes.values()],
-        total - count.removed_count(total, sparsity),
+        total - rounding.removed_count(total, sparsity),
     )
     targets = {
         name: size * (1 - share) for (name, size), share in zip(sizes.items(), kept, strict=True)
     }
-    return count.meet(targets, sizes, sparsity)
+    return rounding.meet(targets, sizes, sparsity)
 
 
 def _sizes(named: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

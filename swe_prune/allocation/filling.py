@@ -4,8 +4,8 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 
-from swe_prune.allocation import count
-from swe_prune.allocation.count import Allocation
+from swe_prune.allocation import rounding
+from swe_prune.allocation.rounding import Allocation
 from swe_prune.errors import InputError
 
 
@@ -39,7 +39,7 @@ def water_fill(
     >>> water_fill([1, 1, 8], [1000] * 3, 0.5, 0.6)
     [430, 430, 640]
     """
-    count.check_sparsity(sparsity)
+    rounding.check_sparsity(sparsity)
     most = min(sparsity + 0.1, 1.0) if max_sparsity is None else max_sparsity
     if not sparsity <= most <= 1:
         raise InputError(
@@ -51,7 +51,7 @@ def water_fill(
                 f"the importance {score} of a group is negative or not finite; find out where the "
                 "loss diverged"
             )
-    total = sum(sizes) - count.removed_count(sum(sizes), sparsity)
+    total = sum(sizes) - rounding.removed_count(sum(sizes), sparsity)
     # The small number makes good what floats lose, as 0.7 · 10 may fall below 7.
     least = [size - math.floor(most * size + 1e-9) for size in sizes]
     if sum(least) > total:
@@ -103,5 +103,5 @@ def within_groups(
         inside = [sizes[name] for name in names]
         gone = sum(inside) - kept
         targets = [size * gone / sum(inside) for size in inside]
-        removed.update(zip(names, count.apportion(targets, inside, gone), strict=True))
+        removed.update(zip(names, rounding.apportion(targets, inside, gone), strict=True))
     return Allocation(removed, dict(sizes))

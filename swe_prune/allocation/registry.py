@@ -12,14 +12,14 @@ from typing import Any
 from jaxtyping import PyTree
 
 from swe_prune import tree
+from swe_prune.allocation.alpha_pruning import alpha_pruning
 from swe_prune.allocation.by_score import by_scores
 from swe_prune.allocation.by_shape import erk, table, uniform
-from swe_prune.allocation.count import Allocation
-from swe_prune.allocation.deviation import std
-from swe_prune.allocation.heavy_tail import alpha_pruning
-from swe_prune.allocation.outliers import owl
-from swe_prune.allocation.tensors import chosen
-from swe_prune.allocation.zeroth_order import ecoflap
+from swe_prune.allocation.ecoflap import ecoflap
+from swe_prune.allocation.groups import chosen
+from swe_prune.allocation.owl import owl
+from swe_prune.allocation.rounding import Allocation
+from swe_prune.allocation.std_rule import std
 from swe_prune.errors import InputError, did_you_mean
 
 NEEDS: Mapping[str, str] = {

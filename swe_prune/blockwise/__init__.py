@@ -9,8 +9,8 @@ prune     the whole: each block on the inputs that the already pruned blocks bef
 
 from swe_prune.blockwise.dense_scores import dense_scores
 from swe_prune.blockwise.prune import METHODS, KernelReport, prune_blocks
-from swe_prune.blockwise.ranking import wanda_mask, wanda_variant_mask
-from swe_prune.blockwise.solver import SolverReport, sparsegpt
+from swe_prune.blockwise.sparsegpt import SolverReport, sparsegpt
+from swe_prune.blockwise.wanda import wanda_mask, wanda_variant_mask
 
 __all__ = [
     "METHODS",

@@ -16,11 +16,11 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, PyTree
 
-from swe_prune import patterns, select, tree
+from swe_prune import counting, patterns, select, tree
 from swe_prune.allocation import Allocation
-from swe_prune.blockwise import ranking, wiring
-from swe_prune.blockwise.solver import BLOCK, SolverReport, check_sparsity, sparsegpt
-from swe_prune.calibration import batches as of_batches
+from swe_prune.blockwise import block_graph, wanda
+from swe_prune.blockwise.sparsegpt import BLOCK, SolverReport, check_sparsity, sparsegpt
+from swe_prune.calibration import batching as of_batches
 from swe_prune.calibration import layer_inputs as measuring
 from swe_prune.errors import InputError, did_you_mean
 
@@ -132,7 +132,7 @@ def prune_blocks(
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; {did_you_mean(method, METHODS)}")
     params = variables["params"]
-    paths = wiring.find([name for name, _ in tree.named_leaves(params)], blocks)
+    paths = block_graph.find([name for name, _ in tree.named_leaves(params)], blocks)
     chosen = measuring.chosen(params, tree.prunable(params) if prunable is None else prunable)
     shapes = {
         name: shape
@@ -156,7 +156,7 @@ def prune_blocks(
         }
         if runner is None or not runner.fits(of_kinds, wanted):
             runner = _Runner(of_kinds, wanted, plan.hessian, dense_like)
-        own = wiring.part(variables, path)
+        own = block_graph.part(variables, path)
         new, kept = _one_block(runner, path, own, states, counts, plan, reports, progress)
         if index + 1 < len(wires):
             _advance(runner, own, new, states, wires[index + 1 :], offload)
@@ -169,7 +169,7 @@ def _one_block(
     runner: "_Runner",
     path: str,
     own: Mapping[str, PyTree],
-    states: list[wiring.Activations],
+    states: list[block_graph.Activations],
     counts: list[int],
     plan: _Plan,
     reports: list[KernelReport],
@@ -182,7 +182,7 @@ def _one_block(
         sums = runner.measured(part, states, counts)
     new, kept = {}, {}
     for name in runner.wanted:
-        weight, given = (wiring.leaf(tree_of["params"], name) for tree_of in (part, own))
+        weight, given = (block_graph.leaf(tree_of["params"], name) for tree_of in (part, own))
         *done, report = _kernel(f"{path}/{name}", weight, sums.pop(name, None), sum(counts), plan)
         new[name], kept[name] = jax.device_get(done) if isinstance(given, np.ndarray) else done
         if plan.donate:
@@ -207,8 +207,8 @@ def _advance(
     runner: "_Runner",
     own: Mapping[str, PyTree],
     new: Mapping[str, Any],
-    states: list[wiring.Activations],
-    later: list[list[wiring.Wire]],
+    states: list[block_graph.Activations],
+    later: list[list[block_graph.Wire]],
     offload: bool,
 ) -> None:
     """Puts into `states` what the pruned block gives, one after the other: the old is freed."""
@@ -264,15 +264,15 @@ def _captured(
     batches: Iterable[PyTree],
     paths: list[str],
     offload: bool,
-) -> tuple[list[list[wiring.Wire]], list[wiring.Activations], list[int]]:
+) -> tuple[list[list[block_graph.Wire]], list[block_graph.Activations], list[int]]:
     """Returns the blocks, for each kind of batch; what goes into the first; and the sequences."""
     kinds: dict[str, int] = {}
-    of_kinds: list[list[wiring.Wire]] = []
-    states: list[wiring.Activations] = []
+    of_kinds: list[list[block_graph.Wire]] = []
+    states: list[block_graph.Activations] = []
     counts: list[int] = []
-    before = wiring.without(variables, paths)
+    before = block_graph.without(variables, paths)
     first = jax.jit(
-        lambda variables, batch: wiring.into_first(lambda: run(variables, batch), paths)
+        lambda variables, batch: block_graph.into_first(lambda: run(variables, batch), paths)
     )
     for number, batch in enumerate(batches):
         counts.append(of_batches.sequences(batch, number))
@@ -282,7 +282,7 @@ def _captured(
             of_kinds.append(_wires(run, variables, batch, paths, number))
             _check_order(of_kinds, number)
         given = first(before, batch)
-        states.append(wiring.Activations(_kept(given, offload), [], kinds[shapes]))
+        states.append(block_graph.Activations(_kept(given, offload), [], kinds[shapes]))
     if not states:
         raise of_batches.nothing_given()
     if len(paths) > 1:
@@ -290,21 +290,23 @@ def _captured(
     return [list(wires) for wires in zip(*of_kinds, strict=True)], states, counts
 
 
-def _start_as_second(of_kinds: list[list[wiring.Wire]], states: list[wiring.Activations]) -> None:
+def _start_as_second(
+    of_kinds: list[list[block_graph.Wire]], states: list[block_graph.Activations]
+) -> None:
     """Puts what goes into the first block where the second finds what goes into it."""
     moves = []
     for wires in of_kinds:
-        wires[0], moved = wiring.as_second(wires[0], wires[1])
+        wires[0], moved = block_graph.as_second(wires[0], wires[1])
         moves.append((moved, _asked(wires, "given")))
     for at, state in enumerate(states):
         moved, asked = moves[state.kind]
         made = [None] * (max(moved, default=-1) + 1)
         for number, given in moved.items():
             made[number] = state.given[given]
-        states[at] = wiring.Activations(_less(state.given, asked), made, state.kind)
+        states[at] = block_graph.Activations(_less(state.given, asked), made, state.kind)
 
 
-def _asked(wires: Iterable[wiring.Wire], kind: str) -> set[int]:
+def _asked(wires: Iterable[block_graph.Wire], kind: str) -> set[int]:
     """Returns the numbers of what blocks ask for from a place."""
     return {source.value for wire in wires for source in wire.sources if source.kind == kind}
 
@@ -319,17 +321,17 @@ def _less(leaves: Sequence[Any], asked: set[int]) -> list[Any]:
 
 def _wires(
     run: Callable[[Any, Any], Any], variables: Any, batch: Any, paths: list[str], number: int
-) -> list[wiring.Wire]:
-    found: list[wiring.Wire] = []
+) -> list[block_graph.Wire]:
+    found: list[block_graph.Wire] = []
 
     def traced(variables: Any, batch: Any) -> None:
-        found.extend(wiring.trace(lambda: run(variables, batch), paths))
+        found.extend(block_graph.trace(lambda: run(variables, batch), paths))
 
     measuring.traced(traced, of_batches.shapes(variables), batch, number)
     return found
 
 
-def _check_order(of_kinds: list[list[wiring.Wire]], number: int) -> None:
+def _check_order(of_kinds: list[list[block_graph.Wire]], number: int) -> None:
     orders = [[wire.path for wire in wires] for wires in of_kinds]
     if orders[0] != orders[-1]:
         raise InputError(
@@ -361,7 +363,7 @@ def _kept(leaves: Sequence[Any], offload: bool) -> list[Any]:
     ]
 
 
-def _on_device(state: wiring.Activations) -> wiring.Activations:
+def _on_device(state: block_graph.Activations) -> block_graph.Activations:
     return jax.tree.map(
         lambda leaf: (
             jax.device_put(leaf.value, leaf.sharding) if isinstance(leaf, _OnHost) else leaf
@@ -375,7 +377,7 @@ class _Runner:
 
     def __init__(
         self,
-        wires: list[wiring.Wire],
+        wires: list[block_graph.Wire],
         wanted: Mapping[str, Any],
         hessian: bool,
         dense_like: tuple[type, ...],
@@ -392,16 +394,16 @@ class _Runner:
         self.known: dict[str, Any] = {}
         self.forward = jax.jit(self._run)
 
-    def _run(self, variables: Any, state: wiring.Activations) -> list[Array]:
+    def _run(self, variables: Any, state: block_graph.Activations) -> list[Array]:
         return self.wires[state.kind].run(variables, state.given, state.made)
 
-    def fits(self, wires: list[wiring.Wire], wanted: Mapping[str, Any]) -> bool:
+    def fits(self, wires: list[block_graph.Wire], wanted: Mapping[str, Any]) -> bool:
         """Returns whether another block is like this one."""
         pairs = zip(wires, self.wires, strict=True)
         return self.wanted == dict(wanted) and all(a.alike(b) for a, b in pairs)
 
     def measured(
-        self, part: PyTree, states: list[wiring.Activations], counts: list[int]
+        self, part: PyTree, states: list[block_graph.Activations], counts: list[int]
     ) -> dict[str, Any]:
         """Returns the sums of the block's kernels over all batches."""
         sums, _ = measuring.accumulated(
@@ -418,16 +420,16 @@ class _Runner:
     def advanced(
         self,
         part: PyTree,
-        state: wiring.Activations,
-        later: list[list[wiring.Wire]],
+        state: block_graph.Activations,
+        later: list[list[block_graph.Wire]],
         offload: bool,
-    ) -> wiring.Activations:
+    ) -> block_graph.Activations:
         """Returns what goes into the next block, less what no later block asks for."""
         made = self.forward(part, _on_device(state))
         wires = [of_kinds[state.kind] for of_kinds in later]
         made = _less(made, _asked(wires[:1], "made"))
         given = _less(state.given, _asked(wires, "given"))
-        return wiring.Activations(given, _kept(made, offload), state.kind)
+        return block_graph.Activations(given, _kept(made, offload), state.kind)
 
 
 def _kernel(
@@ -474,8 +476,8 @@ def _zeroed(weight_RxC: Array, mask_RxC: Array) -> Array:
 
 
 @jax.jit
-def _count_true(mask_RxC: Array) -> tree.Count:
-    return tree.count_true([mask_RxC])
+def _count_true(mask_RxC: Array) -> counting.Count:
+    return counting.count_true([mask_RxC])
 
 
 @functools.partial(jax.jit, donate_argnums=0)  # a Hessian is large: not twice
@@ -488,5 +490,5 @@ def _ranked(name: str, score_RxC: Array, share: float, plan: _Plan) -> Array:
         return patterns.n_of_m_mask(score_RxC, *patterns.parse_n_of_m(plan.pattern), name)
     if plan.method == "magnitude":
         return select.top_k_mask(score_RxC, score_RxC.size - int(score_RxC.size * share), name=name)
-    make = ranking.wanda_mask if plan.method == "wanda" else ranking.wanda_variant_mask
+    make = wanda.wanda_mask if plan.method == "wanda" else wanda.wanda_variant_mask
     return make(score_RxC, share)

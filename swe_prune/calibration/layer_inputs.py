@@ -10,8 +10,8 @@ from flax import linen as nn
 from jaxtyping import Array, PyTree
 
 from swe_prune import tree
-from swe_prune.calibration import batches as of_batches
-from swe_prune.calibration import watch
+from swe_prune.calibration import batching as of_batches
+from swe_prune.calibration import intercept
 from swe_prune.errors import InputError
 
 Call = Callable[[Any, Any, Any], Any]
@@ -107,7 +107,7 @@ def measuring(
     """Returns the function of (variables, batch) that gives `watch.sums`, not yet compiled."""
 
     def measure(variables: Any, batch: Any) -> dict[str, dict[str, Array]]:
-        return watch.sums(
+        return intercept.sums(
             lambda: call(model, variables, batch), wanted, hessian=hessian, dense_like=dense_like
         )
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from swe_prune import tree
-from swe_prune.calibration import batches as of_batches
+from swe_prune.calibration import batching as of_batches
 from swe_prune.calibration.layer_inputs import chosen
 from swe_prune.errors import InputError
 

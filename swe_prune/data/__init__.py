@@ -6,10 +6,10 @@
 `B` is the batch, `L` the context, `N` and `M` the tokens of the splits.
 """
 
+from swe_prune.data.char_tokenizer import CharTokenizer
 from swe_prune.data.dataset import TextData, Tokenizer, load
 from swe_prune.data.overlap import check_disjoint
 from swe_prune.data.sources import read_named
-from swe_prune.data.tokenizer import CharTokenizer
 from swe_prune.data.windows import Batch, eval_batches, random_batches, train_iterator
 
 __all__ = [

@@ -8,7 +8,7 @@ from jaxtyping import Integer
 
 from swe_prune.config import DataConfig
 from swe_prune.data import sources
-from swe_prune.data.tokenizer import CharTokenizer
+from swe_prune.data.char_tokenizer import CharTokenizer
 from swe_prune.errors import InputError
 
 

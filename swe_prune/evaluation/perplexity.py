@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 from swe_prune.errors import InputError
-from swe_prune.evaluation import windows as of_windows
+from swe_prune.evaluation import scored_windows as of_windows
 from swe_prune.evaluation.protocols import Protocol
 from swe_prune.evaluation.token_losses import token_losses
 

@@ -18,12 +18,12 @@ from swe_prune.importance import (
     bezier,
     curvature,
     gradient,
+    hessian,
     magnitude,
-    reconstruction,
     trajectory,
 )
-from swe_prune.importance.optimizer_state import has_second_moment, second_moment
 from swe_prune.importance.registry import MEASURED, Criterion, get, names, register
+from swe_prune.importance.second_moment import has_second_moment, second_moment
 from swe_prune.trajectory import BUFFERS, TrajectoryStats, read
 
 __all__ = [
@@ -35,9 +35,9 @@ __all__ = [
     "get",
     "gradient",
     "has_second_moment",
+    "hessian",
     "magnitude",
     "names",
-    "reconstruction",
     "register",
     "score",
     "second_moment",

@@ -29,13 +29,7 @@ from swe_prune.interop.hf_config import read_config, write_config
 from swe_prune.interop.lm_eval import harness
 from swe_prune.interop.mask_file import FILE as MASKS
 from swe_prune.interop.mask_file import read_masks
-from swe_prune.interop.pretrained import (
-    Checkpoint,
-    Pretrained,
-    load,
-    located,
-    open_checkpoint,
-)
+from swe_prune.interop.pretrained import Checkpoint, Pretrained, load, located, open_checkpoint
 from swe_prune.interop.pruning_record import PruningRecord, commit_of_code, read_record
 from swe_prune.interop.tokenizer import PretrainedTokenizer
 

@@ -26,10 +26,10 @@ from swe_prune.interop.families import FAMILIES
 from swe_prune.interop.hf_config import canonical, read_config, write_config
 from swe_prune.interop.mask_file import FILE as MASKS
 from swe_prune.interop.mask_file import write_masks
-from swe_prune.interop.placing import Stored, bind
 from swe_prune.interop.pretrained import Pretrained
 from swe_prune.interop.pruning_record import FILE as RECORD
 from swe_prune.interop.pruning_record import PruningRecord, record_file
+from swe_prune.interop.slices import Stored, bind
 from swe_prune.interop.tensor_names import SAFETENSORS
 from swe_prune.interop.weights_file import write_folder
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from swe_prune.errors import InputError
+from swe_prune.interop.load_params import Entry
 from swe_prune.interop.optional import require
-from swe_prune.interop.reading import Entry
 
 MAGIC = b"GGUF"
 ARCHITECTURES = ("llama", "phi3", "gpt2")

@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from swe_prune import tree
 from swe_prune.errors import InputError
 from swe_prune.interop.optional import require
-from swe_prune.interop.placing import nested
+from swe_prune.interop.slices import nested
 
 FILE = "masks.safetensors"
 FORMAT = "swe_prune.masks.1"

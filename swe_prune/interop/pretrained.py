@@ -11,9 +11,9 @@ from swe_prune.errors import InputError
 from swe_prune.interop import tokenizer as tokenizers
 from swe_prune.interop.gguf_file import MAGIC, hf_config, read_gguf
 from swe_prune.interop.hf_config import read_config
-from swe_prune.interop.placing import bind
-from swe_prune.interop.reading import Shardings, Source, match, read_params
+from swe_prune.interop.load_params import Shardings, Source, match, read_params
 from swe_prune.interop.safetensors_folder import read_folder, read_json
+from swe_prune.interop.slices import bind
 from swe_prune.interop.tensor_names import GGUF, SAFETENSORS, Table
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from swe_prune.errors import InputError
+from swe_prune.interop.load_params import Entry
 from swe_prune.interop.optional import require
-from swe_prune.interop.reading import Entry
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

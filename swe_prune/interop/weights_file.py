@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from swe_prune.errors import InputError
-from swe_prune.interop.placing import Stored
 from swe_prune.interop.safetensors_folder import DTYPES, INDEX, WEIGHTS
+from swe_prune.interop.slices import Stored
 
 _ALIGNED = 8  # the header's length, and so where the data begins, is a multiple of this
 

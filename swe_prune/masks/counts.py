@@ -5,7 +5,7 @@ import dataclasses
 import jax
 from jaxtyping import Array, PyTree
 
-from swe_prune import tree
+from swe_prune import counting, tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +51,12 @@ def summary(mask: PyTree) -> Summary:
 
 
 @jax.jit
-def kept_counts(masks: dict[str, Array]) -> dict[str, tree.Count]:
+def kept_counts(masks: dict[str, Array]) -> dict[str, counting.Count]:
     """Returns how many are True of each, by name."""
-    return {name: tree.count_true([mask]) for name, mask in masks.items()}
+    return {name: counting.count_true([mask]) for name, mask in masks.items()}
 
 
-def revived(params: PyTree, mask: PyTree) -> tree.Count:
+def revived(params: PyTree, mask: PyTree) -> counting.Count:
     """Returns how many pruned weights are not 0, exactly: a proof to compute inside a step.
 
     >>> import jax.numpy as jnp
@@ -64,4 +64,4 @@ def revived(params: PyTree, mask: PyTree) -> tree.Count:
     1
     """
     found = tree.map_tracked(lambda keep, weight: ~keep & (weight != 0), mask, params)
-    return tree.count_true(jax.tree.leaves(found))
+    return counting.count_true(jax.tree.leaves(found))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from swe_prune import allocation, patterns, select, tree
+from swe_prune import allocation, counting, patterns, select, tree
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.masks.counts import kept_counts
 
@@ -157,8 +157,8 @@ def by_sparsity(
 def _keep(size: int, sparsity: Any, rounding: str) -> Any:
     """Returns how many of `size` stay, as an int, or as a Count when the sparsity is traced."""
     if isinstance(sparsity, Tracer):
-        gone = tree.share(size, sparsity, up=rounding == "nearest")
-        return tree.count(size).minus(gone)
+        gone = counting.share(size, sparsity, up=rounding == "nearest")
+        return counting.count(size).minus(gone)
     return size - _gone(size, sparsity, rounding)
 
 
@@ -214,14 +214,14 @@ def _by_row(name: str, score: Array, sparsity: Any, rounding: str, input_axes: I
     return select.top_k_mask(score, keep, axes=axes, name=name)
 
 
-def _shared_out(gone: int, shape: tuple[int, ...], axes: tuple[int, ...]) -> tree.Count:
+def _shared_out(gone: int, shape: tuple[int, ...], axes: tuple[int, ...]) -> counting.Count:
     """Returns how many stay in every row when a tensor loses so many, evenly to within one."""
     outputs = [1 if axis in axes else size for axis, size in enumerate(shape)]
     rows = math.prod(outputs)
     inputs = math.prod(shape) // max(rows, 1)
     each, more = divmod(gone, max(rows, 1))
     index = jnp.arange(rows).reshape(outputs)
-    return tree.count(inputs - each - (index < more))
+    return counting.count(inputs - each - (index < more))
 
 
 def _n_of_m(

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from swe_prune.config import ModelConfig
 from swe_prune.models import rope
 from swe_prune.models.attention import attention
-from swe_prune.models.places import PLAIN, Places
+from swe_prune.models.kv_cache import PLAIN, Places
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=True),  # GPT-2's, by tanh

@@ -26,7 +26,7 @@ from swe_prune.errors import InputError, did_you_mean
 from swe_prune.models import rope
 from swe_prune.models.attention import attention
 from swe_prune.models.block import ACTIVATIONS, INIT_STDDEV, Block, dense, norm
-from swe_prune.models.places import Cache, Places, empty_cache, placed
+from swe_prune.models.kv_cache import Cache, Places, empty_cache, placed
 
 __all__ = ["ACTIVATIONS",
     "BLOCKS", "GPT", "Block", "Cache", "attention", "build", "empty_cache",

@@ -18,9 +18,9 @@ from swe_prune.parallel.batches import (
     place_batch,
 )
 from swe_prune.parallel.host_memory import host_memory_missing, to_host, tracking_on_host
-from swe_prune.parallel.layout import laid_out, place_like, place_state
 from swe_prune.parallel.mesh import AXES, mesh
-from swe_prune.parallel.rules import partition
+from swe_prune.parallel.partition_rules import partition
+from swe_prune.parallel.sharding import laid_out, place_like, place_state
 
 __all__ = [
     "AXES",

@@ -16,9 +16,9 @@ from swe_prune import interop, masks, tree
 from swe_prune.errors import InputError
 from swe_prune.evaluation import gate
 from swe_prune.models import gpt
-from swe_prune.pretrained import judging, pruning, settings, texts, tracked, tuning
+from swe_prune.pretrained import finetuning, judge, pruning, settings, texts, tracked
 from swe_prune.pretrained.settings import EvaluateSettings, FinetuneSettings, PruneSettings
-from swe_prune.training.preemption import NOTICE
+from swe_prune.runtime.preemption import NOTICE
 from swe_prune.training.progress import Progress
 
 WIDTH = 110
@@ -75,7 +75,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     model = checkpoint.read(dtype=given.dtype)
     module = gpt.build(model.config, model.vocab_size)
     stats = tracked.read(checkpoint.path, model.params)
-    dense = judging.judge(module, model.params, model, text, given)
+    dense = judge.judge(module, model.params, model, text, given)
     gate(dense.perplexity, uniform=model.vocab_size, at_most=given.at_most)
     begun = time.perf_counter()
     kernels = len([1 for one in jax.tree.leaves(tree.prunable(model.params)) if one])
@@ -91,7 +91,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
         )
         jax.block_until_ready(params)
     seconds = time.perf_counter() - begun
-    found = judging.judge(module, params, model, text, given, dense=model.params)
+    found = judge.judge(module, params, model, text, given, dense=model.params)
     counted = masks.summary(mask)
     record = interop.PruningRecord(
         given.criterion,
@@ -128,7 +128,7 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
         InputError: anything that is wrong with the settings, the model or the texts.
         Preempted, RunError: as `training.loop.fit`; the same command goes on.
     """
-    tuning.checked(given)
+    finetuning.checked(given)
     interop.check_free(given.out)
     checkpoint = interop.open_checkpoint(given.model, compute_dtype=given.compute_dtype)
     text, used = (texts.read(name, checkpoint) for name in (given.evaluation, given.text))
@@ -138,15 +138,15 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     mask = interop.read_masks(model.path) if _has_masks(model.path) else None
     module = gpt.build(model.config, model.vocab_size)
     trained = gpt.build(dataclasses.replace(model.config, remat=given.remat), model.vocab_size)
-    before = judging.judge(module, model.params, model, text, given)
+    before = judge.judge(module, model.params, model, text, given)
     gate(before.perplexity, uniform=model.vocab_size, at_most=given.at_most)
     teacher = None
     if given.teacher is not None:
         teacher = _like(model, interop.load(given.teacher, tokenizer=False), given.teacher)
-    start, dtypes = tuning.as_float32(model.params)
-    params, mask, stats = tuning.tuned(trained, start, mask, teacher, used, given, progress)
+    start, dtypes = finetuning.as_float32(model.params)
+    params, mask, stats = finetuning.tuned(trained, start, mask, teacher, used, given, progress)
     params = tree.map_named(lambda name, leaf: leaf.astype(dtypes[name]), params)
-    after = judging.judge(module, params, model, text, given)
+    after = judge.judge(module, params, model, text, given)
     how = {"text": used.name, **{k: getattr(given, k) for k in ("steps", "batch", "learning_rate")}}
     record = None
     if mask is not None:
@@ -162,7 +162,7 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
             tracked.write(folder, stats, {"every": given.track_every, **how})
 
     folder = interop.export(given.out, model, params, mask=mask, record=record, also=also)
-    tuning.forget(given)
+    finetuning.forget(given)
     _show(console, {"before": before, "fine-tuned": after}, given.prompts, text.name)
     console.print(str(folder), highlight=False, soft_wrap=True)
     return folder
@@ -180,9 +180,9 @@ def evaluate(given: EvaluateSettings, progress: Progress, console: Console) -> d
     rows, dense = {}, None
     if given.dense is not None:
         dense = _like(model, interop.load(given.dense, tokenizer=False), given.dense)
-        rows["dense"] = judging.judge(module, dense, model, text, given)
+        rows["dense"] = judge.judge(module, dense, model, text, given)
         gate(rows["dense"].perplexity, uniform=model.vocab_size, at_most=given.at_most)
-    rows["model"] = judging.judge(module, model.params, model, text, given, dense=dense)
+    rows["model"] = judge.judge(module, model.params, model, text, given, dense=dense)
     _show(console, rows, given.prompts, text.name)
     return rows
 
@@ -197,9 +197,9 @@ def _check_window(name: str, window: int, checkpoint: interop.Checkpoint) -> Non
 
 
 def _show(
-    console: Console, rows: dict[str, judging.Verdict], prompts: tuple[str, ...], text: str
+    console: Console, rows: dict[str, judge.Verdict], prompts: tuple[str, ...], text: str
 ) -> None:
-    for line in judging.table(rows, prompts, text):
+    for line in judge.table(rows, prompts, text):
         console.print(line, highlight=False, soft_wrap=isinstance(line, str), markup=False)
 
 

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from swe_prune import allocation, blockwise, calibration, importance, masks, patterns, tree
 from swe_prune.blockwise import KernelReport
-from swe_prune.blockwise.solver import check_sparsity
+from swe_prune.blockwise.sparsegpt import check_sparsity
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.models import gpt
 from swe_prune.pretrained.settings import PruneSettings, number

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from swe_prune import storage
 from swe_prune.errors import InputError
 from swe_prune.report import findings, markdown, read
+from swe_prune.runtime import storage
 from swe_prune.version import __version__
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from typing import Any
 
 from etils import epath
 
-from swe_prune import storage
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.report.records import (
     RULES,
@@ -27,6 +26,7 @@ from swe_prune.report.records import (
     Trajectory,
     full_name,
 )
+from swe_prune.runtime import storage
 
 COLUMNS = [
     "seed", "criterion", "rule", "requested", "sparsity_prunable", "sparsity_total",

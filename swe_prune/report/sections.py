@@ -5,16 +5,7 @@ from typing import Any
 
 from swe_prune.report import curves, language, missing, stats, study, tables, weights, words
 from swe_prune.report.findings import Findings
-from swe_prune.report.formats import (
-    DASH,
-    NBSP,
-    count,
-    number,
-    percent,
-    plural,
-    seeds_of,
-    signed,
-)
+from swe_prune.report.formats import DASH, NBSP, count, number, percent, plural, seeds_of, signed
 from swe_prune.report.look import Picture
 from swe_prune.report.records import RULES, Results
 

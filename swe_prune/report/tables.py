@@ -7,15 +7,7 @@ from collections.abc import Sequence
 
 from swe_prune.report import stats
 from swe_prune.report.findings import Claims, Contest, Findings
-from swe_prune.report.formats import (
-    DASH,
-    count,
-    mean_sd,
-    number,
-    percent,
-    percent_sd,
-    signed,
-)
+from swe_prune.report.formats import DASH, count, mean_sd, number, percent, percent_sd, signed
 from swe_prune.report.records import Results
 from swe_prune.report.stats import Cell, Spread, verdict
 from swe_prune.report.words import PHASES, VERDICTS, rule_phrase, standing

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt32
 
-from swe_prune import masks, select, tree
+from swe_prune import counting, masks, select, tree
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.sparse_training.checks import check_fits
 from swe_prune.sparse_training.ranking import among
@@ -55,7 +55,7 @@ def drop_and_grow(
             the first to be dropped and the last to be grown).
     """
     _check(params, mask, fraction, grow_scores, regrown)
-    n = tree.map_tracked(lambda keep: exchanged(tree.count_each([keep])[0], fraction), mask)
+    n = tree.map_tracked(lambda keep: exchanged(counting.count_each([keep])[0], fraction), mask)
     stay = tree.map_named(_stay, mask, params, n)
     new = tree.map_named(_grown, stay, grow_scores, n)
     # What was active and still is has a value to go on with; of the regrown only if they keep it.
@@ -130,7 +130,7 @@ def set(
 
 
 def _stay(name: str, keep: Array, weight: Array, n: Array) -> Array:
-    active = tree.count_each([keep])[0]
+    active = counting.count_each([keep])[0]
     return select.top_k_mask(among(jnp.abs(weight), keep, name), active - n, name=name)
 
 
@@ -146,7 +146,7 @@ def exchanged(active: UInt32[Array, ""], fraction: float | Float[Array, ""]) -> 
     """
     fraction = jnp.asarray(fraction, jnp.float32)
     active = active.astype(jnp.uint32)
-    n = tree.share(tree.count(active), fraction, up=False).saturated()
+    n = counting.share(counting.count(active), fraction, up=False).saturated()
     # A product of floats is the same on every backend; a quotient is not.
     nearly = fraction * active.astype(jnp.float32) * (1 + 2**-22)
     rounded_off = (active < 2**22) & (n < active) & ((n + 1).astype(jnp.float32) <= nearly)

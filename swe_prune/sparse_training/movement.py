@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from swe_prune import masks, select, tree
+from swe_prune import counting, masks, select, tree
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.sparse_training.checks import check_fits
 
@@ -132,7 +132,7 @@ def soft_masks(scores: PyTree, threshold: float | Float[Array, ""]) -> PyTree:
         least = min(math.floor(LEAST_KEPT * tree.size(score)) + 1, tree.size(score))
         above = jax.nn.sigmoid(score) > threshold
         return jax.lax.cond(
-            tree.count_each([above])[0] < least,
+            counting.count_each([above])[0] < least,
             lambda score, _: select.top_k_mask(score, least, name=name),
             lambda _, above: above,
             score,

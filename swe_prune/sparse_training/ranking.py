@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from swe_prune import select, tree
+from swe_prune import counting, select
 
 
 def among(
@@ -23,5 +23,5 @@ def among(
     # A NaN is not ≥ anything either.
     ranked = jnp.where(allowed, jnp.where(score >= lowest, score, lowest), -jnp.inf)
     if not isinstance(ranked, Tracer):  # constants of a program are traced by what is done to them
-        select.reject_nan([name], tree.count_each([jnp.isnan(score)]))
+        select.reject_nan([name], counting.count_each([jnp.isnan(score)]))
     return ranked

@@ -12,9 +12,9 @@ import jax
 from jaxtyping import PyTree
 
 from swe_prune.errors import Preempted
+from swe_prune.runtime.preemption import MESSAGE, NOTICE, Notice
 from swe_prune.training import metrics as metrics_lib
 from swe_prune.training.phase import Phase
-from swe_prune.training.preemption import MESSAGE, NOTICE, Notice
 from swe_prune.training.state import TrainState
 from swe_prune.training.step import Batch, Metrics
 

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from swe_prune import processes, storage
 from swe_prune.errors import RunError
+from swe_prune.runtime import processes, storage
 from swe_prune.training.phase import Phase
 
 BUCKET_SECONDS = 30.0

@@ -10,8 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from sharded_core_test import collectives
 
-from swe_prune import allocation, tree
-from swe_prune.allocation import by_score, deviation, heavy_tail, outliers, zeroth_order
+from swe_prune import allocation, counting, tree
+from swe_prune.allocation import alpha_pruning, by_score, ecoflap, owl, std_rule
 
 pytestmark = [
     pytest.mark.multidevice,
@@ -65,10 +65,10 @@ def test_allocation_is_that_of_one_device(mesh, name, spec):
 
 
 SUMS = {
-    "global": lambda x: by_score._kept_each([x, x + 1], tree.count(700)),
-    "std": lambda x: deviation._kept_each([x, x + 1], jnp.float32(1.2), [jnp.std(x), jnp.std(x)]),
-    "owl": lambda x: outliers._outliers([x, x + 1], 5.0),
-    "sum of powers": lambda x: zeroth_order._power_sum(x, 2),
+    "global": lambda x: by_score._kept_each([x, x + 1], counting.count(700)),
+    "std": lambda x: std_rule._kept_each([x, x + 1], jnp.float32(1.2), [jnp.std(x), jnp.std(x)]),
+    "owl": lambda x: owl._outliers([x, x + 1], 5.0),
+    "sum of powers": lambda x: ecoflap._power_sum(x, 2),
 }
 
 
@@ -95,26 +95,26 @@ def test_only_sums_leave_a_device(mesh, name, spec):
 def test_of_a_weight_only_its_square_on_the_small_side_is_gathered(mesh, spec, shape):
     weight = np.random.default_rng(1).normal(size=shape).astype(np.float32)
     x = jax.device_put(weight, NamedSharding(mesh, SPECS[spec]))
-    text = heavy_tail._matrix.lower(x, (0,), 8).compile().as_text()
-    matrix = heavy_tail._matrix(x, (0,), 8)
-    sharding = heavy_tail._mesh_sharding(x)
-    found = list(collectives(heavy_tail._gram.lower(matrix, sharding).compile().as_text()))
+    text = alpha_pruning._matrix.lower(x, (0,), 8).compile().as_text()
+    matrix = alpha_pruning._matrix(x, (0,), 8)
+    sharding = alpha_pruning._mesh_sharding(x)
+    found = list(collectives(alpha_pruning._gram.lower(matrix, sharding).compile().as_text()))
     assert ("all-reduce", min(shape) ** 2) in found, "the square, summed over the devices"
     parts = [n for kind, n in [*found, *collectives(text)] if kind != "all-reduce"]
     assert all(n < math.prod(shape) for n in parts), (found, list(collectives(text)))
     long = weight.astype(np.float64) if shape[0] >= shape[1] else weight.T.astype(np.float64)
-    np.testing.assert_allclose(heavy_tail._gram(matrix, sharding), long.T @ long, rtol=1e-5,
+    np.testing.assert_allclose(alpha_pruning._gram(matrix, sharding), long.T @ long, rtol=1e-5,
                                atol=1e-5 * max(shape))  # fmt: skip
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_perturbed_weight_lies_as_the_weight_and_is_that_of_one_device(mesh, spec):
     weight = weights()["block_0"]["up"]
-    key = zeroth_order._key(0, 0, "block_0/up")
-    alone = zeroth_order._perturbed(weight, key, 0.1, None)
+    key = ecoflap._key(0, 0, "block_0/up")
+    alone = ecoflap._perturbed(weight, key, 0.1, None)
     x = jax.device_put(weight, NamedSharding(mesh, SPECS[spec]))
-    spread = zeroth_order._perturbed(x, key, 0.1, x.sharding)
+    spread = ecoflap._perturbed(x, key, 0.1, x.sharding)
     assert spread.sharding.is_equivalent_to(x.sharding, 2)
     np.testing.assert_array_equal(spread, alone)
-    text = zeroth_order._perturbed.lower(x, key, 0.1, x.sharding).compile().as_text()
+    text = ecoflap._perturbed.lower(x, key, 0.1, x.sharding).compile().as_text()
     assert list(collectives(text)) == []

@@ -21,7 +21,7 @@ from swe_prune.config import (
     StudyConfig,
     TrajectoryConfig,
 )
-from swe_prune.experiment import Workdir, claim, models, phases, setup
+from swe_prune.study import Workdir, claim, phases, saved, setup
 from swe_prune.training.metrics import read_lines
 from swe_prune.training.progress import Progress
 
@@ -131,8 +131,8 @@ def test_from_one_devices_checkpoint_the_masks_are_the_same(layout, alone, text,
     for cell in experiment.cells:
         jax.tree.map(
             np.testing.assert_array_equal,
-            jax.device_get(models.load_masks(experiment, cell)),
-            jax.device_get(models.load_masks(one, cell)),
+            jax.device_get(saved.load_masks(experiment, cell)),
+            jax.device_get(saved.load_masks(one, cell)),
         )
 
 

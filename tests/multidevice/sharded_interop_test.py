@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from swe_prune import interop, parallel, tree
 from swe_prune.config import ParallelConfig
-from swe_prune.interop import hf_config, placing, safetensors_folder
+from swe_prune.interop import hf_config, safetensors_folder, slices
 from swe_prune.interop.pretrained import Pretrained
 from swe_prune.models import gpt
 
@@ -32,9 +32,9 @@ HF = {
 def made(tmp_path):
     family, config, vocab_size = hf_config.read_config(HF)
     rng = np.random.default_rng(0)
-    shapes = placing.param_shapes(config, vocab_size)
+    shapes = slices.param_shapes(config, vocab_size)
     params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    params = jax.tree.map(jax.numpy.asarray, placing.nested(params))
+    params = jax.tree.map(jax.numpy.asarray, slices.nested(params))
     made = Pretrained(
         config, vocab_size, params, None, family, tmp_path / "none", "safetensors", HF
     )
@@ -50,14 +50,14 @@ def test_each_device_reads_its_slice(made, tmp_path, monkeypatch):
         lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P)
     )
     read = []
-    whole_part = placing.Part.read
+    whole_part = slices.Part.read
 
     def counted(part, stored, index):
         values = whole_part(part, stored, index)
         read.append((part.name, values.size))
         return values
 
-    monkeypatch.setattr(placing.Part, "read", counted)
+    monkeypatch.setattr(slices.Part, "read", counted)
     params = interop.load(tmp_path / "model", shardings=shardings).params
     for name, leaf in tree.named_leaves(params):
         assert leaf.sharding == dict(tree.named_leaves(shardings))[name]

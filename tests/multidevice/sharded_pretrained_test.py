@@ -11,8 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pretrained_tiny
 
-from swe_prune import experiment as experiment_lib
-from swe_prune import interop, tree
+from swe_prune import interop, study, tree
 from swe_prune.config import Config, DataConfig, ModelConfig, ParallelConfig
 
 pytestmark = [
@@ -35,7 +34,7 @@ def test_weights_are_read_to_their_devices_and_have_the_loss_of_one_device(place
         ),
         parallel=ParallelConfig(fsdp=4, tensor=2),
     )  # fmt: skip
-    experiment = experiment_lib.setup(config, tmp_path)
+    experiment = study.setup(config, tmp_path)
     state = experiment.fresh_state(0)
     alone = dict(tree.named_leaves(interop.load(place.model).params))
     planned = dict(tree.named_leaves(experiment.abstract_params))
@@ -45,7 +44,7 @@ def test_weights_are_read_to_their_devices_and_have_the_loss_of_one_device(place
         np.testing.assert_array_equal(leaf, alone[name], err_msg=name)
         divided += not leaf.sharding.is_fully_replicated
     assert divided > 10
-    one = experiment_lib.setup(
+    one = study.setup(
         Config(model=config.model, data=config.data, parallel=ParallelConfig(data=8)), tmp_path
     )
     assert experiment.validation_loss(state.params) == pytest.approx(

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from sharded_experiment_test import LAYOUTS, settings, text  # noqa: F401, a fixture
 
 from swe_prune import cli
-from swe_prune.experiment import at_scale, setup
+from swe_prune.study import plan_at_scale, setup
 
 pytestmark = [
     pytest.mark.multidevice,
@@ -29,7 +29,7 @@ def received(run, x, out):
         run, in_shardings=NamedSharding(mesh, x), out_shardings=NamedSharding(mesh, out)
     )
     compiled = program.lower(jax.ShapeDtypeStruct(SHAPE, jnp.float32)).compile()
-    return {k: v for k, v in at_scale.received(compiled.as_text(), 8).items() if v}
+    return {k: v for k, v in plan_at_scale.received(compiled.as_text(), 8).items() if v}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_what_each_device_holds_is_what_it_would_be_given(layout, text, tmp_path
             if shard.device == device
         )
 
-    found = at_scale.cost(experiment)
+    found = plan_at_scale.cost(experiment)
     assert found.parameters == held(state.params)
     assert found.optimizer == held(state.opt_state)
     assert found.statistics == held(state.stats)
@@ -85,7 +85,7 @@ def test_no_activation_is_sent_so_a_larger_batch_costs_no_more(layout, text, tmp
     for batch in (16, 32):
         config = settings(text, LAYOUTS[layout])
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch=batch))
-        found.append(at_scale.cost(setup(config, tmp_path)).received)
+        found.append(plan_at_scale.cost(setup(config, tmp_path)).received)
     assert found[0] == found[1]
 
 

@@ -1,0 +1,160 @@
+"""OWL: a block with more outliers among its scores keeps more weights.
+
+Outlier weighed layerwise sparsity (Yin et al., ICML 2024; luuyin/OWL). Meant for Wanda's scores,
+|w| · ‖x‖; any scores that are not negative will do.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from swe_prune import counting, select, tree
+from swe_prune.allocation import rounding
+from swe_prune.allocation.groups import Groups, grouped, scored
+from swe_prune.allocation.rounding import Allocation
+from swe_prune.errors import InputError
+
+
+def owl(
+    scores: PyTree,
+    sparsity: float,
+    *,
+    lam: float = 0.08,
+    m: float = 5.0,
+    groups: Groups = "block",
+) -> Allocation:
+    """Returns OWL's allocation: the sparsity of a block falls linearly with its outlier ratio.
+
+    D_g = 100 · mean(A > m · mean(A)) over all the scores A of block g; the sparsities of
+    `owl_sparsities` follow, spread over 2 · lam around the one asked for. Where blocks differ in
+    size or a sparsity would leave [0, 1], all are shifted alike and clipped, so that the total is
+    exact. (The reference leaves the total as it comes, and sets what is below 0 to 0.01.) Every
+    tensor of a block loses the same share.
+
+    Args:
+        scores: float32 pytree, None where dense; not negative, such as Wanda's.
+        sparsity: share to remove of all the scored weights, in [0, 1).
+        lam: half the spread of the blocks' sparsities.
+        m: how many times the mean of its block an outlier exceeds.
+        groups: which tensors share a sparsity; see `grouped`.
+
+    Raises:
+        InputError: sparsity outside [0, 1), lam or m negative or not finite, groups that do not
+            cover the tensors, no scores, or NaN, infinite or negative ones.
+    """
+    rounding.check_sparsity(sparsity)
+    _check_positive("lam", lam)
+    ratios, members = _outlier_ratios(scores, m, groups)
+    wanted = owl_sparsities(list(ratios.values()), sparsity, lam)
+    sizes = {name: tree.size(leaf) for name, leaf in scored(scores).items()}
+    return rounding.meet_by_group(wanted, members, sizes, sparsity)
+
+
+def owl_sparsities(outliers: Sequence[float], sparsity: float, lam: float = 0.08) -> list[float]:
+    """Returns the sparsities of blocks by their outlier ratios; they may leave [0, 1].
+
+    r_g = (D_g − min D) / (max D − min D) · 2 lam, and s_g = s − r_g + mean(r), whose mean is s.
+    Blocks of equal ratios all get s.
+
+    Args:
+        outliers: D of each block, in any unit.
+        sparsity: the mean of the result.
+        lam: half of the spread.
+
+    >>> [round(s, 6) for s in owl_sparsities([1, 2, 4], 0.7)]
+    [0.771111, 0.717778, 0.611111]
+    """
+    return [sparsity - r for r in _centred(outliers, 2 * lam)]
+
+
+def owl_n_of_m(
+    scores: PyTree,
+    n: int,
+    of: int,
+    *,
+    lam: float = 2.0,
+    m: float = 5.0,
+    groups: Groups = "block",
+) -> dict[str, str]:
+    """Returns OWL's n:m pattern of each tensor: n kept of `of`, more in blocks of more outliers.
+
+    r_g = (D_g − min D) / (max D − min D) · lam, and block g keeps n + round(r_g − mean(r)), halves
+    to even, at least one and at most `of`. As n is whole, the total follows from the blocks; it is
+    the only rule here that does not meet one.
+
+    Args:
+        scores: as in `owl`.
+        n: how many of each group of inputs are kept on average, 1 ≤ n ≤ of.
+        of: inputs in a group.
+        lam: the spread in weights of a group: at 2 the extremes may differ by two. The references
+            have no default for n:m, and at `owl`'s 0.08 every block would round to n.
+        m: as in `owl`.
+        groups: as in `owl`.
+
+    Raises:
+        InputError: as `owl`, or an n outside [1, of].
+    """
+    if not 1 <= n <= of:
+        raise InputError(f"{n} of {of} weights cannot be kept; give 1 ≤ n ≤ of, such as 2 of 4")
+    _check_positive("lam", lam)
+    ratios, members = _outlier_ratios(scores, m, groups)
+    kept = [min(max(n + round(r), 1), of) for r in _centred(list(ratios.values()), lam)]
+    by_group = dict(zip(members, kept, strict=True))
+    return {name: f"{by_group[g]}:{of}" for g, names in members.items() for name in names}
+
+
+def _centred(outliers: Sequence[float], spread: float) -> list[float]:
+    """Returns the ratios moved linearly onto a spread around 0."""
+    ratios = np.asarray(outliers, np.float64)
+    width = ratios.max() - ratios.min()
+    if width == 0:
+        return [0.0] * len(ratios)
+    moved = (ratios - ratios.min()) / width * spread
+    return list(map(float, moved - moved.mean()))
+
+
+def _outlier_ratios(
+    scores: PyTree, m: float, groups: Groups
+) -> tuple[dict[str, float], dict[str, list[str]]]:
+    """Returns D of each group in percent, and the names of its tensors."""
+    _check_positive("m", m)
+    named = scored(scores)
+    members = grouped([name for name, leaf in named.items() if tree.size(leaf)], groups)
+    found = {g: _outliers([named[name] for name in names], m) for g, names in members.items()}
+    ratios = {}
+    for g, (outliers, mean, negatives, nans) in jax.device_get(found).items():
+        select.reject_nan(members[g], nans)
+        if any(negatives):
+            raise InputError(
+                f"the scores of group {g!r} have negative values, among which no mean tells an "
+                "outlier; allocate by Wanda's scores, or by absolute values"
+            )
+        if not math.isfinite(mean):
+            raise InputError(
+                f"the scores of group {g!r} are infinite or their sum overflows; find out where "
+                "the weights diverged, or scale the scores"
+            )
+        ratios[g] = 100 * int(outliers) / sum(tree.size(named[name]) for name in members[g])
+    return ratios, members
+
+
+@jax.jit
+def _outliers(
+    scores: list[Array], m: float
+) -> tuple[counting.Count, Array, list[Array], list[Array]]:
+    """Returns of one group how many outliers, the mean, and how many negative and NaN scores."""
+    scores = [score.astype(jnp.float32) for score in scores]
+    mean = sum(map(jnp.sum, scores), jnp.float32(0)) / tree.size(scores)
+    outliers = counting.count_true([score > m * mean for score in scores])
+    negatives = [counting.count_each([score < 0])[0] for score in scores]
+    nans = [counting.count_each([jnp.isnan(score)])[0] for score in scores]
+    return outliers, mean, negatives, nans
+
+
+def _check_positive(what: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise InputError(f"{what} = {value} is negative or not finite; give a number of 0 or more")

@@ -1,0 +1,191 @@
+"""The paper's std rule, and its rates against sparsities.
+
+The std rule thresholds each tensor at a multiple of the standard deviation of its own scores
+(arXiv 2502.17071: σ(|W|) · PruneRate; unbiased, as torch.std). The rate is no sparsity: what is
+removed follows from the distribution. The helpers go from one to the other.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from swe_prune import counting, select, tree
+from swe_prune.allocation.groups import scored
+from swe_prune.allocation.rounding import Allocation, check_sparsity, meet, removed_count
+from swe_prune.errors import InputError
+
+_HALF_NORMAL_STD = math.sqrt(1 - 2 / math.pi)  # std of |x| for x ~ N(0, 1): 0.6028
+
+
+def gaussian_sparsity(rate: float) -> float:
+    """Returns the share that `by_std(rate)` removes of a zero-mean Gaussian tensor.
+
+    P(|x| ≤ rate · std(|x|)) = erf(rate · 0.6028 / √2).
+
+    >>> round(gaussian_sparsity(1.0), 4), round(gaussian_sparsity(2.0), 3)
+    (0.4534, 0.772)
+    """
+    return 2 * NormalDist().cdf(rate * _HALF_NORMAL_STD) - 1
+
+
+def gaussian_rate(sparsity: float) -> float:
+    """Returns the rate at which `by_std` removes a share of a zero-mean Gaussian tensor.
+
+    Raises:
+        InputError: sparsity outside [0, 1).
+
+    >>> round(gaussian_rate(0.6), 3)
+    1.396
+    """
+    check_sparsity(sparsity)
+    return NormalDist().inv_cdf((1 + sparsity) / 2) / _HALF_NORMAL_STD
+
+
+def std_threshold(score: Float[Array, "..."], rate: float | Array, spread: Any = None) -> Array:
+    """Returns the threshold of one tensor, spread · rate; spread None: std(score, ddof=1)."""
+    if spread is None:
+        # Of one element there is no spread: 0, as for any constant tensor.
+        spread = jnp.std(score, ddof=min(1, score.size - 1))
+    return spread * jnp.asarray(rate, jnp.float32)
+
+
+def reject_no_spread(names: Sequence[str], undefined: Sequence[Array]) -> None:
+    """Raises InputError that names the first tensor without a finite spread."""
+    for name, without in zip(names, jax.device_get(list(undefined)), strict=True):
+        if without:
+            raise InputError(
+                f"the scores of {name!r} have no standard deviation, as some are infinite or their "
+                "squares overflow; find out where the weights diverged, or prune by sparsity"
+            )
+
+
+def spreads(
+    scores: Sequence[Array], spread: Any = None
+) -> tuple[list[Array], list[Array], list[Array]]:
+    """Returns of each tensor its spread, how many NaN it has, and whether it has no spread."""
+    of_each = [std_threshold(score, 1.0, spread) for score in scores]
+    nans = [counting.count_each([jnp.isnan(score)])[0] for score in scores]
+    return of_each, nans, [~jnp.isfinite(of_one) for of_one in of_each]
+
+
+_spreads = jax.jit(spreads)
+
+
+@jax.jit
+def _kept_each(scores: list[Array], rate: Array, of_each: list[Array]) -> list[counting.Count]:
+    return [
+        counting.count_true([score > s * rate]) for score, s in zip(scores, of_each, strict=True)
+    ]
+
+
+@jax.jit
+def _kept(scores: list[Array], rate: Array, of_each: list[Array]) -> counting.Count:
+    return counting.total(_kept_each(scores, rate, of_each))
+
+
+def rate_for_sparsity(
+    scores: PyTree, sparsity: float, *, spread: float | None = None
+) -> tuple[float, float]:
+    """Returns (rate, achieved): the std rule's rate nearest to a sparsity of all the tensors.
+
+    Sparsity grows with the rate in steps, so a search over the float32 rates ends at the one beside
+    the wanted count; ties or coarse scores may keep it from being met, and `achieved` says what
+    is. Where no finite rate removes more (a tensor of equal scores has no spread to multiply), the
+    rate is the smallest that comes nearest.
+
+    Args:
+        scores: float32 pytree, None where dense.
+        sparsity: share to remove of all the scored weights, in [0, 1).
+        spread: as in `masks.by_std`.
+
+    Raises:
+        InputError: sparsity outside [0, 1), no scores, NaN among them, or scores without a
+            standard deviation.
+    """
+    search = _Search(scores, sparsity, spread)
+    above = search.smallest_removing(search.wanted)
+    below = search.smallest_removing(search.removed(max(above - 1, 0)))
+    best = min((below, above), key=lambda bits: (abs(search.removed(bits) - search.wanted), bits))
+    return float(_float_of(best)), search.removed(best) / search.total
+
+
+def std(scores: PyTree, sparsity: float, *, spread: float | None = None) -> Allocation:
+    """Returns what the std rule takes of each tensor at the rate that meets a sparsity.
+
+    Of tensor l goes the count of scores ≤ rate · std(scores_l), as `masks.by_std` removes them.
+    Where ties keep every rate from the exact total, each tensor's count lies between those at the
+    last rate below it and the first above, by linear interpolation.
+
+    Args:
+        scores: float32 pytree, None where dense.
+        sparsity: share to remove of all the scored weights, in [0, 1).
+        spread: as in `masks.by_std`.
+
+    Raises:
+        InputError: as `rate_for_sparsity`, or a sparsity that no rate reaches, as a tensor of
+            equal scores has no spread to multiply.
+
+    >>> std({"a": jnp.arange(8.0), "b": jnp.array([3.0, 4.0])}, 0.5).removed
+    {'a': 5, 'b': 0}
+    """
+    search = _Search(scores, sparsity, spread)
+    above = search.smallest_removing(search.wanted)
+    most = search.removed_each(above)
+    least = search.removed_each(above - 1) if above else [0] * len(most)
+    if sum(most) < search.wanted:
+        raise InputError(
+            f"sparsity {sparsity} is out of reach of the std rule, which removes at most "
+            f"{sum(most)} of {search.total} weights here, as tensors of equal scores have no "
+            "spread to multiply; allocate them by another rule"
+        )
+    way = (search.wanted - sum(least)) / max(sum(most) - sum(least), 1)
+    targets = {
+        name: low + way * (high - low)
+        for name, low, high in zip(search.sizes, least, most, strict=True)
+    }
+    return meet(targets, search.sizes, sparsity)
+
+
+class _Search:
+    """The bisection of the rate: scores that were checked, and what goes of them at a rate.
+
+    A rate is given as the bits of a float32, which order as positive floats do.
+    """
+
+    def __init__(self, scores: PyTree, sparsity: float, spread: float | None):
+        check_sparsity(sparsity)
+        named = scored(scores)
+        self.leaves = list(named.values())
+        self.of_each, nans, undefined = _spreads(self.leaves, spread)
+        select.reject_nan(list(named), nans)
+        reject_no_spread(list(named), undefined)
+        self.sizes = {name: tree.size(leaf) for name, leaf in named.items()}
+        self.total = sum(self.sizes.values())
+        self.wanted = removed_count(self.total, sparsity)
+
+    def removed(self, bits: int) -> int:
+        return self.total - int(_kept(self.leaves, _float_of(bits), self.of_each))
+
+    def removed_each(self, bits: int) -> list[int]:
+        kept = jax.device_get(_kept_each(self.leaves, _float_of(bits), self.of_each))
+        return [size - int(n) for size, n in zip(self.sizes.values(), kept, strict=True)]
+
+    def smallest_removing(self, least: int) -> int:
+        low, high = -1, _LARGEST_BITS
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.removed(middle) < least else (low, middle)
+        return high
+
+
+_LARGEST_BITS = 0x7F7FFFFF  # of the largest finite float32
+
+
+def _float_of(bits: int) -> np.float32:
+    return np.uint32(bits).view(np.float32)

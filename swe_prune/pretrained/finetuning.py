@@ -1,0 +1,203 @@
+"""Fine-tuning a pretrained model: tracked, with masks held, by adapters, or under a teacher.
+
+A run keeps checkpoints in OUT.work beside the folder that it will write, and goes on from the last
+when the same command is given again.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import linen as nn
+from jaxtyping import PyTree
+
+from swe_prune import data as data_lib
+from swe_prune import parallel, trajectory, tree
+from swe_prune.checkpoint import Checkpoints
+from swe_prune.config import ParallelConfig, PhaseConfig
+from swe_prune.errors import InputError
+from swe_prune.pretrained.settings import FinetuneSettings
+from swe_prune.pretrained.texts import Text
+from swe_prune.runtime import storage
+from swe_prune.runtime.preemption import NOTICE
+from swe_prune.training import loop, lora
+from swe_prune.training import optimizer as optimizer_lib
+from swe_prune.training import state as state_lib
+from swe_prune.training import step as step_lib
+from swe_prune.training.losses import Distillation
+from swe_prune.training.metrics import write_json
+from swe_prune.training.phase import Phase
+from swe_prune.training.progress import Progress
+from swe_prune.trajectory import TrajectoryStats
+
+BEGUN = "settings.json"
+HOW_ONLY = ("remat", "accumulate", "checkpoint_every", "out")
+"""Settings that a run may resume with other values of."""
+
+
+def checked(settings: FinetuneSettings) -> None:
+    """Refuses what cannot be done, before anything is read.
+
+    Raises:
+        InputError: a number out of range, or settings that exclude each other.
+    """
+    for name in ("steps", "batch", "accumulate", "train_window", "track_every"):
+        if getattr(settings, name) < 1:
+            raise InputError(
+                f"--{name.replace('_', '-')}={getattr(settings, name)} is none; give 1 or more"
+            )
+    if settings.batch % settings.accumulate:
+        raise InputError(
+            f"--accumulate={settings.accumulate} does not divide --batch={settings.batch}; "
+            "give a divisor of it"
+        )
+    if settings.track and settings.lora_rank is not None:
+        raise InputError(
+            "--track follows the weights, which stay as they are with --lora-rank; give one of both"
+        )
+    if settings.track and settings.steps < settings.track_every:
+        raise InputError(
+            f"--track-every={settings.track_every} takes no snapshot in --steps={settings.steps}; "
+            "lower it"
+        )
+    if settings.track:
+        trajectory.check_measures(settings.measures)
+    if settings.lora_alpha is not None and settings.lora_rank is None:
+        raise InputError("--lora-alpha scales adapters; give --lora-rank with it")
+
+
+def tuned(
+    module: nn.Module,
+    params: PyTree,
+    masks: PyTree | None,
+    teacher: PyTree | None,
+    text: Text,
+    settings: FinetuneSettings,
+    progress: Progress,
+) -> tuple[PyTree, PyTree | None, TrajectoryStats | None]:
+    """Returns the parameters after fine-tuning, the masks, and the trajectory if it was tracked.
+
+    Args:
+        module: the model.
+        params: float32 weights; given up.
+        masks: bool pytree, None where dense; held, and given up. None: nothing is pruned.
+        teacher: weights of the dense model, or None.
+        text: to train on.
+        settings: checked.
+        progress: told of every step.
+
+    Raises:
+        InputError: the text is too short, or OUT.work is of other settings.
+        Preempted, RunError: as `training.loop.fit`.
+    """
+    work = storage.place(f"{settings.out}.work")
+    _settle(work, settings)
+    phase = PhaseConfig(
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        final_learning_rate=0.0,
+        warmup=min(settings.warmup, settings.steps),
+        weight_decay=settings.weight_decay,
+        b2=0.95,
+    )
+    optimizer = optimizer_lib.build(phase, settings.steps)
+    fixed = state_lib.Fixed(teacher=teacher)
+    stats = trajectory.init(params, settings.measures) if settings.track else None
+    if settings.lora_rank is not None:
+        key = jax.random.key(settings.seed)
+        alpha = settings.lora_alpha or 2.0 * settings.lora_rank
+        adapters = lora.init(params, settings.lora_rank, alpha, key)
+        fixed = dataclasses.replace(fixed, base=params, masks=masks)
+        state = state_lib.create(adapters, optimizer, settings.seed)
+    else:
+        state = state_lib.create(params, optimizer, settings.seed, masks=masks, stats=stats)
+    distillation = None
+    if teacher is not None:
+        distillation = Distillation(settings.distillation, settings.temperature)
+    step = step_lib.compile_train_step(
+        module,
+        optimizer,
+        settings.track_every,
+        accumulate=settings.accumulate,
+        distillation=distillation,
+    )
+    state = _fit(
+        work, state, lambda state, batch: step(state, batch, fixed), text, settings, progress
+    )
+    if settings.lora_rank is not None:
+        return lora.merge(params, state.params, masks), masks, None
+    return state.params, state.masks, state.stats
+
+
+def _fit(
+    work: epath.Path,
+    state: state_lib.TrainState,
+    step: Callable[..., Any],
+    text: Text,
+    settings: FinetuneSettings,
+    progress: Progress,
+) -> state_lib.TrainState:
+    windows = data_lib.train_iterator(
+        text.tokens, context=settings.train_window, batch=settings.batch, seed=settings.seed
+    )
+    mesh = parallel.mesh(ParallelConfig())
+    parallel.check_batch(settings.batch, "--batch", mesh)
+    batches = parallel.PlacedBatches(windows, mesh, settings.batch)
+    run = Phase(
+        name="fine-tuning",
+        folder=work,
+        steps=settings.steps,
+        log_every=max(1, settings.steps // 20),
+        checkpoint_every=settings.checkpoint_every,
+        keep_latest=1,
+    )
+    with contextlib.ExitStack() as stack:
+        checkpoints = None
+        if settings.checkpoint_every:
+            checkpoints = stack.enter_context(
+                contextlib.closing(Checkpoints(work / "checkpoints", keep=1))
+            )
+        advance = stack.enter_context(progress.phase(run.name, run.steps))
+        stack.enter_context(NOTICE.deferred())
+        state, _ = loop.fit(run, state, step, batches, checkpoints=checkpoints, progress=advance)
+    return state
+
+
+def _settle(work: epath.Path, settings: FinetuneSettings) -> None:
+    """Makes the folder of a run's checkpoints, or finds that it is this run's."""
+    asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in HOW_ONLY}
+    asked = json.loads(json.dumps(asked))
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{str(work)!r} cannot be written ({error.strerror}); choose another --out"
+        ) from error
+    begun = work / BEGUN
+    if not begun.exists():
+        write_json(begun, asked)
+        return
+    before = json.loads(begun.read_text())
+    differing = [key for key in asked if asked[key] != before.get(key)]
+    if differing:
+        shown = ", ".join(f"{k} ({before.get(k)!r} there, {asked[k]!r} now)" for k in differing[:3])
+        raise InputError(
+            f"{work} was begun with other settings: {shown}; go back to those, or remove it"
+        )
+
+
+def forget(settings: FinetuneSettings) -> None:
+    """Removes the checkpoints, once the model is written."""
+    shutil.rmtree(f"{settings.out}.work")
+
+
+def as_float32(params: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    """Returns the weights to train, float32, and the dtype of each by its name."""
+    dtypes = {name: leaf.dtype for name, leaf in tree.named_leaves(params)}
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), dtypes

@@ -1,0 +1,161 @@
+"""What would be done, and what it would cost: printed before any training."""
+
+import collections
+import time
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from swe_prune import parallel, trajectory, tree
+from swe_prune.study import grid
+from swe_prune.study.experiment import Experiment
+
+TIMED_STEPS = 3
+TIMED_TOKENS = 2048
+
+
+def plan(experiment: Experiment, console: Console) -> None:
+    """Prints the tensors and why they stay dense, the memory, the cells and an estimate of time."""
+    config = experiment.config
+    params = experiment.abstract_params
+    console.print(_tensors(experiment, params))
+    total = tree.size(params)
+    prunable = experiment.prunable_weights()
+    cells = grid.cells(config)
+    rules = collections.Counter(cell.rule for cell in cells)
+    lines = [
+        f"{prunable:,} of {total:,} weights are prunable ({prunable / total:.1%}).",
+        f"{memory_line(experiment)}; the weights themselves take {_bytes(4 * total)}.",
+        f"Snapshots every {experiment.track_every} of {experiment.train_steps} steps, late mean "
+        f"over snapshots {config.trajectory.window_start} to "
+        f"{experiment.train_steps // experiment.track_every} with power {config.trajectory.power}.",
+        f"{len(cells)} cells over seeds {', '.join(map(str, grid.seeds(config)))}: "
+        + ", ".join(f"{n} by {rule!r}" for rule, n in rules.items())
+        + f"; {_recoveries(experiment)}.",
+        f"Devices: {', '.join(f'{axis} {n}' for axis, n in experiment.mesh.shape.items())}.",
+        *experiment.undivided,
+        "A mask makes weights zero, no file smaller and no dense matrix product faster; for that, "
+        "whole rows, columns or neurons must be cut out.",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(_estimate(experiment), highlight=False, soft_wrap=True)
+
+
+def as_json(experiment: Experiment) -> dict[str, Any]:
+    """Returns what `plan` prints as something JSON can hold; sizes in bytes, times in seconds."""
+    config, params = experiment.config, experiment.abstract_params
+    prune = config.prune
+    steps, per_step, _ = _timed(experiment)
+    return {
+        "name": config.name,
+        "weights": tree.size(params),
+        "prunable": experiment.prunable_weights(),
+        "tensors": {
+            name: {
+                "shape": list(leaf.shape),
+                "dense": tree.dense_reason(name, leaf, prune.include, prune.exclude) or None,
+            }
+            for name, leaf in tree.named_leaves(params)
+        },
+        "tracking": trajectory.memory(params, experiment.measures, experiment.prunable),
+        "track_every": experiment.track_every,
+        "train_steps": experiment.train_steps,
+        "steps": steps,
+        "seconds": per_step * steps,
+        "seeds": list(grid.seeds(config)),
+        "cells": [{"seed": cell.seed, "name": cell.name} for cell in grid.cells(config)],
+        "devices": dict(experiment.mesh.shape),
+        "undivided": experiment.undivided,
+    }
+
+
+def _recoveries(experiment: Experiment) -> str:
+    """Returns how long the cells train after pruning, by kind of recovery."""
+    tunings = experiment.tunings.values()
+    usual = [f"{t.steps} fine-tuning steps each" for t in tunings if not t.recovery.name]
+    return ", ".join(
+        [*usual, *(f"{t.steps} steps of {t.recovery.name}" for t in tunings if t.recovery.name)]
+    )
+
+
+def memory_line(experiment: Experiment) -> str:
+    """Returns one sentence on what tracking costs in memory, per measure."""
+    memory = trajectory.memory(experiment.abstract_params, experiment.measures, experiment.prunable)
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items())
+    return (
+        f"Tracking {', '.join(experiment.measures)} takes {_bytes(sum(memory.values()))}: {parts}"
+    )
+
+
+def _tensors(experiment: Experiment, params: Any) -> Table:
+    prune = experiment.config.prune
+    table = Table(title=experiment.config.name)
+    for heading in ("tensor", "shape", "weights", "prunable?"):
+        table.add_column(
+            heading, overflow="fold", justify="right" if heading == "weights" else "left"
+        )
+    for name, leaf in tree.named_leaves(params):
+        reason = tree.dense_reason(name, leaf, prune.include, prune.exclude)
+        verdict = f"dense: {reason}" if reason else "prunable"
+        row = (name, str(leaf.shape), f"{tree.size(leaf):,}", verdict)
+        table.add_row(*map(escape, row))  # a rule may look like rich's markup
+    return table
+
+
+def _estimate(experiment: Experiment) -> str:
+    """Returns a sentence on the time."""
+    steps, per_step, batch = _timed(experiment)
+    return (
+        f"About {_duration(per_step * steps)} on this machine for {steps:,} steps, evaluations and "
+        f"compilation apart: {TIMED_STEPS} steps timed at batch {batch}, scaled to "
+        f"{experiment.config.data.batch}; a full batch is often faster per token."
+    )
+
+
+def _timed(experiment: Experiment) -> tuple[int, float, int]:
+    """Returns (steps in all, seconds of one, the batch it was timed at).
+
+    The time is that of a few real steps at a batch of some 2,048 tokens.
+    """
+    config = experiment.config
+    batch = min(config.data.batch, max(1, TIMED_TOKENS // config.window))
+    ways = experiment.mesh.shape["data"] * experiment.mesh.shape["fsdp"]
+    batch = -(-batch // ways) * ways  # the devices share it
+    batch = min(batch, config.data.eval_batch)
+    host = jax.device_get(experiment.validation[0])
+    windows = parallel.place_batch({k: v[:batch] for k, v in host.items()}, experiment.mesh)
+    step = experiment.dense_step()
+    state, _ = step(experiment.fresh_state(0), windows)
+    jax.block_until_ready(state)
+    begun = time.perf_counter()
+    for _ in range(TIMED_STEPS):
+        state, _ = step(state, windows)
+    jax.block_until_ready(state)
+    per_step = (time.perf_counter() - begun) / TIMED_STEPS * config.data.batch / batch
+    cells = experiment.cells
+    seeds = {cell.seed for cell in cells}
+    controls = {(c.seed, c.recovery): experiment.tuning_steps(c) for c in cells}
+    steps = len(seeds) * experiment.train_steps + sum(controls.values())
+    steps += sum(map(experiment.tuning_steps, cells))
+    return steps, per_step, batch
+
+
+def _bytes(size: int) -> str:
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.4g} {unit}"
+        value /= 1000
+    return f"{value:.4g} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,85 @@
+"""The training after pruning, and that of its control: which learning rates, for how long."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import optax
+from flax import linen as nn
+
+from swe_prune.config import Config, PhaseConfig, to_steps
+from swe_prune.errors import InputError
+from swe_prune.study.grid import Recovery
+from swe_prune.training import optimizer as optimizer_lib
+from swe_prune.training import step as step_lib
+from swe_prune.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """A recovery, ready to run; the optimizer's moments start at 0 in all of them.
+
+    Attributes:
+        recovery: which one.
+        settings: of the phase it takes its learning rates from.
+        steps: how long.
+        optimizer: an optax chain.
+        step: the compiled train step.
+    """
+
+    recovery: Recovery
+    settings: PhaseConfig
+    steps: int
+    optimizer: optax.GradientTransformation
+    step: Callable[..., Any]
+
+
+def build(
+    config: Config,
+    recovery: Recovery,
+    model: nn.Module,
+    *,
+    train_steps: int,
+    epoch: int,
+    place: Callable[[TrainState, optax.GradientTransformation], TrainState] = lambda state, _: (
+        state
+    ),
+) -> Tuning:
+    """Returns a recovery's optimizer and compiled step; see `config.CellConfig` for the kinds.
+
+    Args:
+        config: settings.
+        recovery: any but "none".
+        model: what is trained.
+        train_steps: of the dense phase.
+        epoch: steps of one pass over the training text.
+        place: lays a state out over the devices, given its optimizer.
+
+    Raises:
+        InputError: no step, or a rewinding to before the dense phase began.
+    """
+    given = config.finetune.steps if recovery.steps is None else recovery.steps
+    steps = to_steps(given, epoch=epoch)
+    if steps < 1:
+        raise InputError(f"recovery {recovery.kind!r} has {steps} steps; give at least one")
+    settings = config.finetune
+    if recovery.kind == "rewarm":
+        settings = dataclasses.replace(settings, learning_rate=config.train.learning_rate)
+    if recovery.kind == "rewind":
+        if steps > train_steps:
+            raise InputError(
+                f"recovery 'rewind' goes back {steps} steps and the dense phase has "
+                f"{train_steps}; give recovery_steps of at most as many"
+            )
+        cadence = {key: getattr(settings, key) for key in ("eval_every", "checkpoint_every")}
+        settings = dataclasses.replace(config.train, **cadence)
+        optimizer = optimizer_lib.build(settings, train_steps, start=train_steps - steps)
+    else:
+        optimizer = optimizer_lib.build(settings, steps)
+    step = step_lib.compile_train_step(
+        model,
+        optimizer,
+        accumulate=settings.accumulate,
+        place=lambda state: place(state, optimizer),
+    )
+    return Tuning(recovery, settings, steps, optimizer, step)

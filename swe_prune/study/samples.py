@@ -1,0 +1,58 @@
+"""What a model writes, how it repeats itself, and how far it is from the dense one."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import PyTree
+
+from swe_prune import data as data_lib
+from swe_prune.evaluation import GREEDY, Protocol, generate, kl_to_dense, repetition
+from swe_prune.study.experiment import Experiment
+
+
+def sampled(
+    experiment: Experiment, name: str, params: PyTree, dense: PyTree | None = None
+) -> dict[str, Any]:
+    """Returns what a result says of a model beside its loss; nothing where no prompt is given.
+
+    Args:
+        experiment: settings, text and model.
+        name: of the model in the result: "dense", "control", "pruned", "finetuned".
+        params: of the model.
+        dense: of the dense model, to be compared with; None: not compared.
+
+    Returns:
+        NAME_samples: prompt and text of each; NAME_repetition: the share of 3-grams that stood in
+        the text before, mean over the texts; and with `dense` NAME_kl, nats per token from it on
+        the validation windows, and NAME_agreement, the share of tokens whose likeliest is the same.
+    """
+    settings = experiment.config.samples
+    if not settings.prompts:
+        return {}
+    tokenizer = experiment.data.tokenizer
+    prompts = [tokenizer.encode(prompt).tolist() for prompt in settings.prompts]
+    found = generate(experiment.model, params, prompts, settings.tokens, sampling=GREEDY, seed=0)
+    result: dict[str, Any] = {
+        f"{name}_samples": [
+            {"prompt": prompt, "text": tokenizer.decode(np.asarray(tokens, np.int32))}
+            for prompt, tokens in zip(settings.prompts, found.tokens, strict=True)
+        ],
+        f"{name}_repetition": float(
+            np.mean([repetition(tokens).shares[2] for tokens in found.tokens])
+        ),
+    }
+    if dense is not None:
+        config = experiment.config
+        windows = data_lib.eval_batches(
+            experiment.data.validation,
+            context=config.window,
+            windows=config.data.eval_windows,
+            batch=config.data.eval_batch,
+        )
+        tokens = np.concatenate([batch["inputs"].ravel() for batch in windows])
+        protocol = Protocol("validation windows", window=config.window, stride=config.window)
+        distance = kl_to_dense(
+            experiment.model, dense, params, tokens, protocol, batch=config.data.eval_batch
+        )
+        result |= {f"{name}_kl": distance.nats_per_token, f"{name}_agreement": distance.agreement}
+    return result

@@ -1,0 +1,105 @@
+"""The models of an experiment on disk, and what their losses must be."""
+
+import contextlib
+import math
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jaxtyping import PyTree
+
+from swe_prune import trajectory, tree
+from swe_prune.checkpoint import Checkpoints
+from swe_prune.errors import InputError, RunError
+from swe_prune.runtime import processes
+from swe_prune.study.experiment import Experiment
+from swe_prune.study.grid import Cell
+from swe_prune.study.workdir import exists
+from swe_prune.training.state import TrainState
+
+
+def load_dense(experiment: Experiment, seed: int) -> TrainState:
+    """Returns the dense phase's final state.
+
+    Raises:
+        InputError: that phase has not finished.
+    """
+    folder = experiment.workdir.dense(seed)
+    if not exists(folder / "result.json"):
+        raise InputError(
+            f"the dense model of seed {seed} is not trained yet; run the command 'train' first"
+        )
+    like = jax.eval_shape(lambda p: experiment.dense_state(p, seed), experiment.abstract_params)
+    like = experiment.place(like, experiment.optimizer)
+    # The last one or none: from an earlier one other masks would come.
+    return restored(folder / "checkpoints", like, experiment.train_steps)
+
+
+def load_masks(experiment: Experiment, cell: Cell) -> PyTree:
+    """Returns the masks of a pruned cell."""
+    like = tree.map_named(
+        lambda _, leaf, chosen: (
+            jax.ShapeDtypeStruct(leaf.shape, jnp.bool_, sharding=leaf.sharding) if chosen else None
+        ),
+        experiment.abstract_params,
+        experiment.prunable,
+    )
+    return restored(experiment.workdir.cell(cell) / "masks", like)
+
+
+def load_finetuned(experiment: Experiment, cell: Cell) -> PyTree | None:
+    """Returns the parameters after a cell's recovery, or None where they were not kept."""
+    folder = experiment.workdir.cell(cell) / "finetuned"
+    return restored(folder, experiment.abstract_params) if exists(folder) else None
+
+
+def starting_values(experiment: Experiment, dense: TrainState, cell: Cell | None = None) -> PyTree:
+    """Returns the weights that go on after pruning: the final ones, or the late mean.
+
+    Args:
+        experiment: settings.
+        dense: the dense phase's last state.
+        cell: one that was pruned block after block goes on with what that left.
+    """
+    if cell is not None and cell.blockwise is not None:
+        return restored(experiment.workdir.cell(cell) / "start", experiment.abstract_params)
+    if experiment.config.prune.values_from == "final":
+        return dense.params
+    assert dense.stats is not None
+    late_mean = trajectory.read(dense.stats, "late_mean")
+    return tree.map_leaves(
+        lambda _, mean, weight: weight if mean is None else mean.astype(weight.dtype),
+        late_mean,
+        dense.params,
+    )
+
+
+def save(folder: epath.Path, values: PyTree, cell: Cell, step: int = 0) -> None:
+    """Writes one pytree of a cell in a folder of its own."""
+    if processes.count() > 1:
+        # In jax 0.10 a result of a process with one device may hold itself as its only shard, which
+        # cannot be asked for then; a copy does not.
+        places = jax.tree.map(lambda value: value.sharding, values)
+        values = jax.jit(lambda values: values, out_shardings=places)(values)
+    with contextlib.closing(Checkpoints(folder, keep=1)) as store:
+        store.save(step, values, {"cell": cell.name})
+
+
+def restored(folder: epath.Path, like: PyTree, step: int | None = None) -> PyTree:
+    """Returns the pytree of a folder with a number, or the newest."""
+    with contextlib.closing(Checkpoints(folder)) as store:
+        return store.restore(like, step)[0]
+
+
+def finite(loss: float, name: str) -> float:
+    """Returns a loss.
+
+    Raises:
+        RunError: it is not finite.
+    """
+    if not math.isfinite(loss):
+        raise RunError(
+            f"the validation loss of {name!r} is {loss}; lower the learning rate or the sparsity; "
+            "what was finished before is kept"
+        )
+    return loss

@@ -1,0 +1,48 @@
+"""Several processes share one study: which cells each of them takes."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import TypeVar
+
+from swe_prune.errors import InputError
+
+Item = TypeVar("Item")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One of several processes that share a study.
+
+    Attributes:
+        index: which one, from 0.
+        count: how many there are.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def part(self, items: Sequence[Item]) -> list[Item]:
+        """Returns the items whose number leaves `index` when divided by `count`.
+
+        >>> Shard(1, 3).part(["a", "b", "c", "d", "e"])
+        ['b', 'e']
+        """
+        return list(items[self.index :: self.count])
+
+
+def parse(text: str) -> Shard:
+    """Returns the shard that `i/n` says.
+
+    Raises:
+        InputError: it says none.
+
+    >>> parse("0/4")
+    Shard(index=0, count=4)
+    """
+    match = re.fullmatch(r"\s*([0-9]+)\s*/\s*([0-9]+)\s*", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise InputError(
+            f"--shard={text} is no share of the work; give i/n with i from 0 to n - 1, such as 0/2"
+        )
+    return Shard(int(match[1]), int(match[2]))

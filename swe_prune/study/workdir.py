@@ -1,0 +1,230 @@
+"""The working directory: where things lie, whose they are, and that no two runs share them."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any
+
+from etils import epath
+
+from swe_prune.config import Config, flat, from_dict
+from swe_prune.errors import InputError
+from swe_prune.runtime import lease, processes, storage
+from swe_prune.runtime.locks import lock
+from swe_prune.study.grid import Cell, Recovery
+from swe_prune.study.shard import Shard
+from swe_prune.training.metrics import write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """Paths of one experiment.
+
+    Attributes:
+        path: the folder, or an address in a bucket.
+    """
+
+    path: epath.Path
+
+    def __post_init__(self) -> None:
+        """Takes any kind of path."""
+        object.__setattr__(self, "path", epath.Path(self.path))
+
+    def dense(self, seed: int) -> epath.Path:
+        """Folder of the dense phase."""
+        return self.path / f"seed_{seed}" / "dense"
+
+    def control(self, seed: int, recovery: Recovery = Recovery()) -> epath.Path:  # noqa: B008, frozen
+        """Folder of a recovery's control: the dense model trained on."""
+        return self.path / f"seed_{seed}" / "-".join(filter(None, ("control", recovery.name)))
+
+    def cell(self, cell: Cell) -> epath.Path:
+        """Folder of one cell."""
+        return self.path / f"seed_{cell.seed}" / "cells" / cell.name
+
+    @property
+    def results(self) -> epath.Path:
+        """The table with one row per cell."""
+        return self.path / "results.csv"
+
+
+@contextlib.contextmanager
+def claim(
+    workdir: Workdir,
+    config: Config,
+    shard: Shard | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Iterator[None]:
+    """Makes or reopens the workdir for this config, and holds it against other runs.
+
+    The processes of one run hold it together, by the first of them. Shards share it among
+    themselves; a run of the whole study has it alone. The lock is the
+    operating system's: it is gone with the process, however that ends. In a bucket it is a lease,
+    which that of a process that was killed outlives by SWE_PRUNE_LOST_TIMEOUT seconds.
+
+    Args:
+        workdir: which.
+        config: settings.
+        shard: of a process that shares the work; None: the whole.
+        say: told where it must be watched for a while whether the holder of a lease lives.
+
+    Raises:
+        InputError: it cannot be written, belongs to another config, or another run is using it.
+    """
+    with contextlib.ExitStack() as stack:
+        hold = _leased if storage.in_bucket(workdir.path) else _locked
+
+        def claimed() -> None:
+            stack.enter_context(hold(workdir.path, shard, say))
+            with lock(workdir.path / ".config", "settings of the workdir", lambda _: None):
+                _settle(workdir, config)
+
+        processes.first(claimed)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: epath.Path, shard: Shard | None, _: Callable[[str], None]) -> Iterator[None]:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = open(path / ".lock", "a")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise InputError(
+            f"workdir {str(path)!r} cannot be written ({error.strerror}); choose another --workdir"
+        ) from error
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(file)
+        _take(file, fcntl.LOCK_EX if shard is None else fcntl.LOCK_SH, f"workdir {str(path)!r}")
+        if shard is not None:
+            name = f"shard_{shard.index}_of_{shard.count}"
+            own = stack.enter_context(open(path / f".lock_{name}", "a"))
+            _take(own, fcntl.LOCK_EX, f"shard {shard.index}/{shard.count} of {str(path)!r}")
+        yield
+
+
+@contextlib.contextmanager
+def _leased(path: epath.Path, shard: Shard | None, say: Callable[[str], None]) -> Iterator[None]:
+    """Holds a workdir in a bucket: its own lease first, then a look at those it excludes.
+
+    Two that begin at once both see the other, and both are refused at worst.
+    """
+    whole, what = ".lock", f"workdir {str(path)!r}"
+    name, mine = whole, what
+    if shard is not None:
+        name = f".lock_shard_{shard.index}_of_{shard.count}"
+        mine = f"shard {shard.index}/{shard.count} of {str(path)!r}"
+    with contextlib.ExitStack() as stack:
+        try:
+            objects = lease.store(path)
+            stack.enter_context(lease.acquire(objects, name, mine, look=say))
+            others = [whole] if shard is not None else _shard_leases(path)
+            holder = lease.alive(objects, others)
+        except InputError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{what} cannot be written ({reason}); see that the bucket is there and that this "
+                "machine's credentials may write to it, or choose another --workdir"
+            ) from error
+        if holder is not None:
+            raise InputError(lease.in_use(what, holder))
+        yield
+
+
+def _shard_leases(path: epath.Path) -> list[str]:
+    return [file.name for file in path.glob(".lock_shard_*")]
+
+
+def _take(file: IO[str], kind: int, what: str) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"{what} is in use by another run; wait for it or choose another"
+        ) from error
+
+
+def _settle(workdir: Workdir, config: Config) -> None:
+    made_by = workdir.path / "config.json"
+    if made_by.exists():
+        _check_same(workdir, config, read_json(made_by))
+    else:
+        values = dataclasses.asdict(config)
+        write_json(made_by, {"fingerprint": config.fingerprint(), "config": values})
+
+
+def config_of(path: epath.Path) -> Config:
+    """Returns the config that a workdir was made by.
+
+    Raises:
+        InputError: it is no workdir of ours, or its config is damaged.
+    """
+    made_by = path / "config.json"
+    if not made_by.is_file():
+        raise InputError(
+            f"workdir {str(path)!r} has no config.json; give the --workdir of an earlier run, or "
+            "--config to make a new one"
+        )
+    config = from_dict(read_json(made_by)["config"])
+    assert isinstance(config, Config)
+    return config
+
+
+def _check_same(workdir: Workdir, config: Config, stored: dict[str, Any]) -> None:
+    # Compared as they are understood now, since a setting may be younger than the workdir.
+    now = from_dict(stored.get("config", {}))
+    ours, theirs = (flat(one.without_switches()) for one in (config, now))
+    if ours == theirs:
+        return
+    differing = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
+    shown = ", ".join(
+        f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} now)" for key in differing[:3]
+    )
+    more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+    raise InputError(
+        f"workdir {str(workdir.path)!r} was made by another config: {shown}{more}; "
+        "choose another --workdir or go back to that config"
+    )
+
+
+def read_json(path: epath.Path) -> Any:
+    """Returns the JSON of a file that a run wrote.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}); delete it and run the same command to make it again"
+        ) from error
+
+
+def exists(path: epath.Path) -> bool:
+    """Returns whether a file or folder is there, the same to all processes of the run."""
+    return processes.first(path.exists)
+
+
+def results_of(paths: Sequence[epath.Path]) -> list[Any]:
+    """Returns the JSON of files as `read_json`, None where there is none, to all processes."""
+    return processes.first(lambda: [read_json(p) if p.exists() else None for p in paths])
+
+
+def result_of(path: epath.Path) -> Any:
+    """Returns the JSON of a file as `read_json`, to all processes of the run."""
+    return processes.first(lambda: read_json(path))
+
+
+def write_result(path: epath.Path, result: dict[str, Any]) -> None:
+    """Writes JSON for all processes of the run; it is there, whole, when this returns."""
+    processes.first(lambda: write_json(path, result))
+    processes.progress()
+
+
+def remove(folder: epath.Path) -> None:
+    """Deletes a folder of intermediate files, if it is there, for all processes of the run."""
+    processes.first(lambda: storage.remove(folder))
