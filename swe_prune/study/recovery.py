@@ -83,3 +83,12 @@ def build(
         place=lambda state: place(state, optimizer),
     )
     return Tuning(recovery, settings, steps, optimizer, step)
+
+
+def check_long_enough(schedule: str, steps: int) -> None:
+    """Raises InputError for a recovery too short to prune during it."""
+    if steps < 2:
+        raise InputError(
+            f"schedule {schedule!r} prunes during a recovery, of which {steps} step is too short; "
+            "give 2 or more"
+        )

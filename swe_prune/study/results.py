@@ -12,8 +12,10 @@ from swe_prune.study.workdir import Workdir, read_json
 COLUMNS = (
     "seed",
     "criterion",
-    "rule",
-    "requested",
+    "method",
+    "scope",
+    "sparsity",
+    "rate",
     "sparsity_prunable",
     "sparsity_total",
     "nonzero_params",
