@@ -29,7 +29,7 @@ Duration = int | str
 """Steps as an int, or a string `"5%"` or `"2 epochs"`."""
 
 ONE_SHOT = "one_shot"
-SCHEDULES = (ONE_SHOT, "cubic", "iterative")
+SCHEDULES = (ONE_SHOT, "cubic", "iterative", "rigl", "set", "ste", "movement")
 RECOVERIES = ("none", "finetune", "rewarm", "rewind")
 """Choices of `CellConfig`."""
 
@@ -219,7 +219,14 @@ class CellConfig(Recipe):
         rewarm    the same, with the learning rate warmed up to the peak of `train` again
         rewind    the last steps of the learning rate of `train` once more (Renda et al., 2020)
 
-    A schedule other than "one_shot" prunes during the recovery, whose length stays the same.
+    A schedule other than "one_shot" prunes during the recovery, whose length stays the same:
+
+        cubic, iterative  the sparsity rises, at once or in rounds (Zhu and Gupta, 2017; Frankle
+                          and Carbin, 2019)
+        rigl, set         constant sparsity; weak weights are exchanged (Evci et al., 2020; Mocanu
+                          et al., 2018)
+        ste               dense weights are trained through masks of their magnitude
+        movement          scores are learned and pick the masks (Sanh et al., 2020)
     """
 
     schedule: str = ONE_SHOT  # One of SCHEDULES.
@@ -552,3 +559,11 @@ def _validate_cell(cell: CellConfig, path: str, need: Callable[..., None]) -> No
         raise InputError(f"config.{path}: {error}") from error
     need(not gradual or gradual_only, f"{path}.schedule", cell.schedule,
          "a method or an n:m pattern prunes at once; give 'one_shot'")  # fmt: skip
+    ranked_by = {"ste": "magnitude", "movement": "movement"}.get(cell.schedule)
+    need(ranked_by in (None, cell.criterion), f"{path}.criterion", cell.criterion,
+         f"schedule {cell.schedule!r} ranks by its own; give {ranked_by!r}")  # fmt: skip
+    need(cell.schedule in (ONE_SHOT, "cubic", "iterative") or cell.pattern is None,
+         f"{path}.pattern", cell.pattern,
+         f"schedule {cell.schedule!r} prunes single weights; leave it out")  # fmt: skip
+    need(ranked_by is None or cell.allocation is None, f"{path}.allocation", cell.allocation,
+         f"schedule {cell.schedule!r} distributes by scope; leave it out")  # fmt: skip

@@ -16,7 +16,7 @@ from swe_prune import schedules, study, sweep, tree
 from swe_prune.config import CalibrationConfig, StudyConfig, from_dict, load, validate
 from swe_prune.errors import InputError
 from swe_prune.recipe import Recipe, score
-from swe_prune.study import finetune_phase, grid, prune_phase, recovery, saved
+from swe_prune.study import gradual, grid, prune_phase, recovery, saved
 from swe_prune.study.experiment import calibration_windows
 from swe_prune.training import optimizer
 from swe_prune.training.progress import Progress
@@ -40,6 +40,10 @@ CELLS = sweep.chain(
             "recovery_steps": 6,
         },
         {"method": "sparsegpt"},
+        {"schedule": "rigl", "scope": "global"},
+        {"schedule": "set", "allocation": "erk"},
+        {"schedule": "ste", "scope": "global"},
+        {"schedule": "movement", "criterion": "movement"},
     ]
 )
 NAMES = [
@@ -54,6 +58,10 @@ NAMES = [
     "global-magnitude-0.5-cubic-rewarm",
     "global-swe-0.5-iterative-rewind-6",
     "tensor-blockwise-sparsegpt-0.5",
+    "global-magnitude-0.5-rigl",
+    "tensor-magnitude-0.5-erk-set",
+    "global-magnitude-0.5-ste",
+    "tensor-movement-0.5-movement",
 ]
 
 
@@ -191,7 +199,7 @@ def _mean_gradient(shared, params):
 
 def test_block_after_block_pruning_goes_on_with_the_weights_it_changed(done):
     dense = saved.load_dense(done, 0)
-    cell = done.cells[-1]
+    cell = next(cell for cell in done.cells if cell.recipe.method is not None)
     start = saved.starting_values(done, dense, cell)
     kept = saved.load_masks(done, cell)["block_0"]["mlp"]["up"]["kernel"]
     before, after = (np.asarray(p["block_0"]["mlp"]["up"]["kernel"]) for p in (dense.params, start))
@@ -223,7 +231,7 @@ def test_what_a_gradual_cell_has_pruned_stays_so(done):
     # Kept are the smaller halves, which a criterion that forgets what is gone would not choose.
     masks = tree.map_tracked(lambda keep: ~keep, prune_phase.pruned(done, cell, source)[1])
     state = dataclasses.replace(dense, masks=masks)
-    renewed = finetune_phase.mask_updater(done, cell, source)(state, 0.75)
+    renewed = gradual._further(done, cell, source, schedules.OneShot(0.75, at=0))(0, state, None)
     kept, given = (
         np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(each)])
         for each in (renewed.masks, masks)
@@ -287,7 +295,7 @@ def test_a_gradual_cell_that_is_killed_ends_as_if_it_had_not_been(done, tmp_path
 
 def test_evaluate_computes_every_recorded_loss_again(done):
     compared = study.evaluate(done, Progress())
-    assert len(compared) == 1 + 11 + 9
+    assert len(compared) == 1 + 15 + 13
     for row in compared:
         assert row["computed"] == pytest.approx(row["recorded"], rel=1e-6), row["model"]
 
@@ -324,7 +332,7 @@ def test_calibration_windows_are_random_ones_of_the_text_they_are_given():
 @pytest.mark.parametrize("kind", ["cubic", "iterative"])
 def test_a_gradual_schedule_ends_with_its_sparsity_before_the_recovery_does(kind, steps):
     cell = grid.Cell(Recipe("magnitude", sparsity=0.8), schedule=kind)
-    plan = finetune_phase.schedule(cell, steps)
+    plan = gradual.ramp(cell, steps)
     due = plan.due_steps()
     assert due[-1] < steps
     shares = [plan.sparsity(step) for step in due]
@@ -342,17 +350,19 @@ def test_a_pruning_step_prunes_when_due_and_goes_on_where_a_phase_resumes():
     def step(state, batch):
         return dataclasses.replace(state, step=state.step + 1), {}
 
-    def renew(state, sparsity):
-        return dataclasses.replace(state, pruned=(*state.pruned, (state.step, sparsity)))
+    def update(number, state, batch):
+        if not plan.is_due(number):
+            return state
+        return dataclasses.replace(state, pruned=(*state.pruned, (number, plan.sparsity(number))))
 
     plan = schedules.Iterative(0.5, rounds=3, every=2)
     whole = State(0)
-    run = finetune_phase.pruning_step(step, plan, renew)
+    run = gradual.updating_step(step, update)
     for _ in range(6):
         whole, _ = run(whole, None)
     assert whole.pruned == tuple((t, plan.sparsity(t)) for t in (0, 2, 4))
     resumed = State(3, whole.pruned[:2])
-    run = finetune_phase.pruning_step(step, plan, renew)
+    run = gradual.updating_step(step, update)
     for _ in range(3):
         resumed, _ = run(resumed, None)
     assert resumed == whole
@@ -412,6 +422,9 @@ def test_rewarming_reaches_the_dense_peak_and_rewinding_the_dense_schedules_end(
         ({"pattern": "2:5"}, "'2:5'"),
         ({"pattern": "2:4", "sparsity": 0.6}, "keeps 2 of 4.*make the two agree"),
         ({"pattern": "2:4", "schedule": "cubic"}, "n:m pattern prunes at once"),
+        ({"schedule": "ste", "criterion": "swe"}, "'ste' ranks by its own; give 'magnitude'"),
+        ({"schedule": "rigl", "pattern": "neuron"}, "'rigl' prunes single weights"),
+        ({"schedule": "rigl", "recovery_steps": 1}, "of which 1 step is too short; give 2"),
         ({"pattern": "2:4", "allocation": "erk"}, "fixes the sparsity of every tensor"),
         ({"pattern": "column", "scope": "row"}, "give scope 'tensor' or 'global'"),
         ({"pattern": "blok:4x4"}, "'blok:4x4'"),

@@ -3,7 +3,7 @@
     mesh = parallel.mesh(config.parallel)                    # axes data, fsdp, tensor
     specs, uneven = parallel.partition(params, rules, mesh)  # path rule -> PartitionSpec
     params = parallel.laid_out(params, specs, mesh)          # abstract, born sharded under jit
-    state = parallel.place_state(state, optimizer, params)   # moments, masks, statistics follow
+    state = parallel.place_state(state, params)   # moments, masks, statistics follow
 
 The axes `data` and `fsdp` both divide the batch; `fsdp` divides the weights too, which are gathered
 where they are used; `tensor` divides the work inside a layer.

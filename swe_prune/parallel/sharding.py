@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import optax
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -30,9 +29,7 @@ def laid_out(params: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
-def place_state(
-    state: TrainState, optimizer: optax.GradientTransformation, params: PyTree
-) -> TrainState:
+def place_state(state: TrainState, params: PyTree) -> TrainState:
     """Returns the state with every array laid out as the parameter that it belongs to.
 
     Moments, masks and statistics take their parameter's sharding; what belongs to no parameter, as
@@ -42,7 +39,6 @@ def place_state(
 
     Args:
         state: concrete, traced or abstract.
-        optimizer: whose state is in it.
         params: abstract parameters with shardings, from `laid_out`.
     """
     of_params = jax.tree.map(lambda leaf: leaf.sharding, params)
@@ -52,13 +48,14 @@ def place_state(
     def whole(part: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: _put(leaf, everywhere), part)
 
-    opt_state = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda leaf, like: _put(leaf, like.sharding if leaf.shape == like.shape else everywhere),
-        state.opt_state,
-        params,
-        transform_non_params=lambda leaf: _put(leaf, everywhere),
-    )
+    like_of = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+
+    def moment(path: Any, leaf: Any) -> Any:
+        like = tree.by_suffix(path, like_of)
+        fits = like is not None and leaf.shape == like.shape
+        return _put(leaf, like.sharding if fits else everywhere)
+
+    opt_state = jax.tree_util.tree_map_with_path(moment, state.opt_state)
     stats = state.stats
     if stats is not None:
         stats = dataclasses.replace(

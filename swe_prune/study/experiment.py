@@ -90,7 +90,7 @@ class Experiment:
         """Returns the dense phase's state at step 0, statistics included, born on its devices."""
 
         def around(params: PyTree, seed: Any) -> state_lib.TrainState:
-            return self.place(self.dense_state(params, seed), self.optimizer)
+            return self.place(self.dense_state(params, seed))
 
         def born(seed: Any) -> state_lib.TrainState:
             return around(state_lib.init_params(self.model, seed, self.config.window), seed)
@@ -109,6 +109,11 @@ class Experiment:
         """The function of (params, batch) to nats per token, which calibration reads."""
         return step_lib.loss_fn(self.model)
 
+    @functools.cached_property
+    def loss_gradient(self) -> Callable[[PyTree, Any], PyTree]:
+        """The compiled gradient of `loss` with respect to all weights, masked ones too."""
+        return jax.jit(jax.grad(self.loss))
+
     @property
     def everywhere(self) -> NamedSharding:
         """The sharding of arrays that every device has whole."""
@@ -120,11 +125,9 @@ class Experiment:
             return parallel.tracking_on_host(self.train_step, self.track_every)
         return self.train_step
 
-    def place(
-        self, state: state_lib.TrainState, optimizer: optax.GradientTransformation
-    ) -> state_lib.TrainState:
+    def place(self, state: state_lib.TrainState) -> state_lib.TrainState:
         """Returns a state laid out over the devices; see `parallel.place_state`."""
-        return parallel.place_state(state, optimizer, self.abstract_params)
+        return parallel.place_state(state, self.abstract_params)
 
     def dense_state(self, params: PyTree, seed: int) -> state_lib.TrainState:
         """Returns the dense phase's state around some parameters, which may be abstract."""
@@ -157,7 +160,7 @@ class Experiment:
             # A copy, since the step takes over its state and other cells start from these too.
             params = jax.tree.map(jnp.copy, params)
             state = state_lib.create(params, tuning.optimizer, seed, masks=masks)
-            return self.place(state, tuning.optimizer)
+            return self.place(state)
 
         return jax.jit(start)(params, masks)
 
@@ -289,7 +292,7 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
             optimizer,
             track_every,
             accumulate=config.train.accumulate,
-            place=lambda state: place(state, optimizer),
+            place=place,
         ),
         eval_step=step_lib.compile_eval_step(trained),
     )

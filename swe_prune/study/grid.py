@@ -59,6 +59,13 @@ class Cell:
         return self.recipe.seed
 
     @property
+    def sparsity(self) -> float:
+        """Share to remove, of a cell whose recipe has no rate."""
+        target = self.recipe.target
+        assert target is not None
+        return target
+
+    @property
     def name(self) -> str:
         """Folder name, unique within a seed."""
         request = self.recipe
@@ -138,13 +145,14 @@ def check(config: Config, abstract_params: PyTree, prunable: PyTree) -> None:
     Raises:
         InputError: The first cell that cannot work, by its name.
     """
-    checked: list[Recipe] = []
+    checked: list[Cell] = []
     for cell in cells(config):
-        shared = dataclasses.replace(cell.recipe, seed=0)
+        shared = dataclasses.replace(cell, recipe=dataclasses.replace(cell.recipe, seed=0))
         if shared in checked:
             continue
+        unavailable = {} if cell.schedule == "movement" else UNAVAILABLE
         try:
-            recipe.check(shared, abstract_params, prunable, unavailable=UNAVAILABLE)
+            recipe.check(cell.recipe, abstract_params, prunable, unavailable=unavailable)
         except InputError as error:
             raise InputError(f"cell {cell.name!r}: {error}") from error
         checked.append(shared)

@@ -72,7 +72,12 @@ def load_and_measure(experiment: Experiment, seed: int, cells: list[Cell]) -> De
             opt_state=state.opt_state,
         )
 
-    return DenseModel(state, start, measure(False, state.params), measure(True, start))
+    evidence = measure(False, state.params)
+    if any("learned" in request.needs for request in requests):
+        # Nothing is learned before the recovery, so its masks start from the magnitudes.
+        learned = {"learned": jax.tree.map(jnp.abs, state.params)}
+        evidence = dataclasses.replace(evidence, measured={**evidence.measured, **learned})
+    return DenseModel(state, start, evidence, measure(True, start))
 
 
 def pruned(experiment: Experiment, cell: Cell, dense: DenseModel) -> tuple[PyTree, PyTree]:

@@ -30,7 +30,7 @@ def load_dense(experiment: Experiment, seed: int) -> TrainState:
             f"the dense model of seed {seed} is not trained yet; run the command 'train' first"
         )
     like = jax.eval_shape(lambda p: experiment.dense_state(p, seed), experiment.abstract_params)
-    like = experiment.place(like, experiment.optimizer)
+    like = experiment.place(like)
     # The last one or none: from an earlier one other masks would come.
     return restored(folder / "checkpoints", like, experiment.train_steps)
 

@@ -42,6 +42,7 @@ def train_step(
     track_every: int,
     accumulate: int = 1,
     distillation: Distillation | None = None,
+    forward: Callable[[PyTree, Array], PyTree] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Returns the state after one optimizer step, and its metrics as scalars.
 
@@ -59,6 +60,8 @@ def train_step(
         accumulate: so many parts of the batch, one after another, whose gradients are averaged;
             they divide it evenly. Less memory for activations, the same step but for dropout.
         distillation: how much of the loss is the distance to the teacher; None: it is the text's.
+        forward: Function of (params, step) to the weights that the model computes with, such as
+            `sparse_training.ste_magnitude`. None: the params themselves.
 
     Raises:
         InputError: a distillation without a teacher, or a teacher without one.
@@ -72,6 +75,8 @@ def train_step(
     def loss_of(params: PyTree, part: Batch, key: Array) -> Array:
         if fixed.base is not None:
             params = lora.apply(fixed.base, params, fixed.masks)
+        if forward is not None:
+            params = forward(params, state.step)
         losses_BxL = _losses_BxL(
             model, params, part, fixed.teacher, distillation, train=True, rngs={"dropout": key}
         )
@@ -147,6 +152,7 @@ def compile_train_step(
     accumulate: int = 1,
     place: Callable[[TrainState], TrainState] = lambda state: state,
     distillation: Distillation | None = None,
+    forward: Callable[[PyTree, Array], PyTree] | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the jitted train step of (state, batch), or of (state, batch, fixed).
 
@@ -159,6 +165,7 @@ def compile_train_step(
         accumulate: as in `train_step`.
         place: constrains the state that the step returns to a layout over devices.
         distillation: as in `train_step`; `fixed` then holds the teacher.
+        forward: Function of (params, step) to the weights that the model computes with.
     """
 
     def step(
@@ -173,6 +180,7 @@ def compile_train_step(
             track_every=track_every,
             accumulate=accumulate,
             distillation=distillation,
+            forward=forward,
         )
         return place(state), metrics
 
