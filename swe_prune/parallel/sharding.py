@@ -52,8 +52,9 @@ def place_state(state: TrainState, params: PyTree) -> TrainState:
 
     def moment(path: Any, leaf: Any) -> Any:
         like = tree.by_suffix(path, like_of)
-        fits = like is not None and leaf.shape == like.shape
-        return _put(leaf, like.sharding if fits else everywhere)
+        if like is None or leaf.shape != like.shape:
+            return _put(leaf, everywhere)
+        return _put(leaf, like.sharding)
 
     opt_state = jax.tree_util.tree_map_with_path(moment, state.opt_state)
     stats = state.stats
