@@ -392,14 +392,14 @@ def test_rewarming_reaches_the_dense_peak_and_rewinding_the_dense_schedules_end(
 @pytest.mark.parametrize(
     ("cell", "sentence"),
     [
-        ({"criterion": "swee"}, "unknown criterion 'swee'.*'swe'"),
+        ({"criterion": "swee"}, "criterion must be one of .*, got 'swee'.*'swe'"),
         ({"options": {"power": 1}}, "criterion 'magnitude' has no option 'power'"),
         ({"criterion": "movement"}, "needs scores that movement pruning learned"),
         ({"criterion": "blockwise:sparsegp"}, "unknown method 'sparsegp'.*'sparsegpt'"),
         ({"criterion": "blockwise:wanda", "scope": "global"}, "kernel by kernel.*'tensor'"),
         ({"criterion": "blockwise:wanda", "pattern": "row"}, "knows no pattern 'row'"),
         ({"criterion": "blockwise:wanda", "options": {"x": 1}}, "no option 'x'.*block, damping"),
-        ({"allocation": "erkk"}, "unknown allocation 'erkk'.*'erk'"),
+        ({"allocation": "erkk"}, "allocation must be one of .*, got 'erkk'.*'erk'"),
         ({"allocation": "table"}, "allocation 'table' needs the option"),
         ({"pattern": "2:5"}, "'2:5'"),
         ({"pattern": "2:4", "sparsity": 0.6}, "keeps 2 of 4.*make the two agree"),
