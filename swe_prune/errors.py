@@ -50,7 +50,7 @@ def check_choice(value: object, known: Iterable[str | None], what: str) -> None:
     known = tuple(known)
     if not ((value is None or isinstance(value, str)) and value in known):
         listed = ", ".join(str(one) for one in known)
-        raise InputError(f"{what} must be one of {listed}, got {value!r}{_guess(value, known)}")
+        raise InputError(f"{what} must be one of {listed}, got {value!r}{suggestion(value, known)}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -60,11 +60,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     "did you mean 'magnitude'? Known: magnitude, random"
     """
     known = sorted(known)
-    guess = _guess(name, known).removeprefix("; ")
+    guess = suggestion(name, known).removeprefix("; ")
     return f"{guess}{' ' if guess else ''}Known: {', '.join(known)}"
 
 
-def _guess(name: object, known: Iterable[str | None]) -> str:
+def suggestion(name: object, known: Iterable[str | None]) -> str:
     """Returns "; did you mean 'x'?", or nothing when no known name is near."""
     names = [one for one in known if isinstance(one, str)]
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)

@@ -12,9 +12,10 @@ from jaxtyping import PyTree
 from swe_prune import allocation, blockwise, calibration, importance, masks, patterns, tree
 from swe_prune.blockwise import KernelReport
 from swe_prune.blockwise.sparsegpt import check_sparsity
+from swe_prune.config import literal
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.models import gpt
-from swe_prune.pretrained.settings import PruneSettings, number
+from swe_prune.pretrained.settings import PruneSettings
 from swe_prune.training import step as step_lib
 from swe_prune.trajectory import TrajectoryStats
 
@@ -83,7 +84,7 @@ def options(settings: PruneSettings) -> list[tuple[str, Any]]:
         name, equals, value = one.partition("=")
         if not equals:
             raise InputError(f"--option={one} has no value; write --option=NAME=VALUE")
-        found.append((name, number(value)))
+        found.append((name, literal(value)))
     return found
 
 
