@@ -169,7 +169,7 @@ def main(
         where = f" {error.filename!r}" if error.filename else ""
         failed = RunError(
             f"writing or reading{where} failed ({error.strerror or error}); make room "
-            "or choose another --workdir and run the same command again, what was finished is kept"
+            "or choose another --workdir and run the same command again; finished phases are kept"
         )
         return _failed(failed, failed.exit_code, distributed)
     except KeyboardInterrupt:
@@ -179,12 +179,12 @@ def main(
         if storage.failed(error):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             failed = RunError(
-                f"the bucket of --workdir cannot be read or written ({reason}); see that this "
-                "machine reaches it and its credentials may, and run the same command again, what "
-                "was finished is kept"
+                f"the bucket of --workdir cannot be read or written ({reason}); check that "
+                "this machine and its credentials can reach it, and run the same command again; "
+                "finished phases are kept"
             )
             return _failed(failed, failed.exit_code, distributed)
-        if distributed:  # a fault of ours; the others must not wait for this process
+        if distributed:  # a bug; the other processes must not wait for this one
             from swe_prune.runtime import processes
 
             processes.await_verdict(error)
@@ -197,7 +197,7 @@ def _failed(error: Exception, code: int, distributed: bool) -> int:
     if distributed:
         from swe_prune.runtime import processes
 
-        processes.fail(error, code)  # does not return where others are told
+        processes.fail(error, code)  # does not return when other processes are told
     print(f"swe_prune: {error}", file=sys.stderr)
     return code
 
@@ -381,7 +381,7 @@ def _dispatch(parsed: Parsed, distributed: bool, elapsed: Callable[[], float]) -
     if command == "run":
         from swe_prune import report
 
-        report.need_extra()  # now rather than after hours of training
+        report.need_extra()  # fails now rather than after hours of training
     config = _config(given, parsed.overrides)
 
     # What computes is imported only once there is something to do.
