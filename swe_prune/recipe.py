@@ -27,7 +27,7 @@ from swe_prune.allocation import Allocation
 from swe_prune.blockwise import KernelReport
 from swe_prune.blockwise.sparsegpt import BLOCK, check_sparsity
 from swe_prune.calibration.measures import MEASURES
-from swe_prune.errors import InputError, did_you_mean
+from swe_prune.errors import InputError, check_choice
 from swe_prune.trajectory import TrajectoryStats
 
 METHOD_OPTIONS: Mapping[str, Any] = {"block": BLOCK, "damping": 0.01}
@@ -190,10 +190,7 @@ def _check_ranking(recipe: Recipe) -> None:
             )
         importance.get(str(recipe.criterion))
         return
-    if recipe.method not in blockwise.METHODS:
-        raise InputError(
-            f"unknown method {recipe.method!r}; {did_you_mean(recipe.method, blockwise.METHODS)}"
-        )
+    check_choice(recipe.method, blockwise.METHODS, "method")
     if recipe.scope != "tensor":
         raise InputError(
             f"method {recipe.method!r} prunes kernel by kernel, so scope must be 'tensor', got "
@@ -207,11 +204,7 @@ def _check_ranking(recipe: Recipe) -> None:
 
 def _check_amount(recipe: Recipe) -> None:
     """Checks sparsity, rate, scope and allocation, and that they fit together."""
-    if recipe.scope not in masks.SCOPES:
-        raise InputError(
-            f"scope must be one of {', '.join(masks.SCOPES)}, got {recipe.scope!r}; "
-            f"{did_you_mean(recipe.scope, masks.SCOPES)}"
-        )
+    check_choice(recipe.scope, masks.SCOPES, "scope")
     if recipe.allocation is not None:
         allocation.get(recipe.allocation).check_options(())
     if recipe.rate is not None:

@@ -403,10 +403,13 @@ def test_rewarming_reaches_the_dense_peak_and_rewinding_the_dense_schedules_end(
 @pytest.mark.parametrize(
     ("cell", "sentence"),
     [
-        ({"criterion": "swee"}, "unknown criterion 'swee'.*'swe'"),
+        ({"criterion": "swee"}, "criterion must be one of .*, got 'swee'.*'swe'"),
         ({"options": {"power": 1}}, "criterion 'magnitude' has no option 'power'"),
         ({"criterion": "movement"}, "needs scores that movement pruning learned"),
-        ({"method": "sparsegp"}, "unknown method 'sparsegp'.*'sparsegpt'"),
+        (
+            {"method": "sparsegp"},
+            "method must be one of .*, got 'sparsegp'; did you mean 'sparsegpt'",
+        ),
         ({"method": "wanda", "scope": "global"}, "kernel by kernel.*'tensor'"),
         ({"method": "wanda", "pattern": "row"}, "knows no pattern 'row'"),
         ({"method": "wanda", "options": {"x": 1}}, "no option 'x'.*block, damping"),
@@ -417,7 +420,7 @@ def test_rewarming_reaches_the_dense_peak_and_rewinding_the_dense_schedules_end(
         ({"method": "sparsegpt", "options": {"block": 0}}, "block must be 1 or more"),
         ({"method": "sparsegpt", "options": {"damping": -1.0}}, "damping must be 0 or more"),
         ({"method": "sparsegpt", "options": {"block": 6}, "pattern": "2:4"}, "multiple of 4"),
-        ({"allocation": "erkk"}, "unknown allocation 'erkk'.*'erk'"),
+        ({"allocation": "erkk"}, "allocation must be one of .*, got 'erkk'.*'erk'"),
         ({"allocation": "table"}, "allocation 'table' needs the option"),
         ({"pattern": "2:5"}, "'2:5'"),
         ({"pattern": "2:4", "sparsity": 0.6}, "keeps 2 of 4.*make the two agree"),

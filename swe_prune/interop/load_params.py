@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from swe_prune import tree
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, check_choice
 from swe_prune.interop.slices import Part, Shape, Stored, nested
 from swe_prune.interop.tensor_names import Table
 
@@ -109,8 +109,7 @@ def read_params(
     Raises:
         InputError: an unknown dtype, or shardings of another structure.
     """
-    if dtype is not None and dtype not in PARAM_DTYPES:
-        raise InputError(f"dtype = {dtype!r} is unknown; choose {', '.join(PARAM_DTYPES)} or None")
+    check_choice(dtype, (*PARAM_DTYPES, None), "dtype")
     sharding_of = _by_name(shardings)
     params = {}
     for one in bound:

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from swe_prune.config import ModelConfig
-from swe_prune.errors import InputError, did_you_mean
+from swe_prune.config import ModelConfig, check_choices
+from swe_prune.errors import InputError
 from swe_prune.models import rope
 from swe_prune.models.attention import attention
 from swe_prune.models.block import ACTIVATIONS, INIT_STDDEV, Block, dense, norm
@@ -64,7 +64,7 @@ def build(
         constrain: applied to the activations between blocks; see `GPT`.
 
     Raises:
-        InputError: a setting that is unknown, or heads that do not divide what they must.
+        InputError: A setting is not one of its choices, or widths and heads do not divide.
 
     >>> model = build(ModelConfig(layers=1, heads=2, width=8, context=4), vocab_size=5)
     >>> params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
@@ -73,33 +73,18 @@ def build(
     >>> sorted(params["block_0"])
     ['attention', 'attention_norm', 'mlp', 'mlp_norm']
     """
-    known = {
-        "activation": ACTIVATIONS,
-        "norm": ("layer", "rms"),
-        "positions": ("learned", "rope"),
-    }
-    for name, choices in known.items():
-        value = getattr(config, name)
-        if value not in choices:
-            raise InputError(
-                f"config.model.{name} = {value!r} is unknown; {did_you_mean(value, choices)}"
-            )
-    if config.dtype not in ("float32", "bfloat16"):
-        raise InputError(
-            f"config.model.dtype = {config.dtype!r} cannot be used: give 'float32' or 'bfloat16'"
-        )
+    check_choices(config, "config.model")
     if config.head_width is None and config.width % config.heads:
         raise InputError(
-            f"config.model.width = {config.width} cannot be used: "
-            f"make it a multiple of heads = {config.heads}"
+            f"config.model.width must be a multiple of heads = {config.heads}, got {config.width}"
         )
     if config.key_heads < 1 or config.heads % config.key_heads:
         raise InputError(
-            f"config.model.kv_heads = {config.kv_heads} cannot be used: "
-            f"give a divisor of heads = {config.heads}"
+            f"config.model.kv_heads must be a divisor of heads = {config.heads}, "
+            f"got {config.kv_heads}"
         )
     if config.window is not None and config.window < 1:
-        raise InputError(f"config.model.window = {config.window} sees no token; give 1 or more")
+        raise InputError(f"config.model.window must be at least 1, got {config.window}")
     if config.positions == "rope":
         rope.check(config, config.head_size)
     return GPT(config, vocab_size, constrain)

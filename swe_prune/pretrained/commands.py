@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from swe_prune import interop, masks, recipe, tree
 from swe_prune.errors import InputError
 from swe_prune.evaluation import gate
 from swe_prune.models import gpt
-from swe_prune.pretrained import finetuning, judge, settings, texts, tracked
+from swe_prune.pretrained import finetuning, judge, texts, tracked
 from swe_prune.pretrained.request import check_trajectory, recipe_of
 from swe_prune.pretrained.settings import EvaluateSettings, FinetuneSettings, PruneSettings
 from swe_prune.recipe import Recipe
@@ -33,16 +32,19 @@ WHAT_A_MASK_GIVES = (
 )
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs the command of a command line.
+def main(command: str, given: Any) -> None:
+    """Runs a command.
+
+    Args:
+        command: Name of the command, one of `settings.COMMANDS`.
+        given: Settings of the command.
 
     Raises:
-        InputError: as each command.
+        InputError: As each command.
     """
-    given = settings.parse(arguments)
-    command = {"prune": prune, "finetune": finetune, "evaluate": evaluate}[arguments[0]]
+    run = {"prune": prune, "finetune": finetune, "evaluate": evaluate}[command]
     with NOTICE.heeded():
-        command(given, Progress(), Console(width=None if sys.stdout.isatty() else WIDTH))
+        run(given, Progress(), Console(width=None if sys.stdout.isatty() else WIDTH))
 
 
 def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 
 from swe_prune import importance
 from swe_prune.blockwise import METHODS
+from swe_prune.config import literal
 from swe_prune.errors import InputError
-from swe_prune.pretrained.settings import PruneSettings, number
+from swe_prune.pretrained.settings import PruneSettings
 from swe_prune.recipe import Recipe, check
 from swe_prune.trajectory import BUFFERS
 
@@ -30,7 +31,7 @@ def recipe_of(settings: PruneSettings) -> Recipe:
         name, equals, value = one.partition("=")
         if not equals:
             raise InputError(f"--option={one} has no value; write --option=NAME=VALUE")
-        options[name] = number(value)
+        options[name] = literal(value)
     name: str | None = settings.criterion
     at_once = settings.at_once and name in importance.names()
     method = name if name in BLOCK_BY_BLOCK and not at_once else None

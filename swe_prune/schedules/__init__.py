@@ -16,7 +16,7 @@ Step t comes after t optimizer steps: an update at step 0 precedes all training,
 
 from typing import Any
 
-from swe_prune.errors import InputError, did_you_mean
+from swe_prune.errors import check_choice
 from swe_prune.schedules.exchange import cosine_drop_fraction
 from swe_prune.schedules.movement import MovementSchedule
 from swe_prune.schedules.ramps import Constant, Cubic, Iterative, OneShot, Schedule
@@ -53,11 +53,10 @@ def get(name: str) -> Any:
     """Returns the class of a schedule.
 
     Raises:
-        InputError: unknown name; the error lists the near ones.
+        InputError: The name is not one of the schedules.
 
     >>> get("cubic")(0.9, begin=0, end=100, every=10).sparsity(100)
     0.9
     """
-    if name not in _SCHEDULES:
-        raise InputError(f"unknown schedule {name!r}; {did_you_mean(name, _SCHEDULES)}")
+    check_choice(name, sorted(_SCHEDULES), "schedule")
     return _SCHEDULES[name]

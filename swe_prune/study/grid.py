@@ -45,7 +45,7 @@ class Cell:
 
     Attributes:
         recipe: How the model is pruned; its seed is that of the dense model.
-        schedule: "one_shot", or another of `config.SCHEDULES` during the recovery.
+        schedule: "one_shot", or another of `config.Schedule` during the recovery.
         recovery: Training that follows.
     """
 
