@@ -56,7 +56,9 @@ _RC: Any = {
     "ytick.color": QUIET,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,  # a legend may lie on a grid line or on the line of the control
+    "legend.borderaxespad": 0.3,
     "legend.fontsize": 8.5,
     "lines.markersize": 5,
     "svg.fonttype": "path",

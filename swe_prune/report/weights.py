@@ -9,11 +9,18 @@ from matplotlib import colormaps, ticker
 from matplotlib.lines import Line2D
 
 from swe_prune.report import formats, stats
-from swe_prune.report.findings import MODERATE, Findings
 from swe_prune.report.look import INK, KEPT, PRUNED, QUIET, Picture, panel, slug
-from swe_prune.report.records import CellKey, Detail, Histogram, Results, Trajectory
+from swe_prune.report.records import (
+    GROUPS,
+    Detail,
+    Histogram,
+    Results,
+    Trajectory,
+    key_of,
+    phrase,
+)
 from swe_prune.report.stats import Cell
-from swe_prune.report.words import rule_phrase, rule_title
+from swe_prune.study.results import Row
 
 Column = tuple[Cell, dict[str, float]]
 """A cell with the share pruned of each tensor."""
@@ -31,20 +38,10 @@ def short(name: str) -> str:
     return name.removeprefix("params/").removesuffix("/kernel")
 
 
-def moderate_cells(found: Findings, rule: str) -> list[Cell]:
-    """Returns the cell nearest 60 % of every criterion under a rule."""
-    own = [cell for cell in found.cells if cell.rule == rule]
-    chosen = []
-    for name in stats.order(cell.criterion for cell in own):
-        cell = stats.nearest((c for c in own if c.criterion == name), MODERATE)
-        chosen += [cell] if cell else []
-    return chosen
-
-
-def details_of(results: Results, cell: Cell) -> list[tuple[CellKey, Detail]]:
+def details_of(results: Results, cell: Cell) -> list[tuple[Row, Detail]]:
     """Returns the details of a cell's seeds that are there."""
-    keys = [(seed, cell.rule, cell.criterion, cell.requested) for seed in cell.seeds]
-    return [(key, results.details[key]) for key in keys if key in results.details]
+    found = [(row, results.details.get(key_of(row))) for row in cell.rows]
+    return [(row, detail) for row, detail in found if detail is not None]
 
 
 def per_tensor(results: Results, cell: Cell) -> dict[str, float]:
@@ -57,21 +54,22 @@ def per_tensor(results: Results, cell: Cell) -> dict[str, float]:
     return {name: 1 - kept[name] / total[name] for name in total if total[name]}
 
 
-def heat_maps(results: Results, found: Findings, rules: Sequence[str]) -> list[Picture]:
-    """Returns tensors × criteria for each rule, each field the share pruned near 60 %."""
+def heat_maps(results: Results, cells: Sequence[Cell], groups: Sequence[str]) -> list[Picture]:
+    """Returns tensors × criteria for each comparison, each field the share pruned near 60 %."""
     maps: dict[str, list[Column]] = {}
-    for rule in rules:
-        columns = [(cell, per_tensor(results, cell)) for cell in moderate_cells(found, rule)]
-        maps[rule] = [(cell, shares) for cell, shares in columns if shares]
+    for group in groups:
+        chosen = stats.moderate(cell for cell in cells if cell.group == group)
+        columns = [(cell, per_tensor(results, cell)) for cell in chosen]
+        maps[group] = [(cell, shares) for cell, shares in columns if shares]
     every = [v for columns in maps.values() for _, shares in columns for v in shares.values()]
     if not every:
         return []
     # One range for all maps, so they can be compared; as narrow as the numbers, so they differ.
     limits = (math.floor(10 * min(every)) / 10, math.ceil(10 * max(every)) / 10)
-    return [_heat_map(columns, rule, limits) for rule, columns in maps.items() if columns]
+    return [_heat_map(columns, group, limits) for group, columns in maps.items() if columns]
 
 
-def _heat_map(columns: list[Column], rule: str, limits: tuple[float, float]) -> Picture:
+def _heat_map(columns: list[Column], group: str, limits: tuple[float, float]) -> Picture:
     names = sorted({name for _, shares in columns for name in shares}, key=natural)
     share = np.array([[shares.get(name, np.nan) for _, shares in columns] for name in names])
     figure, axes = panel(1.9 + 0.9 * len(columns), 0.9 + 0.235 * len(names))
@@ -85,36 +83,33 @@ def _heat_map(columns: list[Column], rule: str, limits: tuple[float, float]) -> 
             colour = "white" if value > low + 0.62 * (high - low) else INK
             text = f"{100 * value:.0f}"
             axes.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
-    heads = [f"{cell.criterion}\n{100 * cell.sparsity.mean:.0f} %" for cell, _ in columns]
+    heads = [f"{cell.name}\n{100 * cell.sparsity.mean:.0f} %" for cell, _ in columns]
     axes.set_xticks(range(len(columns)), heads)
     axes.set_yticks(range(len(names)), [short(name) for name in names])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(rule_title(rule), pad=10)
+    axes.set_title(GROUPS[group], pad=10)
     spans = [
-        f"{cell.criterion} prunes {100 * min(s.values()):.0f} to {100 * max(s.values()):.0f} %"
+        f"{cell.name} prunes {100 * min(s.values()):.0f} to {100 * max(s.values()):.0f} %"
         for cell, s in columns
     ]
-    alt = f"Share pruned of each tensor, {rule_phrase(rule)}: {'; '.join(spans)}."
-    return Picture(f"tensors_{rule}", alt, figure)
+    alt = f"Share pruned of each tensor, {phrase(group)}: {'; '.join(spans)}."
+    return Picture(f"tensors_{group}", alt, figure)
 
 
-def example(results: Results, found: Findings) -> tuple[CellKey, Detail] | None:
-    """Returns the first seed's cell nearest 60 % of the criterion the claims are about."""
-    cells = [cell for cell in found.cells if cell.criterion == found.main.criterion]
-    for cell in sorted(
-        cells, key=lambda c: (c.rule != found.main.rule, abs(c.sparsity.mean - MODERATE))
-    ):
+def example(results: Results, cells: Sequence[Cell]) -> tuple[Cell, Row, Detail] | None:
+    """Returns the cell nearest to 60 % sparsity that has details, with its first seed's."""
+    for cell in sorted(cells, key=lambda cell: abs(cell.sparsity.mean - stats.MODERATE)):
         there = details_of(results, cell)
         if there:
-            return there[0]
+            return (cell, *there[0])
     return None
 
 
-def trajectories(results: Results, key: CellKey, detail: Detail) -> list[Picture]:
+def trajectories(results: Results, seed: int, detail: Detail) -> list[Picture]:
     """Returns the paths of sampled kept and pruned weights in up to three tensors."""
-    history = results.trajectories.get(key[0])
+    history = results.trajectories.get(seed)
     if history is None or len(history.steps) < 2:
         return []
     usable = [
@@ -158,10 +153,10 @@ def _paths(history: Trajectory, name: str, kept: list[bool]) -> Picture:
     return Picture(f"trajectories_{slug(short(name))}", alt, figure)
 
 
-def histograms(results: Results, found: Findings) -> list[Picture]:
+def histograms(results: Results, cells: Sequence[Cell]) -> list[Picture]:
     """Returns weights before and after, one panel per criterion, at the level nearest 60 %."""
     pictures = []
-    for cell in moderate_cells(found, found.main.rule):
+    for cell in stats.moderate(cells):
         there = [(d, d.histogram) for _, d in details_of(results, cell) if d.histogram]
         pictures += [_histogram(counts, cell, detail) for detail, counts in there[:1]]
     return pictures
@@ -180,13 +175,13 @@ def _histogram(counts: Histogram, cell: Cell, detail: Detail) -> Picture:
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: formats.count(v)))
     axes.set_xlabel("weight (no unit)")
     axes.set_ylabel("weights per bin")
-    axes.set_title(f"{cell.criterion}, {formats.percent(cell.sparsity.mean)} pruned")
+    axes.set_title(f"{cell.name}, {formats.percent(cell.sparsity.mean)} pruned")
     axes.legend(loc="upper left")
-    alt = f"Histogram of the prunable weights before and after pruning with {cell.criterion}"
+    alt = f"Histogram of the prunable weights before and after pruning with {cell.name}"
     if detail.tensors:
         zeros = sum(total - kept for kept, total in detail.tensors.values())
         alt += f": {formats.count(zeros)} of {formats.count(detail.total)} are now exactly zero"
-    return Picture(f"histogram_{slug(cell.criterion)}", f"{alt}.", figure)
+    return Picture(f"histogram_{slug(cell.name)}", f"{alt}.", figure)
 
 
 def _middle(edges: np.ndarray, counts: np.ndarray, share: float = 0.995) -> tuple[float, float]:
