@@ -2,6 +2,7 @@
 
 import csv
 import html
+import json
 import math
 import random
 import re
@@ -144,8 +145,8 @@ def test_where_nothing_is_fine_tuned_the_losses_straight_after_pruning_are_compa
     assert entries["swe"] == ["+1.4700 ± 0.0000"]  # 2.5 + 10 × 0.1 − 2.03
     assert "straight after pruning minus the dense model's" in caption
     text = said(rows)
-    assert "swe (equal sparsity per tensor) has the lowest loss straight after pruning" in text
-    assert "nothing is fine-tuned yet" in text
+    assert "swe (equal sparsity per tensor) has the lowest loss before fine-tuning, +1.4700" in text
+    assert "against the dense model (" in text
 
 
 def test_the_headline_names_the_winner_and_the_papers_criterion_with_their_numbers():
@@ -244,6 +245,20 @@ def test_perplexities_and_samples_are_shown_where_a_study_writes_them(tmp_path):
     assert table.rows[-1][0] == "swe"
     assert table.rows[-1][3] == "20.00"
     assert table.rows[-1][5:7] == ["0.500", "0.250"]
+
+
+def test_the_samples_of_the_first_seed_stand_beside_their_prompt(tmp_path):
+    values = [row(seed=seed, pruned_kl=0.5) for seed in (3, 4)]
+    write_rows(tmp_path, values)
+    for one in values:
+        path = tmp_path / f"seed_{one['seed']}" / "cells" / "x" / "result.json"
+        path.parent.mkdir(parents=True)
+        texts = {f"{stage}_samples": [{"prompt": "You", "text": f"{stage}\n {one['seed']}"}]
+                 for stage in ("pruned", "finetuned")}  # fmt: skip
+        path.write_text(json.dumps({**one, **texts}))
+    table = tables.samples(read.load(tmp_path))
+    assert table.rows == [["swe", f"60{formats.NBSP}%", "You", "pruned 3", "finetuned 3"]]
+    assert "seed 3" in table.caption
 
 
 def test_the_table_of_all_cells_lists_every_cell_of_a_comparison():

@@ -49,7 +49,7 @@ def test_the_page_says_what_was_found(built):
     workdir, (page, *_) = built
     text = text_of(page)
     assert headline_of(workdir) in text
-    assert "the best other criterion, magnitude (" in text
+    assert "60\N{NO-BREAK SPACE}% sparsity magnitude (" in text
     assert f"of {PARAMS:,} parameters" in text
     assert "9f2c41d07be6" in text
 

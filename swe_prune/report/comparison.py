@@ -96,8 +96,8 @@ def headline(cells: Sequence[Cell]) -> str:
     recovered = any(cell.changes(True) for cell in cells)
     field, start = _field(cells, recovered)
     winner = lowest(field, recovered)
-    what = "fine-tuned loss" if recovered else "loss straight after pruning"
-    base = "the control" if recovered else "the dense model, and nothing is fine-tuned yet"
+    what = "fine-tuned loss" if recovered else "loss before fine-tuning"
+    base = "the control" if recovered else "the dense model"
     if winner is None:
         return f"{start} every model diverged."
     # 1. The winner, wherever its sparsity is met.

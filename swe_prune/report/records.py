@@ -1,9 +1,9 @@
-"""What the report knows of an experiment: rows, trajectories, histograms, as they were written."""
+"""Everything the report reads of an experiment: rows, trajectories, histograms."""
 
 import dataclasses
 from typing import Any
 
-from swe_prune.study.results import Row
+from swe_prune.study.results import COLUMNS, Row
 
 GROUPS = {
     "tensor": "Equal sparsity per tensor",
@@ -13,20 +13,8 @@ GROUPS = {
 }
 """The comparisons and their titles: cells of one scope, and cells of the paper's rule."""
 
-IDENTITY = (
-    "seed",
-    "criterion",
-    "method",
-    "options",
-    "allocation",
-    "scope",
-    "sparsity",
-    "rate",
-    "pattern",
-    "schedule",
-    "recovery",
-)
-"""The columns that tell one cell from another."""
+IDENTITY = COLUMNS[: COLUMNS.index("recovery") + 1]
+"""The columns that tell one cell from another: all up to the recovery."""
 
 CellKey = tuple[Any, ...]
 """The values of `IDENTITY`."""

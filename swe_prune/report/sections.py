@@ -164,8 +164,13 @@ def _losses(cells: Sequence[Cell], group: str, names: Sequence[str]) -> Group:
 
 
 def _heat(results: Results, cells: Sequence[Cell], groups: Sequence[str]) -> Group:
-    # With one sparsity per tensor or row, all maps would show the same number everywhere.
-    uneven = [group for group in groups if group in ("global", "rate")]
+    # Without an allocation, equal sparsity per tensor or row would be one number everywhere.
+    uneven = [
+        group
+        for group in groups
+        if group in ("global", "rate")
+        or any(cell.rows[0].allocation for cell in cells if cell.group == group)
+    ]
     return Group(
         weights.heat_maps(results, cells, uneven),
         f"Sparsity of each tensor (%), at the level of each criterion nearest to 60{NBSP}%; below "

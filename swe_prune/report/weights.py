@@ -23,9 +23,9 @@ from swe_prune.report.stats import Cell
 from swe_prune.study.results import Row
 
 Column = tuple[Cell, dict[str, float]]
-"""A cell with the share pruned of each tensor."""
+"""A cell with the sparsity of each tensor."""
 
-LINES = 14  # sampled weights drawn of each kind: more become a hatch, fewer an anecdote
+LINES = 14  # sampled weights drawn of each kind: more could not be told apart
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -34,7 +34,7 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 def short(name: str) -> str:
-    """Returns a tensor's name without the `/kernel` that all of them share."""
+    """Returns a tensor's name without the `/kernel` that all of them end in."""
     return name.removeprefix("params/").removesuffix("/kernel")
 
 
@@ -45,7 +45,7 @@ def details_of(results: Results, cell: Cell) -> list[tuple[Row, Detail]]:
 
 
 def per_tensor(results: Results, cell: Cell) -> dict[str, float]:
-    """Returns the share pruned of each tensor, counts pooled over seeds."""
+    """Returns the sparsity of each tensor, counts pooled over seeds."""
     kept: dict[str, int] = {}
     total: dict[str, int] = {}
     for _, detail in details_of(results, cell):
@@ -55,13 +55,13 @@ def per_tensor(results: Results, cell: Cell) -> dict[str, float]:
 
 
 def heat_maps(results: Results, cells: Sequence[Cell], groups: Sequence[str]) -> list[Picture]:
-    """Returns tensors × criteria for each comparison, each field the share pruned near 60 %."""
+    """Returns tensors × criteria for each comparison, each field the sparsity near 60 %."""
     maps: dict[str, list[Column]] = {}
     for group in groups:
         chosen = stats.moderate(cell for cell in cells if cell.group == group)
         columns = [(cell, per_tensor(results, cell)) for cell in chosen]
-        maps[group] = [(cell, shares) for cell, shares in columns if shares]
-    every = [v for columns in maps.values() for _, shares in columns for v in shares.values()]
+        maps[group] = [(cell, values) for cell, values in columns if values]
+    every = [v for columns in maps.values() for _, values in columns for v in values.values()]
     if not every:
         return []
     # One range for all maps, so they can be compared; as narrow as the numbers, so they differ.
@@ -70,21 +70,24 @@ def heat_maps(results: Results, cells: Sequence[Cell], groups: Sequence[str]) ->
 
 
 def _heat_map(columns: list[Column], group: str, limits: tuple[float, float]) -> Picture:
-    names = sorted({name for _, shares in columns for name in shares}, key=natural)
-    share = np.array([[shares.get(name, np.nan) for _, shares in columns] for name in names])
+    names = sorted({name for _, values in columns for name in values}, key=natural)
+    table = np.array([[values.get(name, np.nan) for _, values in columns] for name in names])
     figure, axes = panel(1.9 + 0.9 * len(columns), 0.9 + 0.235 * len(names))
     axes.grid(False)
     low, high = limits if limits[1] > limits[0] else (limits[0] - 0.1, limits[0] + 0.1)
     # Light to dark in one hue reads the same in grey.
     colours = colormaps["Blues"].with_extremes(bad="white")
-    axes.imshow(share, cmap=colours, vmin=low, vmax=high, aspect="auto")
-    for (i, j), value in np.ndenumerate(share):
+    axes.imshow(table, cmap=colours, vmin=low, vmax=high, aspect="auto")
+    for (i, j), value in np.ndenumerate(table):
         if np.isfinite(value):
             colour = "white" if value > low + 0.62 * (high - low) else INK
             text = f"{100 * value:.0f}"
             axes.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
-    heads = [f"{cell.name}\n{100 * cell.sparsity.mean:.0f} %" for cell, _ in columns]
-    axes.set_xticks(range(len(columns)), heads)
+    wide = max(len(cell.name) for cell, _ in columns) > 11  # wider than a column
+    gap = ", " if wide else "\n"
+    heads = [f"{cell.name}{gap}{100 * cell.sparsity.mean:.0f} %" for cell, _ in columns]
+    slanted = {"rotation": 30, "ha": "left", "rotation_mode": "anchor"} if wide else {}
+    axes.set_xticks(range(len(columns)), heads, **slanted)
     axes.set_yticks(range(len(names)), [short(name) for name in names])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
@@ -94,7 +97,7 @@ def _heat_map(columns: list[Column], group: str, limits: tuple[float, float]) ->
         f"{cell.name} prunes {100 * min(s.values()):.0f} to {100 * max(s.values()):.0f} %"
         for cell, s in columns
     ]
-    alt = f"Share pruned of each tensor, {phrase(group)}: {'; '.join(spans)}."
+    alt = f"Sparsity of each tensor, {phrase(group)}: {'; '.join(spans)}."
     return Picture(f"tensors_{group}", alt, figure)
 
 
@@ -118,9 +121,9 @@ def trajectories(results: Results, seed: int, detail: Detail) -> list[Picture]:
         if len(detail.sample_kept.get(name, ())) == len(history.values[name][0])
         and len(set(detail.sample_kept[name])) == 2
     ]
-    # First, middle and last: chosen by place in the network, not by how well they look.
-    places = dict.fromkeys(round(i * (len(usable) - 1) / 2) for i in range(3)) if usable else {}
-    return [_paths(history, usable[i], detail.sample_kept[usable[i]]) for i in places]
+    # First, middle and last: chosen by their order, not by how they look.
+    chosen = dict.fromkeys(round(i * (len(usable) - 1) / 2) for i in range(3)) if usable else {}
+    return [_paths(history, usable[i], detail.sample_kept[usable[i]]) for i in chosen]
 
 
 def _paths(history: Trajectory, name: str, kept: list[bool]) -> Picture:
@@ -184,13 +187,13 @@ def _histogram(counts: Histogram, cell: Cell, detail: Detail) -> Picture:
     return Picture(f"histogram_{slug(cell.name)}", f"{alt}.", figure)
 
 
-def _middle(edges: np.ndarray, counts: np.ndarray, share: float = 0.995) -> tuple[float, float]:
-    """Returns the symmetric range that holds `share` of the counts: the tails squeeze the rest."""
+def _middle(edges: np.ndarray, counts: np.ndarray, fraction: float = 0.995) -> tuple[float, float]:
+    """Returns the symmetric range that holds a fraction of the counts, without the long tails."""
     centres = (edges[1:] + edges[:-1]) / 2
     ranks = np.argsort(np.abs(centres))
     cumulated = np.cumsum(counts[ranks]) / max(counts.sum(), 1)
     reach = float(
-        np.abs(centres[ranks][np.searchsorted(cumulated, share).clip(max=len(ranks) - 1)])
+        np.abs(centres[ranks][np.searchsorted(cumulated, fraction).clip(max=len(ranks) - 1)])
     )
     width = float(edges[1] - edges[0])
     return -reach - width, reach + width
