@@ -156,6 +156,8 @@ def test_matplotlibs_settings_are_left_as_they_were(tmp_path):
 
 def chromium(page, profile, *arguments):
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+               "--disable-quic", "--no-first-run", "--disable-background-networking",
+               "--disable-component-update", "--disable-sync",
                f"--user-data-dir={profile}", *arguments, page.as_uri()]  # fmt: skip
     return subprocess.run(command, capture_output=True, timeout=120, check=True).stdout
 

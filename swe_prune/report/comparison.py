@@ -63,8 +63,8 @@ def compare(cells: Iterable[Cell], group: str, recovered: bool) -> Comparison | 
                 for cell in column
                 if cell is not winner and within_margin(cell, winner, recovered)
             }
-    by_place = {(cell.name, cell.level): cell for cell in own}
-    return Comparison(group, recovered, order(own), levels, by_place, best, near)
+    entries = {(cell.name, cell.level): cell for cell in own}
+    return Comparison(group, recovered, order(own), levels, entries, best, near)
 
 
 def lowest(cells: Iterable[Cell], recovered: bool) -> Cell | None:

@@ -45,6 +45,7 @@ def load(workdir: epath.PathLike) -> Results:
     workdir = storage.place(workdir, "working directory")
     rows, repeated = read_rows(workdir / "results.csv")
     config, fingerprint = _read_config(workdir / "config.json")
+    # Every seed's folder: the dense model, its controls, its cells. Each file may be missing.
     training, trajectories, dense, details = {}, {}, {}, {}
     controls: dict[tuple[int, str], float] = {}
     for folder in sorted(workdir.glob("seed_*")):
