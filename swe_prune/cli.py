@@ -22,6 +22,7 @@ from swe_prune import storage
 from swe_prune.errors import InputError, Preempted, RunError
 from swe_prune.pretrained import settings
 from swe_prune.supervisor import SUPERVISED
+from swe_prune.version import __version__
 
 if TYPE_CHECKING:
     from swe_prune.experiment import Experiment
@@ -118,6 +119,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
         epilog="Any setting can be given as --config.GROUP.NAME=VALUE. For a pretrained model give "
         "prune, finetune and evaluate --model=PATH in place of --config: 'prune --model=. --help'.",
     )
+    parser.add_argument("--version", action="version", version=f"swe_prune {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, description in COMMANDS.items():
         command = commands.add_parser(name, help=description, description=description)
@@ -249,8 +251,6 @@ def _join(options: argparse.Namespace) -> None:
 
 def _versions() -> dict[str, str]:
     import jax
-
-    from swe_prune.version import __version__
 
     return {"swe_prune": __version__, "jax": jax.__version__}
 
