@@ -337,3 +337,10 @@ def test_a_full_disk_ends_in_a_sentence_and_the_same_command_goes_on(tmp_path, p
     assert "Traceback" not in first.stderr
     assert "run the same command again" in first.stderr.splitlines()[-1]
     assert subprocess.run(command, env=environment).returncode == 0
+
+
+def test_version_prints_the_version_and_ends_with_0(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"swe_prune {swe_prune.__version__}\n"
