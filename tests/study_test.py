@@ -405,7 +405,7 @@ def test_rewarming_reaches_the_dense_peak_and_rewinding_the_dense_schedules_end(
     [
         ({"criterion": "swee"}, "criterion must be one of .*, got 'swee'.*'swe'"),
         ({"options": {"power": 1}}, "criterion 'magnitude' has no option 'power'"),
-        ({"criterion": "movement"}, "needs scores that movement pruning learned"),
+        ({"criterion": "movement"}, "scores that movement pruning learns"),
         (
             {"method": "sparsegp"},
             "method must be one of .*, got 'sparsegp'; did you mean 'sparsegpt'",
