@@ -104,7 +104,7 @@ def _failed(error: Exception, code: int, distributed: bool) -> int:
 def _supervise(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from swe_prune.runtime import processes, supervisor
 
-    processes.place(options.coordinator, options.process)
+    processes.process_address(options.coordinator, options.process)
     if options.distributed and options.coordinator is not None:
         raise InputError("--distributed and --coordinator were both given; give one")
     join = processes.Timeouts.of_environment().join
@@ -162,7 +162,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[st
             )
     options, rest = parser.parse_known_args(arguments)
     if options.workdir is not None:
-        options.workdir = storage.place(options.workdir, "--workdir")
+        options.workdir = storage.parse_path(options.workdir, "--workdir")
     prefix = "--config."
     for argument in rest:
         if not argument.startswith(prefix):
@@ -187,7 +187,7 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], distributed: bo
     # jax and all that comes with it, only once there is something to do
     from swe_prune import study
     from swe_prune.runtime import processes
-    from swe_prune.runtime.preemption import NOTICE
+    from swe_prune.runtime.preemption import PREEMPTION
     from swe_prune.training.progress import Progress
 
     processes.check_same(config_lib.flat(config) | _versions())
@@ -199,7 +199,7 @@ def _dispatch(options: argparse.Namespace, overrides: list[str], distributed: bo
         return
     progress = Progress(Console(quiet=True) if processes.index() > 0 else None)
     claimed = study.claim(experiment.workdir, config, shard, progress.say)
-    with claimed, NOTICE.heeded():
+    with claimed, PREEMPTION.installed():
         progress.say(study.memory_line(experiment))
         if options.command == "evaluate":
             rows = study.evaluate(experiment, progress)
@@ -245,7 +245,7 @@ def _plan(experiment: "Experiment", options: argparse.Namespace) -> None:
 def _join(options: argparse.Namespace) -> None:
     from swe_prune.runtime import processes
 
-    where = processes.place(options.coordinator, options.process)
+    where = processes.process_address(options.coordinator, options.process)
     processes.start(where, processes.Timeouts.of_environment())
 
 

@@ -97,14 +97,14 @@ def test_a_long_prompt_is_taken_in_parts(small, at_once, monkeypatch):
 
 def test_the_end_token_ends_a_text_and_the_loop(small, monkeypatch):
     model, params = small
-    steps, go_on = [], generation._go_on
+    steps, go_on = [], generation._decode_until
 
     def counted(*args):
         state = go_on(*args)
         steps.append(int(state.step))
         return state
 
-    monkeypatch.setattr(generation, "_go_on", counted)
+    monkeypatch.setattr(generation, "_decode_until", counted)
     free = generate(model, params, PROMPTS, 12, sampling=GREEDY, seed=0).tokens
     eos = free[1][4]
     found = generate(model, params, PROMPTS, 12, sampling=GREEDY, seed=0, eos_id=eos)
@@ -125,7 +125,7 @@ def test_the_end_token_ends_a_text_and_the_loop(small, monkeypatch):
 
 def test_a_text_that_is_to_stop_is_made_no_longer(small, monkeypatch):
     model, params = small
-    monkeypatch.setattr(generation, "CHECKED", 3)
+    monkeypatch.setattr(generation, "STOP_CHECK_EVERY", 3)
     free = generate(model, params, PROMPTS, 12, sampling=GREEDY, seed=0).tokens
     asked = []
 
@@ -148,10 +148,10 @@ def test_a_text_that_is_to_stop_is_made_no_longer(small, monkeypatch):
 def test_one_program_serves_prompts_of_many_lengths(small):
     model, params = small
     generate(model, params, [[1], [2]], 4, sampling=GREEDY, seed=0, eos_id=5)
-    before = generation._begin._cache_size(), generation._go_on._cache_size()
+    before = generation._begin._cache_size(), generation._decode_until._cache_size()
     for length in (2, 9, 31):
         generate(model, params, [[1] * length, [2]], 4, sampling=GREEDY, seed=length, eos_id=3)
-    assert (generation._begin._cache_size(), generation._go_on._cache_size()) == before
+    assert (generation._begin._cache_size(), generation._decode_until._cache_size()) == before
 
 
 def test_a_prompt_may_fill_the_context(small):

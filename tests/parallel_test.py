@@ -104,7 +104,7 @@ def test_an_experiment_tracks_in_host_memory_what_it_tracks_on_the_device(
         with study.claim(made.workdir, config):
             if name == "host":
                 with monkeypatch.context() as patch:
-                    patch.setattr(loop.metrics_lib.Meter, "late", fails_at(10))
+                    patch.setattr(loop.metrics_lib.MetricsLogger, "enqueue", fails_at(10))
                     with pytest.raises(RuntimeError, match="power"):
                         phases.train(made, Progress())
             phases.train(made, Progress())
@@ -118,7 +118,7 @@ def test_an_experiment_tracks_in_host_memory_what_it_tracks_on_the_device(
 
 
 def fails_at(step):
-    late = loop.metrics_lib.Meter.late
+    late = loop.metrics_lib.MetricsLogger.enqueue
 
     def failing(meter, number, *rest, **more):
         if number == step:

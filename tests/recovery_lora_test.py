@@ -17,7 +17,7 @@ from swe_prune.training import lora
 from swe_prune.training import state as state_lib
 from swe_prune.training import step as step_lib
 from swe_prune.training.losses import Distillation
-from swe_prune.training.state import Fixed
+from swe_prune.training.state import Frozen
 
 SYMBOLS = 11
 CONFIG = ModelConfig(layers=2, heads=2, width=16, context=8, use_bias=True, tied_head=False)
@@ -62,7 +62,7 @@ def logits(params, seed=0):
 def train(base, mask, adapters, steps=20, optimizer=None, **options):
     optimizer = optimizer or optax.adamw(1e-2, weight_decay=0.1)
     teacher = options.pop("teacher", None)
-    fixed = Fixed(base=base, masks=mask, teacher=teacher)
+    fixed = Frozen(base=base, masks=mask, teacher=teacher)
     state = state_lib.create(adapters, optimizer, 0)
     step = step_lib.compile_train_step(MODEL, optimizer, **options)
     found = []

@@ -58,10 +58,10 @@ def alpha_pruning(
     alphas = tail_exponents(params, tail=tail, prunable=prunable, input_axes=input_axes)
     of_groups = [math.fsum(alphas[n] for n in names) / len(names) for names in members.values()]
     whole = [sum(sizes[name] for name in names) for names in members.values()]
-    shares, _ = rounding.scaled(
+    shares, _ = rounding.scale_to_total(
         alpha_shares(of_groups, epsilon), whole, rounding.removed_count(sum(whole), sparsity)
     )
-    return rounding.meet_by_group(shares, members, sizes, sparsity)
+    return rounding.shift_groups_to_total(shares, members, sizes, sparsity)
 
 
 def alpha_shares(alphas: list[float], epsilon: float = 0.3) -> list[float]:

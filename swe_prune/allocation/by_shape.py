@@ -26,7 +26,9 @@ def uniform(shapes: PyTree, sparsity: float) -> Allocation:
     """
     rounding.check_sparsity(sparsity)
     sizes = _sizes(groups.shapes_of(shapes))
-    return rounding.meet({name: size * sparsity for name, size in sizes.items()}, sizes, sparsity)
+    return rounding.round_to_total(
+        {name: size * sparsity for name, size in sizes.items()}, sizes, sparsity
+    )
 
 
 def erk(shapes: PyTree, sparsity: float, *, power: float = 1.0, kernel: bool = True) -> Allocation:
@@ -49,7 +51,7 @@ def erk(shapes: PyTree, sparsity: float, *, power: float = 1.0, kernel: bool = T
     densities, _ = erk_densities(shapes, sparsity, power=power, kernel=kernel)
     sizes = _sizes(groups.shapes_of(shapes))
     gone = {name: size * (1 - densities[name]) for name, size in sizes.items()}
-    return rounding.meet(gone, sizes, sparsity)
+    return rounding.round_to_total(gone, sizes, sparsity)
 
 
 def erk_densities(
@@ -85,7 +87,7 @@ def erk_densities(
         return (sum(dims) / math.prod(dims)) ** power if dims and 0 not in dims else 1.0
 
     kept = sum(sizes.values()) - rounding.removed_count(sum(sizes.values()), sparsity)
-    densities, scale = rounding.scaled([*map(raw, named.values())], [*sizes.values()], kept)
+    densities, scale = rounding.scale_to_total([*map(raw, named.values())], [*sizes.values()], kept)
     return dict(zip(named, densities, strict=True)), scale
 
 
@@ -133,7 +135,7 @@ def table(rules: Mapping[str, float], shapes: PyTree, sparsity: float | None = N
         gone = {name: rounding.removed_count(size, given[name]) for name, size in sizes.items()}
         return Allocation(gone, sizes)
     total = sum(sizes.values())
-    kept, _ = rounding.scaled(
+    kept, _ = rounding.scale_to_total(
         [1 - share for share in given.values()],
         [*sizes.values()],
         total - rounding.removed_count(total, sparsity),
@@ -141,7 +143,7 @@ def table(rules: Mapping[str, float], shapes: PyTree, sparsity: float | None = N
     targets = {
         name: size * (1 - share) for (name, size), share in zip(sizes.items(), kept, strict=True)
     }
-    return rounding.meet(targets, sizes, sparsity)
+    return rounding.round_to_total(targets, sizes, sparsity)
 
 
 def _sizes(named: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

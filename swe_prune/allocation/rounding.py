@@ -61,7 +61,9 @@ def apportion(targets: Sequence[float], sizes: Sequence[int], total: int) -> lis
     return parts
 
 
-def scaled(shares: Sequence[float], sizes: Sequence[int], total: int) -> tuple[list[float], float]:
+def scale_to_total(
+    shares: Sequence[float], sizes: Sequence[int], total: int
+) -> tuple[list[float], float]:
     """Returns min(1, factor · share) and the factor, such that these shares make a total.
 
     Args:
@@ -69,7 +71,7 @@ def scaled(shares: Sequence[float], sizes: Sequence[int], total: int) -> tuple[l
         sizes: what the shares are of.
         total: at most the sum of the sizes.
 
-    >>> scaled([1, 1, 8], [10, 10, 10], 14)
+    >>> scale_to_total([1, 1, 8], [10, 10, 10], 14)
     ([0.2, 0.2, 1.0], 0.2)
     """
     full: set[int] = set()
@@ -83,10 +85,10 @@ def scaled(shares: Sequence[float], sizes: Sequence[int], total: int) -> tuple[l
     return [1.0 if i in full else factor * share for i, share in enumerate(shares)], factor
 
 
-def shifted(shares: Sequence[float], sizes: Sequence[int], total: int) -> list[float]:
+def shift_to_total(shares: Sequence[float], sizes: Sequence[int], total: int) -> list[float]:
     """Returns the shares plus one number, within [0, 1], at which they make a total of the sizes.
 
-    >>> [round(share, 6) for share in shifted([0.0, 0.5], [10, 10], 12)]
+    >>> [round(share, 6) for share in shift_to_total([0.0, 0.5], [10, 10], 12)]
     [0.35, 0.85]
     """
 
@@ -168,14 +170,16 @@ class Allocation:
         )
 
 
-def meet(targets: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> Allocation:
+def round_to_total(
+    targets: Mapping[str, float], sizes: Mapping[str, int], sparsity: float
+) -> Allocation:
     """Returns the allocation next to the targets whose total is `removed_count(all, sparsity)`."""
     total = removed_count(sum(sizes.values()), sparsity)
     parts = apportion([targets[name] for name in sizes], [*sizes.values()], total)
     return Allocation(dict(zip(sizes, parts, strict=True)), dict(sizes))
 
 
-def meet_by_group(
+def shift_groups_to_total(
     sparsities: Sequence[float],
     members: Mapping[str, Sequence[str]],
     sizes: Mapping[str, int],
@@ -190,8 +194,8 @@ def meet_by_group(
         sparsity: share to remove of all the weights.
     """
     whole = [sum(sizes[name] for name in names) for names in members.values()]
-    met = shifted(sparsities, whole, removed_count(sum(sizes.values()), sparsity))
+    met = shift_to_total(sparsities, whole, removed_count(sum(sizes.values()), sparsity))
     targets = dict.fromkeys(sizes, 0.0)
     for share, names in zip(met, members.values(), strict=True):
         targets.update({name: share * sizes[name] for name in names})
-    return meet(targets, sizes, sparsity)
+    return round_to_total(targets, sizes, sparsity)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 
 from swe_prune import counting, select, tree
 from swe_prune.allocation.groups import scored
-from swe_prune.allocation.rounding import Allocation, check_sparsity, meet, removed_count
+from swe_prune.allocation.rounding import Allocation, check_sparsity, removed_count, round_to_total
 from swe_prune.errors import InputError
 
 _HALF_NORMAL_STD = math.sqrt(1 - 2 / math.pi)  # std of |x| for x ~ N(0, 1): 0.6028
@@ -149,7 +149,7 @@ def std(scores: PyTree, sparsity: float, *, spread: float | None = None) -> Allo
         name: low + way * (high - low)
         for name, low, high in zip(search.sizes, least, most, strict=True)
     }
-    return meet(targets, search.sizes, sparsity)
+    return round_to_total(targets, search.sizes, sparsity)
 
 
 class _Search:

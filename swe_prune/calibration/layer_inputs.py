@@ -70,10 +70,10 @@ def inputs(
     params = variables["params"]
     prunable = tree.prunable(params) if prunable is None else prunable
     wanted = chosen(params, prunable)
-    step = measuring(model, call or applied, wanted, hessian=hessian, dense_like=dense_like)
-    sums, n = accumulated(step, variables, batches)
+    step = make_measure_fn(model, call or applied, wanted, hessian=hessian, dense_like=dense_like)
+    sums, n = accumulate(step, variables, batches)
     check_used(wanted, sums)
-    return finished(params, sums, n, hessian=hessian)
+    return normalize_sums(params, sums, n, hessian=hessian)
 
 
 def applied(model: nn.Module, variables: Any, batch: Any) -> Any:
@@ -96,7 +96,7 @@ def chosen(params: PyTree, prunable: PyTree) -> dict[str, tuple[int, ...]]:
     return wanted
 
 
-def measuring(
+def make_measure_fn(
     model: nn.Module,
     call: Call,
     wanted: Mapping[str, Any],
@@ -114,7 +114,7 @@ def measuring(
     return measure
 
 
-def accumulating(measure: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+def make_accumulate_step(measure: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     """Returns the compiled step that adds a batch to the sums; what came before is given up."""
 
     def add(variables: Any, state: Any, batch: Any, number: Any) -> Any:
@@ -129,7 +129,7 @@ def accumulating(measure: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return jax.jit(add, donate_argnums=1)
 
 
-def accumulated(
+def accumulate(
     measure: Callable[[Any, Any], Any],
     variables: PyTree,
     batches: Iterable[PyTree],
@@ -141,10 +141,10 @@ def accumulated(
     """Returns the sums over all batches, and the number of sequences in them.
 
     Args:
-        measure: as `measuring` returns it.
+        measure: as `make_measure_fn` returns it.
         variables: of the model.
         batches: streamed.
-        step: `accumulating(measure)`, to share what it has compiled; None: one of its own.
+        step: `make_accumulate_step(measure)`, to share what it has compiled; None: one of its own.
         count: (batch, its number) → how many sequences it has.
         known: what `measure` gives, by the shapes of the batch, where it was traced before for
             variables of these shapes; new ones are added.
@@ -153,7 +153,7 @@ def accumulated(
         InputError: as `inputs`.
     """
     known = {} if known is None else known
-    step = accumulating(measure) if step is None else step
+    step = make_accumulate_step(measure) if step is None else step
     state, total = None, 0
     for number, batch in enumerate(batches):
         total += count(batch, number)
@@ -225,7 +225,7 @@ def check_used(wanted: Mapping[str, Any], sums: Mapping[str, Any]) -> None:
         )
 
 
-def finished(
+def normalize_sums(
     params: PyTree, sums: Mapping[str, Mapping[str, Array]], n: int, *, hessian: bool
 ) -> dict[str, PyTree]:
     """Returns the measures, pytrees like the parameters, of sums over n sequences."""

@@ -15,7 +15,7 @@ from swe_prune.evaluation.sampling import Sampling, draw
 from swe_prune.evaluation.token_losses import bucket, check_tokens, context_of
 from swe_prune.models import gpt
 
-CHECKED = 32
+STOP_CHECK_EVERY = 32
 """Every so many tokens it is asked whether a text has come to its end."""
 AT_ONCE = 128
 """Tokens of the prompts that the model takes at a time, whose logits are in memory together."""
@@ -61,7 +61,7 @@ def generate(
         sampling: how each token is chosen.
         seed: of what is drawn.
         eos_id: the token that ends a text, or several; None: none does.
-        stop: asked about the new tokens of each prompt after every CHECKED of them; where it says
+        stop: asked about the new tokens of each prompt after every STOP_CHECK_EVERY of them; where it says
             True the rest is not made, and what was made is returned whole. None: never asked.
 
     Raises:
@@ -81,7 +81,7 @@ def generate(
     state = _begin(model, sampling, max_new_tokens, params, tokens_BxL, valid_BxL, key, eos_E)
     until = max_new_tokens if stop is None else 1
     while True:
-        state = _go_on(model, sampling, params, state, key, eos_E, until)
+        state = _decode_until(model, sampling, params, state, key, eos_E, until)
         texts = _texts(state, eos_E)
         if int(state.step) < until or until == max_new_tokens:
             break
@@ -90,7 +90,7 @@ def generate(
         if all(done_B):
             break
         state = dataclasses.replace(state, done_B=state.done_B | np.asarray(done_B))
-        until = min(until + CHECKED, max_new_tokens)
+        until = min(until + STOP_CHECK_EVERY, max_new_tokens)
     return Generated(*texts)
 
 
@@ -175,14 +175,14 @@ def _begin(
     """Returns the state with the prompts taken in and the first new token of each."""
     batch, length = tokens_BxL.shape
     cache = gpt.empty_cache(model.config, batch, length + new)
-    logits_BxV, cache = _taken_in(model, params, tokens_BxL, valid_BxL, cache)
+    logits_BxV, cache = _prefill(model, params, tokens_BxL, valid_BxL, cache)
     new_BxN = jnp.zeros((batch, new), jnp.int32)
     empty = _State(jnp.int32(0), new_BxN, cache, jnp.zeros(batch, bool))
     return _chosen(empty, logits_BxV, key, sampling, cache, eos_E)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _go_on(
+def _decode_until(
     model: Any,
     sampling: Sampling,
     params: PyTree,
@@ -206,7 +206,7 @@ def _go_on(
     return jax.lax.while_loop(going_on, one_more, state)
 
 
-def _taken_in(
+def _prefill(
     model: Any, params: PyTree, tokens_BxL: Array, valid_BxL: Array, cache: Any
 ) -> tuple[Array, Any]:
     """Returns the logits after the prompts, B x V, and the cache that holds them."""

@@ -29,15 +29,21 @@ from swe_prune.interop.hf_config import read_config, write_config
 from swe_prune.interop.lm_eval import harness
 from swe_prune.interop.mask_file import FILE as MASKS
 from swe_prune.interop.mask_file import read_masks
-from swe_prune.interop.pretrained import Checkpoint, Pretrained, load, located, open_checkpoint
+from swe_prune.interop.pretrained import (
+    Pretrained,
+    PretrainedSource,
+    load,
+    located,
+    open_pretrained,
+)
 from swe_prune.interop.pruning_record import PruningRecord, commit_of_code, read_record
 from swe_prune.interop.tokenizer import PretrainedTokenizer
 
 __all__ = [
     "FAMILIES",
     "MASKS",
-    "Checkpoint",
     "Pretrained",
+    "PretrainedSource",
     "PretrainedTokenizer",
     "PruningRecord",
     "check_free",
@@ -46,7 +52,7 @@ __all__ = [
     "harness",
     "load",
     "located",
-    "open_checkpoint",
+    "open_pretrained",
     "read_config",
     "read_masks",
     "read_record",

@@ -29,7 +29,7 @@ from swe_prune.interop.mask_file import write_masks
 from swe_prune.interop.pretrained import Pretrained
 from swe_prune.interop.pruning_record import FILE as RECORD
 from swe_prune.interop.pruning_record import PruningRecord, record_file
-from swe_prune.interop.slices import Stored, bind
+from swe_prune.interop.slices import StoredTensor, bind
 from swe_prune.interop.tensor_names import SAFETENSORS
 from swe_prune.interop.weights_file import write_folder
 
@@ -122,7 +122,7 @@ def check_free(folder: str | Path) -> None:
         raise InputError(f"{folder.parent} is no folder to put {folder.name} in; make it first")
 
 
-def _bound(model: Pretrained, leaves: Mapping[str, Any]) -> list[Stored]:
+def _bound(model: Pretrained, leaves: Mapping[str, Any]) -> list[StoredTensor]:
     bound = bind(SAFETENSORS[model.family], model.config, model.vocab_size)
     shapes = {part.name: part.shape for one in bound for part in one.parts}
     given = {name: tuple(jnp.shape(leaf)) for name, leaf in leaves.items()}
@@ -138,15 +138,15 @@ def _bound(model: Pretrained, leaves: Mapping[str, Any]) -> list[Stored]:
 
 def _contents(
     leaves: Mapping[str, Any], mask: PyTree
-) -> tuple[Callable[[Stored], np.dtype], Callable[[Stored], np.ndarray]]:
+) -> tuple[Callable[[StoredTensor], np.dtype], Callable[[StoredTensor], np.ndarray]]:
     """Returns what tells the dtype of a stored tensor, and what gives its numbers, masked."""
     kept = {} if mask is None else dict(tree.named_leaves(mask))
 
-    def dtype(one: Stored) -> np.dtype:
+    def dtype(one: StoredTensor) -> np.dtype:
         # Parts of one tensor may differ in dtype; joined, they have the wider one.
         return np.result_type(*(np.dtype(leaves[part.name].dtype) for part in one.parts))
 
-    def values(one: Stored) -> np.ndarray:
+    def values(one: StoredTensor) -> np.ndarray:
         parts = {}
         for part in one.parts:
             leaf, keep = leaves[part.name], kept.get(part.name)

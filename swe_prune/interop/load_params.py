@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from swe_prune import tree
 from swe_prune.errors import InputError
-from swe_prune.interop.slices import Part, Shape, Stored, nested
+from swe_prune.interop.slices import ParamSlice, Shape, StoredTensor, nested
 from swe_prune.interop.tensor_names import Table
 
 Shardings = Callable[[str, Shape], jax.sharding.Sharding] | PyTree | None
@@ -46,7 +46,11 @@ class Source(Protocol):
 
 
 def match(
-    source: Source, bound: Sequence[Stored], table: Table, duplicates: Mapping[str, str], where: str
+    source: Source,
+    bound: Sequence[StoredTensor],
+    table: Table,
+    duplicates: Mapping[str, str],
+    where: str,
 ) -> dict[str, str]:
     """Returns the name in the file of each stored tensor; all is checked before any is read.
 
@@ -92,7 +96,7 @@ def match(
 
 def read_params(
     source: Source,
-    bound: Sequence[Stored],
+    bound: Sequence[StoredTensor],
     names: Mapping[str, str],
     dtype: str | None,
     shardings: Shardings,
@@ -121,7 +125,7 @@ def read_params(
 
 
 def _placed(
-    part: Part,
+    part: ParamSlice,
     stored: Any,
     dtype: str | None,
     sharding_of: Callable[[str, Shape], jax.sharding.Sharding | None],
@@ -157,7 +161,7 @@ def _by_name(shardings: Shardings) -> Callable[[str, Shape], Any]:
     return of
 
 
-def _check(entry: Entry, one: Stored, where: str) -> None:
+def _check(entry: Entry, one: StoredTensor, where: str) -> None:
     if entry.shape != one.shape:
         raise InputError(
             f"{where} has {one.name!r} of the shape {entry.shape} and its config asks for "

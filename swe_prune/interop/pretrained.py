@@ -43,7 +43,7 @@ class Pretrained:
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
+class PretrainedSource:
     """A pretrained model whose config and headers are read and checked, and no weight yet.
 
     Attributes:
@@ -116,8 +116,8 @@ def load(
     All that can be seen from config and headers is checked before a tensor is read.
 
     Args:
-        path: as in `open_checkpoint`, like `compute_dtype` and `tokenizer`.
-        dtype: as in `Checkpoint.read`, like `shardings`.
+        path: as in `open_pretrained`, like `compute_dtype` and `tokenizer`.
+        dtype: as in `PretrainedSource.read`, like `shardings`.
         compute_dtype: of the computation.
         shardings: where the parameters go.
         tokenizer: read it too.
@@ -125,13 +125,13 @@ def load(
     Raises:
         InputError: as these two.
     """
-    checkpoint = open_checkpoint(path, compute_dtype=compute_dtype, tokenizer=tokenizer)
+    checkpoint = open_pretrained(path, compute_dtype=compute_dtype, tokenizer=tokenizer)
     return checkpoint.read(dtype=dtype, shardings=shardings)
 
 
-def open_checkpoint(
+def open_pretrained(
     path: str | Path, *, compute_dtype: str = "float32", tokenizer: bool = True
-) -> Checkpoint:
+) -> PretrainedSource:
     """Returns the model in a Hugging Face folder or a GGUF file, but for its weights.
 
     Args:
@@ -183,19 +183,23 @@ def located(path: str | Path) -> Path:
     return Path(str(found[0].locate()))
 
 
-def _folder(path: Path, compute_dtype: str, with_tokenizer: bool) -> Checkpoint:
+def _folder(path: Path, compute_dtype: str, with_tokenizer: bool) -> PretrainedSource:
     hf = read_json(path / "config.json")
     family, config, vocab_size = read_config(hf, compute_dtype)
     source = read_folder(path)
     tokenizer = tokenizers.from_folder(path, hf, vocab_size) if with_tokenizer else None
     table = SAFETENSORS[family]
-    return Checkpoint(config, vocab_size, tokenizer, family, path, "safetensors", hf, source, table)
+    return PretrainedSource(
+        config, vocab_size, tokenizer, family, path, "safetensors", hf, source, table
+    )
 
 
-def _gguf(path: Path, compute_dtype: str, with_tokenizer: bool) -> Checkpoint:
+def _gguf(path: Path, compute_dtype: str, with_tokenizer: bool) -> PretrainedSource:
     file = read_gguf(path)
     hf = hf_config(file)
     family, config, vocab_size = read_config(hf, compute_dtype)
     tokenizer = tokenizers.from_gguf(file, vocab_size) if with_tokenizer else None
     file = dataclasses.replace(file, fields={})  # half a million small arrays, which it has read
-    return Checkpoint(config, vocab_size, tokenizer, family, path, "gguf", hf, file, GGUF[family])
+    return PretrainedSource(
+        config, vocab_size, tokenizer, family, path, "gguf", hf, file, GGUF[family]
+    )

@@ -1,7 +1,7 @@
 """From a table of names to the numbers: which slice of which stored tensor a parameter is.
 
-`bind` applies a table to one model. `Part.read` cuts a parameter, or the slice of it that a device
-holds, out of the stored tensor; `Stored.write` puts the parameters back together.
+`bind` applies a table to one model. `ParamSlice.read` cuts a parameter, or the slice of it that a device
+holds, out of the stored tensor; `StoredTensor.write` puts the parameters back together.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class ParamSlice:
     """A parameter as a part of a stored tensor.
 
     Attributes:
@@ -63,12 +63,12 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A stored tensor: its name and shape in the file, and the parameters in it."""
 
     name: str
     shape: Shape
-    parts: tuple[Part, ...]
+    parts: tuple[ParamSlice, ...]
 
     def write(self, params: Mapping[str, Any]) -> np.ndarray:
         """Returns what the file holds, from the parameters by name; dtype kept."""
@@ -83,7 +83,7 @@ class Stored:
         return np.concatenate(pieces, axis=1 if self.parts[0].layout == IN_OUT else 0)
 
 
-def bind(table: Table, config: ModelConfig, vocab_size: int) -> list[Stored]:
+def bind(table: Table, config: ModelConfig, vocab_size: int) -> list[StoredTensor]:
     """Returns the tensors that a file of this model holds, each of the model's parameters once."""
     shapes = param_shapes(config, vocab_size)
     bound = []
@@ -133,18 +133,18 @@ def nested(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def _bound(
     row: Row, layer: int, names: Sequence[str], shapes: Mapping[str, Shape], config: ModelConfig
-) -> Stored:
+) -> StoredTensor:
     parts, start = [], 0
     for name in names:
         heads = None
         if row.interleaved:
             heads = config.key_heads if "/key/" in name else config.heads
-        parts.append(Part(name, shapes[name], start, row.layout, heads))
+        parts.append(ParamSlice(name, shapes[name], start, row.layout, heads))
         start += shapes[name][0 if row.layout == AS_IS else 1]
     first = parts[0].shape
     shape = (start, *first[1:]) if row.layout == AS_IS else (first[0], start)
     shape = shape[::-1] if row.layout == OUT_IN else shape
-    return Stored(row.stored.format(i=layer), shape, tuple(parts))
+    return StoredTensor(row.stored.format(i=layer), shape, tuple(parts))
 
 
 def _halves(x: np.ndarray, heads: int, *, back: bool = False) -> np.ndarray:

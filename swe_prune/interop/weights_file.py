@@ -13,16 +13,16 @@ import numpy as np
 
 from swe_prune.errors import InputError
 from swe_prune.interop.safetensors_folder import DTYPES, INDEX, WEIGHTS
-from swe_prune.interop.slices import Stored
+from swe_prune.interop.slices import StoredTensor
 
 _ALIGNED = 8  # the header's length, and so where the data begins, is a multiple of this
 
 
 def write_folder(
     folder: Path,
-    tensors: Sequence[Stored],
-    dtype: Callable[[Stored], np.dtype],
-    values: Callable[[Stored], np.ndarray],
+    tensors: Sequence[StoredTensor],
+    dtype: Callable[[StoredTensor], np.dtype],
+    values: Callable[[StoredTensor], np.ndarray],
     shard_bytes: int,
 ) -> None:
     """Writes model.safetensors, or shards and their index where one file would be too large.
@@ -52,8 +52,8 @@ def write_folder(
 
 
 def _shards(
-    tensors: Sequence[Stored], sizes: Sequence[int], shard_bytes: int
-) -> Iterator[list[Stored]]:
+    tensors: Sequence[StoredTensor], sizes: Sequence[int], shard_bytes: int
+) -> Iterator[list[StoredTensor]]:
     shard, filled = [], 0
     for one, size in zip(tensors, sizes, strict=True):
         if shard and filled + size > shard_bytes:
@@ -66,9 +66,9 @@ def _shards(
 
 def _write(
     path: Path,
-    tensors: Sequence[Stored],
-    dtype: Callable[[Stored], np.dtype],
-    values: Callable[[Stored], np.ndarray],
+    tensors: Sequence[StoredTensor],
+    dtype: Callable[[StoredTensor], np.dtype],
+    values: Callable[[StoredTensor], np.ndarray],
 ) -> None:
     names = {ours: theirs for theirs, ours in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

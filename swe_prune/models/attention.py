@@ -12,7 +12,7 @@ QUERY_PARTS = (
 )
 MIN_QUERIES = 64  # in a part; fewer do not fill a matrix product
 
-HIDDEN = -1e30
+MASKED_SCORE = -1e30
 """Score of a key that is not seen: its weight is exactly 0 beside any that is. Not -inf, since a
 query in the padding sees nothing, and its output must be finite, whatever it is."""
 
@@ -94,7 +94,7 @@ def _attend(
     seen = jnp.tile(seen_QxT, (heads // groups, 1))
     if valid_BxT is not None:
         seen = seen & valid_BxT[:, None, None]
-    scores_BxGxSxT = jnp.where(seen, scores_BxGxSxT, HIDDEN)
+    scores_BxGxSxT = jnp.where(seen, scores_BxGxSxT, MASKED_SCORE)
     # The maximum cancels in the quotient, so no gradient need flow through it.
     top_BxGxSx1 = jax.lax.stop_gradient(scores_BxGxSxT.max(-1, keepdims=True))
     weights_BxGxSxT = jnp.exp(scores_BxGxSxT - top_BxGxSx1)

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from swe_prune.config import ModelConfig
 from swe_prune.models import rope
 from swe_prune.models.attention import attention
-from swe_prune.models.kv_cache import PLAIN, Places
+from swe_prune.models.kv_cache import PLAIN, Positions
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=True),  # GPT-2's, by tanh
@@ -37,7 +37,7 @@ class Block(nn.Module):
         x_NxD: Array,
         batch: int,
         train: bool,
-        places: Places = PLAIN,
+        places: Positions = PLAIN,
         kept: tuple[Array, Array] | None = None,
     ) -> Any:
         cfg = self.config
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         self,
         x_NxD: Array,
         batch: int,
-        places: Places = PLAIN,
+        places: Positions = PLAIN,
         kept: tuple[Array, Array] | None = None,
     ) -> tuple[Array, tuple[Array, Array] | None]:
         cfg = self.config

@@ -26,7 +26,7 @@ from swe_prune.errors import InputError, did_you_mean
 from swe_prune.models import rope
 from swe_prune.models.attention import attention
 from swe_prune.models.block import ACTIVATIONS, INIT_STDDEV, Block, dense, norm
-from swe_prune.models.kv_cache import Cache, Places, empty_cache, placed
+from swe_prune.models.kv_cache import Cache, Positions, empty_cache, positions_and_masks
 
 __all__ = ["ACTIVATIONS",
     "BLOCKS", "GPT", "Block", "Cache", "attention", "build", "empty_cache",
@@ -202,7 +202,7 @@ class GPT(nn.Module):
             self.vocab_size, cfg.width, embedding_init=init, dtype=cfg.dtype, name="embedding"
         )
         x_BxLxD = embed(tokens_BxL)
-        positions_BxL, places = placed(cfg, batch, length, valid_BxL, cache)
+        positions_BxL, places = positions_and_masks(cfg, batch, length, valid_BxL, cache)
         if cfg.positions == "learned":
             table = self.param("position_embedding", init, (cfg.context, cfg.width))
             learned = table[:length] if positions_BxL is None else table[positions_BxL]
@@ -246,7 +246,7 @@ def _scanned(
     x_NxD: Array,
     batch: int,
     train: bool,
-    places: Places,
+    places: Positions,
     key: Array | None,
     constrain: Callable[[Array], Array],
 ) -> Array:

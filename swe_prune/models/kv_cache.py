@@ -56,7 +56,7 @@ def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: str | Non
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Places:
+class Positions:
     """Where the tokens stand, which every block's attention asks.
 
     Attributes:
@@ -70,13 +70,13 @@ class Places:
     start: Array | None = None
 
 
-PLAIN = Places()
+PLAIN = Positions()
 """Learned positions, no padding, no cache."""
 
 
-def placed(
+def positions_and_masks(
     cfg: ModelConfig, batch: int, length: int, valid_BxL: Array | None, cache: Cache | None
-) -> tuple[Array | None, Places]:
+) -> tuple[Array | None, Positions]:
     """Returns the position of each token, None for 0, 1, …, and what the attention asks of it.
 
     Args:
@@ -88,9 +88,9 @@ def placed(
     """
     if valid_BxL is None and cache is None:
         if cfg.positions == "learned":
-            return None, Places()
+            return None, Positions()
         plain_1xL = jnp.arange(length, dtype=jnp.int32)[None]
-        return plain_1xL, Places(rope.rotation(cfg, cfg.head_size, plain_1xL))
+        return plain_1xL, Positions(rope.rotation(cfg, cfg.head_size, plain_1xL))
     valid_BxL = jnp.ones((batch, length), bool) if valid_BxL is None else valid_BxL
     before_B, valid_BxT, start = jnp.zeros(batch, jnp.int32), valid_BxL, None
     if cache is not None:
@@ -103,4 +103,4 @@ def placed(
     turn = None
     if cfg.positions == "rope":
         turn = rope.rotation(cfg, cfg.head_size, positions_BxL)
-    return positions_BxL, Places(turn, valid_BxT, start)
+    return positions_BxL, Positions(turn, valid_BxT, start)

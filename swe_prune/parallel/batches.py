@@ -59,7 +59,7 @@ def own_rows(size: int, mesh: Mesh) -> np.ndarray:
     return np.array(sorted({row for part in parts for row in part}), np.int64)
 
 
-def place_batch(
+def shard_batch(
     batch: Mapping[str, Any], mesh: Mesh, *, size: int | None = None
 ) -> dict[str, jax.Array]:
     """Returns a batch as arrays divided over the devices.
@@ -89,7 +89,7 @@ def place_batch(
     return {name: placed(np.asarray(host)) for name, host in batch.items()}
 
 
-class PlacedBatches:
+class ShardedBatches:
     """An iterator over batches divided over the devices, whose position can be saved."""
 
     def __init__(self, batches: Any, mesh: Mesh, size: int):
@@ -104,7 +104,7 @@ class PlacedBatches:
 
     def __next__(self) -> dict[str, jax.Array]:
         """Returns the next batch."""
-        return place_batch(next(self._batches), self._mesh, size=self._size)
+        return shard_batch(next(self._batches), self._mesh, size=self._size)
 
     def get_state(self) -> Any:
         """Returns the position as something JSON can hold."""

@@ -13,7 +13,7 @@ from swe_prune import tree
 from swe_prune.training.state import TrainState
 
 
-def laid_out(params: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
+def with_shardings(params: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
     """Returns abstract parameters that carry their shardings.
 
     Args:
@@ -30,7 +30,7 @@ def laid_out(params: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
-def place_state(
+def shard_state(
     state: TrainState, optimizer: optax.GradientTransformation, params: PyTree
 ) -> TrainState:
     """Returns the state with every array laid out as the parameter that it belongs to.
@@ -43,7 +43,7 @@ def place_state(
     Args:
         state: concrete, traced or abstract.
         optimizer: whose state is in it.
-        params: abstract parameters with shardings, from `laid_out`.
+        params: abstract parameters with shardings, from `with_shardings`.
     """
     of_params = jax.tree.map(lambda leaf: leaf.sharding, params)
     mesh = next(iter(jax.tree.leaves(of_params))).mesh
@@ -66,14 +66,14 @@ def place_state(
             start=whole(stats.start),
             count=whole(stats.count),
             weight_sum=whole(stats.weight_sum),
-            buffers={name: place_like(part, params) for name, part in stats.buffers.items()},
+            buffers={name: shard_like(part, params) for name, part in stats.buffers.items()},
         )
     return dataclasses.replace(
         state,
         step=whole(state.step),
-        params=place_like(state.params, params),
+        params=shard_like(state.params, params),
         opt_state=opt_state,
-        masks=None if state.masks is None else place_like(state.masks, params),
+        masks=None if state.masks is None else shard_like(state.masks, params),
         stats=stats,
         rng=whole(state.rng),
         skipped=whole(state.skipped),
@@ -81,12 +81,12 @@ def place_state(
     )
 
 
-def place_like(part: PyTree, params: PyTree) -> PyTree:
+def shard_like(part: PyTree, params: PyTree) -> PyTree:
     """Returns a pytree like the parameters, None where dense, laid out as they are.
 
     Args:
         part: masks, scores or statistics; concrete, traced or abstract.
-        params: abstract parameters with shardings, from `laid_out`.
+        params: abstract parameters with shardings, from `with_shardings`.
     """
     return tree.map_leaves(
         lambda _, leaf, like: None if leaf is None else _put(leaf, like.sharding), part, params

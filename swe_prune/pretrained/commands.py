@@ -18,7 +18,7 @@ from swe_prune.evaluation import gate
 from swe_prune.models import gpt
 from swe_prune.pretrained import finetuning, judge, pruning, settings, texts, tracked
 from swe_prune.pretrained.settings import EvaluateSettings, FinetuneSettings, PruneSettings
-from swe_prune.runtime.preemption import NOTICE
+from swe_prune.runtime.preemption import PREEMPTION
 from swe_prune.training.progress import Progress
 
 WIDTH = 110
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     """
     given = settings.parse(arguments)
     command = {"prune": prune, "finetune": finetune, "evaluate": evaluate}[arguments[0]]
-    with NOTICE.heeded():
+    with PREEMPTION.installed():
         command(given, Progress(), Console(width=None if sys.stdout.isatty() else WIDTH))
 
 
@@ -50,7 +50,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     """
     pruning.checked(given)
     interop.check_free(given.out)
-    checkpoint = interop.open_checkpoint(given.model, compute_dtype=given.compute_dtype)
+    checkpoint = interop.open_pretrained(given.model, compute_dtype=given.compute_dtype)
     pruning.check_trajectory(given, tracked.there(checkpoint.path))
     text = texts.read(given.evaluation, checkpoint)
     batches, calibration = [], None
@@ -130,7 +130,7 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     """
     finetuning.checked(given)
     interop.check_free(given.out)
-    checkpoint = interop.open_checkpoint(given.model, compute_dtype=given.compute_dtype)
+    checkpoint = interop.open_pretrained(given.model, compute_dtype=given.compute_dtype)
     text, used = (texts.read(name, checkpoint) for name in (given.evaluation, given.text))
     texts.keep_apart(used, text)
     _check_window("--train-window", given.train_window, checkpoint)
@@ -187,7 +187,7 @@ def evaluate(given: EvaluateSettings, progress: Progress, console: Console) -> d
     return rows
 
 
-def _check_window(name: str, window: int, checkpoint: interop.Checkpoint) -> None:
+def _check_window(name: str, window: int, checkpoint: interop.PretrainedSource) -> None:
     context = checkpoint.config.context
     if not 1 <= window <= context:
         raise InputError(

@@ -34,7 +34,7 @@ def build(workdir: epath.PathLike) -> list[epath.Path]:
     # Only now: these import matplotlib, which the rest of the library does without.
     from swe_prune.report import look, sections
 
-    workdir = storage.place(workdir, "working directory")
+    workdir = storage.parse_path(workdir, "working directory")
     results = read.load(workdir)
     with look.look():
         content = sections.content(results, findings.find(results.rows))

@@ -55,7 +55,7 @@ def load(workdir: epath.PathLike) -> Results:
     Raises:
         InputError: there is no finished cell, or a file is malformed; the file is named.
     """
-    workdir = storage.place(workdir, "working directory")
+    workdir = storage.parse_path(workdir, "working directory")
     study, repeated = read_rows(workdir / "results.csv")
     plain = any(row.plain for row in study)
     config, fingerprint = _read_config(workdir / "config.json")

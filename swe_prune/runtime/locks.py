@@ -40,7 +40,7 @@ def lock(folder: epath.PathLike, what: str, say: Callable[[str], None]) -> Itera
     if storage.in_bucket(folder):
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(lease.acquire(lease.store(folder), ".lock", what, wait=say))
+                stack.enter_context(lease.acquire(lease.store(folder), ".lock", what, on_wait=say))
             except (OSError, ValueError, RuntimeError) as error:
                 raise RunError(
                     f"{str(folder)!r} cannot be held ({str(error).splitlines()[0]}); see that this "

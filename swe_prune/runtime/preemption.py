@@ -14,7 +14,7 @@ from swe_prune.runtime import processes
 MESSAGE = "preempted (SIGTERM); run the same command again to go on, what was done is saved"
 
 
-class Notice:
+class PreemptionHandler:
     """Whether SIGTERM has come, and what it does meanwhile.
 
     Within `deferred` the signal is only noted, and whoever asks `given` saves and stops; elsewhere
@@ -36,7 +36,7 @@ class Notice:
         return multihost_utils.reached_preemption_sync_point(self._asked)
 
     @contextlib.contextmanager
-    def deferred(self) -> Iterator["Notice"]:
+    def defer(self) -> Iterator["PreemptionHandler"]:
         """Notes the signal without stopping."""
         self._deferred += 1
         try:
@@ -45,7 +45,7 @@ class Notice:
             self._deferred -= 1
 
     @contextlib.contextmanager
-    def heeded(self) -> Iterator[None]:
+    def installed(self) -> Iterator[None]:
         """Takes the signal over for a while; only the main thread of a process can.
 
         Raises:
@@ -69,5 +69,5 @@ class Notice:
             signal.signal(signal.SIGTERM, before)
 
 
-NOTICE = Notice()
+PREEMPTION = PreemptionHandler()
 """Of this process, as a process has one handler of a signal."""

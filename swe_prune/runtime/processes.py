@@ -67,7 +67,7 @@ class Timeouts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ProcessAddress:
     """Which process this is, of how many, and where the first one listens.
 
     Attributes:
@@ -81,17 +81,17 @@ class Place:
     count: int | None = None
 
 
-def place(coordinator: str | None, process: str | None) -> Place:
+def process_address(coordinator: str | None, process: str | None) -> ProcessAddress:
     """Returns the place that the command line says, each given or neither.
 
     Raises:
         InputError: one without the other, or one that is malformed.
 
-    >>> place("10.0.0.1:8476", "1/4")
-    Place(coordinator='10.0.0.1:8476', index=1, count=4)
+    >>> process_address("10.0.0.1:8476", "1/4")
+    ProcessAddress(coordinator='10.0.0.1:8476', index=1, count=4)
     """
     if coordinator is None and process is None:
-        return Place()
+        return ProcessAddress()
     if coordinator is None or process is None:
         raise InputError(
             "--coordinator=HOST:PORT and --process=I/N belong together; give both, or --distributed"
@@ -101,10 +101,10 @@ def place(coordinator: str | None, process: str | None) -> Place:
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", process)
     if not match or int(match[1]) >= int(match[2]):
         raise InputError(f"--process={process} is none; give I/N with I from 0 to N - 1")
-    return Place(coordinator, int(match[1]), int(match[2]))
+    return ProcessAddress(coordinator, int(match[1]), int(match[2]))
 
 
-def start(where: Place, timeouts: Timeouts) -> None:
+def start(where: ProcessAddress, timeouts: Timeouts) -> None:
     """Joins the other processes and begins to watch them; before anything else uses a device.
 
     Raises:

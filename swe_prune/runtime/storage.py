@@ -15,7 +15,7 @@ from swe_prune.errors import InputError
 SCHEME = "gs://"
 
 
-def place(path: epath.PathLike, name: str = "workdir") -> epath.Path:
+def parse_path(path: epath.PathLike, name: str = "workdir") -> epath.Path:
     """Returns a path by which the files of a folder or bucket can be reached.
 
     Args:
@@ -26,7 +26,7 @@ def place(path: epath.PathLike, name: str = "workdir") -> epath.Path:
         InputError: it is an address of something else than a bucket of Google's, or what reads and
             writes one is not installed.
 
-    >>> place("runs/demo").name
+    >>> parse_path("runs/demo").name
     'demo'
     """
     text = os.fspath(path)

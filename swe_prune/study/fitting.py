@@ -8,7 +8,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from swe_prune.checkpoint import Checkpoints
-from swe_prune.runtime.preemption import NOTICE
+from swe_prune.runtime.preemption import PREEMPTION
 from swe_prune.study.experiment import Experiment
 from swe_prune.study.recovery import Tuning
 from swe_prune.training import loop
@@ -67,7 +67,7 @@ def fit(
                 )
             )
         advance = stack.enter_context(progress.phase(phase.name, phase.steps))
-        stack.enter_context(NOTICE.deferred())
+        stack.enter_context(PREEMPTION.defer())
         return loop.fit(
             phase,
             state,

@@ -150,7 +150,7 @@ def pruned_blocks(source: Source, cell: Cell) -> tuple[PyTree, PyTree]:
         prunable=source.experiment.prunable,
         **dict(cell.options),
     )
-    pruned = parallel.place_like(pruned, source.experiment.abstract_params)
+    pruned = parallel.shard_like(pruned, source.experiment.abstract_params)
     return pruned, _whole(source, kept)
 
 
@@ -163,7 +163,7 @@ def _whole(source: Source, found: PyTree) -> PyTree:
         source.experiment.prunable,
         source.state.params,
     )
-    return parallel.place_like(whole, source.experiment.abstract_params)
+    return parallel.shard_like(whole, source.experiment.abstract_params)
 
 
 def _loss(experiment: Experiment) -> Any:

@@ -12,7 +12,7 @@ import jax
 from jaxtyping import PyTree
 
 from swe_prune.errors import Preempted
-from swe_prune.runtime.preemption import MESSAGE, NOTICE, Notice
+from swe_prune.runtime.preemption import MESSAGE, PREEMPTION, PreemptionHandler
 from swe_prune.training import metrics as metrics_lib
 from swe_prune.training.phase import Phase
 from swe_prune.training.state import TrainState
@@ -61,7 +61,7 @@ def fit(
     evaluate: Callable[[PyTree], float] | None = None,
     sample: Callable[[PyTree], dict[str, Any]] | None = None,
     progress: Callable[[int, dict[str, float]], None] = lambda step, shown: None,
-    notice: Notice = NOTICE,
+    notice: PreemptionHandler = PREEMPTION,
 ) -> tuple[TrainState, float]:
     """Returns (state after the last step, seconds of this phase over all its sessions).
 
@@ -91,7 +91,7 @@ def fit(
     samples = metrics_lib.JsonLines(phase.folder / "trajectory.jsonl", first) if sample else None
     if sample and samples is not None and first == 0:
         samples.write(0, {"values": jax.device_get(sample(state.params))})
-    meter = metrics_lib.Meter(phase, first, log, progress)
+    meter = metrics_lib.MetricsLogger(phase, first, log, progress)
     begun = time.perf_counter()
 
     def due(every: int, number: int) -> bool:
@@ -108,12 +108,12 @@ def fit(
         if notice.given():  # since the step before, which is saved unless it has just been
             meter.flush()
             saved = checkpoints is None or number - 1 == (checkpoints.latest() or 0)
-            if not saved and not meter.in_trouble:
+            if not saved and not meter.last_step_skipped:
                 save(number - 1)
             raise Preempted(MESSAGE)
         batch = next(batches)
         state, computed = step(state, batch)
-        meter.late(number, computed, tokens=batch["targets"].size)
+        meter.enqueue(number, computed, tokens=batch["targets"].size)
         if sample and samples is not None and number % phase.sample_every == 0:
             samples.write(number, {"values": jax.device_get(sample(state.params))})
         if evaluate is not None and due(phase.eval_every, number):
@@ -121,7 +121,7 @@ def fit(
             meter.evaluated(number, evaluate(state.params))
         if checkpoints is not None and due(phase.checkpoint_every, number):
             meter.flush()
-            if meter.in_trouble and number != phase.steps:
+            if meter.last_step_skipped and number != phase.steps:
                 continue  # what it may be in trouble for must not be saved
             save(number)
     meter.flush()

@@ -88,11 +88,11 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-class Meter:
+class MetricsLogger:
     """Takes each step's metrics while the next one computes; stops when too many are not finite.
 
     Attributes:
-        in_trouble: the last step that was handled was skipped, so no checkpoint is worth it.
+        last_step_skipped: the last step that was handled was skipped, so no checkpoint is worth it.
     """
 
     def __init__(
@@ -115,9 +115,9 @@ class Meter:
         self._shown: dict[str, float] = {}
         self._clock, self._tokens = time.perf_counter(), 0
         self._first = first
-        self.in_trouble = False
+        self.last_step_skipped = False
 
-    def late(self, step: int, metrics: dict[str, Any], tokens: int) -> None:
+    def enqueue(self, step: int, metrics: dict[str, Any], tokens: int) -> None:
         """Takes a step that was dispatched, and handles the one before it."""
         self.flush()
         self._pending = (step, metrics)
@@ -137,7 +137,7 @@ class Meter:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         skipped = int(values.pop("skipped"))
         in_row = int(values.pop("skipped_in_row"))
-        self.in_trouble = in_row > 0
+        self.last_step_skipped = in_row > 0
         if in_row >= self._phase.stop_after_skipped:
             name = next(name for name, value in values.items() if not math.isfinite(value))
             self._log.flush()

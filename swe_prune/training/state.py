@@ -19,7 +19,7 @@ class TrainState:
 
     Attributes:
         step: optimizer steps taken, int32.
-        params: float32 weights, or `lora.Adapters` of those in `Fixed`.
+        params: float32 weights, or `lora.Adapters` of those in `Frozen`.
         opt_state: of the optax chain.
         masks: bool pytree like params with None where dense, or None: nothing is pruned.
         stats: trajectory statistics, or None: nothing is tracked.
@@ -40,7 +40,7 @@ class TrainState:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Fixed:
+class Frozen:
     """What the train step may read and leaves as it is: an argument of its own, never donated.
 
     Attributes:
