@@ -1,4 +1,4 @@
-"""SIGTERM, by which schedulers say that a machine is about to be taken away."""
+"""Handling of SIGTERM, with which schedulers announce that a machine will be taken away."""
 
 import contextlib
 import signal
@@ -11,25 +11,26 @@ from jax.experimental import multihost_utils
 from swe_prune.errors import Preempted
 from swe_prune.runtime import processes
 
-MESSAGE = "preempted (SIGTERM); run the same command again to go on, what was done is saved"
+MESSAGE = "preempted (SIGTERM); run the same command again to continue, finished work is saved"
 
 
 class PreemptionHandler:
-    """Whether SIGTERM has come, and what it does meanwhile.
+    """Records SIGTERM and decides when the process stops.
 
-    Within `deferred` the signal is only noted, and whoever asks `given` saves and stops; elsewhere
-    it stops at once, which every phase survives as it survives a kill. Several processes stop after
-    one and the same step, on which JAX's runtime makes them agree; they stop nowhere else.
+    Inside `defer` the signal is only recorded; the training loop polls `given`, saves and stops.
+    Elsewhere it stops the process immediately, which every phase survives as it survives a kill.
+    With several processes, all stop after the same step, on which JAX's runtime makes them agree,
+    and nowhere else.
     """
 
     def __init__(self) -> None:
-        """Starts with no notice given."""
+        """Creates a handler that has seen no signal."""
         self._given = False
         self._deferred = 0
         self._asked = 0
 
     def given(self) -> bool:
-        """Returns whether to stop now; all processes must ask after the same steps."""
+        """Returns whether to stop now; all processes must call this after the same steps."""
         if processes.count() == 1:
             return self._given
         self._asked += 1
@@ -37,7 +38,7 @@ class PreemptionHandler:
 
     @contextlib.contextmanager
     def defer(self) -> Iterator["PreemptionHandler"]:
-        """Notes the signal without stopping."""
+        """Records the signal without stopping while the context is open."""
         self._deferred += 1
         try:
             yield self
@@ -46,13 +47,13 @@ class PreemptionHandler:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Takes the signal over for a while; only the main thread of a process can.
+        """Installs the signal handler while the context is open; does so only in the main thread.
 
         Raises:
-            Preempted: from wherever the signal comes, unless it is deferred there.
+            Preempted: At the point where the signal arrives, unless it is deferred there.
         """
         elsewhere = threading.current_thread() is not threading.main_thread()
-        if elsewhere or processes.count() > 1:  # of several, JAX's runtime takes the signal
+        if elsewhere or processes.count() > 1:  # with several, JAX's runtime handles it
             yield
             return
 
@@ -70,4 +71,4 @@ class PreemptionHandler:
 
 
 PREEMPTION = PreemptionHandler()
-"""Of this process, as a process has one handler of a signal."""
+"""The handler of this process; a process has one handler per signal."""
