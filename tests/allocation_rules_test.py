@@ -203,7 +203,7 @@ def test_table_scales_what_stays_to_meet_a_total():
         (lambda: allocation.erk(SHAPES, 0.5, power=math.nan), "power = nan is out of"),
         (lambda: allocation.table({"a/": 0.5}, SHAPES), "no rule of the table matches 'b/kernel'"),
         (lambda: allocation.table({".*": 0.5, "a": 0.1}, SHAPES), "rule 'a' matches no tensor"),
-        (lambda: allocation.table({"(": 0.5}, SHAPES), "no regular expression"),
+        (lambda: allocation.table({"(": 0.5}, SHAPES), "not a regular expression"),
         (lambda: allocation.table({".*": 1.5}, SHAPES), "no share in"),
     ],
 )
@@ -240,7 +240,7 @@ def test_groups_may_be_tensors_rules_or_a_function():
         ("blok", "groups 'blok' is none of block, tensor"),
         ({"all": ".", "none": "up"}, "group 'none' has no tensors"),
         ({"some": "up"}, "is in no group"),
-        ({"some": "("}, "no regular expression"),
+        ({"some": "("}, "not a regular expression"),
     ],
 )
 def test_groups_that_do_not_cover_are_refused(groups, sentence):
@@ -333,7 +333,7 @@ def test_rules_of_scores_are_exact_and_monotone(rule, first, second, ties):
         ({"w": None}, 0.5, "no scores were given"),
         ({"w": jnp.zeros((0, 3))}, 0.5, "no scores were given"),
         ({"a": jnp.ones(2), "b": jnp.array([1.0, jnp.nan])}, 0.5, "'b' have 1 NaN"),
-        ({"a": jnp.ones(2, jnp.int32)}, 0.5, "no floating-point array"),
+        ({"a": jnp.ones(2, jnp.int32)}, 0.5, "must be floating-point arrays"),
         ({"a": jnp.ones(2)}, -0.5, "no share in"),
     ],
 )

@@ -86,7 +86,7 @@ def test_checkpoints_come_back_and_only_whole_ones(place):
     store.close()
     for file in place.glob("3.*checksums"):
         file.unlink()
-    with pytest.warns(UserWarning, match=r"checkpoint 3 .* was cut short"):
+    with pytest.warns(UserWarning, match=r"checkpoint 3 .* is incomplete"):
         store = Checkpoints(place)
     assert not (place / "3").exists()
     tree, extra = store.restore(jax.eval_shape(lambda: TREE))
@@ -105,7 +105,7 @@ def test_what_was_changed_is_not_trusted(place):
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(bytes(content))
-    with pytest.warns(UserWarning, match=r"checkpoint 2 .* is damaged.* going on from 1"):
+    with pytest.warns(UserWarning, match=r"checkpoint 2 .* is damaged.* continuing from 1"):
         assert store.restore(TREE)[1] == {"position": 1}
     assert (place / "damaged_2").exists()
     store.save(2, TREE, {"position": "again"})

@@ -146,7 +146,7 @@ NAN = {"a": jnp.ones((4, 4)), "b": {"kernel": jnp.ones((4, 4)).at[1, 2].set(jnp.
         (lambda: masks.by_sparsity({"w": jnp.ones(3)}, 0.5, "layer"), "none of tensor, global"),
         (lambda: masks.by_sparsity({"w": jnp.ones((6, 2))}, 0.5, pattern="2:4"), "6 inputs"),
         (lambda: masks.by_sparsity({"w": jnp.ones((8, 2))}, 0.4, pattern="2:4"), "not 0.4"),
-        (lambda: masks.by_sparsity({"w": jnp.ones((8, 2))}, 0.5, pattern="2-4"), "not 'n:m'"),
+        (lambda: masks.by_sparsity({"w": jnp.ones((8, 2))}, 0.5, pattern="2-4"), "must be 'n:m'"),
         (
             lambda: masks.by_sparsity({"w": jnp.ones(3)}, 0.5, "row", input_axes=lambda *_: (1,)),
             "give axes that it has",

@@ -45,7 +45,7 @@ def test_what_cannot_be_divided_evenly_stays_whole_and_is_reported():
         ([("kernel", ("fsdq",))], "names axis 'fsdq'.*data, fsdp, tensor"),
         ([("kernel", ("fsdp", "fsdp"))], "names an axis twice"),
         ([("kernel", ("fsdp", None, None))], "has 3 axes and 'up/kernel'"),
-        ([("kern[", ("fsdp",))], "no regular expression"),
+        ([("kern[", ("fsdp",))], "not a regular expression"),
     ],
 )
 def test_rules_that_cannot_work_are_refused(rules, message):

@@ -226,7 +226,7 @@ def test_a_bfloat16_base_keeps_its_dtype_and_the_adapters_their_precision():
     [
         ({"targets": "attn/kernel"}, "rule 'attn/kernel' matches no weight of two axes or more"),
         ({"targets": ("kernel", "bias$")}, "rule 'bias\\$' matches no weight"),
-        ({"targets": "("}, "is no regular expression"),
+        ({"targets": "("}, "is not a regular expression"),
         ({"targets": ()}, "names no rule"),
         ({"rank": 17}, "smaller side of 'block_0/attention/key/kernel', 16 x 16.* lower it to 16"),
         ({"rank": 12, "targets": "head"}, "smaller side of 'head/kernel', 16 x 11"),

@@ -31,9 +31,7 @@ from swe_prune.runtime.supervisor import FIRST_GONE, SUPERVISED, say
 Value = TypeVar("Value")
 
 ERRORS = {kind.__name__: kind for kind in (InputError, RunError, Preempted)}
-FOREVER_MS = (
-    7 * 24 * 3600 * 1000
-)  # the heartbeat monitor ends a wait for a lost process much sooner
+FOREVER_MS = 7 * 24 * 3600 * 1000  # the monitor ends a wait for a lost process much sooner
 
 
 @dataclasses.dataclass(frozen=True)
