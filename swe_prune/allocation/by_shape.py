@@ -1,4 +1,4 @@
-"""Rules that ask only how large the tensors are: uniform, Erdős–Rényi, and a given table."""
+"""Rules that depend only on tensor shapes: uniform, Erdős–Rényi, and a given table."""
 
 import math
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ from swe_prune.errors import InputError
 
 
 def uniform(shapes: PyTree, sparsity: float) -> Allocation:
-    """Returns the same share of every tensor, rounded so that the total is exact.
+    """Returns the allocation with the same sparsity in every tensor, rounded to the exact total.
 
     Args:
-        shapes: pytree of arrays or of shapes, None where dense.
-        sparsity: share to remove of all the weights, in [0, 1).
+        shapes: Pytree of arrays or of shapes, None where dense.
+        sparsity: Fraction of all the weights to remove, in [0, 1).
 
     Raises:
-        InputError: sparsity outside [0, 1), or no tensors.
+        InputError: If the sparsity is outside [0, 1), or there are no tensors.
 
     >>> uniform({"a": (3,), "b": (3,), "c": (4,)}, 0.5).removed
     {'a': 2, 'b': 1, 'c': 2}
@@ -32,18 +32,19 @@ def uniform(shapes: PyTree, sparsity: float) -> Allocation:
 
 
 def erk(shapes: PyTree, sparsity: float, *, power: float = 1.0, kernel: bool = True) -> Allocation:
-    """Returns the Erdős–Rényi-kernel allocation: large tensors lose more.
+    """Returns the Erdős–Rényi-kernel allocation, which prunes large tensors more.
 
-    The densities are those of `erk_densities`, rounded so that the total is exact.
+    The densities are those of `erk_densities`, rounded to the exact total.
 
     Args:
-        shapes: pytree of arrays or of shapes, None where dense.
-        sparsity: share to remove of all the weights, in [0, 1).
-        power: as in `erk_densities`.
-        kernel: as in `erk_densities`.
+        shapes: Pytree of arrays or of shapes, None where dense.
+        sparsity: Fraction of all the weights to remove, in [0, 1).
+        power: Exponent of the scale, in [−8, 8]; 0 gives every tensor the same density.
+        kernel: Whether all dimensions of a tensor count (ERK), or only the last two (ER).
 
     Raises:
-        InputError: sparsity outside [0, 1), a power out of [−8, 8], or no tensors.
+        InputError: If the sparsity is outside [0, 1), the power is outside [−8, 8], or there are
+            no tensors.
 
     >>> erk({"a": (100, 200), "b": (200, 10)}, 0.8).sparsities
     {'a': 0.8706, 'b': 0.094}
@@ -57,28 +58,30 @@ def erk(shapes: PyTree, sparsity: float, *, power: float = 1.0, kernel: bool = T
 def erk_densities(
     shapes: PyTree, sparsity: float, *, power: float = 1.0, kernel: bool = True
 ) -> tuple[dict[str, float], float]:
-    """Returns the share that each tensor keeps by Erdős–Rényi random graphs, and their scale ε.
+    """Returns the densities of the tensors by Erdős–Rényi random graphs, and their scale ε.
 
-    density = min(1, ε (Σ dims / Π dims)^power), with ε such that all the tensors together keep the
-    share 1 − sparsity; a tensor that would be denser than dense stays dense and the others give.
+    density = min(1, ε (Σ dims / Π dims)^power), with ε such that the density of all the tensors
+    together is 1 − sparsity. A tensor whose density would exceed 1 stays dense, and the others are
+    pruned more.
 
     SET (Mocanu et al., 2018) and, for convolutions with all the dimensions of the kernel, RigL
     (Evci et al., ICML 2020); google-research/rigl and jaxpruner compute the same.
 
     Args:
-        shapes: pytree of arrays or of shapes, None where dense. All the dimensions count as they
-            are: reshape an attention kernel (in, heads, width) if its heads are to count as one.
-        sparsity: share to remove of all the weights, in [0, 1).
-        power: of the scale; 0 gives every tensor the same density.
-        kernel: True, all the dimensions (ERK); False, only inputs and outputs, the last two (ER),
-            which differs for convolutions.
+        shapes: Pytree of arrays or of shapes, None where dense. Every dimension counts separately:
+            reshape an attention kernel (in, heads, width) to merge its heads and width.
+        sparsity: Fraction of all the weights to remove, in [0, 1).
+        power: Exponent of the scale, in [−8, 8]; 0 gives every tensor the same density.
+        kernel: Whether all dimensions of a tensor count (ERK), or only inputs and outputs, the last
+            two (ER), which differs for convolutions.
 
     Raises:
-        InputError: sparsity outside [0, 1), a power out of [−8, 8], or no tensors.
+        InputError: If the sparsity is outside [0, 1), the power is outside [−8, 8], or there are
+            no tensors.
     """
     rounding.check_sparsity(sparsity)
     if not abs(power) <= 8:
-        raise InputError(f"power = {power} is out of [-8, 8]; give one such as 1.0")
+        raise InputError(f"power must be in [-8, 8], such as 1.0, got {power}")
     named = groups.shapes_of(shapes)
     sizes = _sizes(named)
 
@@ -92,19 +95,19 @@ def erk_densities(
 
 
 def table(rules: Mapping[str, float], shapes: PyTree, sparsity: float | None = None) -> Allocation:
-    """Returns a given sparsity for each tensor, found by rules on its path.
+    """Returns the allocation with a given sparsity for each tensor, by rules on its path.
 
     Args:
-        rules: regular expression → sparsity in [0, 1); the first one found in the name of a tensor
-            (`re.search`) counts.
-        shapes: pytree of arrays or of shapes, None where dense.
-        sparsity: None, each tensor loses what its rule says, to the nearest weight; a share of all
-            the weights, then the shares that the tensors keep are scaled by one factor to meet it,
-            and none keeps more than it has.
+        rules: Sparsity in [0, 1) by regular expression; the first one that matches the name of a
+            tensor (`re.search`) applies.
+        shapes: Pytree of arrays or of shapes, None where dense.
+        sparsity: Fraction of all the weights to remove. The densities of the rules are then scaled
+            by one factor, clipped to 1, to meet it. If None, the sparsities of the rules are used
+            unchanged, rounded to the nearest weight.
 
     Raises:
-        InputError: a tensor that no rule matches, a rule that matches no tensor (or none that an
-            earlier rule does not take), a sparsity outside [0, 1), or no tensors.
+        InputError: If no rule matches a tensor, a rule applies to no tensor, a sparsity is outside
+            [0, 1), or there are no tensors.
 
     >>> print(table({"up": 0.5, ".*": 0.25}, {"up": (10, 10), "down": (10, 2)}))
     tensor  removed   of  sparsity
@@ -127,8 +130,8 @@ def table(rules: Mapping[str, float], shapes: PyTree, sparsity: float | None = N
     for rule in rules:
         if rule not in rule_of.values():
             raise InputError(
-                f"rule {rule!r} matches no tensor that an earlier rule does not take; correct or "
-                f"drop it. Tensors: {', '.join(list(sizes)[:12])}"
+                f"rule {rule!r} matches no tensor that no earlier rule matches; correct or drop it. "
+                f"Tensors: {', '.join(list(sizes)[:12])}"
             )
     given = {name: rules[rule] for name, rule in rule_of.items() if rule is not None}
     if sparsity is None:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 from swe_prune.errors import InputError
-from swe_prune.evaluation import scored_windows as of_windows
+from swe_prune.evaluation import scored_windows
 from swe_prune.evaluation.protocols import Protocol
 from swe_prune.evaluation.token_losses import token_losses
 
@@ -81,14 +81,14 @@ def perplexity(
         )
     if text_bytes is not None and text_bytes < 1:
         raise InputError(f"text_bytes = {text_bytes} cannot be; give the bytes of the text")
-    windows = of_windows.of_text(model, tokens, protocol, bos_id)
+    windows = scored_windows.of_text(model, tokens, protocol, bos_id)
 
     def losses(tokens_BxL: np.ndarray) -> Any:
         following_BxL = np.roll(tokens_BxL, -1, axis=1)
         return token_losses(model, params, tokens_BxL, following_BxL)[0][:, :-1]
 
-    loss_WxM = of_windows.in_batches(losses, windows, batch)
-    mean, error = of_windows.mean_of_scored(loss_WxM, windows)
+    loss_WxM = scored_windows.in_batches(losses, windows, batch)
+    mean, error = scored_windows.mean_of_scored(loss_WxM, windows)
     return PerplexityResult(
         protocol,
         nats_per_token=mean,
