@@ -130,8 +130,8 @@ def table(rules: Mapping[str, float], shapes: PyTree, sparsity: float | None = N
     for rule in rules:
         if rule not in rule_of.values():
             raise InputError(
-                f"rule {rule!r} matches no tensor that no earlier rule matches; correct or drop it. "
-                f"Tensors: {', '.join(list(sizes)[:12])}"
+                f"rule {rule!r} matches no tensor that no earlier rule matches; correct it or drop "
+                f"it. Tensors: {', '.join(list(sizes)[:12])}"
             )
     given = {name: rules[rule] for name, rule in rule_of.items() if rule is not None}
     if sparsity is None:

@@ -48,7 +48,7 @@ def gaussian_rate(sparsity: float) -> float:
 
 
 def std_threshold(score: Float[Array, "..."], rate: float | Array, spread: Any = None) -> Array:
-    """Returns the threshold spread · rate of one tensor; by default, spread = std(score, ddof=1)."""
+    """Returns the threshold spread · rate of one tensor, by default with std(score, ddof=1)."""
     if spread is None:
         # A single element has spread 0, like any constant tensor.
         spread = jnp.std(score, ddof=min(1, score.size - 1))
@@ -100,8 +100,9 @@ def rate_for_sparsity(
     """Returns (rate, achieved): the std rule's rate nearest to a sparsity, and its sparsity.
 
     Sparsity is a step function of the rate, so a bisection over the float32 rates finds the one
-    nearest to the wanted count. Ties or coarse scores may keep it from being met exactly. If no finite rate removes more (a tensor of equal scores has spread
-    0), the rate is the smallest of the nearest ones.
+    nearest to the wanted count. Ties or coarse scores may keep it from being met exactly. If no
+    finite rate removes more (a tensor of equal scores has spread 0), the rate is the smallest of
+    the nearest ones.
 
     Args:
         scores: Float32 pytree, None where dense.

@@ -210,8 +210,8 @@ def _check_teacher(fixed: Frozen, distillation: Distillation | None) -> None:
             "both or neither"
         )
     raise InputError(
-        "the train step distils and was given no teacher; pass Frozen(teacher=the dense parameters) "
-        "after the batch"
+        "the train step distils and was given no teacher; pass Frozen(teacher=the dense "
+        "parameters) after the batch"
     )
 
 
