@@ -34,7 +34,7 @@ def test_the_first_rule_that_matches_wins():
 def test_what_cannot_be_divided_evenly_stays_whole_and_is_reported():
     specs, uneven = parallel.partition(PARAMS, [("kernel", ("tensor", "fsdp"))], MESH)
     assert specs["up"]["kernel"] == P("tensor", None)
-    assert uneven == ["up/kernel [8, 6] stays whole over 'fsdp': 6 is no multiple of 4"]
+    assert uneven == ["up/kernel [8, 6] is not sharded over 'fsdp': 6 is not a multiple of 4"]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_where_there_is_no_host_memory_a_sentence_says_so():
     class Grid:
         devices = np.array([Device()])
 
-    assert "which abacus has not (it has hbm)" in host_memory.host_memory_missing(Grid())
+    assert "but abacus only has hbm" in host_memory.host_memory_missing(Grid())
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused():

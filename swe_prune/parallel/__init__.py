@@ -1,12 +1,12 @@
-"""Where arrays live when there are many devices: the mesh, the path rules, the state's layout.
+"""Sharding over many devices: the mesh, partition rules, and shardings of the training state.
 
     mesh = parallel.mesh(config.parallel)                    # axes data, fsdp, tensor
     specs, uneven = parallel.partition(params, rules, mesh)  # path rule -> PartitionSpec
-    params = parallel.with_shardings(params, specs, mesh)          # abstract, born sharded under jit
-    state = parallel.shard_state(state, optimizer, params)   # moments, masks, statistics follow
+    params = parallel.with_shardings(params, specs, mesh)    # abstract, for sharded init under jit
+    state = parallel.shard_state(state, optimizer, params)   # moments, masks, statistics too
 
-The axes `data` and `fsdp` both divide the batch; `fsdp` divides the weights too, which are gathered
-where they are used; `tensor` divides the work inside a layer.
+The batch is sharded over the axes `data` and `fsdp`. Weights are sharded over `fsdp` too, and
+gathered where they are used. The computation inside a layer is sharded over `tensor`.
 """
 
 from swe_prune.parallel.batches import (

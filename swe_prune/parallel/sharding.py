@@ -1,4 +1,4 @@
-"""The layout of a whole training state: whatever belongs to a parameter lies where it lies."""
+"""Shardings of a training state, in which everything follows its parameter."""
 
 import dataclasses
 from typing import Any
@@ -14,12 +14,12 @@ from swe_prune.training.state import TrainState
 
 
 def with_shardings(params: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
-    """Returns abstract parameters that carry their shardings.
+    """Returns abstract parameters with shardings.
 
     Args:
-        params: shapes and dtypes, as `jax.eval_shape` gives them.
-        specs: a PartitionSpec each, from `partition`.
-        mesh: the devices.
+        params: Abstract parameters from `jax.eval_shape`.
+        specs: PartitionSpec of each parameter, from `partition`.
+        mesh: Mesh of devices.
     """
     return jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(
@@ -33,17 +33,17 @@ def with_shardings(params: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
 def shard_state(
     state: TrainState, optimizer: optax.GradientTransformation, params: PyTree
 ) -> TrainState:
-    """Returns the state with every array laid out as the parameter that it belongs to.
+    """Shards every array of a training state like the parameter that it belongs to.
 
-    Moments, masks and statistics take their parameter's sharding; what belongs to no parameter, as
-    counters and Adafactor's factored moments, is whole on every device. Traced arrays are
-    constrained, so that a compiled step gives the state back as it took it; abstract ones, from
-    `jax.eval_shape`, get the sharding to restore a checkpoint to.
+    Moments, masks and statistics get the sharding of their parameter. Arrays that belong to no
+    parameter, such as counters and Adafactor's factored moments, are replicated. Traced arrays are
+    constrained, so that a compiled step returns the state with the shardings of its input. Abstract
+    arrays, from `jax.eval_shape`, get the sharding for restoring a checkpoint.
 
     Args:
-        state: concrete, traced or abstract.
-        optimizer: whose state is in it.
-        params: abstract parameters with shardings, from `with_shardings`.
+        state: Training state, concrete, traced or abstract.
+        optimizer: Optimizer that the state of the optimizer belongs to.
+        params: Abstract parameters with shardings, from `with_shardings`.
     """
     of_params = jax.tree.map(lambda leaf: leaf.sharding, params)
     mesh = next(iter(jax.tree.leaves(of_params))).mesh
@@ -82,11 +82,11 @@ def shard_state(
 
 
 def shard_like(part: PyTree, params: PyTree) -> PyTree:
-    """Returns a pytree like the parameters, None where dense, laid out as they are.
+    """Shards a pytree like the parameters, None where dense, as the parameters are sharded.
 
     Args:
-        part: masks, scores or statistics; concrete, traced or abstract.
-        params: abstract parameters with shardings, from `with_shardings`.
+        part: Masks, scores or statistics; concrete, traced or abstract.
+        params: Abstract parameters with shardings, from `with_shardings`.
     """
     return tree.map_leaves(
         lambda _, leaf, like: None if leaf is None else _put(leaf, like.sharding), part, params
