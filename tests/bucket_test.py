@@ -338,7 +338,7 @@ def test_a_bucket_that_fails_in_the_midst_is_one_sentence(names, monkeypatch):
 
     monkeypatch.setattr(gcs_server.Bucket, "put", refused)
     with (
-        pytest.raises(RunError, match=r"^'gs://bucket/run/seed_0' cannot be locked \(PERMISSION_DE"),
+        pytest.raises(RunError, match=r"^'gs://bucket/run/seed_0' cannot be locked \(PERMISSION_D"),
         shard.locked(folder, "it", lambda _: None),
     ):
         pass

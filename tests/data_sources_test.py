@@ -147,12 +147,15 @@ def test_settings_that_do_not_fit_a_dataset_are_refused(notes, changes, message)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tiny_notez/plain", "neither a text file here nor a dataset that TFDS knows"),
+        ("tiny_notez/plain", "neither an existing text file nor a dataset that TFDS knows"),
         ("tiny_shakespear", "did you mean 'tiny_shakespeare'"),
         ("tiny_shakespeare", "not prepared in .*; run: tfds build tiny_shakespeare --file_format="),
         ("wiki40b/en", "prepare it: tfds build wiki40b/en --file_format=array_record --data_dir="),
-        ("missing.txt", "no text file here, and TFDS cannot open it .*; correct data.dataset"),
-        ("two words", "no text file here, and TFDS cannot open it"),
+        (
+            "missing.txt",
+            "not an existing text file, and TFDS cannot .*; correct data.dataset",
+        ),
+        ("two words", "not an existing text file, and TFDS cannot open it"),
         ("shakespeare_plays:9.9.9", "TFDS cannot open it .*; correct data.dataset"),
         ("shakespeare_play", "did you mean 'shakespeare_plays'"),
     ],
