@@ -182,7 +182,7 @@ def test_one_window_has_no_standard_error(small):
         ({"tokens": [*TOKENS[:8], -1], "protocol": Protocol("p", 9, 9)}, "ids from -1"),
         ({"protocol": Protocol("long", 17, 17)}, "a context of 16; .* window=16 or less"),
         ({"protocol": Protocol("bos", 8, 8, "text")}, "no bos_id was given"),
-        ({"protocol": Protocol("bos", 8, 7, "window"), "bos_id": int(TOKENS[0])}, "already start with the"),
+        ({"protocol": Protocol("bos", 8, 7, "window"), "bos_id": int(TOKENS[0])}, "start with the"),
         ({"batch": 0}, "batch must be .* got 0"),
         ({"windows_limit": 0}, "limit of .* got 0"),
         ({"text_bytes": 0}, "text_bytes must be .* got 0"),

@@ -95,8 +95,8 @@ REFUSED = {
         changed("llama", hidden_size="16"),
         "hidden_size = '16'; give a whole number above 0",
     ),
-    "negative": (changed("llama", num_hidden_layers=-1), "num_hidden_layers = -1"),
-    "not a bool": (changed("llama", tie_word_embeddings=1), "tie_word_embeddings = 1"),
+    "negative": (changed("llama", num_hidden_layers=-1), "num_hidden_layers in .* got -1"),
+    "not a bool": (changed("llama", tie_word_embeddings=1), "tie_word_embeddings in .* got 1"),
     "rope type": (
         changed("llama", rope_scaling={"rope_type": "axial", "factor": 2.0}),
         "rope type 'axial'; supported are default, linear",
@@ -113,7 +113,7 @@ REFUSED = {
         changed("llama", rope_parameters={"full_attention": {"rope_type": "default"}}),
         "for each kind of layer",
     ),
-    "rope no group": (changed("llama", rope_scaling="linear"), "no group"),
+    "rope no group": (changed("llama", rope_scaling="linear"), "must be a mapping"),
     "longrope factors": (
         changed("llama", rope_scaling={"type": "longrope", "short_factor": 1, "long_factor": [1]}),
         "short_factor = 1; give a list",

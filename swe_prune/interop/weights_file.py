@@ -1,7 +1,7 @@
-"""Safetensors files written one tensor at a time; the package would want all of them at once.
+"""Writing of safetensors files one tensor at a time; the package needs all of them in memory.
 
 Source: https://github.com/huggingface/safetensors (the format: eight bytes of length, a JSON header
-that says where each tensor is, the tensors).
+with the offsets of the tensors, and the tensors).
 """
 
 import json
@@ -15,7 +15,7 @@ from swe_prune.errors import InputError
 from swe_prune.interop.safetensors_folder import DTYPES, INDEX, WEIGHTS
 from swe_prune.interop.slices import StoredTensor
 
-_ALIGNED = 8  # the header's length, and so where the data begins, is a multiple of this
+_ALIGNED = 8  # the length of the header is a multiple of this
 
 
 def write_folder(
@@ -25,17 +25,17 @@ def write_folder(
     values: Callable[[StoredTensor], np.ndarray],
     shard_bytes: int,
 ) -> None:
-    """Writes model.safetensors, or shards and their index where one file would be too large.
+    """Writes model.safetensors, or shards and their index if one file would be too large.
 
     Args:
-        folder: that is there.
-        tensors: what is to be in it, in this order.
-        dtype: gives that of one of them.
-        values: gives the numbers of one of them; asked for each once.
-        shard_bytes: of the tensors of a file at most, unless one alone has more.
+        folder: Existing folder to write to.
+        tensors: Tensors to write, in this order.
+        dtype: Function from a tensor to its dtype.
+        values: Function from a tensor to its values, called once per tensor.
+        shard_bytes: Maximal size in bytes of a shard; a larger tensor has its own shard.
 
     Raises:
-        InputError: a dtype that checkpoints do not have.
+        InputError: If safetensors does not support a dtype.
     """
     sizes = [math.prod(one.shape) * dtype(one).itemsize for one in tensors]
     shards = list(_shards(tensors, sizes, shard_bytes))
@@ -76,7 +76,7 @@ def _write(
     for one in tensors:
         if dtype(one).name not in names:
             raise InputError(
-                f"{one.name!r} is {dtype(one).name}, which is not written; "
+                f"{one.name!r} is {dtype(one).name}, which is not supported; "
                 f"convert the parameters to one of {', '.join(names)}"
             )
         start, end = end, end + math.prod(one.shape) * dtype(one).itemsize
