@@ -48,6 +48,7 @@ class Checkpoints:
                 none.
         """
         self.folder = storage.absolute(folder)
+        # Retain the newest checkpoints and, permanently, one every `keep_every` steps.
         policies: list[Any] = [preservation.LatestN(keep)]
         if keep_every:
             policies.append(preservation.EveryNSteps(keep_every))
@@ -91,6 +92,7 @@ class Checkpoints:
             )
         except (OSError, ValueError) as error:
             raise self._unwritten(step, error) from error
+        # Checksums need complete files, so another thread waits for them.
         self._writing = threading.Thread(target=self._finish, args=(step,), daemon=True)
         self._writing.start()
 
@@ -143,6 +145,7 @@ class Checkpoints:
             raise InputError(
                 f"{self.folder} holds no checkpoint; run the phase that makes it first"
             )
+        # Newest first: rename a damaged checkpoint, and try the previous one.
         for number, earlier in itertools.pairwise(steps):
             try:
                 return self._restore(like, number)
@@ -157,6 +160,7 @@ class Checkpoints:
         described = self._manager.restore(
             step, args=ocp.args.Composite(extra=ocp.args.JsonRestore())
         )["extra"]
+        # Compare names, dtypes and shapes first, for a clearer error than that of orbax.
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _without_keys(like))
         self._check_fits(step, described["leaves"], _describe(abstract))
         restored = self._manager.restore(
@@ -185,6 +189,7 @@ class Checkpoints:
                 storage.remove(self.folder / str(step))
             return cut
 
+        # Process 0 removes them, and all processes learn which.
         cut = processes.first(drop)
         for step in cut:
             warnings.warn(
@@ -209,6 +214,7 @@ class Checkpoints:
         """Writes the checksums of every n-th file, n being the number of processes."""
         index, count = processes.index(), processes.count()
         if index == 0:
+            # Remove the checksums of checkpoints that orbax has deleted.
             for stale in self.folder.glob("*.checksums"):
                 if not (self.folder / stale.name.partition(".")[0]).exists():
                     stale.unlink(missing_ok=True)
@@ -220,6 +226,7 @@ class Checkpoints:
     def _checksum_files(self, step: int) -> list[epath.Path] | None:
         """Returns the checksum files of a checkpoint, or None if one is missing."""
         found = {file.name: file for file in self.folder.glob(f"{step}.*checksums")}
+        # A complete set is one file, or one from each process that wrote the checkpoint.
         if f"{step}.checksums" in found:
             return [found[f"{step}.checksums"]]
         counts = {int(m[1]) for name in found if (m := re.search(r"_of_(\d+)\.", name))}
@@ -244,6 +251,7 @@ class Checkpoints:
                 written |= json.loads(file.read_text())
         except (OSError, ValueError) as error:
             return f"its checksums cannot be read ({_first_line(error)})"
+        # A file may be missing, unexpected, or changed.
         names = sorted(written.keys() | set(storage.files(self.folder / str(step))))
         for name in names[processes.index() :: processes.count()]:
             found = _checksums(self.folder / str(step), [name]).get(name)

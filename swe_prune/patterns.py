@@ -143,11 +143,13 @@ def units(
         raise InputError(f"unknown reduce {reduce!r}; {did_you_mean(reduce, REDUCTIONS)}")
     if across not in ACROSS:
         raise InputError(f"unknown across {across!r}; {did_you_mean(across, ACROSS)}")
+    # Without a pattern, every weight is a unit.
     if pattern is None:
         return [
             Units(name, score, 1, (name,), lambda mask, name=name: {name: mask})
             for name, score in scores.items()
         ]
+    # Neurons span several tensors, which the rules couple.
     if pattern == "neuron":
         rules = FEED_FORWARD if couplings is None else couplings
         groups = couple(scores, rules)
@@ -168,6 +170,7 @@ def _of_matrix(
     axes: tuple[int, ...],
     reduce: Callable[..., Array],
 ) -> Units:
+    # All other patterns are blocks of r inputs by c outputs of one kernel.
     matrix = as_matrix(score, axes)
     inputs, outputs = matrix.shape
     r, c = {"row": (inputs, 1), "column": (1, outputs)}.get(pattern) or parse_block(pattern)
@@ -215,6 +218,7 @@ def couple(names: Any, rules: Mapping[str, str]) -> dict[str, list[tuple[str, st
                 f"coupling {rule!r} matches no scored tensor; give couplings= of rules to 'in' or "
                 f"'out' for the kernels around the neurons. Tensors: {', '.join(list(names)[:8])}"
             )
+        # Tensors whose rules capture the same text share their neurons.
         for name, match in found:
             groups.setdefault(" ".join(filter(None, match.groups())), []).append((name, side))
     return groups
@@ -228,9 +232,11 @@ def _neurons(
     reduce: Callable[..., Array],
     across: Callable[[Sequence[Array]], Array],
 ) -> Units:
+    # View every tensor as inputs by outputs; its neurons run along one of the two.
     axes = {name: input_axes(name, scores[name].shape) for name, _ in members}
     matrices = {name: as_matrix(scores[name], axes[name]) for name, _ in members}
     counts = {name: matrices[name].shape[side == "out"] for name, side in members}
+    # All coupled tensors must have the same neurons, and both sides must be present.
     if len(set(counts.values())) > 1:
         told = ", ".join(f"{name!r} has {count}" for name, count in counts.items())
         raise InputError(
@@ -241,6 +247,7 @@ def _neurons(
             f"the neurons of {members[0][0]!r} are coupled on one side only; give couplings= with "
             "a rule for the kernels before the neurons and one for the kernels after them"
         )
+    # Reduce each tensor to one score per neuron.
     parts = [reduce(matrices[name], axis=int(side == "in")) for name, side in members]
 
     def spread(mask: Array) -> dict[str, Array]:

@@ -73,6 +73,7 @@ def top_k_mask(
     slice_size = tree.size(x) if axes is None else math.prod(x.shape[a] for a in axes)
     check_k(k, slice_size)
     check_floats([x])
+    # Traced values cannot be checked; concrete ones are checked in the same program.
     if _is_traced(x, k):
         return _select([x], _count_of(k), axes)[0]
     masks, nans = _checked_select([x], _count_of(k), axes)
@@ -226,6 +227,7 @@ def _largest(
         candidates = [
             bound | (jnp.asarray(digit, dtype) << shift.astype(dtype)) for digit in (1, 2, 3)
         ]
+        # Take the largest digit that at least k elements reach.
         for candidate, n in zip(candidates, counts(candidates), strict=True):
             enough = n >= k
             bound = jnp.where(enough, candidate, bound)
@@ -260,6 +262,7 @@ def _without_last_ties(
         behind = [(key == threshold) & (position >= bound) for bound in candidates]
         return [counting.count(n) for n in counting.count_each(behind, axes)]
 
+    # Find the position from which exactly n ties follow, and drop these.
     def cut(key: Array) -> Array:
         everything = counting.count(counting.count_each([key == threshold], axes)[0])
         bound, _ = _largest(counts, counting.count(n), everything, stride.bit_length(), jnp.uint32)

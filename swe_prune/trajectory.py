@@ -114,6 +114,7 @@ def init(
         InputError: If a measure is unknown or none is given, no weight is prunable, the window
             starts before snapshot 1, or the power would overflow float32 sums.
     """
+    # Check the settings before any buffer is allocated.
     measures = (measures,) if isinstance(measures, str) else tuple(measures)
     check_measures(measures)
     if window_start < 1:
@@ -145,6 +146,7 @@ def init(
         return tree.map_named(leaf, params, prunable)
 
     needed = _needed(measures, compensated)
+    # One pytree per buffer; measures that share a buffer share the memory.
     return TrajectoryStats(
         start=jnp.asarray(start, jnp.int32),
         count=jnp.zeros((), jnp.int32),
@@ -205,9 +207,11 @@ def _advance(
     size = jnp.abs(weight)
     new = dict(old)
 
+    # Difference from a mean, including the rounding error of the mean.
     def beyond(buffers: dict[str, Array], name: str, value: Array) -> Array:
         return (value - buffers[name]) - buffers.get(name + _CARRY, 0.0)
 
+    # Add to a buffer, and update its rounding error if it has one.
     def add(name: str, increment: Array) -> None:
         carry = old.get(name + _CARRY)
         if carry is None:
@@ -227,8 +231,10 @@ def _advance(
             add(name, step * beyond(old, name, value))
     if "sum_of_squares" in old:
         add("sum_of_squares", beyond(old, "mean", weight) * beyond(new, "mean", weight))
+    # These compare with the previous snapshot, so `last` is updated at the end.
     if "path_length" in old:
         add("path_length", jnp.abs(weight - old["last"]))
+    # The threshold depends on the whole tensor; this is the only reduction.
     if "votes" in old:
         new["votes"] += size > jnp.std(size, ddof=min(1, size.size - 1)) * vote_rate
     if "sign_flips" in old:
@@ -372,6 +378,7 @@ def read(stats: TrajectoryStats, measure: str) -> PyTree:
         )
     count = jnp.maximum(stats.count, 1).astype(jnp.float32)
     buffers = stats.buffers
+    # Some measures are computed from their buffers, the others are buffers.
     if measure == "variance":
         return tree.map_tracked(lambda m2: m2 / count, buffers["sum_of_squares"])
     if measure == "votes":

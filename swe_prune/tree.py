@@ -122,6 +122,7 @@ def prunable(
         [rules] if isinstance(rules, str) else rules for rules in (include, exclude)
     )
     weights = {name: leaf for name, leaf in named_leaves(params) if is_weight(leaf)}
+    # A rule that matches nothing is probably misspelled.
     for kind, rules in (("include", include), ("exclude", exclude)):
         for rule in rules or ():
             if not any(rule_matches(rule, name) for name in weights):

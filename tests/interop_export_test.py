@@ -156,7 +156,7 @@ def test_a_folder_that_exists_is_refused_and_left_alone(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     refused(tmp_path / "link", "already exists", model("gpt2"))
-    refused(tmp_path / "no" / "out", "is not a folder, so out cannot be written", model("gpt2"))
+    refused(tmp_path / "no" / "out", "the parent of out, is not a folder", model("gpt2"))
 
 
 def test_parameters_that_do_not_fit_are_refused(tmp_path):
@@ -176,7 +176,7 @@ def test_a_mask_needs_a_record_and_must_fit(tmp_path):
     refused(tmp_path / "out", "belong together", made, mask=mask)
     refused(tmp_path / "out", "belong together", made, record=RECORD)
     wrong = tree.map_tracked(lambda keep: keep[1:], mask)
-    refused(tmp_path / "out", "mask of .* must have the weight's shape", made, mask=wrong, record=RECORD)
+    refused(tmp_path / "out", "mask of .* the weight's shape", made, mask=wrong, record=RECORD)
     odd = interop.PruningRecord("magnitude", evaluation={"loss": float("nan")})
     refused(tmp_path / "out", "PruningRecord is no JSON", made, mask=mask, record=odd)
     assert list(tmp_path.iterdir()) == []
@@ -206,7 +206,7 @@ def test_a_file_that_holds_no_masks_is_refused(tmp_path):
     path, made = folder(tmp_path / "dense", "gpt2")
     with pytest.raises(InputError, match=re.escape("masks.safetensors is not a file")):
         interop.read_masks(path)
-    with pytest.raises(InputError, match="is not a .* mask file"):
+    with pytest.raises(InputError, match=r"is not a \S+ mask file"):
         interop.read_masks(path / "model.safetensors")
     out = interop.export(tmp_path / "out", made, mask=half_mask(made.params), record=RECORD)
     content = (out / "masks.safetensors").read_bytes()

@@ -177,7 +177,7 @@ def test_a_truncated_file_is_refused(tmp_path, left):
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGML" + bytes(100))
-    refused(tmp_path / "model.gguf", "does not begin with GGUF")
+    refused(tmp_path / "model.gguf", "does not begin with 'GGUF'")
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
     refused(tmp_path / "model.gguf", "truncated or damaged")
 

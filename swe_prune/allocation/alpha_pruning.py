@@ -142,6 +142,7 @@ def tail_exponents(
         raise InputError(f"tail must be in (0, 1], such as 0.5, got {tail}")
     exponents = {}
     for name, weight in chosen(params, prunable).items():
+        # Compute the smaller Gram matrix on the device, and its eigenvalues on the host.
         axes = tuple(input_axes(name, weight.shape))
         sharding = _mesh_sharding(weight)
         matrix_LxS = _matrix(weight, axes, sharding.mesh.size if sharding else 1)
@@ -152,6 +153,7 @@ def tail_exponents(
                 "where the training diverged"
             )
         values = np.linalg.eigvalsh(gram_SxS)
+        # Exclude eigenvalues that are 0 within the precision of float32.
         least = values.max(initial=0.0) * len(values) * np.finfo(np.float32).eps
         distinct = values[values > least]
         try:

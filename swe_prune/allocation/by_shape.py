@@ -89,6 +89,7 @@ def erk_densities(
         dims = shape if kernel else shape[-2:]
         return (sum(dims) / math.prod(dims)) ** power if dims and 0 not in dims else 1.0
 
+    # Scale the raw densities to the number of retained weights.
     kept = sum(sizes.values()) - rounding.removed_count(sum(sizes.values()), sparsity)
     densities, scale = rounding.scale_to_total([*map(raw, named.values())], [*sizes.values()], kept)
     return dict(zip(named, densities, strict=True)), scale
@@ -118,6 +119,7 @@ def table(rules: Mapping[str, float], shapes: PyTree, sparsity: float | None = N
     for share in [*rules.values(), *([] if sparsity is None else [sparsity])]:
         rounding.check_sparsity(share)
     sizes = _sizes(groups.shapes_of(shapes))
+    # Find the first matching rule of each tensor; every tensor and every rule must have one.
     rule_of = {
         name: next((rule for rule in rules if tree.rule_matches(rule, name)), None)
         for name in sizes
@@ -134,9 +136,11 @@ def table(rules: Mapping[str, float], shapes: PyTree, sparsity: float | None = N
                 f"it. Tensors: {', '.join(list(sizes)[:12])}"
             )
     given = {name: rules[rule] for name, rule in rule_of.items() if rule is not None}
+    # Without a total, round each tensor separately.
     if sparsity is None:
         gone = {name: rounding.removed_count(size, given[name]) for name, size in sizes.items()}
         return Allocation(gone, sizes)
+    # With a total, scale the densities of the rules to meet it.
     total = sum(sizes.values())
     kept, _ = rounding.scale_to_total(
         [1 - share for share in given.values()],

@@ -113,6 +113,7 @@ def grouped(names: Iterable[str], groups: Groups = "block") -> dict[str, list[st
     for name in names:
         members.setdefault(_group_of(name, groups), []).append(name)
     if isinstance(groups, Mapping):
+        # A group without tensors is probably a misspelled rule.
         empty = [group for group in groups if group not in members]
         if empty:
             raise InputError(

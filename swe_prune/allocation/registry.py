@@ -148,12 +148,14 @@ def allocate(
     rule = get(name)
     rule.check_options(options)
     given = {"scores": scores, "params": params, "loss": loss, "batches": batches}
+    # Shapes come from the scores, or from the prunable weights if there are none.
     given["shapes"] = scores
     if scores is None and params is not None:
         given["shapes"] = chosen(params, prunable) if "shapes" in rule.needs else None
     for need in rule.needs:
         if given[need] is None:
             raise InputError(f"allocation {name!r} needs {need}; {NEEDS[need]}")
+    # By default, a rule on weights prunes the tensors that have scores.
     if "params" in rule.needs:
         if prunable is None and scores is not None:
             prunable = tree.map_leaves(lambda _, weight, score: score is not None, params, scores)

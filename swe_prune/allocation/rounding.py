@@ -51,6 +51,7 @@ def apportion(targets: Sequence[float], sizes: Sequence[int], total: int) -> lis
     >>> apportion([1.5, 0.25, 1.25], [2, 2, 2], 3)
     [2, 0, 1]
     """
+    # Round down, then distribute the remaining units by the fractional parts.
     parts = [min(max(math.floor(t), 0), size) for t, size in zip(targets, sizes, strict=True)]
     remainders = [t - part for t, part in zip(targets, parts, strict=True)]
     by_remainder = sorted(range(len(parts)), key=lambda i: -remainders[i])
@@ -109,6 +110,7 @@ def shift_to_total(shares: Sequence[float], sizes: Sequence[int], total: int) ->
     def clipped(shift: float) -> list[float]:
         return [min(max(share + shift, 0.0), 1.0) for share in shares]
 
+    # The total grows with the shift, so bisect it.
     low, high = -max(shares), 1 - min(shares)
     for _ in range(100):  # halves the bracket to the last bit
         middle = (low + high) / 2
@@ -214,6 +216,7 @@ def shift_groups_to_total(
         sparsity: Fraction of all the weights to remove.
     """
     whole = [sum(sizes[name] for name in names) for names in members.values()]
+    # Shift the sparsities of the groups, then round all tensors to the total.
     met = shift_to_total(sparsities, whole, removed_count(sum(sizes.values()), sparsity))
     targets = dict.fromkeys(sizes, 0.0)
     for share, names in zip(met, members.values(), strict=True):

@@ -183,6 +183,7 @@ class _Search:
         return [size - int(n) for size, n in zip(self.sizes.values(), kept, strict=True)]
 
     def smallest_removing(self, least: int) -> int:
+        # The number removed grows with the rate, so bisect the bits of the rate.
         low, high = -1, _LARGEST_BITS
         while high - low > 1:
             middle = (low + high) // 2

@@ -58,6 +58,7 @@ def sums(
         if module.scope is None or context.method_name == "setup":
             return call(*args, **kwargs)
         root = module.scope.root
+        # The outermost call is the application, whose root scope collects the sums.
         if not roots and module.scope is root:
             _check_trace(outside, "call=")
             roots.append(root)

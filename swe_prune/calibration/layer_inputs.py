@@ -71,6 +71,7 @@ def inputs(
     params = variables["params"]
     prunable = tree.prunable(params) if prunable is None else prunable
     wanted = chosen(params, prunable)
+    # Accumulate sums over the batches, then normalize them.
     step = make_measure_fn(model, call or applied, wanted, hessian=hessian, dense_like=dense_like)
     sums, n = accumulate(step, variables, batches)
     check_used(wanted, sums)
@@ -164,6 +165,7 @@ def accumulate(
         shapes = str(batching.shapes(batch))
         if shapes not in known:  # find a batch that does not fit before running it
             known[shapes] = traced(measure, variables, batch, number)
+        # The sums start at zero with the shapes of the first batch.
         state = _zeros(known[shapes]) if state is None else state
         _check_same(state[0], known[shapes], number)
         state = step(variables, state, batch, number)

@@ -55,6 +55,7 @@ def _general(name: str, layer: nn.DenseGeneral, x: Array) -> tuple[Array, tuple[
     axis = (layer.axis,) if isinstance(layer.axis, int) else tuple(layer.axis)
     axes = sorted(a % x.ndim for a in axis)
     shape = tuple(x.shape[a] for a in axes)
+    # Move the contracted axes to the end and flatten them.
     moved = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
     return moved.reshape(-1, math.prod(shape)), shape
 
@@ -67,6 +68,7 @@ def _patches(name: str, layer: nn.Conv, x: Array) -> tuple[Array, tuple[int, ...
     def each(value: Any) -> tuple[int, ...]:
         return tuple(value) if isinstance(value, (tuple, list)) else (value or 1,) * len(size)
 
+    # Only plain convolutions multiply their patches with a single matrix.
     padding = canonicalize_padding(layer.padding, len(size))
     for what, plain in (
         ("grouped", layer.feature_group_count == 1),

@@ -70,6 +70,7 @@ def gradients(
         name: {"sum": jnp.zeros(shape, jnp.float32), "square": jnp.zeros(shape, jnp.float32)}
         for name, shape in names.items()
     }
+    # Stream the batches; a new shape is checked before it is run.
     known, n, number = set(), 0, -1
     for number, batch in enumerate(batches):
         n += batching.sequences(batch, number)
@@ -98,6 +99,7 @@ def _summed(loss: Any, weights: Any, rest: Any, batch: Any, at_once: int | None)
         return loss(filled, example)
 
     def of_some(batch: Any) -> Any:
+        # Map the loss over batches of one example.
         ones = jax.tree.map(lambda x: x[:, None], batch)
         each = jax.vmap(jax.grad(of_one), in_axes=(None, 0))(weights, ones)
         each = jax.tree.map(lambda g: g.astype(jnp.float32), each)

@@ -27,6 +27,7 @@ def read(config: DataConfig) -> tuple[str, str]:
         limit = getattr(config, key)
         if limit is not None and limit < 1:
             raise InputError(f"data.{key} must be 1 or more, or None, got {limit}")
+    # Anything that does not look like a path is the name of a TFDS dataset.
     path = Path(config.dataset).expanduser()
     if path.exists() or config.dataset.startswith(("/", "~", "./", "../")):
         train, validation = _read_file(path, config.validation_fraction)
@@ -83,6 +84,7 @@ def _read_file(path: Path, validation_fraction: float) -> tuple[str, str]:
     if not content.strip():
         raise InputError(f"text file {str(path)!r} is empty; give one with text in it")
     try:
+        # Accept UTF-8 with or without a byte order mark.
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
@@ -93,6 +95,7 @@ def _read_file(path: Path, validation_fraction: float) -> tuple[str, str]:
             f"text file {str(path)!r} is binary (a NUL at character {text.index(chr(0))}); "
             "give a plain text file"
         )
+    # Normalize line ends; the validation text is the end of the file.
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     cut = len(text) - round(len(text) * validation_fraction)
     return text[:cut], text[cut:]
@@ -135,6 +138,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
             f"dataset {name!r} is not an existing text file, and TFDS cannot open it "
             f"({_first_line(error)}); correct data.dataset"
         ) from error
+    # Prepare our own dataset on first use; the user must prepare all others.
     if own and not builder.data_path.exists():
         builder = _prepare(tfds, name, data_dir)
     if not builder.data_path.exists():

@@ -95,6 +95,7 @@ def eval_batches(
             f"eval_windows = {windows} is more than the {last + 1} windows of {context} tokens in "
             "the text; lower it or give more text"
         )
+    # Evenly spaced starts, in exact integer arithmetic.
     starts = np.arange(windows, dtype=np.int64) * last // max(1, windows - 1)
     return [_cut(tokens, chunk, context) for chunk in starts.reshape(-1, batch)]
 

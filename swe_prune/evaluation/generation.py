@@ -147,6 +147,7 @@ def _texts(
     new_BxS = np.asarray(state.new_BxN)[:, : int(state.step)]
     is_eos_BxS = np.isin(new_BxS, eos_E)
     ended_B = np.any(is_eos_BxS, axis=1)
+    # Cut each text at its first eos_id.
     kept_B = np.where(ended_B, is_eos_BxS.argmax(axis=1), new_BxS.shape[1])
     texts = [tuple(row[:n].tolist()) for row, n in zip(new_BxS, kept_B, strict=True)]
     return tuple(texts), tuple(ended_B.tolist())
@@ -157,6 +158,7 @@ def _chosen(
 ) -> _State:
     """Appends one token to each text, chosen from its logits."""
     batch = len(logits_BxV)
+    # A key per row and step, so that rows do not depend on each other.
     of_row_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(of_row_B, state.step)
     token_B = draw(logits_BxV, keys_B, sampling)

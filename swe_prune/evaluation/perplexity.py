@@ -84,6 +84,7 @@ def perplexity(
     windows = scored_windows.of_text(model, tokens, protocol, bos_id)
 
     def losses(tokens_BxL: np.ndarray) -> Any:
+        # The target at each position is the next token; the last position has none.
         following_BxL = np.roll(tokens_BxL, -1, axis=1)
         return token_losses(model, params, tokens_BxL, following_BxL)[0][:, :-1]
 

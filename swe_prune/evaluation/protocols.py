@@ -117,9 +117,11 @@ def get(
         raise InputError(f"protocol {name!r} is unknown; {did_you_mean(name, _BY_NAME)}")
     known = _BY_NAME[name]
     given = {"window": window, "stride": stride, "bos": bos}
+    # Only actual changes appear in the name.
     asked = {key: value for key, value in given.items() if value is not None}
     changes: dict[str, Any] = {k: v for k, v in asked.items() if v != getattr(known, k)}
     described = "".join(f", {key} {value}" for key, value in changes.items())
+    # Scale the stride with the window unless it is given.
     if stride is None and changes:
         of_text = (window or known.window) - ((bos or known.bos) == "window")
         changes["stride"] = max(1, known.stride * of_text // known.of_text)

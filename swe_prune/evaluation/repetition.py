@@ -62,6 +62,7 @@ def _longest_loop(row: np.ndarray) -> tuple[int, int]:
     """Returns the length and the period of the longest loop: a run of row[i] = row[i + period]."""
     best = (0, 0)
     for period in range(1, len(row) // 2 + 1):
+        # A loop with this period is a run of tokens that equal those `period` earlier.
         same = np.concatenate([[False], row[:-period] == row[period:], [False]])
         edges = np.flatnonzero(same[1:] != same[:-1])
         runs = edges[1::2] - edges[::2]

@@ -62,9 +62,11 @@ def draw(
     scaled_BxV = logits_BxV / sampling.temperature
     if sampling.top_k is None and sampling.top_p is None:
         return jax.vmap(jax.random.categorical)(keys_B, scaled_BxV).astype(jnp.int32)
+    # Sort the likeliest tokens; without top_k, all of them.
     kept = min(sampling.top_k or logits_BxV.shape[-1], logits_BxV.shape[-1])
     likeliest_BxK, ids_BxK = jax.lax.top_k(scaled_BxV, kept)
     if sampling.top_p is not None and sampling.top_p < 1:
+        # Retain a token if those before it have less than top_p, and always the first.
         p_BxK = jax.nn.softmax(likeliest_BxK, axis=-1)
         before_BxK = jnp.cumsum(p_BxK, axis=-1) - p_BxK
         inside_BxK = (before_BxK < sampling.top_p).at[:, 0].set(True)

@@ -68,6 +68,7 @@ def by_rows(
         copies: Number of such arrays that `function` has in memory.
     """
     rows, row_bytes = logits[0], 4 * copies * int(np.prod(logits[1:]))
+    # Use the largest group that fits and divides the rows evenly.
     fitting = max(1, LOGITS_BYTES // row_bytes)
     group = max(r for r in range(1, rows + 1) if rows % r == 0 and r <= fitting)
     if group == rows:

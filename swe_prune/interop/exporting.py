@@ -165,6 +165,7 @@ def _config(model: Pretrained, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the source's config.json, or a new one if the settings have changed."""
     family, config, vocab_size = read_config(model.hf_config, model.config.dtype)
     ours = (model.family, canonical(model.config), model.vocab_size)
+    # Reuse the source's config.json unless the settings have changed.
     if (family, config, vocab_size) == ours:
         written = dict(model.hf_config)
     else:
@@ -184,6 +185,7 @@ def _config(model: Pretrained, leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_or_write_tokenizer(model: Pretrained, folder: Path) -> None:
+    # Copy the files of the source folder, and write what is still missing.
     if model.kind == "safetensors" and model.path.is_dir():
         for name in COPIED:
             if (model.path / name).is_file():

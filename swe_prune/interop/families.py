@@ -34,8 +34,8 @@ class Key:
         name: Name in config.json.
         field: Name of the field of `ModelConfig`.
         kind: Type of the value.
-        default: Value if the key is missing, or `NEEDED`. None is written as null and has the same
-            meaning as in `ModelConfig`.
+        default: Value if the key is missing, or `NEEDED`. None is written as null and means the
+            same as None in `ModelConfig`.
     """
 
     name: str

@@ -77,6 +77,7 @@ def read_gguf(path: Path) -> GgufFile:
             f"{path} is truncated or damaged: its tensors or settings continue after its "
             f"{path.stat().st_size:,} bytes ({_first_line(error)}); download it again"
         ) from None
+    # Reject unsupported quantizations before any tensor is read.
     entries = {}
     for tensor in reader.tensors:
         kind = tensor.tensor_type
@@ -86,6 +87,7 @@ def read_gguf(path: Path) -> GgufFile:
                 f"{path} has {tensor.name!r} quantized as {kind.name}, which is not supported; "
                 f"supported are {', '.join(dict.fromkeys([*_KEPT, *known]))}"
             )
+        # GGUF lists the axes from the fastest to the slowest.
         shape = tuple(int(size) for size in reversed(tensor.shape))
         entries[tensor.name] = Entry(shape, _KEPT.get(kind.name, "float32"))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -165,6 +167,7 @@ def _rope(file: GgufFile, name: str, head_width: int, context: int) -> dict[str,
     original = file.get(f"{name}.rope.scaling.original_context_length") or context
     if name == "phi3":
         written["original_max_position_embeddings"] = original
+    # Scalings are stored as tensors of factors, or as a type with a factor.
     group: dict[str, Any] = {}
     kind = file.get(f"{name}.rope.scaling.type", "none")
     if "rope_freqs.weight" in file.entries:

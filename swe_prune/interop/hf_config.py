@@ -52,6 +52,7 @@ def read_config(
             f"supported are {', '.join(FAMILIES)}"
         )
     _refuse(hf, str(name), family)
+    # Read the keys of the family, then resolve defaults that depend on other settings.
     fields = {key.field: _value(hf, key) for key in family.keys} | dict(family.fixed)
     fields["activation"] = _activation(fields["activation"])
     if name == "llama":
@@ -78,6 +79,7 @@ def write_config(config: ModelConfig, vocab_size: int, family: str | None = None
     Raises:
         InputError: If no family, or not the given one, can express all settings.
     """
+    # Use the first family whose config.json reads back as the same settings.
     for name in FAMILIES if family is None else (family,):
         written = _written(config, vocab_size, name)
         try:
@@ -166,6 +168,7 @@ def _value(hf: Mapping[str, Any], key: Key) -> Any:
         )
     if value is None and (key.field in _NULLABLE or key.default is None):
         return None
+    # JSON may write a float without a decimal point.
     if key.kind is float and type(value) is int:
         value = float(value)
     positive = key.kind not in (int, float) or (type(value) is key.kind and value > 0)

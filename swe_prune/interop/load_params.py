@@ -66,6 +66,7 @@ def match(
         InputError: If a tensor is missing, unexpected, or has another shape or dtype.
     """
     entries = source.entries
+    # Files of the bare model, without its head, omit the prefix of all names.
     bare = bool(table.prefix) and not any(name.startswith(table.prefix) for name in entries)
     names = {one.name: one.name.removeprefix(table.prefix) if bare else one.name for one in bound}
     missing = [name for name in names.values() if name not in entries]
@@ -74,6 +75,7 @@ def match(
             f"{where} lacks {_listed(missing)} of this model's {len(bound)} tensors; download it "
             "again, or correct its config"
         )
+    # Other tensors are errors, except known copies and buffers without parameters.
     copies = {name.removeprefix(table.prefix) if bare else name for name in duplicates}
     known = copies | set(names.values())
     unexpected = [
@@ -86,6 +88,7 @@ def match(
             f"{where} has {_listed(unexpected)}, which is not part of this model; "
             "correct its config, or remove it"
         )
+    # Shapes and dtypes come from the headers; only copies are compared by value.
     for one in bound:
         _check(entries[names[one.name]], one, where)
     for copy, original in duplicates.items():
@@ -179,6 +182,7 @@ def _check_equal(source: Source, copy: str, original: str, where: str) -> None:
     first, second = source.entries[copy], source.entries[original]
     same = first == second
     if same:
+        # Compare in chunks, so that neither tensor is in memory as a whole.
         rows = max(1, _CHUNK // max(1, first.shape[-1]))
         with source.open(copy) as one, source.open(original) as two:
             for start in range(0, first.shape[0], rows):

@@ -58,6 +58,7 @@ def read_rope(hf: Mapping[str, Any], family: str) -> RopeConfig:
         InputError: If the scaling is unknown, lacks a number, or differs between layers.
     """
     group = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    # A group per kind of layer is not supported.
     if not isinstance(group, Mapping):
         raise InputError(f"the rope settings in config.json must be a mapping, got {group!r}")
     if any(isinstance(value, Mapping) for value in group.values()):
@@ -76,12 +77,14 @@ def read_rope(hf: Mapping[str, Any], family: str) -> RopeConfig:
         "share": _share(group, hf, family),
         "scaling": "none" if kind == "default" else kind,
     }
+    # Required and optional numbers of the scaling.
     for name in _NEEDED.get(kind, ()):
         if group.get(name) is None:
             raise InputError(f"config.json has rope type {kind!r} without {name!r}; add it")
     for name, field in _NUMBERS.get(kind, {}).items():
         if group.get(name) is not None:
             found[field] = _number(group[name], name)
+    # Settings that only some scalings have.
     if kind in _WITH_ORIGINAL:
         found["original_context"] = _original(group, hf, family)
     if kind == "yarn":

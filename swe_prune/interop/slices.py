@@ -54,6 +54,7 @@ class ParamSlice:
         return self._cut(stored, tuple(slice(*part.indices(size)) for part, size in bounds))
 
     def _cut(self, stored: Any, index: tuple[slice, ...]) -> np.ndarray:
+        # Shift the slice of the outputs to the parameter's position in the stored tensor.
         outputs = 0 if self.layout == AS_IS else 1
         moved = list(index)
         moved[outputs] = slice(index[outputs].start + self.start, index[outputs].stop + self.start)
@@ -96,6 +97,7 @@ def bind(table: Table, config: ModelConfig, vocab_size: int) -> list[StoredTenso
     for row in table.rows:
         for layer in range(config.layers if "{i}" in row.stored else 1):
             names = [name.format(i=layer) for name in row.params]
+            # Skip rows for parameters that this model does not have.
             if names[0] in shapes:
                 bound.append(_bound(row, layer, names, shapes, config))
     return bound
@@ -146,6 +148,7 @@ def _bound(
         if row.interleaved:
             heads = config.key_heads if "/key/" in name else config.heads
         parts.append(ParamSlice(name, shapes[name], start, row.layout, heads))
+        # The next parameter follows along the outputs.
         start += shapes[name][0 if row.layout == AS_IS else 1]
     first = parts[0].shape
     shape = (start, *first[1:]) if row.layout == AS_IS else (first[0], start)

@@ -70,6 +70,7 @@ def _write(
     dtype: Callable[[StoredTensor], np.dtype],
     values: Callable[[StoredTensor], np.ndarray],
 ) -> None:
+    # The header contains all offsets, so it is computed before any tensor is written.
     names = {ours: theirs for theirs, ours in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -86,6 +87,7 @@ def _write(
             "data_offsets": [start, end],
         }
     encoded = json.dumps(header, separators=(",", ":")).encode()
+    # Pad the header, then write the tensors one at a time.
     encoded += b" " * (-len(encoded) % _ALIGNED)
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))

@@ -73,6 +73,7 @@ def build(
     >>> sorted(params["block_0"])
     ['attention', 'attention_norm', 'mlp', 'mlp_norm']
     """
+    # Check choices first, then sizes.
     known = {
         "activation": ACTIVATIONS,
         "norm": ("layer", "rms"),

@@ -86,11 +86,13 @@ def positions_and_masks(
         valid_BxL: False for padding, or None if there is none.
         cache: KV cache of the earlier tokens, or None if there are none.
     """
+    # Without padding and cache, the positions are 0, 1, … in every row.
     if valid_BxL is None and cache is None:
         if cfg.positions == "learned":
             return None, Positions()
         plain_1xL = jnp.arange(length, dtype=jnp.int32)[None]
         return plain_1xL, Positions(rope.rotation(cfg, cfg.head_size, plain_1xL))
+    # Positions count valid tokens only, and continue after those in the cache.
     valid_BxL = jnp.ones((batch, length), bool) if valid_BxL is None else valid_BxL
     before_B, valid_BxT, start = jnp.zeros(batch, jnp.int32), valid_BxL, None
     if cache is not None:

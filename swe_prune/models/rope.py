@@ -109,6 +109,7 @@ def frequencies(
     plain_R = rope.theta**-exponents_R
     original = rope.original_context or context
     factor = rope.factor if rope.factor is not None else context / original
+    # Scale the frequencies; see the module docstring for the formulas.
     if rope.scaling == "linear":
         return jnp.asarray(plain_R / factor, jnp.float32), 1.0
     if rope.scaling == "dynamic":

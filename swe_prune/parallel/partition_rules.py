@@ -30,6 +30,7 @@ def partition(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> tuple[PyTree
         InputError: If a rule matches nothing, names an unknown mesh axis or one twice, or has more
             axes than its array; or if no rule matches an array with two or more axes.
     """
+    # Check the rules: known mesh axes, each at most once, and at least one match.
     for rule, axes in rules:
         named = [axis for axis in axes if axis is not None]
         for axis in named:
@@ -53,6 +54,7 @@ def partition(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> tuple[PyTree
     uneven: list[str] = []
 
     def spec(name: str, leaf: Any) -> PartitionSpec:
+        # Replicate along axes that the mesh does not divide evenly, and report them.
         axes = _axes_of(name, leaf, rules)
         whole = []
         for size, axis in zip(leaf.shape, axes, strict=False):

@@ -45,6 +45,7 @@ def shard_state(
         optimizer: Optimizer that the state of the optimizer belongs to.
         params: Abstract parameters with shardings, from `with_shardings`.
     """
+    # Arrays that belong to no parameter are replicated over the mesh.
     of_params = jax.tree.map(lambda leaf: leaf.sharding, params)
     mesh = next(iter(jax.tree.leaves(of_params))).mesh
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -52,6 +53,7 @@ def shard_state(
     def whole(part: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: _put(leaf, everywhere), part)
 
+    # Moments have the shape of their parameter; factored ones do not.
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         lambda leaf, like: _put(leaf, like.sharding if leaf.shape == like.shape else everywhere),

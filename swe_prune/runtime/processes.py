@@ -160,13 +160,16 @@ def first(compute: Callable[[], Value]) -> Value:
         return compute()
     watch = _watch()
     assert not watch.telling, "first within first: process 0 alone would wait for the others"
+    # Values are numbered, which is why all processes must call in the same order.
     watch.told += 1
     key = f"swe_prune/told/{watch.told}"
+    # The other processes wait for the value or the error of process 0.
     if index() > 0:
         told = json.loads(_client().blocking_key_value_get(key, FOREVER_MS))
         if "error" in told:
             raise ERRORS[told["error"]](told["says"])
         return told["value"]
+    # Process 0 broadcasts the value, or an error that all processes then raise.
     watch.telling = True
     try:
         value = compute()
@@ -366,6 +369,7 @@ class _Watch:
 
     def stop(self, says: str, code: int, culprit: int | None) -> None:
         with self._ending:
+            # Publish the failure before ending, so that the other processes can report it.
             self._publish("failed", {"says": says, "code": code})
             deadline = time.monotonic() + 5 * self._period + 1
             if index() == 0:

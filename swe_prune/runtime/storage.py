@@ -87,6 +87,7 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
         path.write_bytes(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Write a temporary file and rename it, which is atomic on a local disk.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -109,6 +110,7 @@ def move(folder: epath.PathLike, target: epath.PathLike) -> None:
     if not in_bucket(folder):
         epath.Path(folder).rename(target)
         return
+    # Objects cannot be renamed, so copy them.
     for name in files(folder):
         (epath.Path(folder) / name).copy(epath.Path(target) / name)
     remove(folder)

@@ -45,6 +45,7 @@ def supervise(
     sign = _sign(workdir, process)
     command = [sys.executable, "-m", "swe_prune", *arguments]
     env = os.environ | {SUPERVISED: str(os.getpid()), "GLOG_minloglevel": "3"}
+    # Forward signals to the child, and its messages to standard error.
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as child:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: child.send_signal(number))
@@ -53,9 +54,11 @@ def supervise(
         code = child.wait()
     if sign is not None:
         sign.unlink(missing_ok=True)
+    # The runtime aborted the child: report absent processes, or that process 0 is gone.
     if fatal:
         say(_absent(workdir, sign, process, join) if "RegisterTask" in fatal else FIRST_GONE)
         return 1
+    # Use the exit code of shells for a process that was ended by a signal.
     if code < 0:
         name = signal.Signals(-code).name
         say(f"this process was ended by {name}; run the same command again to continue")
@@ -96,6 +99,7 @@ def _sign(workdir: epath.Path, process: str | None) -> epath.Path | None:
 def _absent(workdir: epath.Path, sign: epath.Path | None, process: str | None, join: float) -> str:
     """Returns a message that names the processes that did not come up."""
     fix = "start it, or correct N or HOST:PORT, and run the same command again"
+    # Files older than this are from earlier runs.
     since = time.time() - 2 * join
     came = {}
     for file in _signs(workdir).glob("*"):
@@ -107,6 +111,7 @@ def _absent(workdir: epath.Path, sign: epath.Path | None, process: str | None, j
     here = ", ".join(f"{name} on {host}" for name, host in sorted(came.items()))
     if process is None:
         return f"not all processes came up within {join:g} s; those that did: {here}; {fix}"
+    # The number of processes is known, so name those that are missing.
     count = int(process.split("/")[1])
     missing = [str(number) for number in range(count) if str(number) not in came]
     if not missing:

@@ -124,6 +124,7 @@ def fit(
         batch = next(batches)
         state, computed = step(state, batch)
         meter.enqueue(number, computed, tokens=batch["targets"].size)
+        # Sample, evaluate and save when due; the last two wait for the device.
         if sample and samples is not None and number % phase.sample_every == 0:
             samples.write(number, {"values": jax.device_get(sample(state.params))})
         if evaluate is not None and due(phase.eval_every, number):

@@ -75,6 +75,7 @@ def init(
         raise InputError(f"lora rank must be 1 or more, got {rank}")
     if not 0 < alpha < math.inf:
         raise InputError(f"lora alpha must be a finite number above 0, got {alpha}")
+    # Check the rank against every adapted kernel before drawing.
     adapted = {name: leaf.shape for name, leaf in _targets(params, targets)}
     sides = {name: _sides(name, shape) for name, shape in adapted.items()}
     for name, (inputs, outputs) in sides.items():
@@ -156,14 +157,14 @@ def merge(params: PyTree, adapters: Adapters, masks: PyTree | None = None) -> Py
 
 def _targets(params: PyTree, targets: str | Sequence[str] | None) -> list[tuple[str, Any]]:
     """Returns the names and weights to adapt."""
+    # By default, adapt the prunable weights.
     if targets is None:
         flags = dict(tree.named_leaves(tree.prunable(params)))
         return [(name, leaf) for name, leaf in tree.named_leaves(params) if flags[name]]
+    # Otherwise every rule must match a weight that can be adapted.
     rules = [targets] if isinstance(targets, str) else list(targets)
     if not rules:
-        raise InputError(
-            "lora targets= names no rule, so nothing is adapted; give a rule or None"
-        )
+        raise InputError("lora targets= names no rule, so nothing is adapted; give a rule or None")
     bias = tree.DENSE_BY_DEFAULT["bias"]
     kernels = {
         name: leaf

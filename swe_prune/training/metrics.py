@@ -144,6 +144,7 @@ class MetricsLogger:
         skipped = int(values.pop("skipped"))
         in_row = int(values.pop("skipped_in_row"))
         self.last_step_skipped = in_row > 0
+        # Too many consecutive bad steps mean that training has diverged.
         if in_row >= self._phase.stop_after_skipped:
             name = next(name for name, value in values.items() if not math.isfinite(value))
             self._log.flush()

@@ -73,6 +73,7 @@ def normalize(markdown: str) -> str:
     >>> normalize("# T\n\n**ANN**  \n_[Aside]_  \nO,  \nno\\--\n\n_Exit_\n\n**BO**  \nSo.")
     'ANN:\nO,\nno--\n\nBO:\nSo.'
     """
+    # Fix the source, remove stage directions, and format the speeches.
     for pattern, replacement in _FIXES:
         markdown = re.sub(pattern, replacement, markdown)
     markdown = _SUPPLIED.sub(r"\1", _DIRECTION.sub("", markdown))
