@@ -248,7 +248,7 @@ def test_adapters_of_another_model_are_refused():
     with pytest.raises(InputError, match="differ in structure"):
         lora.merge({"kernel": jnp.ones((2, 2))}, adapters)
     narrow = state_lib.init_params(gpt.build(dataclasses.replace(CONFIG, width=8), SYMBOLS), 0, 8)
-    with pytest.raises(InputError, match="make 16 x 16 and the weight is"):
+    with pytest.raises(InputError, match="a matrix of 16 x 16, but the weight has shape"):
         lora.merge(narrow, adapters)
     with pytest.raises(InputError, match="differ in structure"):
         lora.merge(base, adapters, {"kernel": mask["head"]})
