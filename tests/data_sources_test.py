@@ -108,7 +108,7 @@ def test_limits_may_be_all_there_is_and_no_more(notes):
     for key in exact:
         with pytest.raises(InputError, match=f"data.{key} = .* more than .* lower it"):
             data.load(notes(**exact | {key: exact[key] + 1}), CONTEXT)
-        with pytest.raises(InputError, match=f"data.{key} = 0 .* at least 1"):
+        with pytest.raises(InputError, match=f"data.{key} must be 1 or more, .*got 0"):
             data.load(notes(**{key: 0}), CONTEXT)
 
 
@@ -126,7 +126,7 @@ def test_reading_stops_where_the_limit_is_reached_and_not_before(notes, limit):
     [
         (
             {"text_key": "text"},
-            r"no text under data.text_key = 'text'; its keys of text are: body$",
+            r"no text under data.text_key = 'text'; its text keys are: body$",
         ),
         ({"text_key": "label"}, r"no text under data.text_key = 'label'"),
         ({"train_split": "trian"}, r"data.train_split = 'trian'; its splits are: latin, train, v"),

@@ -242,7 +242,7 @@ def dense(nats):
         (800.0, None, "perplexity of inf"),
         (math.log(12.0), 11.9, "above the 11.9"),
         (1.0, math.nan, "at_most must be .* got nan"),
-        (1.0, 1.0, "at_most = 1.0"),
+        (1.0, 1.0, "at_most must be .* got 1.0"),
     ],
 )
 def test_the_gate_refuses_a_dense_model_that_is_wrong(nats, at_most, sentence):
