@@ -1,9 +1,10 @@
 """The settings of an experiment as frozen dataclasses; `ml_collections.ConfigDict` stops here.
 
 A config file defines `get_config()` and returns a ConfigDict of plain values. `from_dict` turns it
-into a `Config` and refuses what it does not know, so a typo costs a sentence and not a run.
-Durations may be given as steps (`500`), as a share of the phase (`"5%"`) or in passes over the
-training text (`"2 epochs"`); `to_steps` makes steps of them.
+into a `Config` and refuses unknown keys and wrong values, so a typo costs a sentence and not a run.
+Values from files and from command lines go through one converter, `convert`. Durations may be given
+as steps (`500`), as a percentage of the phase (`"5%"`) or in passes over the training text
+(`"2 epochs"`); `to_steps` converts them.
 """
 
 import ast
@@ -12,81 +13,92 @@ import hashlib
 import importlib.util
 import json
 import math
+import operator
 import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from swe_prune.errors import InputError, did_you_mean
+from swe_prune.errors import InputError, check_choice, did_you_mean
+from swe_prune.recipe import Recipe
+from swe_prune.recipe import check as check_recipe
+
+Activation = Literal["gelu", "gelu_exact", "relu", "silu", "tanh"]
+Norm = Literal["layer", "rms"]
+Positions = Literal["learned", "rope"]
+RopeScaling = Literal["none", "linear", "dynamic", "yarn", "llama3", "longrope"]
+ComputeDtype = Literal["float32", "bfloat16"]
+Values = Literal["final", "late_mean"]
+Memory = Literal["device", "host"]
+Schedule = Literal["one_shot", "cubic", "iterative", "rigl", "set", "ste", "movement"]
+Recovery = Literal["none", "finetune", "rewarm", "rewind"]
+"""Choices of the settings below; `convert` and `check_choices` refuse every other value."""
 
 Duration = int | str
 """Steps as an int, or a string `"5%"` or `"2 epochs"`."""
 
-SCOPES = ("tensor", "global", "row", "std")
-SCHEDULES = ("one-shot", "cubic", "iterative")
-RECOVERIES = ("none", "finetune", "rewarm", "rewind")
-"""What `CellConfig` may have of each."""
+ONE_SHOT: Schedule = "one_shot"
+"""The schedule that prunes before the recovery; all others prune during it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
     """Rotary positions and their scaling to longer texts; see `models/rope.py`."""
 
-    theta: float = 10000.0
-    share: float = 1.0  # of a head's width that is rotated
-    scaling: str = "none"  # or "linear", "dynamic", "yarn", "llama3", "longrope"
-    factor: float | None = None  # None: context / original_context
-    original_context: int | None = None  # before scaling; None: context
-    low_frequency: float = 1.0  # of "llama3", like the next
-    high_frequency: float = 4.0
-    beta_fast: float = 32.0  # of "yarn", like the next two
-    beta_slow: float = 1.0
-    truncate: bool = True
-    mscale: float | None = None  # of "yarn", like the next: both or neither
-    mscale_all: float | None = None
-    attention_factor: float | None = None  # of "yarn" and "longrope"; None: the paper's
-    short_factors: tuple[float, ...] = ()  # of "longrope", one for each frequency, like the next
-    long_factors: tuple[float, ...] = ()
+    theta: float = 10000.0  # base of the rotation frequencies
+    share: float = 1.0  # fraction of a head's width that is rotated
+    scaling: RopeScaling = "none"  # method that extends the positions to a longer context
+    factor: float | None = None  # scaling factor; None: context / original_context
+    original_context: int | None = None  # context before scaling; None: context
+    low_frequency: float = 1.0  # low-frequency factor of "llama3"
+    high_frequency: float = 4.0  # high-frequency factor of "llama3"
+    beta_fast: float = 32.0  # rotations above which "yarn" leaves a frequency unchanged
+    beta_slow: float = 1.0  # rotations below which "yarn" interpolates a frequency fully
+    truncate: bool = True  # whether "yarn" rounds the bounds of its ramp to whole frequencies
+    mscale: float | None = None  # numerator of the attention scale of "yarn"; needs mscale_all
+    mscale_all: float | None = None  # denominator of the attention scale of "yarn"; needs mscale
+    attention_factor: float | None = None  # attention scale of "yarn" and "longrope"; None: derived
+    short_factors: tuple[float, ...] = ()  # one divisor per frequency of "longrope", short texts
+    long_factors: tuple[float, ...] = ()  # one divisor per frequency of "longrope", long texts
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only Transformer: GPT-2, Llama, Mistral or Phi-3; see `models/gpt.py`."""
 
-    layers: int = 6
-    heads: int = 6
-    width: int = 384
-    context: int = 256
-    vocab_size: int | None = None  # None: as many as the tokenizer has
-    hidden_ratio: int = 4
-    activation: str = "gelu"
-    use_bias: bool = False
-    qkv_bias: bool | None = None  # None: as use_bias
-    out_bias: bool | None = None  # of the attention's output; None: as use_bias
-    mlp_bias: bool | None = None  # None: as use_bias
-    head_bias: bool | None = None  # of a head that is not tied; None: as use_bias
-    tied_head: bool = True
-    dropout: float = 0.0
-    dtype: str = "float32"  # of the computation; parameters are float32
-    remat: bool = False  # training runs each block twice and keeps only what enters it: less memory
-    scan_layers: bool = False  # training loops over one compiled block: compiles sooner when deep
+    layers: int = 6  # number of Transformer blocks
+    heads: int = 6  # number of query heads per layer
+    width: int = 384  # width of the residual stream
+    context: int = 256  # largest number of tokens the model attends to
+    vocab_size: int | None = None  # number of token ids; None: the size of the tokenizer
+    hidden_ratio: int = 4  # width of the MLP as a multiple of width, where hidden is None
+    activation: Activation = "gelu"  # nonlinearity of the MLP
+    use_bias: bool = False  # whether dense layers and layer norms have a bias
+    qkv_bias: bool | None = None  # bias of queries, keys and values; None: use_bias
+    out_bias: bool | None = None  # bias of the attention output; None: use_bias
+    mlp_bias: bool | None = None  # bias of the MLP; None: use_bias
+    head_bias: bool | None = None  # bias of an untied output head; None: use_bias
+    tied_head: bool = True  # whether the output head is the transposed embedding
+    dropout: float = 0.0  # dropout rate of training, in [0, 1)
+    dtype: ComputeDtype = "float32"  # dtype of the computation; parameters are float32
+    remat: bool = False  # rematerialization of each block in the backward pass: less memory
+    scan_layers: bool = False  # a scan over one compiled block: deep models compile sooner
     hidden: int | None = None  # width of the MLP; None: hidden_ratio * width
-    kv_heads: int | None = (
-        None  # heads of keys and values, shared by groups of queries; None: heads
-    )
-    head_width: int | None = None  # None: width / heads
-    gated: bool = False  # the MLP is down(activation(gate(x)) * up(x))
-    norm: str = "layer"  # or "rms"
-    norm_epsilon: float = 1e-5
-    positions: str = "learned"  # or "rope"
-    rope: RopeConfig = RopeConfig()
-    window: int | None = None  # a token sees itself and the window - 1 before it; None: all
-    pretrained: str | None = None  # a checkpoint, whose sizes take the place of the above: a
-    # Hugging Face folder, a GGUF file, or "package:NAME" for the GGUF file in an installed package
+    kv_heads: int | None = None  # number of key-value heads, shared by query groups; None: heads
+    head_width: int | None = None  # width of one head; None: width / heads
+    gated: bool = False  # gated MLP: down(activation(gate(x)) * up(x))
+    norm: Norm = "layer"  # normalization: LayerNorm or RMSNorm
+    norm_epsilon: float = 1e-5  # constant added to the variance in a norm
+    positions: Positions = "learned"  # position encoding: learned embeddings or rotary
+    rope: RopeConfig = RopeConfig()  # settings of rotary positions
+    window: int | None = None  # length of the attention window, the token included; None: all
+    # pretrained model whose sizes replace the ones above: a Hugging Face folder, a GGUF file, or
+    # "package:NAME" for the GGUF file in an installed package; None: random initialization
+    pretrained: str | None = None
 
     @property
     def head_size(self) -> int:
@@ -106,136 +118,144 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which text, cut and batched how; see `data/`."""
+    """The text and how it is cut into windows and batches; see `data/`."""
 
-    dataset: str = (
-        "shakespeare_plays"  # a TFDS name (with config, "wiki40b/en") or a path to a text
-    )
-    data_dir: str | None = None  # where TFDS keeps prepared datasets; None: its own default
-    train_split: str = "train"
-    validation_split: str = "validation"
-    text_key: str = "text"
-    validation_fraction: float = 0.1  # of a text file, from its end; TFDS datasets bring splits
-    train_chars: int | None = None  # only the first so many characters of the training split
-    validation_chars: int | None = None
-    window: int | None = None  # tokens of a window; None: model.context
-    batch: int = 64
-    eval_windows: int = 256  # fixed validation windows
-    eval_batch: int = 64
+    dataset: str = "shakespeare_plays"  # TFDS name ("wiki40b/en" with its config) or path of a text
+    data_dir: str | None = None  # folder of prepared TFDS datasets; None: the default of TFDS
+    train_split: str = "train"  # name of the TFDS split to train on
+    validation_split: str = "validation"  # name of the TFDS split to evaluate on
+    text_key: str = "text"  # feature of a TFDS example that holds the text
+    validation_fraction: float = 0.1  # fraction at the end of a text file to evaluate on
+    train_chars: int | None = None  # number of leading characters to train on; None: all
+    validation_chars: int | None = None  # number of leading characters to evaluate on; None: all
+    window: int | None = None  # tokens per window; None: model.context
+    batch: int = 64  # windows per training step
+    eval_windows: int = 256  # number of fixed validation windows
+    eval_batch: int = 64  # windows per evaluation step
 
 
 @dataclasses.dataclass(frozen=True)
 class PhaseConfig:
     """One phase of optimization: AdamW, linear warm-up, cosine decay."""
 
-    steps: Duration = 5000  # "n epochs" or a number
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 1e-4
-    warmup: Duration = 100
-    weight_decay: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.99
-    clip: float = 1.0  # of the global gradient norm
-    accumulate: int = 1  # parts of the batch, one after another, whose gradients are averaged
-    eval_every: Duration = "10%"  # 0: only at the end
-    checkpoint_every: Duration = "10%"  # 0: none; a killed phase starts again (not for train)
-    keep_latest: int = 2  # checkpoints; the one that a phase ends with is among them
-    keep_every: Duration = 0  # those of every so many steps stay for good too; 0: none
-    stop_after_skipped: int = 5  # steps in a row whose loss or gradient is not finite
+    steps: Duration = 5000  # length of the phase, in steps or "n epochs"
+    learning_rate: float = 1e-3  # peak learning rate
+    final_learning_rate: float = 1e-4  # learning rate at the end of the cosine decay
+    warmup: Duration = 100  # length of the linear warm-up
+    weight_decay: float = 0.1  # weight decay of AdamW
+    b1: float = 0.9  # decay rate of AdamW's first moment
+    b2: float = 0.99  # decay rate of AdamW's second moment
+    clip: float = 1.0  # largest global gradient norm; larger gradients are scaled down
+    accumulate: int = 1  # number of microbatches per step whose gradients are averaged
+    eval_every: Duration = "10%"  # interval between evaluations; 0: only at the end
+    checkpoint_every: Duration = "10%"  # interval between checkpoints; 0: none (not in train)
+    keep_latest: int = 2  # number of latest checkpoints to retain, the final one included
+    keep_every: Duration = 0  # interval between checkpoints to retain for good; 0: none
+    stop_after_skipped: int = 5  # consecutive non-finite steps after which the run stops
 
 
 @dataclasses.dataclass(frozen=True)
 class TrajectoryConfig:
-    """What is remembered of every prunable weight; see `trajectory.py`."""
+    """What is recorded of every prunable weight; see `trajectory.py`."""
 
-    measures: tuple[str, ...] | None = None  # None: those that the criteria of the study need
-    every: Duration = "5%"  # steps between snapshots
-    power: float = 0.5
-    window_start: int = 1  # the first snapshot that counts for late_mean
-    vote_rate: float = 1.0
+    # names of the measures to track; None: the ones that the criteria of the study need
+    measures: tuple[str, ...] | None = None
+    every: Duration = "5%"  # interval between snapshots
+    power: float = 0.5  # exponent of a snapshot's number in its weight for late_mean
+    window_start: int = 1  # number of the first snapshot that counts for late_mean, from 1
+    vote_rate: float = 1.0  # multiple of the standard deviation that earns a weight a vote
 
 
 @dataclasses.dataclass(frozen=True)
 class PruneConfig:
-    """What may be pruned and with which values the pruned model goes on."""
+    """Which weights may be pruned, and the values that the pruned model starts from."""
 
-    include: tuple[str, ...] | None = None  # None: the default rules of tree.prunable
-    exclude: tuple[str, ...] | None = None
-    values_from: str = "final"  # or "late_mean": the averaged weights
+    include: tuple[str, ...] | None = None  # rules of prunable weights; None: of tree.prunable
+    exclude: tuple[str, ...] | None = None  # rules of dense weights; None: of tree.prunable
+    values_from: Values = "final"  # values of the retained weights: final, or averaged (late_mean)
 
 
 @dataclasses.dataclass(frozen=True)
 class RuleConfig:
-    """A partition rule: which parameters, and the mesh axis that divides each of their axes."""
+    """A partition rule: the parameters it matches, and the mesh axis that divides each axis."""
 
-    pattern: str = ""  # a regular expression, searched in the parameter's name
-    axes: tuple[str | None, ...] = ()  # "data", "fsdp", "tensor", or None for one that stays whole
+    pattern: str = ""  # regular expression, searched in the parameter's name
+    axes: tuple[str | None, ...] = ()  # "data", "fsdp", "tensor" or None (undivided) for each axis
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """How the devices share the work; see `parallel/`. A run may resume with other values."""
+    """How the devices divide the work; see `parallel/`. A run may resume with other values."""
 
-    data: int | None = None  # None: the devices that fsdp and tensor leave
-    fsdp: int = 1
-    tensor: int = 1
-    rules: tuple[RuleConfig, ...] | None = None  # None: those of the model
-    statistics: str = "device"  # or "host": between snapshots, which then cost two transfers
+    data: int | None = None  # size of the mesh axis "data"; None: the remaining devices
+    fsdp: int = 1  # size of the mesh axis "fsdp", which divides parameters and batch
+    tensor: int = 1  # size of the mesh axis "tensor", which divides hidden axes
+    rules: tuple[RuleConfig, ...] | None = None  # partition rules; None: those of the model
+    statistics: Memory = "device"  # memory of the statistics between snapshots; "host": transfers
 
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationConfig:
     """The calibration text: random windows of the training split, for criteria that need data."""
 
-    windows: int = 128
-    batch: int = 32
-    seed: int = 0  # of the choice of windows
+    windows: int = 128  # number of calibration windows
+    batch: int = 32  # windows per calibration batch
+    seed: int = 0  # seed of the choice of windows
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplesConfig:
-    """Text that every model of the study writes, beside its loss; greedy, so that it is the same.
+    """Text that every model of the study generates, greedily, next to its loss.
 
-    Its repetition is counted, and how far the model's next-token probabilities are from the dense
-    model's: both show what a loss hides.
+    Its repetition is counted, and the distance of the model's next-token probabilities from the
+    dense model's is measured: both show what a loss hides.
     """
 
-    prompts: tuple[str, ...] = ()  # none: nothing is written
-    tokens: int = 48  # new ones
+    prompts: tuple[str, ...] = ()  # texts to continue; empty: nothing is generated
+    tokens: int = 48  # number of new tokens per prompt
 
 
 @dataclasses.dataclass(frozen=True)
-class CellConfig:
-    """One cell of a study, for each of its seeds; see `sweep.py` for many at once.
+class CellConfig(Recipe):
+    """One cell of a study, for each of its seeds: a recipe, its schedule and the recovery.
 
-    Recovery is the training that follows pruning with the masks held, each against a control: the
-    dense model trained as long on the same learning rates.
+    The fields of `recipe.Recipe` and the following; `sweep` makes many cells at once. Recovery is
+    the training that follows pruning with the masks held, each against a control: the dense model
+    trained for as long with the same learning rates.
 
-        none      nothing
+        none      no training
         finetune  the settings of `finetune`
-        rewarm    these, with the learning rate warmed up to the peak of `train` again
+        rewarm    the same, with the learning rate warmed up to the peak of `train` again
         rewind    the last steps of the learning rate of `train` once more (Renda et al., 2020)
 
-    A schedule that is not one-shot prunes during the recovery, whose length stays the same.
+    A schedule other than "one_shot" prunes during the recovery, whose length stays the same:
+
+        cubic, iterative  the sparsity rises, at once or in rounds (Zhu and Gupta, 2017; Frankle
+                          and Carbin, 2019)
+        rigl, set         constant sparsity; weak weights are exchanged (Evci et al., 2020; Mocanu
+                          et al., 2018)
+        ste               dense weights are trained through masks of their magnitude
+        movement          scores are learned and pick the masks (Sanh et al., 2020)
     """
 
-    criterion: str = "magnitude"  # a registered name, or "blockwise:sparsegpt" and the like
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the criterion
-    scope: str = "tensor"  # or "global", "row"; "std": the paper's rule
-    allocation: str | None = None  # a name of allocation.names(), with scope "tensor" or "row"
-    pattern: str | None = None  # "2:4", "block:4x4", "row", "column", "neuron"
-    schedule: str = "one-shot"  # or "cubic", "iterative"
-    sparsity: float = 0.5  # with scope "std": the rate
-    recovery: str = "finetune"
-    recovery_steps: Duration | None = None  # None: finetune.steps
-    seeds: tuple[int, ...] | None = None  # None: those of the study
+    schedule: Schedule = ONE_SHOT  # When the weights are removed.
+    recovery: Recovery = "finetune"  # Training that follows.
+    recovery_steps: Duration | None = None  # Length of the recovery; None: `finetune.steps`.
+    seeds: tuple[int, ...] | None = None  # Seeds of the dense models; None: those of the study.
+
+    def recipe(self, seed: int) -> Recipe:
+        """Returns how the model of a seed is pruned."""
+        fields = dataclasses.fields(Recipe)
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields}
+        values["seed"] = seed
+        return Recipe(**values)
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
-    """The grid: two comparisons kept apart, each over its own criteria, levels and seeds.
+    """The grid: two separate comparisons, each over its own criteria, amounts and seeds.
 
-    `cells` come after the grid, as a sweep lists them.
+    `cells` follow the grid, as a sweep lists them.
     """
 
     std_criteria: tuple[str, ...] = ("swe", "swe_spread", "magnitude")
@@ -252,29 +272,29 @@ class StudyConfig:
 class Config:
     """A whole experiment."""
 
-    name: str = "experiment"
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    train: PhaseConfig = PhaseConfig()
-    finetune: PhaseConfig = PhaseConfig(steps=500)
-    trajectory: TrajectoryConfig = TrajectoryConfig()
-    prune: PruneConfig = PruneConfig()
-    study: StudyConfig = StudyConfig()
-    calibration: CalibrationConfig = CalibrationConfig()
-    samples: SamplesConfig = SamplesConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    log_every: int = 10
-    keep_finetuned: bool = False  # keep the fine-tuned parameters of every cell, not only its masks
+    name: str = "experiment"  # name of the experiment, shown in its report
+    model: ModelConfig = ModelConfig()  # model to train or to load
+    data: DataConfig = DataConfig()  # text to train and evaluate on
+    train: PhaseConfig = PhaseConfig()  # training of the dense model
+    finetune: PhaseConfig = PhaseConfig(steps=500)  # training after pruning
+    trajectory: TrajectoryConfig = TrajectoryConfig()  # statistics recorded during training
+    prune: PruneConfig = PruneConfig()  # choice of prunable weights
+    study: StudyConfig = StudyConfig()  # grid of pruning settings to compare
+    calibration: CalibrationConfig = CalibrationConfig()  # text for criteria that need data
+    samples: SamplesConfig = SamplesConfig()  # text to generate with every model
+    parallel: ParallelConfig = ParallelConfig()  # mesh and partition rules
+    log_every: int = 10  # steps between logged metrics
+    keep_finetuned: bool = False  # whether to save the fine-tuned parameters of every cell
 
     @property
     def window(self) -> int:
-        """L, the tokens of a window to train, calibrate and evaluate on."""
+        """L, the length in tokens of a window to train, calibrate and evaluate on."""
         return self.model.context if self.data.window is None else self.data.window
 
     def without_switches(self) -> "Config":
-        """Returns this config with the settings that say how, and not what, at their defaults.
+        """Returns this config with the settings that do not change the result at their defaults.
 
-        How devices share the work, and what is done for less memory or compile time: a run may
+        These are how devices divide the work, and what saves memory or compile time: a run may
         resume with other values of them. Only dropout's random numbers depend on them.
         """
         return dataclasses.replace(
@@ -286,7 +306,7 @@ class Config:
         )
 
     def fingerprint(self) -> str:
-        """Returns a hash of every setting, to recognise a working directory by."""
+        """Returns a hash of every setting, which identifies a working directory."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -313,12 +333,12 @@ def to_steps(duration: Duration, *, total: int | None = None, epoch: int | None 
     """Returns a duration in steps, rounded to the nearest and at least 1 unless it is 0.
 
     Args:
-        duration: steps, `"p%"` of `total`, or `"n epochs"` of `epoch` steps each.
-        total: steps of the phase the duration belongs to.
-        epoch: steps of one pass over the training text.
+        duration: Number of steps, `"p%"` of `total`, or `"n epochs"` of `epoch` steps each.
+        total: Number of steps of the phase that the duration belongs to.
+        epoch: Number of steps of one pass over the training text.
 
     Raises:
-        InputError: the duration is malformed or its unit has no meaning here.
+        InputError: The duration is malformed, or its unit has no length here.
 
     >>> to_steps("5%", total=2000), to_steps("2 epochs", epoch=150), to_steps(7)
     (100, 300, 7)
@@ -328,7 +348,8 @@ def to_steps(duration: Duration, *, total: int | None = None, epoch: int | None 
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|epochs?|steps?)\s*", str(duration))
     if not match:
         raise InputError(
-            f"duration {duration!r} is none of: a number of steps, 'p%', 'n epochs'; write e.g. 500"
+            "a duration must be a number of steps, 'p%' or 'n epochs', "
+            f"got {duration!r}; write e.g. 500"
         )
     value, unit = float(match[1]), match[2].rstrip("s")
     base = {"step": 1, "%": None if total is None else total / 100, "epoch": epoch}[unit]
@@ -346,46 +367,134 @@ def from_dict(
     """Returns the frozen dataclass `cls` filled from nested plain values.
 
     Raises:
-        InputError: an unknown key or a value of another type, named by its dotted path.
+        InputError: A key is unknown, or a value does not fit its type; named by its dotted path.
     """
     types_of = typing.get_type_hints(cls)
     kwargs = {}
     for key, value in values.items():
         if key not in types_of:
             raise InputError(f"{path} has no setting {key!r}; {did_you_mean(key, types_of)}")
-        kwargs[key] = _convert(value, types_of[key], f"{path}.{key}")
+        kwargs[key] = convert(value, types_of[key], f"{path}.{key}")
     return cls(**kwargs)
 
 
-def _convert(value: Any, wanted: Any, path: str) -> Any:
+class Text(str):
+    """Text from a command line, which `convert` reads as the type it is to become."""
+
+
+def literal(text: str) -> Any:
+    """Returns the Python value that a text spells, or else the text.
+
+    >>> literal("3"), literal("1e-3"), literal("inf"), literal("[1, None]"), literal("5%")
+    (3, 0.001, inf, [1, None], '5%')
+    """
+    for read in (ast.literal_eval, float):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+    return str(text)
+
+
+def convert(value: Any, wanted: Any, what: str) -> Any:
+    """Returns a value as the type of its setting.
+
+    Args:
+        value: Python value, or `Text`.
+        wanted: Type hint of the setting.
+        what: Name of the setting, for the sentence.
+
+    Raises:
+        InputError: The value does not fit the type.
+
+    >>> convert(Text("3"), int | None, "--steps"), convert([1, 2.5], tuple[float, ...], "rates")
+    (3, (1.0, 2.5))
+    """
+    if isinstance(value, Text):
+        return _read(value, wanted, what)
     if dataclasses.is_dataclass(wanted):
         if isinstance(value, typing.cast(type, wanted)):
             return value
         if not isinstance(value, Mapping | ConfigDict):
-            raise InputError(f"{path} is a group of settings and got {value!r}; set its members")
-        return from_dict(value, typing.cast(type, wanted), path)
-    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    for option in options:
-        if typing.get_origin(option) is Mapping:
+            raise InputError(f"{what} is a group of settings, got {value!r}; set its members")
+        return from_dict(value, typing.cast(type, wanted), what)
+    if choices := _choices(wanted):
+        check_choice(value, choices, what)
+        return value
+    for one in _alternatives(wanted):
+        origin = typing.get_origin(one) or one
+        if origin is Mapping:
             if isinstance(value, Mapping):
                 return dict(value)
-        elif typing.get_origin(option) is tuple:
+        elif origin is tuple:
             if isinstance(value, Sequence) and not isinstance(value, str):
-                member = typing.get_args(option)[0]
-                return tuple(_convert(v, member, f"{path}[{i}]") for i, v in enumerate(value))
-        elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
+                member = typing.get_args(one)[0]
+                return tuple(convert(v, member, f"{what}[{i}]") for i, v in enumerate(value))
+        elif one is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
-        elif isinstance(value, option) and not (isinstance(value, bool) and option is int):
+        elif isinstance(value, one) and not (isinstance(value, bool) and one is int):
             return value
-    shown = getattr(wanted, "__name__", str(wanted))
-    raise InputError(f"{path} must be {shown} and got {value!r}; correct the config")
+    kinds = [_KINDS[typing.get_origin(one) or one] for one in _alternatives(wanted)]
+    raise InputError(f"{what} must be {' or '.join(kinds)}, got {value!r}")
+
+
+_KINDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "True or False",
+    str: "a string",
+    tuple: "a list",
+    Mapping: "a dict",
+    types.NoneType: "None",
+}
+
+
+def _read(text: Text, wanted: Any, what: str) -> Any:
+    try:
+        return convert(literal(text), wanted, what)
+    except InputError:
+        kinds = set(_alternatives(wanted))
+        if str in kinds and not kinds & {int, float, bool}:
+            return str(text)  # a name such as "123", which spells a number
+        raise
+
+
+def _alternatives(wanted: Any) -> tuple[Any, ...]:
+    united = typing.get_origin(wanted) in (types.UnionType, typing.Union)
+    return typing.get_args(wanted) if united else (wanted,)
+
+
+def _choices(wanted: Any) -> tuple[str | None, ...]:
+    """Returns the values of a Literal, and None where it may be None; () for other types."""
+    found = [one for one in _alternatives(wanted) if typing.get_origin(one) is Literal]
+    values = tuple(value for one in found for value in typing.get_args(one))
+    return (*values, None) if values and types.NoneType in _alternatives(wanted) else values
+
+
+def check_choices(settings: Any, path: str = "config") -> None:
+    """Checks every choice in a dataclass of settings and in the groups inside it.
+
+    For settings that were made without `from_dict`, which has checked them already.
+
+    Raises:
+        InputError: A setting is not one of its choices.
+    """
+    for name, hint in typing.get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if choices := _choices(hint):
+            check_choice(value, choices, f"{path}.{name}")
+        members = enumerate(value) if isinstance(value, tuple) else ()
+        for suffix, one in (("", value), *((f"[{i}]", member) for i, member in members)):
+            if dataclasses.is_dataclass(one):
+                check_choices(one, f"{path}.{name}{suffix}")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Returns the Config that the file's `get_config()` gives, with `a.b=value` overrides applied.
 
     Raises:
-        InputError: as `read`; an unknown key, or a value of another type.
+        InputError: The file gives no config (see `read`), a key is unknown, or a value cannot be
+            used.
     """
     values = read(path).to_dict()
     for override in overrides:
@@ -401,11 +510,12 @@ def read(path: str | Path, start: str | Path | None = None) -> ConfigDict:
         config = read("../shakespeare_char.py", __file__)
 
     Args:
-        path: of a Python file.
-        start: the file that a relative path is relative to; None: the working directory.
+        path: Path of a Python file.
+        start: File that a relative path is relative to; None: the working directory.
 
     Raises:
-        InputError: no such file, no `get_config`, one that fails, or that returns something else.
+        InputError: There is no such file, it fails to run, or its `get_config` is missing, fails,
+            or does not return a ConfigDict.
     """
     path = Path(path) if start is None else Path(start).parent / path
     if not path.is_file():
@@ -421,7 +531,7 @@ def read(path: str | Path, start: str | Path | None = None) -> ConfigDict:
         values = module.get_config() if hasattr(module, "get_config") else None
     except Exception as error:
         raise InputError(
-            f"config {str(path)!r} fails to run: {type(error).__name__}: {error}; correct the file"
+            f"config {str(path)!r} fails to run: {type(error).__name__}: {error}; fix the file"
         ) from error
     if not hasattr(module, "get_config"):
         raise InputError(f"config {str(path)!r} defines no get_config(); add it")
@@ -440,113 +550,96 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     for group in groups:
         values = values.setdefault(group, {})
         if not isinstance(values, dict):
-            raise InputError(f"override {override!r}: {group!r} is no group of settings; name one")
-    try:
-        values[leaf] = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
-        values[leaf] = text
+            raise InputError(f"override {override!r}: {group!r} is not a group of settings")
+    values[leaf] = Text(text)
+
+
+_AT_LEAST_1 = """
+model.layers model.heads model.width model.context model.hidden_ratio model.hidden model.kv_heads
+model.head_width model.window data.batch data.eval_windows data.eval_batch data.window
+train.keep_latest train.stop_after_skipped finetune.keep_latest finetune.stop_after_skipped
+trajectory.window_start calibration.windows calibration.batch samples.tokens parallel.data
+parallel.fsdp parallel.tensor log_every
+"""
+"""Settings that must be None or at least 1."""
+
+_POSITIVE = "train.learning_rate train.clip finetune.learning_rate finetune.clip"
 
 
 def validate(config: Config) -> None:
-    """Checks what one value alone or two together can get wrong; names live with their registries.
+    """Checks single values and pairs of them; registries check their own names.
 
     Raises:
-        InputError: the first setting that cannot work, with the mend.
+        InputError: The first setting that cannot be used, and what it must be.
     """
+
+    def must(ok: bool, key: str, rule: str, value: Any) -> None:
+        if not ok:
+            raise InputError(f"config.{key} must be {rule}, got {value!r}")
 
     def need(ok: bool, key: str, value: Any, rule: str) -> None:
         if not ok:
             raise InputError(f"config.{key} = {value!r} cannot be used: {rule}")
 
+    # Each setting by itself.
+    check_choices(config)
+    for key in _AT_LEAST_1.split():
+        value = operator.attrgetter(key)(config)
+        must(value is None or value >= 1, key, "at least 1", value)
+    for key in _POSITIVE.split():
+        value = operator.attrgetter(key)(config)
+        must(0 < value < math.inf, key, "a finite number above 0", value)
     model, data, study = config.model, config.data, config.study
-    for group, keys in (
-        (model, "layers heads width context hidden_ratio"),
-        (data, "batch eval_windows eval_batch"),
-        (config, "log_every"),
-    ):
-        name = {ModelConfig: "model.", DataConfig: "data."}.get(type(group), "")
-        for key in keys.split():
-            need(getattr(group, key) >= 1, name + key, getattr(group, key), "give at least 1")
-    need(model.head_width is not None or model.width % model.heads == 0,
-         "model.width", model.width, "make it a multiple of heads")  # fmt: skip
-    for key in ("hidden", "kv_heads", "head_width", "window"):
-        value = getattr(model, key)
-        need(value is None or value >= 1, f"model.{key}", value, "give at least 1")
-    need(data.window is None or data.window >= 1, "data.window", data.window, "give at least 1")
-    need(config.samples.tokens >= 1, "samples.tokens", config.samples.tokens, "give at least 1")
-    need(0 <= model.dropout < 1, "model.dropout", model.dropout, "give a share in [0, 1)")
-    need(
-        data.eval_windows % data.eval_batch == 0,
-        "data.eval_windows",
-        data.eval_windows,
-        f"make it a multiple of eval_batch = {data.eval_batch}",
-    )
-    need(
-        0 < data.validation_fraction < 1,
-        "data.validation_fraction",
-        data.validation_fraction,
-        "give a share between 0 and 1",
-    )
-    for name in ("train", "finetune"):
-        phase: PhaseConfig = getattr(config, name)
-        need(phase.accumulate >= 1 and data.batch % phase.accumulate == 0, f"{name}.accumulate",
-             phase.accumulate, f"let it divide data.batch = {data.batch}")  # fmt: skip
-        need(phase.keep_latest >= 1, f"{name}.keep_latest", phase.keep_latest, "give at least 1")
-        need(phase.stop_after_skipped >= 1, f"{name}.stop_after_skipped",
-             phase.stop_after_skipped, "give at least 1")  # fmt: skip
-        for key in ("learning_rate", "clip"):
-            value = getattr(phase, key)
-            need(
-                value > 0 and math.isfinite(value), f"{name}.{key}", value, "give a number above 0"
-            )
-    need(config.trajectory.window_start >= 1, "trajectory.window_start",
-         config.trajectory.window_start, "snapshots are counted from 1")  # fmt: skip
-    need(config.train.checkpoint_every != 0, "train.checkpoint_every", 0,
-         "pruning starts from the dense checkpoint; give a cadence")  # fmt: skip
+    must(0 <= model.dropout < 1, "model.dropout", "in [0, 1)", model.dropout)
+    fraction = data.validation_fraction
+    must(0 < fraction < 1, "data.validation_fraction", "between 0 and 1", fraction)
+    cadence = config.train.checkpoint_every
+    rule = "above 0, because pruning starts from the dense checkpoint"
+    must(cadence != 0, "train.checkpoint_every", rule, cadence)
+
+    # Settings that depend on others.
+    divided = model.head_width is not None or model.width % model.heads == 0
+    must(divided, "model.width", f"a multiple of model.heads = {model.heads}", model.width)
+    rule = f"a multiple of data.eval_batch = {data.eval_batch}"
+    must(data.eval_windows % data.eval_batch == 0, "data.eval_windows", rule, data.eval_windows)
+    for name, phase in (("train", config.train), ("finetune", config.finetune)):
+        divides = phase.accumulate >= 1 and data.batch % phase.accumulate == 0
+        rule = f"a divisor of data.batch = {data.batch}"
+        must(divides, f"{name}.accumulate", rule, phase.accumulate)
+
+    # The study.
     for rate in study.std_rates:
-        need(rate >= 0 and math.isfinite(rate), "study.std_rates", rate, "give rates of 0 or more")
+        must(0 <= rate < math.inf, "study.std_rates", "finite numbers of at least 0", rate)
     for sparsity in study.sparsities:
-        need(0 <= sparsity < 1, "study.sparsities", sparsity, "give shares in [0, 1)")
+        must(0 <= sparsity < 1, "study.sparsities", "in [0, 1)", sparsity)
     for scope in study.scopes:
-        need(scope in ("tensor", "global", "row"), "study.scopes", scope,
-             "give 'tensor', 'global' or 'row'")  # fmt: skip
-    need(
-        config.prune.values_from in ("final", "late_mean"),
-        "prune.values_from",
-        config.prune.values_from,
-        "give 'final' or 'late_mean'",
-    )
-    need(config.parallel.statistics in ("device", "host"), "parallel.statistics",
-         config.parallel.statistics, "give 'device' or 'host'")  # fmt: skip
-    for key in ("data", "fsdp", "tensor"):
-        value = getattr(config.parallel, key)
-        need(value is None or value >= 1, f"parallel.{key}", value, "give at least 1")
-    for key in ("windows", "batch"):
-        value = getattr(config.calibration, key)
-        need(value >= 1, f"calibration.{key}", value, "give at least 1")
+        check_choice(scope, ("tensor", "global", "row"), "config.study.scopes")
     for number, cell in enumerate(study.cells):
         _validate_cell(cell, f"study.cells[{number}]", need)
 
 
 def _validate_cell(cell: CellConfig, path: str, need: Callable[..., None]) -> None:
-    for key, known in (("scope", SCOPES), ("schedule", SCHEDULES), ("recovery", RECOVERIES)):
-        value = getattr(cell, key)
-        need(value in known, f"{path}.{key}", value, did_you_mean(value, known))
-    level, gradual = cell.sparsity, cell.schedule != "one-shot"
-    if cell.scope == "std":
-        need(level >= 0 and math.isfinite(level), f"{path}.sparsity", level,
-             "with scope 'std' it is a rate; give 0 or more")  # fmt: skip
-        need(not gradual, f"{path}.schedule", cell.schedule,
-             "a rate of scope 'std' is no sparsity to grow; choose another scope")  # fmt: skip
-        for key in ("allocation", "pattern"):
-            value = getattr(cell, key)
-            need(value is None, f"{path}.{key}", value,
-                 "scope 'std' allocates by its own rule; choose another scope")  # fmt: skip
-    else:
-        need(0 <= level < 1, f"{path}.sparsity", level, "give a share in [0, 1)")
-    need(cell.allocation is None or cell.scope != "global", f"{path}.allocation", cell.allocation,
-         "scope 'global' would overrule it; give scope 'tensor' or 'row'")  # fmt: skip
-    need(not (gradual and cell.recovery == "none"), f"{path}.schedule", cell.schedule,
-         "it prunes during the recovery; choose one that is not 'none'")  # fmt: skip
+    """Checks what a cell adds to its recipe, then the recipe itself."""
+    gradual = cell.schedule != ONE_SHOT
+    need(cell.seed == 0, f"{path}.seed", cell.seed, f"give seeds = ({cell.seed},)")
     need(cell.seeds is None or len(cell.seeds) > 0, f"{path}.seeds", cell.seeds,
          "give at least one, or None for those of the study")  # fmt: skip
+    need(not (gradual and cell.recovery == "none"), f"{path}.schedule", cell.schedule,
+         "it prunes during the recovery; choose one that is not 'none'")  # fmt: skip
+    need(not (gradual and cell.rate is not None), f"{path}.schedule", cell.schedule,
+         "a rate is not a sparsity that can grow; give a sparsity")  # fmt: skip
+    try:
+        check_recipe(cell.recipe(0))
+        gradual_only = cell.method is None and not cell.n_of_m
+    except InputError as error:
+        raise InputError(f"config.{path}: {error}") from error
+    need(not gradual or gradual_only, f"{path}.schedule", cell.schedule,
+         "a method or an n:m pattern prunes at once; give 'one_shot'")  # fmt: skip
+    ranked_by = {"ste": "magnitude", "movement": "movement"}.get(cell.schedule)
+    need(ranked_by in (None, cell.criterion), f"{path}.criterion", cell.criterion,
+         f"schedule {cell.schedule!r} ranks by its own; give {ranked_by!r}")  # fmt: skip
+    need(cell.schedule in (ONE_SHOT, "cubic", "iterative") or cell.pattern is None,
+         f"{path}.pattern", cell.pattern,
+         f"schedule {cell.schedule!r} prunes single weights; leave it out")  # fmt: skip
+    need(ranked_by is None or cell.allocation is None, f"{path}.allocation", cell.allocation,
+         f"schedule {cell.schedule!r} distributes by scope; leave it out")  # fmt: skip

@@ -1,7 +1,7 @@
-"""The ways to end before the end: the input was wrong, the run failed, or it was preempted.
+"""Exceptions with exit codes, and one check for a choice among known names.
 
-Each carries one sentence that names the thing, the reason and the mend. The command line prints
-that sentence alone and exits with `exit_code`; a library user catches the built-in type it extends.
+Each exception carries one sentence: what is wrong, why, and how to fix it. The command line prints
+that sentence alone and exits with `exit_code`; library users catch the built-in type it extends.
 """
 
 import difflib
@@ -15,19 +15,42 @@ class InputError(ValueError):
 
 
 class DamagedError(InputError):
-    """What an earlier run wrote is not as it was written."""
+    """A file from an earlier run differs from what was written."""
 
 
 class RunError(RuntimeError):
-    """A run that was set up correctly failed; what was finished before is kept."""
+    """A run that was set up correctly failed; finished phases are on disk."""
 
     exit_code = 1
 
 
 class Preempted(RuntimeError):
-    """The machine is taken away (SIGTERM); what was done is saved, the same command goes on."""
+    """The machine is taken away (SIGTERM); progress is saved, the same command resumes."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again, which schedulers can be told to do
+
+
+def check_choice(value: object, known: Iterable[str | None], what: str) -> None:
+    """Checks that a value is one of the known ones.
+
+    Args:
+        value: Value to check.
+        known: Values allowed, in the order in which to list them.
+        what: Name of the argument or setting, for the sentence.
+
+    Raises:
+        InputError: The value is not one of the known ones.
+
+    >>> check_choice("rms", ["layer", "rms"], "norm")
+    >>> check_choice("rm", ["layer", "rms"], "norm")
+    Traceback (most recent call last):
+    ...
+    swe_prune.errors.InputError: norm must be one of layer, rms, got 'rm'; did you mean 'rms'?
+    """
+    known = tuple(known)
+    if not ((value is None or isinstance(value, str)) and value in known):
+        listed = ", ".join(str(one) for one in known)
+        raise InputError(f"{what} must be one of {listed}, got {value!r}{suggestion(value, known)}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -37,6 +60,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     "did you mean 'magnitude'? Known: magnitude, random"
     """
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    guess = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
-    return f"{guess}Known: {', '.join(known)}"
+    guess = suggestion(name, known).removeprefix("; ")
+    return f"{guess}{' ' if guess else ''}Known: {', '.join(known)}"
+
+
+def suggestion(name: object, known: Iterable[str | None]) -> str:
+    """Returns "; did you mean 'x'?", or nothing when no known name is near."""
+    names = [one for one in known if isinstance(one, str)]
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(one) for one in near)}?" if near else ""

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from swe_prune import select
-from swe_prune.errors import InputError, did_you_mean
+from swe_prune.errors import InputError, check_choice
 
 NAMES = ("n:m", "block:RxC", "row", "column", "neuron")
 
@@ -109,7 +109,7 @@ def is_n_of_m(pattern: str) -> bool:
     if pattern in ("row", "column", "neuron") or pattern.startswith("block"):
         return False
     if re.search(r"[a-zA-Z]", pattern) and ":" not in pattern:
-        raise InputError(f"unknown pattern {pattern!r}; {did_you_mean(pattern, NAMES)}")
+        check_choice(pattern, NAMES, "pattern")
     return True
 
 
@@ -139,10 +139,8 @@ def units(
     Raises:
         InputError: If a name is unknown, blocks do not divide a tensor, or couplings do not match.
     """
-    if reduce not in REDUCTIONS:
-        raise InputError(f"unknown reduce {reduce!r}; {did_you_mean(reduce, REDUCTIONS)}")
-    if across not in ACROSS:
-        raise InputError(f"unknown across {across!r}; {did_you_mean(across, ACROSS)}")
+    check_choice(reduce, REDUCTIONS, "reduce")
+    check_choice(across, ACROSS, "across")
     # Without a pattern, every weight is a unit.
     if pattern is None:
         return [
@@ -205,8 +203,7 @@ def couple(names: Any, rules: Mapping[str, str]) -> dict[str, list[tuple[str, st
     """
     groups: dict[str, list[tuple[str, str]]] = {}
     for rule, side in rules.items():
-        if side not in ("in", "out"):
-            raise InputError(f"the side of coupling {rule!r} must be 'in' or 'out', got {side!r}")
+        check_choice(side, ("in", "out"), f"side of coupling {rule!r}")
         try:
             found = [(name, match) for name in names if (match := re.search(rule, name))]
         except re.error as error:

@@ -8,8 +8,8 @@ sliced like any list:
         product({"recovery": ["none"]}, zipped({"pattern": ["2:4"], "sparsity": [0.5]})),
     )
 
-The settings are those of `config.CellConfig`. A cell that comes up twice is kept once, where it
-came up first.
+The settings are those of `config.CellConfig`. A cell that occurs twice is retained once, at
+its first place.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from swe_prune.errors import InputError, did_you_mean
 
 Settings = dict[str, Any]
 Sweep = Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]
-"""Choices by setting, of which every combination is meant; or a list of cells."""
+"""Choices by setting, which stand for every combination; or a list of cells."""
 
 KNOWN = tuple(field.name for field in dataclasses.fields(CellConfig))
 
@@ -32,10 +32,10 @@ def product(*sweeps: Sweep) -> list[Settings]:
     """Returns every combination of the choices; the last setting varies fastest.
 
     Args:
-        *sweeps: mappings of a setting to its choices, or lists of cells, such as other sweeps.
+        *sweeps: Mappings of a setting to its choices, or lists of cells, such as other sweeps.
 
     Raises:
-        InputError: an unknown setting, one that two sweeps set, or choices that are no list.
+        InputError: A setting is unknown or set by two sweeps, or choices are not a list.
 
     >>> product({"criterion": ["swe", "random"]}, [{"sparsity": 0.5}, {"sparsity": 0.8}])[1]
     {'criterion': 'swe', 'sparsity': 0.8}
@@ -51,7 +51,7 @@ def chain(*sweeps: Iterable[Mapping[str, Any]]) -> list[Settings]:
     """Returns the cells of every sweep, one sweep after the other.
 
     Raises:
-        InputError: an unknown setting.
+        InputError: A setting is unknown.
 
     >>> len(chain(product({"sparsity": [0.5, 0.6]}), [{"sparsity": 0.6}, {"sparsity": 0.7}]))
     3
@@ -63,7 +63,7 @@ def zipped(choices: Mapping[str, Sequence[Any]]) -> list[Settings]:
     """Returns the first choice of each setting as one cell, the second ones as another, and so on.
 
     Raises:
-        InputError: an unknown setting, or lists of different lengths.
+        InputError: A setting is unknown, or the lists differ in length.
 
     >>> zipped({"pattern": ["2:4", "1:4"], "sparsity": [0.5, 0.75]})[1]
     {'pattern': '1:4', 'sparsity': 0.75}
@@ -71,7 +71,7 @@ def zipped(choices: Mapping[str, Sequence[Any]]) -> list[Settings]:
     lengths = {name: len(_listed(name, choice)) for name, choice in choices.items()}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise InputError(f"zipped takes lists of one length and {told}; make them equally long")
+        raise InputError(f"the lists of zipped must have one length, but {told}; make them equal")
     rows = zip(*choices.values(), strict=True)
     return _unique(dict(zip(choices, row, strict=True)) for row in rows)
 
@@ -91,7 +91,7 @@ def _joined(cell: Settings, more: Settings) -> Settings:
 def _listed(name: str, choice: Any) -> Sequence[Any]:
     _check_known(name)
     if isinstance(choice, str) or not isinstance(choice, Sequence):
-        raise InputError(f"{name} = {choice!r} is no list of choices; write [{choice!r}]")
+        raise InputError(f"{name} must be a list of choices, got {choice!r}; write [{choice!r}]")
     return choice
 
 
@@ -99,7 +99,9 @@ def _checked(cells: Iterable[Mapping[str, Any]]) -> list[Settings]:
     listed = list(cells)
     for cell in listed:
         if not isinstance(cell, Mapping):
-            raise InputError(f"{cell!r} is no cell; give a dict of settings, or product({{…}})")
+            raise InputError(
+                f"a cell must be a dict of settings, got {cell!r}; or use product({{…}})"
+            )
         for name in cell:
             _check_known(name)
     return [dict(cell) for cell in listed]

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from swe_prune import tree
-from swe_prune.errors import InputError, did_you_mean
+from swe_prune.errors import InputError, check_choice
 
 BUFFERS: Mapping[str, tuple[str, ...]] = {
     "late_mean": ("late_mean",),
@@ -169,8 +169,7 @@ def check_measures(measures: Sequence[str]) -> None:
     if not measures:
         raise InputError(f"no measure was given; give some of {', '.join(BUFFERS)}")
     for measure in measures:
-        if measure not in BUFFERS:
-            raise InputError(f"unknown measure {measure!r}; {did_you_mean(measure, BUFFERS)}")
+        check_choice(measure, BUFFERS, "measure")
 
 
 def update(stats: TrajectoryStats, params: PyTree) -> TrajectoryStats:
@@ -369,8 +368,7 @@ def read(stats: TrajectoryStats, measure: str) -> PyTree:
     Raises:
         InputError: If the measure is unknown or was not tracked.
     """
-    if measure not in BUFFERS:
-        raise InputError(f"unknown measure {measure!r}; {did_you_mean(measure, BUFFERS)}")
+    check_choice(measure, BUFFERS, "measure")
     if any(name not in stats.buffers for name in BUFFERS[measure]):
         raise InputError(
             f"measure {measure!r} was not tracked; include it in "

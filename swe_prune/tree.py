@@ -7,7 +7,7 @@ dense.
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -87,6 +87,20 @@ def map_leaves(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
 def map_tracked(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """Maps `f` over the leaves that are not None, like `jax.tree.map`; None stays None."""
     return map_named(lambda _, *leaves: f(*leaves), tree, *rest)
+
+
+def by_suffix(path: tuple[Any, ...], of_params: Mapping[Any, Any]) -> Any:
+    """Returns the value of the parameter that a leaf of an optimizer's state belongs to, or None.
+
+    A part of the state belongs to a parameter when its path ends in the parameter's, which is so
+    in all of optax; of several the longest.
+
+    Args:
+        path: Key path of the leaf in the state.
+        of_params: Values by the key paths of the parameters.
+    """
+    ends = (path[start:] for start in range(len(path) + 1))  # the longest first
+    return next((of_params[end] for end in ends if end in of_params), None)
 
 
 def is_weight(leaf: Any) -> bool:

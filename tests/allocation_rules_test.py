@@ -237,7 +237,7 @@ def test_groups_may_be_tensors_rules_or_a_function():
 @pytest.mark.parametrize(
     ("groups", "sentence"),
     [
-        ("blok", "groups must be one of block, tensor, got 'blok'"),
+        ("blok", "groups must be one of block, tensor, got 'blok'; did you mean 'block'"),
         ({"all": ".", "none": "up"}, "group 'none' has no tensors"),
         ({"some": "up"}, "is not in a group"),
         ({"some": "("}, "not a regular expression"),
@@ -644,7 +644,7 @@ def test_another_seed_probes_in_other_directions():
         (lambda p, b: p["block_0"]["bias"], [0], {}, r"the loss has shape \(8,\)"),
         (lambda p, b: p["block_0"]["bias"][0] * b, [math.nan], {}, "the loss is nan on batch 0"),
         (linear_loss, [], {"measure": "gradint"}, "did you mean 'gradient'"),
-        (linear_loss, [], {"reduce": "max"}, "unknown reduce 'max'"),
+        (linear_loss, [], {"reduce": "max"}, "reduce must be one of sum, mean, got 'max'"),
         (linear_loss, [], {"epsilon": 0.0}, "epsilon = 0.0 is not positive"),
         (linear_loss, [], {"max_sparsity": 0.1}, "max_sparsity = 0.1 is not between"),
         (linear_loss, [], {"prunable": jax.tree.map(lambda _: False, PROBED)}, "is prunable"),
@@ -833,7 +833,7 @@ def test_rules_of_weights_share_out_the_tensors_that_have_scores():
 @pytest.mark.parametrize(
     ("name", "sparsity", "options", "sentence"),
     [
-        ("unifrom", 0.5, {}, "unknown allocation 'unifrom'; did you mean 'uniform'"),
+        ("unifrom", 0.5, {}, "allocation must be one of .*, got 'unifrom'; did you mean 'uniform'"),
         ("owl", 0.5, {"lamda": 0.1}, "allocation 'owl' has no option 'lamda'; its options: lam, m"),
         ("uniform", 0.5, {"lam": 0.1}, "its options: none"),
         ("table", 0.5, {}, "allocation 'table' needs the option 'rules'"),

@@ -1,17 +1,20 @@
-"""Every wrong input of a user: one sentence with the name, the reason and the mend, exit code 2."""
+"""Every wrong input of a user: one sentence with what, why and how to fix it, exit code 2."""
 
 import csv
 import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import tiny
 
+import swe_prune
 from swe_prune import cli
+from swe_prune.pretrained import settings
 
 
 def fails(capsys, arguments):
@@ -30,16 +33,25 @@ def fails(capsys, arguments):
     [
         ("train.stepz=3", ("config.train has no setting 'stepz'", "'steps'")),
         ("nonsense=3", ("config has no setting 'nonsense'", "Known:")),
-        ("model.width='wide'", ("config.model.width must be int", "'wide'")),
-        ("model.width=31", ("config.model.width = 31", "multiple of heads")),
+        ("model.width='wide'", ("config.model.width must be an integer", "'wide'")),
+        ("model.width=31", ("config.model.width must be a multiple of model.heads", "got 31")),
         ("model.activation=gelo", ("'gelo'", "'gelu'")),
         ("model.vocab_size=9", ("vocab_size = 9 is too small", "raise it")),
-        ("study.criteria=['swee']", ("unknown criterion 'swee'", "'swe'")),
-        ("study.sparsities=[1.0]", ("config.study.sparsities = 1.0", "[0, 1)")),
-        ("study.sparsities=[-0.1]", ("config.study.sparsities = -0.1", "[0, 1)")),
-        ("study.scopes=['layer']", ("config.study.scopes = 'layer'", "'tensor'")),
-        ("study.std_rates=[-1.0]", ("config.study.std_rates = -1.0", "0 or more")),
-        ("trajectory.measures=['late_men']", ("unknown measure 'late_men'", "'late_mean'")),
+        ("study.criteria=['swee']", ("criterion must be one of", "got 'swee'; did you mean 'swe'")),
+        ("study.sparsities=[1.0]", ("config.study.sparsities must be in [0, 1)", "got 1.0")),
+        ("study.sparsities=[-0.1]", ("config.study.sparsities must be in [0, 1)", "got -0.1")),
+        (
+            "study.scopes=['layer']",
+            ("config.study.scopes must be one of tensor, global, row", "got 'layer'"),
+        ),
+        (
+            "study.std_rates=[-1.0]",
+            ("config.study.std_rates must be finite numbers of at least 0", "got -1.0"),
+        ),
+        (
+            "trajectory.measures=['late_men']",
+            ("measure must be one of", "got 'late_men'; did you mean 'late_mean'"),
+        ),
         ("trajectory.every=1000", ("0 snapshots", "lower")),
         ("trajectory.window_start=99", ("the window starts at 99", "lower")),
         ("prune.include=['kernl$']", ("include rule 'kernl$' matches no weight", "Weights:")),
@@ -47,15 +59,21 @@ def fails(capsys, arguments):
         ("data.dataset=no_such_dataset", ("no_such_dataset",)),
         ("data.dataset=/no/such/file.txt", ("/no/such/file.txt",)),
         ("data.train_split=training", ("'training'", "train")),
-        ("data.eval_windows=9", ("config.data.eval_windows = 9", "multiple of eval_batch")),
-        ("train.steps='many'", ("duration 'many'", "write e.g. 500")),
-        ("train.accumulate=3", ("config.train.accumulate = 3", "divide data.batch = 4")),
+        (
+            "data.eval_windows=9",
+            ("config.data.eval_windows must be a multiple of data.eval_batch", "got 9"),
+        ),
+        ("train.steps='many'", ("duration must be", "got 'many'; write e.g. 500")),
+        (
+            "train.accumulate=3",
+            ("config.train.accumulate must be a divisor of data.batch = 4", "got 3"),
+        ),
         ("parallel.data=3", ("mesh of data 3 x fsdp 1 x tensor 1 = 3 devices", "there are")),
         ("parallel.rules=[{'pattern': 'x', 'axes': ['fsdp']}]", ("rule 'x' matches no", "correct")),
         ("train.steps=0", ("config.train.steps is 0", "at least one")),
     ],
 )
-def test_a_wrong_setting_is_named_with_the_mend(override, parts, tmp_path, plays_dir, capsys):
+def test_a_wrong_setting_is_named_with_the_fix(override, parts, tmp_path, plays_dir, capsys):
     config = tiny.config_file(tmp_path, tiny.config(plays_dir))
     work = tmp_path / "work"
     message = fails(
@@ -76,7 +94,9 @@ def test_a_config_that_is_none(tmp_path, capsys):
     empty.write_text("")
     assert "defines no get_config()" in fails(capsys, ["run", f"--config={empty}", work])
     assert "no config.json" in fails(capsys, ["run", work])
-    assert "unknown argument '--confg=x'" in fails(capsys, ["run", work, "--confg=x"])
+    message = fails(capsys, ["run", work, "--confg=x"])
+    assert "run has no option --confg" in message
+    assert "did you mean '--config'" in message
 
 
 @pytest.mark.parametrize(
@@ -94,8 +114,10 @@ def test_a_text_that_cannot_be_trained_on(content, part, tmp_path, capsys):
     text.write_bytes(content)
     config = tiny.config_file(tmp_path, tiny.config())
     data = (f"dataset={text}", "train_chars=None", "validation_chars=None")
-    settings = [f"--config.data.{setting}" for setting in data]
-    message = fails(capsys, ["run", f"--config={config}", f"--workdir={tmp_path / 'w'}", *settings])
+    overrides = [f"--config.data.{setting}" for setting in data]
+    message = fails(
+        capsys, ["run", f"--config={config}", f"--workdir={tmp_path / 'w'}", *overrides]
+    )
     assert "mine.txt" in message
     assert part in message
 
@@ -132,7 +154,7 @@ def test_a_shard_that_is_none(text, tmp_path, plays_dir, capsys):
     ("arguments", "said"),
     [
         (["run", "--workdir=s3://bucket/run"], "--workdir 's3://bucket/run' is an address"),
-        (["plan", "--devices=0"], "--devices=0 is none"),
+        (["plan", "--devices=0"], "--devices must be at least 1, got 0"),
         (["run", "--workdir=w", "--process=0/2"], "belong together"),
         (["run", "--workdir=w", "--coordinator=a:1", "--process=2/2"], "--process must be I/N"),
         (["run", "--workdir=w", "--coordinator=a", "--process=1/2"], "--coordinator must be HOST"),
@@ -148,6 +170,86 @@ def test_a_place_that_is_none(arguments, said, tmp_path, plays_dir, capfd, monke
     assert said in sentences[0]
     assert not list(tmp_path.rglob("seed_*"))
     assert not (tmp_path / "s3:").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "a command must be given, one of run, plan"),
+        (["rnu"], "the command must be one of run, plan, .*, got 'rnu'; did you mean 'run'"),
+        (["run"], "run needs --workdir; give it"),
+        (["run", "--workdir"], "argument --workdir: expected one argument"),
+        (["run", "--workdir=w", "--distributed=2"], "argument --distributed: ignored explicit"),
+        (["run", "--workdir=w", "--shrad=1/2"], "no option --shrad .*; did you mean '--shard'"),
+        (["run", "--workdir=w", "--work=v"], "no option --work .*; did you mean '--workdir'"),
+        (["run", "--workdir=w", "config.py"], "run takes no 'config.py'; write options as --NAME"),
+        (["run", "--workdir=w", "--model=m"], "run has no option --model"),
+        (["run", "--config=C", "--workdir=w", "--config.train.steps"], "has no '='"),
+        (["plan", "--devices=two"], "--devices must be an integer, got 'two'"),
+        (["plan", "--devices=2.0"], "--devices must be an integer, got 2.0"),
+        (["prune"], "prune needs --workdir; give it, or --model=PATH"),
+        (["prune", "--model=m", "--criterion=wanda"], "prune needs --out; give it$"),
+        (["prune", "--model="], "prune needs --model"),
+        (["prune", "--sparsity=0.5", "--workdir=w"], "--sparsity is for a pretrained model; give"),
+        (["prune", "--model=m", "--shard=0/2"], "--shard is for an experiment; leave out either"),
+        (["prune", "--model=m", "--config.log_every=1"], "--config.log_every is for an experiment"),
+        (["finetune", "--model=m", "--out=o", "--steps=x"], "--steps must be an integer, got 'x'"),
+        (["evaluate", "--model=m", "--dtype=int8"], "--dtype must be one of float32, .*'int8'"),
+        (["evaluate", "--model=m", "--promt=x"], "no option --promt .*; did you mean '--prompt'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_command_line_that_cannot_be_is_one_sentence(arguments, said, tmp_path, capsys):
+    (tmp_path / "c.py").write_text(tiny.CONFIG_FILE.format(values={}))
+    given = [one.replace("=C", f"={tmp_path / 'c.py'}") for one in arguments]
+    message = fails(capsys, given)
+    assert re.search(said, message), message
+    assert not (tmp_path / "w").exists()
+
+
+def test_options_become_the_types_of_their_settings_and_text_stays_as_typed():
+    common = ["--model=m", "--out=o"]
+    given = cli.parse(
+        ["prune", *common, "--criterion=wanda", "--sparsity=1", "--dtype=bfloat16", "--at-once",
+         "--prompt='Tis", "--prompt=5", "--option=p=0.5", "--eval-windows=3", "--seed", "7"]
+    ).settings  # fmt: skip
+    assert given == settings.PruneSettings(
+        model="m", out="o", criterion="wanda", sparsity=1.0, dtype="bfloat16", at_once=True,
+        prompts=("'Tis", "5"), options=("p=0.5",), eval_windows=3, seed=7,
+    )  # fmt: skip
+    assert type(given.sparsity) is float
+    assert cli.parse(["finetune", *common, "--learning-rate=1e-3"]).settings.learning_rate == 1e-3
+    parsed = cli.parse(["run", "--workdir=w", "--config.train.steps=9", "--config", "c.py"])
+    assert parsed == ("run", cli.RunSettings(workdir="w", config="c.py"), ["train.steps=9"])
+    assert cli.parse(["plan"]).settings == cli.PlanSettings()
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_shows_every_option_of_both_uses(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    experiment, _, model = shown.partition("options for a pretrained model:")
+    assert f"python -m swe_prune {command} --config=FILE" in experiment
+    assert "--config.GROUP.NAME=VALUE" in experiment
+    for field in dataclasses.fields(cli.COMMANDS[command].settings):
+        assert f"--{field.name}" in experiment
+    assert bool(model) == (command in settings.COMMANDS)
+    if model:
+        assert f"python -m swe_prune {command} --model=PATH" in experiment
+        for field in dataclasses.fields(settings.COMMANDS[command]):
+            name = field.metadata.get("name", field.name).replace("_", "-")
+            assert f"  --{name} " in model
+            assert field.metadata["help"].split()[0] in model
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"swe_prune {swe_prune.__version__}\n"
 
 
 def test_a_run_without_the_extra_for_its_report_says_so_first(
@@ -191,15 +293,17 @@ def test_a_plan_for_programs_says_what_the_plan_for_people_does(tmp_path, plays_
     assert found["seconds"] > 0
 
 
-def test_a_scanned_model_trains_and_is_pruned_by_what_its_layers_are_given(tmp_path, plays_dir):
+def test_a_scanned_model_trains_and_is_pruned_by_what_its_layers_are_given(
+    tmp_path, plays_dir, capsys
+):
     """Calibration looks into the layers of the plain model, and the workdir is that one's too."""
-    settings = tiny.config(plays_dir)
+    small = tiny.config(plays_dir)
     study = dataclasses.replace(
-        settings.study, seeds=(0,), std_criteria=(), criteria=("wanda",), scopes=("tensor",)
+        small.study, seeds=(0,), std_criteria=(), criteria=("wanda",), scopes=("tensor",)
     )
-    model = dataclasses.replace(settings.model, layers=2)
-    settings = dataclasses.replace(settings, study=study, model=model)
-    config = tiny.config_file(tmp_path, settings)
+    model = dataclasses.replace(small.model, layers=2)
+    small = dataclasses.replace(small, study=study, model=model)
+    config = tiny.config_file(tmp_path, small)
     switches = ["--config.model.scan_layers=True", "--config.model.remat=True"]
     switches += ["--config.train.accumulate=2", "--config.finetune.accumulate=2"]
     tables = []
@@ -213,13 +317,17 @@ def test_a_scanned_model_trains_and_is_pruned_by_what_its_layers_are_given(tmp_p
     for column in ("dense_loss", "pruned_loss", "finetuned_loss", "control_loss"):
         scanned, plain = (float(row[column]) for row in tables)
         assert scanned == pytest.approx(plain, rel=1e-5), column
-    assert cli.main(["run", f"--config={config}", f"--workdir={tmp_path / 'scanned'}"]) == 0
+    capsys.readouterr()
+    times = iter([100.0, 440.0])
+    again = ["run", f"--config={config}", f"--workdir={tmp_path / 'scanned'}"]
+    assert cli.main(again, clock=lambda: next(times)) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "Finished in 5 min 40 s."
 
 
 def test_a_full_disk_ends_in_a_sentence_and_the_same_command_goes_on(tmp_path, plays_dir):
-    settings = tiny.config(plays_dir)
-    study = dataclasses.replace(settings.study, seeds=(0,), std_criteria=(), criteria=("swe",))
-    config = tiny.config_file(tmp_path, dataclasses.replace(settings, study=study))
+    small = tiny.config(plays_dir)
+    study = dataclasses.replace(small.study, seeds=(0,), std_criteria=(), criteria=("swe",))
+    config = tiny.config_file(tmp_path, dataclasses.replace(small, study=study))
     command = [sys.executable, "-m", "swe_prune", "train", f"--config={config}"]
     command.append(f"--workdir={tmp_path / 'work'}")
     limited = ["bash", "-c", 'ulimit -f 12; exec "$@"', "limited", *command]

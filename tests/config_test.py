@@ -1,11 +1,13 @@
 import dataclasses
 import json
+import typing
 
 import pytest
 from ml_collections import ConfigDict
 
 from swe_prune import config
 from swe_prune.errors import InputError
+from swe_prune.models import block
 
 
 @pytest.mark.parametrize(
@@ -25,7 +27,7 @@ def test_durations_become_steps(duration, steps):
     [-1, "-5%", "five", "5", "", "5 hours", "%", "1e3 steps", True, None, 5.0, "5%%", "1.2.3%"],
 )
 def test_malformed_durations_are_refused(duration):
-    with pytest.raises(InputError, match="is none of"):
+    with pytest.raises(InputError, match="a duration must be a number of steps"):
         config.to_steps(duration, total=100, epoch=10)
 
 
@@ -75,21 +77,24 @@ def test_values_take_the_type_of_their_setting(values, path, value):
     [
         ({"modle": {}}, "config has no setting 'modle'; did you mean 'model'"),
         ({"model": {"layer": 2}}, "config.model has no setting 'layer'; did you mean 'layers'"),
-        ({"model": {"layers": 2.0}}, "config.model.layers must be int and got 2.0"),
-        ({"model": {"layers": True}}, "config.model.layers must be int and got True"),
-        ({"model": {"layers": "2"}}, "config.model.layers must be int"),
-        ({"model": {"layers": None}}, "config.model.layers must be int"),
-        ({"model": {"use_bias": 1}}, "config.model.use_bias must be bool and got 1"),
-        ({"model": {"dropout": True}}, "config.model.dropout must be float and got True"),
-        ({"model": {"dropout": "0.1"}}, "config.model.dropout must be float"),
-        ({"model": 3}, "config.model is a group of settings and got 3"),
-        ({"train": {"steps": True}}, r"config.train.steps must be int \| str and got True"),
-        ({"train": {"steps": 5.0}}, r"config.train.steps must be int \| str and got 5.0"),
-        ({"study": {"seeds": 3}}, r"config.study.seeds must be tuple.* and got 3"),
-        ({"study": {"criteria": "swe"}}, r"config.study.criteria must be .* and got 'swe'"),
-        ({"study": {"seeds": [0, "1"]}}, r"config.study.seeds\[1\] must be int and got '1'"),
-        ({"study": {"seeds": [0, True]}}, r"config.study.seeds\[1\] must be int and got True"),
-        ({"prune": {"include": "kernel"}}, "config.prune.include must be"),
+        ({"model": {"layers": 2.0}}, "config.model.layers must be an integer, got 2.0"),
+        ({"model": {"layers": True}}, "config.model.layers must be an integer, got True"),
+        ({"model": {"layers": "2"}}, "config.model.layers must be an integer, got '2'"),
+        ({"model": {"layers": None}}, "config.model.layers must be an integer, got None"),
+        ({"model": {"use_bias": 1}}, "config.model.use_bias must be True or False, got 1"),
+        ({"model": {"dropout": True}}, "config.model.dropout must be a number, got True"),
+        ({"model": {"dropout": "0.1"}}, "config.model.dropout must be a number, got '0.1'"),
+        ({"model": 3}, "config.model is a group of settings, got 3"),
+        ({"train": {"steps": True}}, "config.train.steps must be an integer or a string, got True"),
+        ({"train": {"steps": 5.0}}, "config.train.steps must be an integer or a string, got 5.0"),
+        ({"study": {"seeds": 3}}, "config.study.seeds must be a list, got 3"),
+        ({"study": {"criteria": "swe"}}, r"config.study.criteria must be a list, got 'swe'"),
+        ({"study": {"seeds": [0, "1"]}}, r"config.study.seeds\[1\] must be an integer, got '1'"),
+        ({"study": {"seeds": [0, True]}}, r"config.study.seeds\[1\] must be an integer, got True"),
+        (
+            {"prune": {"include": "kernel"}},
+            "config.prune.include must be a list or None, got 'kernel'",
+        ),
     ],
 )
 def test_unknown_keys_and_wrong_types_are_refused_by_their_path(values, sentence):
@@ -100,25 +105,106 @@ def test_unknown_keys_and_wrong_types_are_refused_by_their_path(values, sentence
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"model": {"width": 100, "heads": 6}}, "model.width = 100"),
-        ({"model": {"layers": 0}}, "model.layers = 0"),
-        ({"model": {"dropout": 1.0}}, "model.dropout = 1.0"),
-        ({"model": {"dropout": float("nan")}}, "model.dropout"),
-        ({"data": {"eval_windows": 65}}, "data.eval_windows = 65"),
-        ({"data": {"validation_fraction": 0.0}}, "data.validation_fraction"),
-        ({"train": {"learning_rate": 0.0}}, "train.learning_rate"),
-        ({"finetune": {"clip": float("inf")}}, "finetune.clip"),
-        ({"trajectory": {"window_start": 0}}, "trajectory.window_start"),
-        ({"study": {"std_rates": [-1]}}, "study.std_rates"),
-        ({"study": {"sparsities": [1.0]}}, "study.sparsities"),
-        ({"study": {"scopes": ["layer"]}}, "study.scopes = 'layer'"),
-        ({"prune": {"values_from": "clone"}}, "prune.values_from"),
-        ({"log_every": 0}, "log_every"),
+        (
+            {"model": {"width": 100, "heads": 6}},
+            "model.width must be a multiple of model.heads = 6, got 100",
+        ),
+        ({"model": {"layers": 0}}, "model.layers must be at least 1, got 0"),
+        ({"model": {"kv_heads": 0}}, "model.kv_heads must be at least 1, got 0"),
+        ({"model": {"dropout": 1.0}}, r"model.dropout must be in \[0, 1\), got 1.0"),
+        ({"model": {"dropout": float("nan")}}, r"model.dropout must be in \[0, 1\), got nan"),
+        (
+            {"data": {"eval_windows": 65}},
+            "data.eval_windows must be a multiple of data.eval_batch = 64, got 65",
+        ),
+        (
+            {"data": {"validation_fraction": 0.0}},
+            "data.validation_fraction must be between 0 and 1, got 0.0",
+        ),
+        (
+            {"train": {"learning_rate": 0.0}},
+            "train.learning_rate must be a finite number above 0, got 0.0",
+        ),
+        ({"finetune": {"clip": float("inf")}}, "finetune.clip must be a finite number .*, got inf"),
+        ({"finetune": {"accumulate": 0}}, "finetune.accumulate must be a divisor of .* 64, got 0"),
+        ({"train": {"checkpoint_every": 0}}, "train.checkpoint_every must be above 0, .*, got 0"),
+        ({"trajectory": {"window_start": 0}}, "trajectory.window_start must be at least 1, got 0"),
+        ({"study": {"std_rates": [-1]}}, "study.std_rates must be finite .* at least 0, got -1.0"),
+        ({"study": {"sparsities": [1.0]}}, r"study.sparsities must be in \[0, 1\), got 1.0"),
+        ({"study": {"scopes": ["layer"]}}, "study.scopes must be one of .*, got 'layer'"),
+        ({"log_every": 0}, "log_every must be at least 1, got 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_the_run(values, sentence):
-    with pytest.raises(InputError, match=f"config.{sentence}.*cannot be used"):
+    with pytest.raises(InputError, match=f"config.{sentence}"):
         config.validate(config.from_dict(values))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"model": {"activation": "gellu"}}, "model.activation must be .*'gellu'; .*'gelu'"),
+        ({"model": {"norm": "batch"}}, "model.norm must be one of layer, rms, got 'batch'"),
+        ({"model": {"positions": None}}, "model.positions must be one of .*, got None"),
+        ({"model": {"dtype": "float16"}}, "model.dtype must be one of float32, bfloat16, got"),
+        ({"model": {"rope": {"scaling": "yarm"}}}, "model.rope.scaling must be .*mean 'yarn'"),
+        ({"prune": {"values_from": "clone"}}, "prune.values_from must be one of final, late_mean"),
+        ({"parallel": {"statistics": ["host"]}}, "parallel.statistics must be one of device, host"),
+    ],
+)
+def test_a_choice_is_refused_with_the_known_ones_however_the_config_was_made(settings, sentence):
+    with pytest.raises(InputError, match=f"config.{sentence}"):
+        config.from_dict(settings)
+
+    def made(cls, values):
+        groups = {name: getattr(cls(), name) for name in values}
+        return cls(
+            **{
+                name: made(type(groups[name]), value) if isinstance(value, dict) else value
+                for name, value in values.items()
+            }
+        )
+
+    with pytest.raises(InputError, match=f"config.{sentence}"):
+        config.validate(made(config.Config, settings))
+
+
+def test_every_activation_that_may_be_chosen_is_there():
+    assert set(typing.get_args(config.Activation)) == set(block.ACTIVATIONS)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "value"),
+    [
+        ("3", int, 3), ("3", float, 3.0), ("1e-3", float, 1e-3), ("inf", float, float("inf")),
+        ("3", str, "3"), ("'3'", str, "3"), ("None", str | None, None), ("None", str, "None"),
+        ("5%", int | str, "5%"), ("7", int | str, 7), ("True", bool, True), ("a=b", str, "a=b"),
+        ("(1, 2)", tuple[int, ...], (1, 2)), ("['x']", tuple[str, ...] | None, ("x",)),
+        ("rms", config.Norm, "rms"), ("None", config.Norm | None, None),
+        ("(" * 999, str, "(" * 999),
+    ],
+)  # fmt: skip
+def test_text_of_a_command_line_becomes_the_type_of_its_setting(text, wanted, value):
+    found = config.convert(config.Text(text), wanted, "--option")
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "sentence"),
+    [
+        ("3.5", int, "--option must be an integer, got 3.5"),
+        ("many", float, "--option must be a number, got 'many'"),
+        ("5.5", int | str, "--option must be an integer or a string, got 5.5"),
+        ("true", bool, "--option must be True or False, got 'true'"),
+        ("swe", tuple[str, ...], "--option must be a list, got 'swe'"),
+        ("rmss", config.Norm, "--option must be one of layer, rms, got 'rmss'; did you mean 'rms'"),
+        ("1", config.Norm | None, "--option must be one of layer, rms, None, got 1"),
+    ],
+)
+def test_text_of_another_type_is_refused(text, wanted, sentence):
+    with pytest.raises(InputError, match=sentence):
+        config.convert(config.Text(text), wanted, "--option")
 
 
 def test_defaults_are_valid():
@@ -191,12 +277,12 @@ def test_load_reads_a_file_and_applies_overrides_over_it(write):
         ("model.layers", "has no '='"),
         ("model.layer=3", "did you mean 'layers'"),
         ("modle.layers=3", "did you mean 'model'"),
-        ("model.layers=three", "model.layers must be int and got 'three'"),
-        ("model.layers.deep=3", "'layers' is no group of settings"),
+        ("model.layers=three", "model.layers must be an integer, got 'three'"),
+        ("model.layers.deep=3", "'layers' is not a group of settings"),
         ("model=3", "config.model is a group of settings"),
         ("=3", "config has no setting ''"),
-        ("study.seeds={[]: 1}", "config.study.seeds must be"),
-        ("model.layers=0", "model.layers = 0 cannot be used"),
+        ("study.seeds={[]: 1}", "config.study.seeds must be a list, got"),
+        ("model.layers=0", "model.layers must be at least 1, got 0"),
     ],
 )
 def test_overrides_are_checked_as_the_file_is(write, override, sentence):
@@ -251,27 +337,37 @@ def test_cells_may_be_dicts_or_dataclasses_and_come_back_from_json():
         ({"options": 3}, r"config.study.cells\[1\].options must be"),
         (
             {"scope": "layer"},
-            r"cells\[1\].scope = 'layer' cannot be used.*global, row, std, tensor",
+            r"cells\[1\]: scope must be one of tensor, global, row, got 'layer'",
         ),
         ({"schedule": "cubical"}, r"cells\[1\].schedule = 'cubical'.*did you mean 'cubic'"),
         ({"recovery": "rewnd"}, r"cells\[1\].recovery = 'rewnd'.*did you mean 'rewind'"),
-        ({"sparsity": 1.0}, r"cells\[1\].sparsity = 1.0.*share in \[0, 1\)"),
-        ({"scope": "std", "sparsity": -1.0}, r"cells\[1\].sparsity = -1.0.*rate"),
-        ({"scope": "std", "schedule": "cubic"}, r"cells\[1\].schedule = 'cubic'.*rate"),
-        ({"scope": "std", "pattern": "row"}, r"cells\[1\].pattern = 'row'.*another scope"),
-        ({"scope": "global", "allocation": "erk"}, r"cells\[1\].allocation = 'erk'.*overrule"),
+        ({"sparsity": 1.0}, r"cells\[1\]: sparsity = 1.0.*share in \[0, 1\)"),
+        ({"rate": -1.0}, r"cells\[1\]: rate must be .* got -1.0"),
+        ({"rate": 1.0, "schedule": "cubic"}, r"cells\[1\].schedule = 'cubic'.*rate"),
+        ({"rate": 1.0, "scope": "global"}, r"cells\[1\]: scope = 'global' and rate = 1.0 exclude"),
+        ({"rate": 1.0, "sparsity": 0.5}, r"cells\[1\]: sparsity = 0.5 and rate = 1.0 exclude"),
+        ({"sparsity": None}, r"cells\[1\]: a recipe must say how much"),
+        ({"criterion": None}, r"cells\[1\]: a recipe must have a criterion.*neither"),
+        ({"seed": 3}, r"cells\[1\].seed = 3.*give seeds = \(3,\)"),
+        ({"rate": 1.0, "pattern": "row"}, r"cells\[1\]: pattern = 'row' and rate = 1.0 exclude"),
+        (
+            {"scope": "global", "allocation": "erk"},
+            r"cells\[1\]: scope 'global' would overrule.*erk",
+        ),
         ({"schedule": "cubic", "recovery": "none"}, r"cells\[1\].schedule = 'cubic'.*'none'"),
         ({"seeds": []}, r"cells\[1\].seeds = \(\).*at least one"),
     ],
 )
 def test_cells_that_cannot_work_are_named_with_their_number(cell, sentence):
+    usual = {"criterion": "magnitude", "sparsity": 0.5}
+    base = {"criterion": "magnitude"} if "rate" in cell else usual
     with pytest.raises(InputError, match=sentence):
-        config.validate(config.from_dict({"study": {"cells": [{}, cell]}}))
+        config.validate(config.from_dict({"study": {"cells": [usual, base | cell]}}))
 
 
 @pytest.mark.parametrize("key", ["windows", "batch"])
 def test_calibration_needs_windows(key):
-    with pytest.raises(InputError, match=f"config.calibration.{key} = 0 cannot be used"):
+    with pytest.raises(InputError, match=f"config.calibration.{key} must be at least 1, got 0"):
         config.validate(config.from_dict({"calibration": {key: 0}}))
 
 

@@ -266,8 +266,11 @@ def test_too_many_tokens_are_refused_while_tracing():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"activation": "gellu"}, "'gellu' is unknown; did you mean 'gelu'"),
-        ({"dtype": "float16"}, "dtype must be .* got 'float16'"),
+        (
+            {"activation": "gellu"},
+            "model.activation must be one of .*, got 'gellu'; did you mean 'gelu'",
+        ),
+        ({"dtype": "float16"}, "model.dtype must be one of float32, bfloat16, got 'float16'"),
         ({"heads": 3}, "multiple of heads = 3"),
     ],
 )

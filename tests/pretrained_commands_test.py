@@ -10,7 +10,7 @@ import pretrained_tiny
 import pytest
 
 from swe_prune import cli, interop, tree
-from swe_prune.pretrained import settings, tracked
+from swe_prune.pretrained import tracked
 
 QUICK = [
     "--calibration-windows=8", "--calibration-window=32", "--window=32", "--eval-windows=8",
@@ -144,9 +144,9 @@ def test_a_finetuning_that_was_stopped_goes_on_to_the_same_weights(place, tmp_pa
 def test_another_finetuning_does_not_go_on_from_a_stopped_one(place, tmp_path, capsys):
     (tmp_path / "out.work").mkdir()
     texts = [f"--text={place.train}", f"--evaluation={place.held_out}"]
-    begun = settings.parse(
+    begun = cli.parse(
         ["finetune", f"--model={place.model}", "--out=x", *TUNING, *texts, "--steps=5"]
-    )
+    ).settings
     (tmp_path / "out.work" / "settings.json").write_text(json.dumps(dataclasses.asdict(begun)))
     assert finetune(place, tmp_path / "out", "--steps=6") == 2
     assert "steps (5 there, 6 now)" in capsys.readouterr().err
@@ -181,17 +181,18 @@ def test_stored_dtypes_are_kept(place, tmp_path):
     ("arguments", "said"),
     [
         (["--criterion=wandaa", "--sparsity=0.5"], "did you mean 'wanda'"),
-        (["--criterion=wanda"], "--sparsity=None is no share"),
-        (["--criterion=wanda", "--sparsity=1.5"], "--sparsity=1.5 is no share"),
-        (["--criterion=wanda", "--sparsity=0.5", "--pattern=2:4"], "fixes the sparsity"),
+        (["--criterion=wanda"], "got neither sparsity nor rate"),
+        (["--criterion=wanda", "--sparsity=1.5"], "sparsity = 1.5 is no share"),
+        (["--criterion=wanda", "--sparsity=0.6", "--pattern=2:4"], "make the two agree"),
+        (["--criterion=wanda", "--pattern=2:4", "--allocation=owl"], "fixes the sparsity"),
         (["--criterion=wanda", "--sparsity=0.5", "--scope=row"], "--at-once"),
-        (["--criterion=magnitude", "--sparsity=0.5", "--scope=all"], "--scope=all is unknown"),
+        (["--criterion=magnitude", "--sparsity=0.5", "--scope=all"], "got 'all'"),
         (["--criterion=magnitude", "--sparsity=0.5", "--allocation=owls"], "did you mean 'owl'"),
         (["--criterion=magnitude", "--sparsity=0.5", "--option=x"], "NAME=VALUE"),
         (["--criterion=magnitude", "--sparsity=0.5", "--option=x=1"], "no option 'x'"),
         (["--criterion=magnitude_curvature", "--sparsity=0.5"], "second moment"),
         (["--criterion=magnitude", "--sparsity=0.5", "--sparsty=1"], "did you mean '--sparsity'"),
-        (["--criterion=magnitude", "--sparsity=x"], "invalid float value"),
+        (["--criterion=magnitude", "--sparsity=x"], "--sparsity must be a number, got 'x'"),
         (["--criterion=magnitude", "--sparsity=0.5", "--protocol=wiki"], "wikitext2"),
         (["--criterion=magnitude", "--sparsity=0.5", "--at-most=1.1"], "1.1"),
         (["--criterion=wanda", "--sparsity=0.5", "--calibration=nothing.txt"], "is no file"),

@@ -801,7 +801,7 @@ def on_schedule(**options):
         (lambda: sparse_training.rewind(W, {"v": jnp.ones(3)}, M), "differ in structure"),
         (lambda: sparse_training.rewound_schedule(lambda t: t, to=-1), "to = -1 is no step"),
         (lambda: sparse_training.rewound_schedule(lambda t: t, 1, at=2.5), "at = 2.5"),  # pyright: ignore
-        (lambda: on_schedule(score="magnitud"), "unknown criterion 'magnitud'"),
+        (lambda: on_schedule(score="magnitud"), "criterion must be one of .*, got 'magnitud'"),
         (lambda: on_schedule(reduce="l2"), "reduce = 'l2' makes the scores of pruned"),
         (lambda: on_schedule(across="prod"), "across = 'prod'"),
         (lambda: on_schedule()(0, M, NAN), "'w' have 1 NaN"),

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from swe_prune import importance, masks, trajectory, tree
+from swe_prune import importance, masks, recipe, trajectory, tree
 from swe_prune.config import ModelConfig, PhaseConfig
 from swe_prune.errors import InputError, RunError
 from swe_prune.models import gpt
@@ -241,19 +241,18 @@ def test_the_schedule_warms_up_and_ends_at_the_final_rate():
     assert values == sorted(values, reverse=True)
 
 
-def test_prune_step_gives_the_requested_sparsity_and_names_what_it_cannot(params):
+def test_a_recipe_gives_the_requested_sparsity_and_names_what_it_cannot(params):
     stats = trajectory.update(trajectory.init(params), params)
     prunable = tree.prunable(params)
 
-    def prune(rule, level):
-        return step_lib.prune_step(
-            params, stats, prunable, criterion="swe", rule=rule, level=level, seed=0
-        )
+    def prune(**amount):
+        evidence = recipe.Evidence(stats=stats)
+        return recipe.prune(recipe.Recipe("swe", **amount), params, evidence, prunable=prunable)[1]
 
-    summary = masks.summary(prune("global", 0.6))
+    summary = masks.summary(prune(scope="global", sparsity=0.6))
     assert summary.pruned == round(0.6 * summary.total)
     kernel = np.abs(np.asarray(params["block_0"]["mlp"]["up"]["kernel"], np.float64))
-    kept = prune("std", 1.1)["block_0"]["mlp"]["up"]["kernel"]
+    kept = prune(rate=1.1)["block_0"]["mlp"]["up"]["kernel"]
     np.testing.assert_array_equal(kept, kernel > kernel.std(ddof=1) * 1.1)
     with pytest.raises(InputError, match="prunes every weight"):
-        prune("std", 50.0)
+        prune(rate=50.0)

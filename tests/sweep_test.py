@@ -65,11 +65,17 @@ def test_what_is_given_stays_as_it_was():
         (lambda: sweep.product({"critrion": ["swe"]}), "did you mean 'criterion'"),
         (lambda: sweep.chain([{"sparsitty": 0.5}]), "did you mean 'sparsity'"),
         (lambda: sweep.zipped({"patern": ["2:4"]}), "did you mean 'pattern'"),
-        (lambda: sweep.product({"criterion": "swe"}), r"is no list of choices; write \['swe'\]"),
-        (lambda: sweep.product({"sparsity": 0.5}), "is no list of choices"),
+        (
+            lambda: sweep.product({"criterion": "swe"}),
+            r"must be a list of choices, got 'swe'; write \['swe'\]",
+        ),
+        (lambda: sweep.product({"sparsity": 0.5}), "sparsity must be a list of choices, got 0.5"),
         (lambda: sweep.product({"sparsity": [0.5]}, [{"sparsity": 0.6}]), "set 'sparsity'"),
-        (lambda: sweep.chain(["swe"]), "'swe' is no cell"),
-        (lambda: sweep.zipped({"scope": ["row"], "sparsity": [1, 2]}), "sparsity has 2; make them"),
+        (lambda: sweep.chain(["swe"]), "a cell must be a dict of settings, got 'swe'"),
+        (
+            lambda: sweep.zipped({"scope": ["row"], "sparsity": [1, 2]}),
+            "scope has 1, sparsity has 2; make them",
+        ),
     ],
 )
 def test_what_makes_no_sweep_is_refused(call, sentence):

@@ -18,7 +18,7 @@ from swe_prune.allocation import rounding
 from swe_prune.allocation.filling import water_fill, within_groups
 from swe_prune.allocation.groups import Groups, chosen, grouped
 from swe_prune.allocation.rounding import Allocation
-from swe_prune.errors import InputError, did_you_mean
+from swe_prune.errors import InputError, check_choice
 
 MEASURES = ("gradient", "weight_gradient", "weight_gradient_square")
 REDUCTIONS = ("sum", "mean")
@@ -64,7 +64,7 @@ def ecoflap(
             tensors, no batches, or a loss that is no finite scalar.
     """
     rounding.check_sparsity(sparsity)
-    _check_name("reduce", reduce, REDUCTIONS)
+    check_choice(reduce, REDUCTIONS, "reduce")
     sizes = {name: tree.size(leaf) for name, leaf in chosen(params, prunable).items()}
     members = grouped(sizes, groups)
     whole = [sum(sizes[name] for name in names) for names in members.values()]
@@ -112,7 +112,7 @@ def zeroth_order_importance(
         InputError: an unknown measure, an epsilon that is not positive, no batches, or a loss that
             is no finite scalar.
     """
-    _check_name("measure", measure, MEASURES)
+    check_choice(measure, MEASURES, "measure")
     if not 0 < epsilon < math.inf:
         raise InputError(f"epsilon = {epsilon} is not positive and finite; give one such as 1e-3")
     probed = chosen(params, prunable)
@@ -178,8 +178,3 @@ def _scalar(value: Any, name: str, number: int) -> float:
             "batch, or perturb by a smaller epsilon"
         )
     return float(value)
-
-
-def _check_name(kind: str, name: str, known: tuple[str, ...]) -> None:
-    if name not in known:
-        raise InputError(f"unknown {kind} {name!r}; {did_you_mean(name, known)}")

@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from swe_prune import select, tree
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, check_choice
 
 Groups = str | Mapping[str, str] | Callable[[str], str]
 """Grouping of tensors: "block", "tensor", regular expressions by group, or name → group."""
@@ -125,8 +125,7 @@ def grouped(names: Iterable[str], groups: Groups = "block") -> dict[str, list[st
 
 def _group_of(name: str, groups: Groups) -> str:
     if isinstance(groups, str):
-        if groups not in GROUPINGS:
-            raise InputError(f"groups must be one of {', '.join(GROUPINGS)}, got {groups!r}")
+        check_choice(groups, GROUPINGS, "groups")
         block = _BLOCK.match(name) if groups == "block" else None
         return block.group() if block else name
     if not isinstance(groups, Mapping):

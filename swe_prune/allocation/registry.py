@@ -20,7 +20,7 @@ from swe_prune.allocation.groups import chosen
 from swe_prune.allocation.owl import owl
 from swe_prune.allocation.rounding import Allocation
 from swe_prune.allocation.std_rule import std
-from swe_prune.errors import InputError, did_you_mean
+from swe_prune.errors import InputError, check_choice
 
 NEEDS: Mapping[str, str] = {
     "shapes": "pass scores=, or params= with the weights",
@@ -109,8 +109,7 @@ def get(name: str) -> Rule:
     >>> get("ecoflap").needs
     ('loss', 'params', 'batches')
     """
-    if name not in _RULES:
-        raise InputError(f"unknown allocation {name!r}; {did_you_mean(name, _RULES)}")
+    check_choice(name, names(), "allocation")
     return _RULES[name]
 
 

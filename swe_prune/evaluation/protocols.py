@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from swe_prune.errors import InputError, did_you_mean
+from swe_prune.errors import InputError, check_choice
 
 BOS = ("none", "text", "window")
 
@@ -44,11 +44,7 @@ class Protocol:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bos not in BOS:
-            raise InputError(
-                f"bos = {self.bos!r} of protocol {self.name!r} is unknown; "
-                f"{did_you_mean(self.bos, BOS)}"
-            )
+        check_choice(self.bos, BOS, f"bos of protocol {self.name!r}")
         if self.window < 2 or not 1 <= self.stride <= self.of_text:
             raise InputError(
                 f"protocol {self.name!r} has windows of {self.window} tokens and a stride of "
@@ -113,8 +109,7 @@ def get(
     >>> get("wikitext2", window=1024, bos="none").name
     'wikitext2, window 1024, bos none'
     """
-    if name not in _BY_NAME:
-        raise InputError(f"protocol {name!r} is unknown; {did_you_mean(name, _BY_NAME)}")
+    check_choice(name, _BY_NAME, "protocol")
     known = _BY_NAME[name]
     given = {"window": window, "stride": stride, "bos": bos}
     # Only actual changes appear in the name.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, check_choice
 from swe_prune.importance.registry import register
 
 
@@ -37,8 +37,7 @@ def bezier(
     When: to repeat its paper.
     Source: Islam and Belhaouari, LOD 2022, repository SmartPruningDeepNN.
     """
-    if method not in ("*", "+"):
-        raise InputError(f"method = {method!r} of 'bezier' is none of '*', '+'; give one of them")
+    check_choice(method, ("*", "+"), "method of 'bezier'")
     if len(control) != 4 or not all(map(math.isfinite, control)):
         raise InputError(
             f"control = {control!r} of 'bezier' is not four numbers; give (a, b, c, d)"

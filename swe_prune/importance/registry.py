@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from swe_prune.errors import InputError, did_you_mean
+from swe_prune.errors import InputError, check_choice
 from swe_prune.trajectory import BUFFERS
 
 MEASURED: Mapping[str, str] = {
@@ -105,8 +105,7 @@ def get(name: str) -> Criterion:
     """Returns a criterion.
 
     Raises:
-        InputError: unknown name; the error lists the near ones.
+        InputError: The name is not a registered criterion.
     """
-    if name not in _CRITERIA:
-        raise InputError(f"unknown criterion {name!r}; {did_you_mean(name, _CRITERIA)}")
+    check_choice(name, names(), "criterion")
     return _CRITERIA[name]

@@ -2,7 +2,7 @@
 
     model = interop.load("path/to/SmolLM2-135M")
     logits_BxLxV = gpt.build(model.config, model.vocab_size).apply({"params": model.params}, tokens)
-    record = interop.PruningRecord("wanda")
+    record = interop.PruningRecord(Recipe(method="wanda", sparsity=0.5))
     interop.export("path/to/pruned", model, mask=mask, record=record)
 
 pretrained          `load` and `open_pretrained`, and the models that they return

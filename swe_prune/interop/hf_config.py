@@ -4,15 +4,14 @@ Settings that the decoder does not support raise an error; they are never ignore
 """
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any
 
-from swe_prune.config import ModelConfig
-from swe_prune.errors import InputError
+from swe_prune.config import ComputeDtype, ModelConfig
+from swe_prune.errors import InputError, check_choice
 from swe_prune.interop.families import ACTIVATIONS, FAMILIES, NEEDED, Family, Key
 from swe_prune.interop.rope_settings import read_rope, write_rope
-
-COMPUTE_DTYPES = ("float32", "bfloat16")
 
 _KINDS = {
     int: "an integer above 0",
@@ -40,10 +39,7 @@ def read_config(
     ... # doctest: +ELLIPSIS
     ('gpt2', ModelConfig(layers=1, heads=2, width=4, context=1024, ...), 9)
     """
-    if compute_dtype not in COMPUTE_DTYPES:
-        raise InputError(
-            f"compute_dtype must be {' or '.join(COMPUTE_DTYPES)}, got {compute_dtype!r}"
-        )
+    check_choice(compute_dtype, typing.get_args(ComputeDtype), "compute_dtype")
     name = hf.get("model_type")
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
@@ -54,7 +50,7 @@ def read_config(
     _refuse(hf, str(name), family)
     # Read the keys of the family, then resolve defaults that depend on other settings.
     fields = {key.field: _value(hf, key) for key in family.keys} | dict(family.fixed)
-    fields["activation"] = _activation(fields["activation"])
+    fields |= {"activation": _activation(fields["activation"]), "dtype": compute_dtype}
     if name == "llama":
         fields["out_bias"] = fields["qkv_bias"]
     if name == "gpt2" and fields["hidden"] is None:
@@ -64,7 +60,7 @@ def read_config(
         if rope.scaling == "dynamic":  # it applies beyond the context in config.json
             fields["rope"] = dataclasses.replace(rope, original_context=fields["context"])
             fields["context"] = int(fields["context"] * (rope.factor or 1))
-    config = canonical(ModelConfig(**fields, dtype=compute_dtype))
+    config = canonical(ModelConfig(**fields))
     return str(name), config, _value(hf, Key("vocab_size", "vocab_size"))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from swe_prune import tree
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, check_choice
 from swe_prune.interop.slices import ParamSlice, Shape, StoredTensor, nested
 from swe_prune.interop.tensor_names import Table
 
@@ -33,7 +33,7 @@ class Entry:
 
 
 class Source(Protocol):
-    """Stored tensors of a pretrained model by name."""
+    """StoredTensor tensors of a pretrained model by name."""
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -55,8 +55,8 @@ def match(
     """Returns the name in the file of each stored tensor, checking all before any is read.
 
     Args:
-        source: Stored tensors of the model.
-        bound: Stored tensors that the model needs.
+        source: StoredTensor tensors of the model.
+        bound: StoredTensor tensors that the model needs.
         table: Table of names for this kind of file.
         duplicates: Allowed copies of tensors, as a mapping from the copy to the tensor it must
             equal.
@@ -107,8 +107,8 @@ def read_params(
     """Reads the parameters into a nested dict, with one stored tensor at a time in memory.
 
     Args:
-        source: Stored tensors of the model.
-        bound: Stored tensors that the model needs.
+        source: StoredTensor tensors of the model.
+        bound: StoredTensor tensors that the model needs.
         names: Name in the file of each stored tensor, from `match`.
         dtype: Dtype of the parameters. If None, as stored.
         shardings: Shardings of the parameters; of a sharded parameter only the devices' slices are
@@ -117,8 +117,7 @@ def read_params(
     Raises:
         InputError: If the dtype is unknown, or the shardings have another structure.
     """
-    if dtype is not None and dtype not in PARAM_DTYPES:
-        raise InputError(f"dtype must be {', '.join(PARAM_DTYPES)} or None, got {dtype!r}")
+    check_choice(dtype, (*PARAM_DTYPES, None), "dtype")
     sharding_of = _by_name(shardings)
     params = {}
     for one in bound:

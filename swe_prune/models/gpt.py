@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from swe_prune.config import ModelConfig
-from swe_prune.errors import InputError, did_you_mean
+from swe_prune.config import ModelConfig, check_choices
+from swe_prune.errors import InputError
 from swe_prune.models import rope
 from swe_prune.models.attention import attention
 from swe_prune.models.block import ACTIVATIONS, INIT_STDDEV, Block, dense, norm
@@ -73,22 +73,7 @@ def build(
     >>> sorted(params["block_0"])
     ['attention', 'attention_norm', 'mlp', 'mlp_norm']
     """
-    # Check choices first, then sizes.
-    known = {
-        "activation": ACTIVATIONS,
-        "norm": ("layer", "rms"),
-        "positions": ("learned", "rope"),
-    }
-    for name, choices in known.items():
-        value = getattr(config, name)
-        if value not in choices:
-            raise InputError(
-                f"config.model.{name} = {value!r} is unknown; {did_you_mean(value, choices)}"
-            )
-    if config.dtype not in ("float32", "bfloat16"):
-        raise InputError(
-            f"config.model.dtype must be 'float32' or 'bfloat16', got {config.dtype!r}"
-        )
+    check_choices(config, "config.model")
     if config.head_width is None and config.width % config.heads:
         raise InputError(
             f"config.model.width must be a multiple of heads = {config.heads}, got {config.width}"
@@ -99,7 +84,7 @@ def build(
             f"got {config.kv_heads}"
         )
     if config.window is not None and config.window < 1:
-        raise InputError(f"config.model.window must be 1 or more, got {config.window}")
+        raise InputError(f"config.model.window must be at least 1, got {config.window}")
     if config.positions == "rope":
         rope.check(config, config.head_size)
     return GPT(config, vocab_size, constrain)

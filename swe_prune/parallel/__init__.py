@@ -3,7 +3,7 @@
     mesh = parallel.mesh(config.parallel)                    # axes data, fsdp, tensor
     specs, uneven = parallel.partition(params, rules, mesh)  # path rule -> PartitionSpec
     params = parallel.with_shardings(params, specs, mesh)    # abstract, for sharded init under jit
-    state = parallel.shard_state(state, optimizer, params)   # moments, masks, statistics too
+    state = parallel.shard_state(state, params)              # moments, masks, statistics too
 
 The batch is sharded over the axes `data` and `fsdp`. Weights are sharded over `fsdp` too, and
 gathered where they are used. The computation inside a layer is sharded over `tensor`.

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import optax
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -30,9 +29,7 @@ def with_shardings(params: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
-def shard_state(
-    state: TrainState, optimizer: optax.GradientTransformation, params: PyTree
-) -> TrainState:
+def shard_state(state: TrainState, params: PyTree) -> TrainState:
     """Shards every array of a training state like the parameter that it belongs to.
 
     Moments, masks and statistics get the sharding of their parameter. Arrays that belong to no
@@ -42,7 +39,6 @@ def shard_state(
 
     Args:
         state: Training state, concrete, traced or abstract.
-        optimizer: Optimizer that the state of the optimizer belongs to.
         params: Abstract parameters with shardings, from `with_shardings`.
     """
     # Arrays that belong to no parameter are replicated over the mesh.
@@ -53,14 +49,16 @@ def shard_state(
     def whole(part: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: _put(leaf, everywhere), part)
 
-    # Moments have the shape of their parameter; factored ones do not.
-    opt_state = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda leaf, like: _put(leaf, like.sharding if leaf.shape == like.shape else everywhere),
-        state.opt_state,
-        params,
-        transform_non_params=lambda leaf: _put(leaf, everywhere),
-    )
+    # Moments have the path and the shape of their parameter; factored ones only the path.
+    like_of = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+
+    def moment(path: Any, leaf: Any) -> Any:
+        like = tree.by_suffix(path, like_of)
+        if like is None or leaf.shape != like.shape:
+            return _put(leaf, everywhere)
+        return _put(leaf, like.sharding)
+
+    opt_state = jax.tree_util.tree_map_with_path(moment, state.opt_state)
     stats = state.stats
     if stats is not None:
         stats = dataclasses.replace(

@@ -17,7 +17,7 @@ Step t is after t optimizer steps: an update at step 0 precedes all training, an
 
 from typing import Any
 
-from swe_prune.errors import InputError, did_you_mean
+from swe_prune.errors import check_choice
 from swe_prune.schedules.exchange import cosine_drop_fraction
 from swe_prune.schedules.movement import MovementSchedule
 from swe_prune.schedules.ramps import Constant, Cubic, Iterative, OneShot, Schedule
@@ -59,6 +59,5 @@ def get(name: str) -> Any:
     >>> get("cubic")(0.9, begin=0, end=100, every=10).sparsity(100)
     0.9
     """
-    if name not in _SCHEDULES:
-        raise InputError(f"unknown schedule {name!r}; {did_you_mean(name, _SCHEDULES)}")
+    check_choice(name, sorted(_SCHEDULES), "schedule")
     return _SCHEDULES[name]

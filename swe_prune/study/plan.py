@@ -25,7 +25,9 @@ def plan(experiment: Experiment, console: Console) -> None:
     total = tree.size(params)
     prunable = experiment.prunable_weights()
     cells = grid.cells(config)
-    rules = collections.Counter(cell.rule for cell in cells)
+    rules = collections.Counter(
+        cell.recipe.scope if cell.recipe.rate is None else "std" for cell in cells
+    )
     lines = [
         f"{prunable:,} of {total:,} weights are prunable ({prunable / total:.1%}).",
         f"{memory_line(experiment)}; the weights themselves take {_bytes(4 * total)}.",

@@ -1,6 +1,7 @@
-"""What the user sees while it runs: a bar per phase with loss, tokens per second and time left."""
+"""What the user sees during a run: a bar per phase on a terminal, plain lines elsewhere."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -9,13 +10,22 @@ from rich.progress import Progress as Bars
 
 Advance = Callable[[int, dict[str, float]], None]
 
+EVERY = 30
+"""Seconds between the lines of a phase where there is no terminal."""
+
 
 class Progress:
-    """Bars on a terminal, one line per finished phase elsewhere."""
+    """A bar per phase on a terminal; elsewhere one plain line every 30 s."""
 
-    def __init__(self, console: Console | None = None):
-        """Shows on a console, by default standard error, so that output can be piped."""
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
+        """Prepares a console.
+
+        Args:
+            console: Console to print on; None: standard error, so that output can be piped.
+            clock: Function that returns the time in seconds.
+        """
         self.console = console or Console(stderr=True)
+        self.clock = clock
 
     def say(self, text: str) -> None:
         """Prints a line."""
@@ -23,7 +33,10 @@ class Progress:
 
     @contextlib.contextmanager
     def phase(self, name: str, steps: int) -> Iterator[Advance]:
-        """Yields a function to call with the step reached and what is known of it."""
+        """Yields a function to call with the step reached and its metrics."""
+        if not self.console.is_terminal:
+            yield self._lines(name, steps)
+            return
         bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -32,7 +45,6 @@ class Progress:
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
         )
         with bars:
             task = bars.add_task(name, total=steps, shown="")
@@ -41,6 +53,33 @@ class Progress:
                 bars.update(task, completed=step, shown=_shown(known))
 
             yield advance
+
+    def _lines(self, name: str, steps: int) -> Advance:
+        begun = last = self.clock()
+
+        def advance(step: int, known: dict[str, float]) -> None:
+            nonlocal last
+            now = self.clock()
+            if now - last >= EVERY:
+                last = now
+                parts = [f"{step} of {steps}", _shown(known), duration(now - begun)]
+                self.say(f"{name}: {', '.join(filter(None, parts))}")
+
+        return advance
+
+
+def duration(seconds: float) -> str:
+    """Returns a time in its two largest units.
+
+    >>> duration(48.3), duration(340), duration(7385)
+    ('48 s', '5 min 40 s', '2 h 3 min')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def _shown(known: dict[str, float]) -> str:

@@ -13,7 +13,7 @@ from swe_prune.calibration import layer_inputs
 
 pytestmark = [
     pytest.mark.multidevice,
-    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see multidevice_test"),
+    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see eight_devices.py"),
 ]
 KEYS = ("input_norm", "hessian")
 

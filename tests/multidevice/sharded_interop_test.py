@@ -14,7 +14,7 @@ from swe_prune.models import gpt
 
 pytestmark = [
     pytest.mark.multidevice,
-    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see multidevice_test"),
+    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see eight_devices.py"),
 ]
 HF = {
     "model_type": "phi3",
