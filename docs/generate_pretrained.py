@@ -45,7 +45,7 @@ def main() -> None:
     ):
         print(f"{title}\n\n{matrix(results, field, form)}\n")
     print(samples(results))
-    place = storage.place(options.workdir)
+    place = storage.parse_path(options.workdir)
     experiment = study.setup(config_of(place), place)
     print(f"\n{differing(experiment, *options.pair.split(','))}\n\n{moved(experiment)}")
 

@@ -142,11 +142,11 @@ NAN = {"a": jnp.ones((4, 4)), "b": {"kernel": jnp.ones((4, 4)).at[1, 2].set(jnp.
         (lambda: masks.by_std({"w": jnp.ones(3)}, 1e39), "no multiple"),
         (lambda: masks.by_std({"w": None}, 1), "no scores were given"),
         (lambda: masks.by_sparsity({"w": None}, 0.5), "no scores were given"),
-        (lambda: masks.by_sparsity({"w": jnp.ones(3)}, 1.0), "no share in"),
+        (lambda: masks.by_sparsity({"w": jnp.ones(3)}, 1.0), "must be a number in"),
         (lambda: masks.by_sparsity({"w": jnp.ones(3)}, 0.5, "layer"), "none of tensor, global"),
         (lambda: masks.by_sparsity({"w": jnp.ones((6, 2))}, 0.5, pattern="2:4"), "6 inputs"),
         (lambda: masks.by_sparsity({"w": jnp.ones((8, 2))}, 0.4, pattern="2:4"), "not 0.4"),
-        (lambda: masks.by_sparsity({"w": jnp.ones((8, 2))}, 0.5, pattern="2-4"), "not 'n:m'"),
+        (lambda: masks.by_sparsity({"w": jnp.ones((8, 2))}, 0.5, pattern="2-4"), "must be 'n:m'"),
         (
             lambda: masks.by_sparsity({"w": jnp.ones(3)}, 0.5, "row", input_axes=lambda *_: (1,)),
             "give axes that it has",

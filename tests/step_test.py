@@ -13,7 +13,7 @@ from swe_prune.models import gpt
 from swe_prune.training import optimizer as optimizer_lib
 from swe_prune.training import state as state_lib
 from swe_prune.training import step as step_lib
-from swe_prune.training.metrics import JsonLines, Meter, read_lines
+from swe_prune.training.metrics import JsonLines, MetricsLogger, read_lines
 from swe_prune.training.phase import Phase
 
 MODEL = gpt.build(ModelConfig(layers=1, heads=2, width=16, context=8, dropout=0.1), vocab_size=11)
@@ -91,8 +91,8 @@ def test_the_step_counts_what_came_back_and_the_loop_refuses_it(params, tmp_path
     metrics = revived()
     assert int(metrics["revived"]) > 0
     phase = Phase("fine-tuning", tmp_path, steps=1, log_every=1)
-    meter = Meter(phase, 0, JsonLines(tmp_path / "metrics.jsonl", 0), lambda *_: None)
-    meter.late(1, metrics, tokens=1)
+    meter = MetricsLogger(phase, 0, JsonLines(tmp_path / "metrics.jsonl", 0), lambda *_: None)
+    meter.enqueue(1, metrics, tokens=1)
     with pytest.raises(RunError, match="'fine-tuning' are not 0 after step 1"):
         meter.flush()
 
@@ -140,17 +140,17 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(params):
 
 def test_the_meter_leaves_out_what_is_not_finite_and_stops_after_so_many(tmp_path):
     phase = Phase("dense", tmp_path, steps=9, log_every=1, stop_after_skipped=2)
-    meter = Meter(phase, 0, JsonLines(tmp_path / "metrics.jsonl", 0), lambda *_: None)
+    meter = MetricsLogger(phase, 0, JsonLines(tmp_path / "metrics.jsonl", 0), lambda *_: None)
     good = {"loss": 1.0, "grad_norm": 2.0, "skipped": 0, "skipped_in_row": 0}
     bad = {"loss": np.nan, "grad_norm": 2.0, "skipped": 1, "skipped_in_row": 1}
     for step, metrics in enumerate((good, bad), start=1):
-        meter.late(step, metrics, tokens=1)
+        meter.enqueue(step, metrics, tokens=1)
     meter.flush()
-    assert meter.in_trouble
+    assert meter.last_step_skipped
     first, second = read_lines(tmp_path / "metrics.jsonl")
     assert (first["loss"], "skipped" in first) == (1.0, False)
     assert ("loss" in second, second["skipped"]) == (False, 1)
-    meter.late(3, bad | {"skipped": 2, "skipped_in_row": 2}, tokens=1)
+    meter.enqueue(3, bad | {"skipped": 2, "skipped_in_row": 2}, tokens=1)
     with pytest.raises(
         RunError, match=r"loss is nan at step 3 .* the 2. in a row .* from batch 1 "
     ):

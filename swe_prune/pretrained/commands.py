@@ -19,7 +19,7 @@ from swe_prune.pretrained import finetuning, judge, texts, tracked
 from swe_prune.pretrained.request import check_trajectory, recipe_of
 from swe_prune.pretrained.settings import EvaluateSettings, FinetuneSettings, PruneSettings
 from swe_prune.recipe import Recipe
-from swe_prune.runtime.preemption import NOTICE
+from swe_prune.runtime.preemption import PREEMPTION
 from swe_prune.training import step
 from swe_prune.training.progress import Progress
 from swe_prune.trajectory import BUFFERS
@@ -43,7 +43,7 @@ def main(command: str, given: Any) -> None:
         InputError: As each command.
     """
     run = {"prune": prune, "finetune": finetune, "evaluate": evaluate}[command]
-    with NOTICE.heeded():
+    with PREEMPTION.installed():
         run(given, Progress(), Console(width=None if sys.stdout.isatty() else WIDTH))
 
 
@@ -56,7 +56,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     """
     request = recipe_of(given)
     interop.check_free(given.out)
-    checkpoint = interop.open_checkpoint(given.model, compute_dtype=given.compute_dtype)
+    checkpoint = interop.open_pretrained(given.model, compute_dtype=given.compute_dtype)
     check_trajectory(request, tracked.there(checkpoint.path), given.model)
     text = texts.read(given.evaluation, checkpoint)
     batches, calibration = [], None
@@ -144,7 +144,7 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     """
     finetuning.checked(given)
     interop.check_free(given.out)
-    checkpoint = interop.open_checkpoint(given.model, compute_dtype=given.compute_dtype)
+    checkpoint = interop.open_pretrained(given.model, compute_dtype=given.compute_dtype)
     text, used = (texts.read(name, checkpoint) for name in (given.evaluation, given.text))
     texts.keep_apart(used, text)
     _check_window("--train-window", given.train_window, checkpoint)
@@ -201,7 +201,7 @@ def evaluate(given: EvaluateSettings, progress: Progress, console: Console) -> d
     return rows
 
 
-def _check_window(name: str, window: int, checkpoint: interop.Checkpoint) -> None:
+def _check_window(name: str, window: int, checkpoint: interop.PretrainedSource) -> None:
     context = checkpoint.config.context
     if not 1 <= window <= context:
         raise InputError(

@@ -36,7 +36,7 @@ def build(workdir: epath.PathLike) -> list[epath.Path]:
     # Imported here because they need matplotlib, which the rest of the library does without.
     from swe_prune.report import look, sections
 
-    workdir = storage.place(workdir, "working directory")
+    workdir = storage.parse_path(workdir, "working directory")
     results = read.load(workdir)
     with look.look():
         content = sections.content(results)

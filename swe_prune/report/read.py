@@ -42,7 +42,7 @@ def load(workdir: epath.PathLike) -> Results:
     Raises:
         InputError: there is no finished cell, or a file is malformed; the file is named.
     """
-    workdir = storage.place(workdir, "working directory")
+    workdir = storage.parse_path(workdir, "working directory")
     rows, repeated = read_rows(workdir / "results.csv")
     config, fingerprint = _read_config(workdir / "config.json")
     # Every seed's folder: the dense model, its controls, its cells. Each file may be missing.

@@ -67,7 +67,7 @@ class Experiment:
     config: Config
     workdir: workdir.Workdir
     data: data_lib.TextData
-    checkpoint: interop.Checkpoint | None
+    checkpoint: interop.PretrainedSource | None
     model: nn.Module
     mesh: Mesh
     host_statistics: bool
@@ -126,8 +126,8 @@ class Experiment:
         return self.train_step
 
     def place(self, state: state_lib.TrainState) -> state_lib.TrainState:
-        """Returns a state laid out over the devices; see `parallel.place_state`."""
-        return parallel.place_state(state, self.abstract_params)
+        """Returns a state laid out over the devices; see `parallel.shard_state`."""
+        return parallel.shard_state(state, self.abstract_params)
 
     def dense_state(self, params: PyTree, seed: int) -> state_lib.TrainState:
         """Returns the dense phase's state around some parameters, which may be abstract."""
@@ -178,7 +178,7 @@ class Experiment:
             seed=seed,
             rows=parallel.own_rows(settings.data.batch, self.mesh),
         )
-        return parallel.PlacedBatches(windows, self.mesh, settings.data.batch)
+        return parallel.ShardedBatches(windows, self.mesh, settings.data.batch)
 
     def validation_loss(self, params: PyTree) -> float:
         """Returns nats per token on the fixed validation windows."""
@@ -233,7 +233,7 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
         parallel.check_batch(config.data.batch // phase.accumulate, name, mesh)
     params = jax.eval_shape(lambda: state_lib.init_params(model, 0, config.window))
     specs, undivided = parallel.partition(params, _rules(config), mesh)
-    params = parallel.laid_out(params, specs, mesh)
+    params = parallel.with_shardings(params, specs, mesh)
     missing = None
     if config.parallel.statistics == "host":
         missing = parallel.host_memory_missing(mesh)
@@ -246,7 +246,7 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
     track_every = to_steps(config.trajectory.every, total=train_steps)
     _check_lengths(config, train_steps, track_every)
     optimizer = optimizer_lib.build(config.train, train_steps)
-    place = functools.partial(parallel.place_state, params=params)
+    place = functools.partial(parallel.shard_state, params=params)
     tunings = {
         one: recovery.build(config, one, trained, train_steps=train_steps, epoch=epoch, place=place)
         for one in grid.recoveries(config)
@@ -269,7 +269,7 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
         calibration = _calibration(config, data, mesh)
     return Experiment(
         config=config,
-        workdir=workdir.Workdir(storage.place(path)),
+        workdir=workdir.Workdir(storage.parse_path(path)),
         data=data,
         checkpoint=checkpoint,
         model=model,
@@ -283,8 +283,8 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
         train_steps=train_steps,
         tunings=tunings,
         track_every=track_every,
-        validation=[parallel.place_batch(batch, mesh) for batch in validation],
-        training=[parallel.place_batch(batch, mesh) for batch in training],
+        validation=[parallel.shard_batch(batch, mesh) for batch in validation],
+        training=[parallel.shard_batch(batch, mesh) for batch in training],
         calibration=calibration,
         optimizer=optimizer,
         train_step=step_lib.compile_train_step(
@@ -306,7 +306,7 @@ def _calibration(config: Config, data: data_lib.TextData, mesh: Mesh) -> list[An
             min(size, settings.windows), "config.calibration.batch, .windows", mesh
         )
     windows = calibration_windows(data.train, config.window, settings)
-    return [parallel.place_batch(batch, mesh) for batch in windows]
+    return [parallel.shard_batch(batch, mesh) for batch in windows]
 
 
 def calibration_windows(

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from swe_prune import masks as masks_lib
 from swe_prune.checkpoint import Checkpoints
 from swe_prune.errors import RunError
-from swe_prune.runtime.preemption import NOTICE
+from swe_prune.runtime.preemption import PREEMPTION
 from swe_prune.study import gradual, histograms, prune_phase, samples
 from swe_prune.study.experiment import Experiment
 from swe_prune.study.grid import Cell
@@ -159,7 +159,7 @@ def fit(
             store = Checkpoints(folder, phase.keep_latest, phase.keep_every)
             checkpoints = stack.enter_context(contextlib.closing(store))
         advance = stack.enter_context(progress.phase(phase.name, phase.steps))
-        stack.enter_context(NOTICE.deferred())
+        stack.enter_context(PREEMPTION.defer())
         return loop.fit(
             phase,
             state,

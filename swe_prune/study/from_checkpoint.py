@@ -13,7 +13,7 @@ OURS = ("pretrained", "dropout", "dtype", "remat", "scan_layers")
 """Settings of `ModelConfig` that the checkpoint leaves to the config."""
 
 
-def opened(config: Config) -> tuple[Config, interop.Checkpoint | None]:
+def opened(config: Config) -> tuple[Config, interop.PretrainedSource | None]:
     """Returns the config with the checkpoint's sizes in it, and the checkpoint, its weights unread.
 
     Raises:
@@ -30,7 +30,7 @@ def opened(config: Config) -> tuple[Config, interop.Checkpoint | None]:
                 f"config.model.{field.name} = {given!r} was given beside config.model.pretrained = "
                 f"{path!r}, which decides it; leave it out"
             )
-    checkpoint = interop.open_checkpoint(path, compute_dtype=config.model.dtype)
+    checkpoint = interop.open_pretrained(path, compute_dtype=config.model.dtype)
     if checkpoint.tokenizer is None:
         raise InputError(
             f"config.model.pretrained = {path!r} has no tokenizer, without which no text can be "
@@ -57,7 +57,7 @@ def check_texts(data: data_lib.TextData) -> None:
     data_lib.check_disjoint(*data.texts)
 
 
-def weights(checkpoint: interop.Checkpoint, abstract_params: PyTree) -> PyTree:
+def weights(checkpoint: interop.PretrainedSource, abstract_params: PyTree) -> PyTree:
     """Returns the checkpoint's weights as float32, each born on its devices.
 
     Args:

@@ -167,7 +167,7 @@ def _further(
         if not plan.is_due(number) or plan.sparsity(number) == 0:
             return state
         masks = prune(number, state.masks, state.params)
-        masks = parallel.place_like(masks, experiment.abstract_params)
+        masks = parallel.shard_like(masks, experiment.abstract_params)
         params = masks_lib.apply(state.params, masks)
         return dataclasses.replace(state, params=params, masks=masks)
 
@@ -233,7 +233,7 @@ def _movement(experiment: Experiment, cell: Cell, tuning: Tuning, start: PyTree)
         prunable,
     )
     abstract = {"weights": experiment.abstract_params, "scores": scores}
-    place = functools.partial(parallel.place_state, params=abstract)
+    place = functools.partial(parallel.shard_state, params=abstract)
 
     def begin(params: PyTree) -> TrainState:
         params = jax.tree.map(jnp.copy, params)

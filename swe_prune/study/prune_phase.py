@@ -101,7 +101,7 @@ def pruned(experiment: Experiment, cell: Cell, dense: DenseModel) -> tuple[PyTre
         )
     except InputError as error:
         raise InputError(f"cell {cell.name!r} of seed {cell.seed}: {error}") from error
-    params = parallel.place_like(params, experiment.abstract_params)
+    params = parallel.shard_like(params, experiment.abstract_params)
     return params, whole(experiment, masks)
 
 
@@ -119,7 +119,7 @@ def whole(experiment: Experiment, masks: PyTree) -> PyTree:
         experiment.prunable,
         experiment.abstract_params,
     )
-    return parallel.place_like(found, experiment.abstract_params)
+    return parallel.shard_like(found, experiment.abstract_params)
 
 
 def prune_seed(experiment: Experiment, seed: int, cells: list[Cell], progress: Progress) -> None:

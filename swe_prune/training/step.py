@@ -5,7 +5,7 @@
 Both are pure functions of pytrees. `compile_train_step` is the one place where the train step
 is jitted: the state is donated, so masks and statistics live in place beside the parameters. With
 `masks` or `stats` None in the state those parts are not in the compiled program at all, and so it
-is with what `Fixed` lacks.
+is with what `Frozen` lacks.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from swe_prune import masks, trajectory
 from swe_prune.errors import InputError
 from swe_prune.training import lora, losses
 from swe_prune.training.losses import Distillation
-from swe_prune.training.state import Fixed, TrainState
+from swe_prune.training.state import Frozen, TrainState
 
 Batch = dict[str, Any]
 """{"inputs": int32 (B, L), "targets": int32 (B, L)}, and where tokens do not all count alike
@@ -35,7 +35,7 @@ Metrics = dict[str, Array]
 def train_step(
     state: TrainState,
     batch: Batch,
-    fixed: Fixed | None = None,
+    fixed: Frozen | None = None,
     *,
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -66,7 +66,7 @@ def train_step(
     Raises:
         InputError: a distillation without a teacher, or a teacher without one.
     """
-    fixed = Fixed() if fixed is None else fixed
+    fixed = Frozen() if fixed is None else fixed
     _check_teacher(fixed, distillation)
     dropout = jax.random.fold_in(state.rng, state.step)
     # A part's share of the tokens that count may be another than its share of the tokens.
@@ -169,7 +169,7 @@ def compile_train_step(
     """
 
     def step(
-        state: TrainState, batch: Batch, fixed: Fixed | None = None
+        state: TrainState, batch: Batch, fixed: Frozen | None = None
     ) -> tuple[TrainState, Metrics]:
         state, metrics = train_step(
             state,
@@ -209,7 +209,7 @@ def _losses_BxL(
     return (1 - distillation.weight) * losses_BxL + distillation.weight * apart_BxL
 
 
-def _check_teacher(fixed: Fixed, distillation: Distillation | None) -> None:
+def _check_teacher(fixed: Frozen, distillation: Distillation | None) -> None:
     if (fixed.teacher is None) == (distillation is None):
         return
     if distillation is None:
@@ -218,8 +218,8 @@ def _check_teacher(fixed: Fixed, distillation: Distillation | None) -> None:
             "both or neither"
         )
     raise InputError(
-        "the train step distils and was given no teacher; pass Fixed(teacher=the dense parameters) "
-        "after the batch"
+        "the train step distils and was given no teacher; pass Frozen(teacher=the dense "
+        "parameters) after the batch"
     )
 
 
