@@ -423,8 +423,8 @@ def convert(value: Any, wanted: Any, what: str) -> Any:
             return float(value)
         elif isinstance(value, one) and not (isinstance(value, bool) and one is int):
             return value
-    kinds: list[Any] = [typing.get_origin(one) or one for one in _alternatives(wanted)]
-    names = [_KINDS.get(kind, kind.__name__) for kind in kinds]
+    kinds = [typing.get_origin(one) or one for one in _alternatives(wanted)]
+    names = [_KINDS.get(kind, str(kind)) for kind in kinds]
     raise InputError(f"{what} must be {' or '.join(names)}, got {value!r}")
 
 
