@@ -434,11 +434,12 @@ def convert(value: Any, wanted: Any, what: str) -> Any:
             return float(value)
         elif isinstance(value, one) and not (isinstance(value, bool) and one is int):
             return value
-    kinds = [_KINDS[typing.get_origin(one) or one] for one in _alternatives(wanted)]
-    raise InputError(f"{what} must be {' or '.join(kinds)}, got {value!r}")
+    kinds = [typing.get_origin(one) or one for one in _alternatives(wanted)]
+    names = [_KINDS.get(kind, str(kind)) for kind in kinds]
+    raise InputError(f"{what} must be {' or '.join(names)}, got {value!r}")
 
 
-_KINDS = {
+_KINDS: dict[Any, str] = {
     int: "an integer",
     float: "a number",
     bool: "True or False",

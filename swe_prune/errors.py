@@ -59,9 +59,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     >>> did_you_mean("magnitud", ["magnitude", "random"])
     "did you mean 'magnitude'? Known: magnitude, random"
     """
-    known = sorted(known)
-    guess = suggestion(name, known).removeprefix("; ")
-    return f"{guess}{' ' if guess else ''}Known: {', '.join(known)}"
+    names = sorted(known)
+    guess = suggestion(name, names).removeprefix("; ")
+    return f"{guess}{' ' if guess else ''}Known: {', '.join(names)}"
 
 
 def suggestion(name: object, known: Iterable[str | None]) -> str:
