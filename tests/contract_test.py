@@ -352,7 +352,8 @@ def test_without_keep_momentum_revives_what_was_pruned():
     params = {"w": matrix(0)}
     mask = masks.by_sparsity(importance.score("magnitude", params), 0.5)
     params, optimizer = masks.apply(params, mask), optax.adam(1e-2)
-    updates, _ = optimizer.update({"w": matrix(1)}, optimizer.init(params), params)
+    state = optimizer.init(params)
+    updates, _ = jax.jit(optimizer.update)({"w": matrix(1)}, state, params)
     assert int(masks.revived(optax.apply_updates(params, updates), mask)) == 48
 
 

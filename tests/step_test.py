@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,10 @@ from swe_prune.training.phase import Phase
 
 MODEL = gpt.build(ModelConfig(layers=1, heads=2, width=16, context=8, dropout=0.1), vocab_size=11)
 PHASE = PhaseConfig(steps=50, warmup=2, learning_rate=1e-2)
+ADAMW = optimizer_lib.build(PHASE, 50)
+
+# One step for each model, optimizer and setting, so that the tests compile it once.
+compile_once = functools.cache(step_lib.compile_train_step)
 
 
 def batch(seed):
@@ -25,16 +30,20 @@ def batch(seed):
     return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
 
 
+@pytest.fixture(scope="module")
+def initial():
+    return jax.device_get(state_lib.init_params(MODEL, 0, 8))
+
+
 @pytest.fixture
-def params():
-    return state_lib.init_params(MODEL, 0, 8)
+def params(initial):
+    return jax.tree.map(jnp.array, initial)
 
 
-def take(params, n, *, masks=None, stats=None, optimizer=None, every=1):
+def take(params, n, *, masks=None, stats=None, optimizer=ADAMW, every=1):
     """Returns the state after n steps, and the parameters after each."""
-    optimizer = optimizer or optimizer_lib.build(PHASE, 50)
     state = state_lib.create(jax.tree.map(jnp.copy, params), optimizer, 0, masks=masks, stats=stats)
-    step = step_lib.compile_train_step(MODEL, optimizer, every)
+    step = compile_once(MODEL, optimizer, every)
     history = []
     for i in range(n):
         state, _ = step(state, batch(i))
@@ -49,7 +58,7 @@ def half(params):
 @pytest.mark.parametrize(
     "optimizer",
     [
-        None,
+        ADAMW,
         optax.sgd(0.1, momentum=0.9),
         optax.lion(1e-3, weight_decay=0.1),
         optax.chain(optax.add_noise(0.1, 0.5, 0), optax.adam(1e-2)),
@@ -97,14 +106,16 @@ def test_the_step_counts_what_came_back_and_the_loop_refuses_it(params, tmp_path
         meter.flush()
 
 
+WITHOUT_DROPOUT = gpt.build(ModelConfig(layers=1, heads=2, width=16, context=8), vocab_size=11)
+SGD = optax.sgd(0.1)
+
+
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_batch_in_parts_is_the_same_step(params, parts):
-    model = gpt.build(ModelConfig(layers=1, heads=2, width=16, context=8), vocab_size=11)
-    optimizer = optax.sgd(0.1)
     outcomes = []
     for accumulate in (1, parts):
-        state = state_lib.create(jax.tree.map(jnp.copy, params), optimizer, 0)
-        step = step_lib.compile_train_step(model, optimizer, accumulate=accumulate)
+        state = state_lib.create(jax.tree.map(jnp.copy, params), SGD, 0)
+        step = compile_once(WITHOUT_DROPOUT, SGD, accumulate=accumulate)
         state, metrics = step(state, batch(0))
         outcomes.append((state.params, metrics["loss"], metrics["grad_norm"]))
     # atol: gradients are summed in another order, and a weight may be nearly 0.
@@ -112,10 +123,8 @@ def test_a_batch_in_parts_is_the_same_step(params, parts):
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(params):
-    optimizer = optimizer_lib.build(PHASE, 50)
-    mask = half(params)
-    state = state_lib.create(jax.tree.map(jnp.copy, params), optimizer, 0, masks=mask)
-    step = step_lib.compile_train_step(MODEL, optimizer)
+    state = state_lib.create(jax.tree.map(jnp.copy, params), ADAMW, 0, masks=half(params))
+    step = compile_once(MODEL, ADAMW, 1)
     state, _ = step(state, batch(0))
     broken = jax.tree.map(lambda weight: weight * jnp.inf, state.params["final_norm"])
     for in_row in (1, 2):
@@ -179,12 +188,8 @@ def test_tracking_does_not_change_training(params):
 
 
 def test_the_state_is_donated_and_keeps_its_structure(params):
-    optimizer = optimizer_lib.build(PHASE, 50)
-    state = state_lib.create(
-        params, optimizer, 0, masks=half(params), stats=trajectory.init(params)
-    )
-    step = step_lib.compile_train_step(MODEL, optimizer)
-    after, _ = step(state, batch(0))
+    state = state_lib.create(params, ADAMW, 0, masks=half(params), stats=trajectory.init(params))
+    after, _ = compile_once(MODEL, ADAMW, 1)(state, batch(0))
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
@@ -207,11 +212,10 @@ def test_dropout_differs_between_steps_and_not_between_runs(params):
 
 
 def test_masks_and_statistics_compile_away_when_there_are_none(params):
-    optimizer = optimizer_lib.build(PHASE, 50)
-    step = step_lib.compile_train_step(MODEL, optimizer)
+    step = compile_once(MODEL, ADAMW, 1)
 
     def text(**fields):
-        state = state_lib.create(params, optimizer, 0, **fields)
+        state = state_lib.create(params, ADAMW, 0, **fields)
         return step.lower(state, batch(0)).as_text()
 
     plain, full = text(), text(masks=half(params), stats=trajectory.init(params))
@@ -226,7 +230,7 @@ def test_weight_decay_spares_what_is_no_matrix(params):
     phase = dataclasses.replace(PHASE, weight_decay=0.5, warmup=0)
     optimizer = optimizer_lib.build(phase, 50)
     zero = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(zero, jax.jit(optimizer.init)(params), params)
     assert not np.asarray(updates["final_norm"]["scale"]).any()
     assert np.asarray(updates["block_0"]["mlp"]["up"]["kernel"]).all()
 
