@@ -245,6 +245,16 @@ def test_help_shows_every_option_of_both_uses(command, capsys, monkeypatch):
             assert field.metadata["help"].split()[0] in model
 
 
+def test_a_wrong_command_line_is_refused_before_what_computes_is_imported():
+    code = (
+        "import sys; from swe_prune import cli; cli.main(['prune', '--workdir=w', '--sparsity=1']);"
+        "print(sorted({'orbax', 'grain', 'swe_prune.study', 'swe_prune.models'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "--sparsity is for a pretrained model" in done.stderr
+    assert done.stdout == "[]\n"
+
+
 def test_the_version_is_printed(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["--version"])
