@@ -37,7 +37,7 @@ bench: $(call STAMP,bench)
 	$(BIN)/python benchmarks/vs_torch.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .jax_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -25,16 +25,18 @@ from swe_prune.sweep import chain, product
 
 UNSTRUCTURED = {"sparsity": [0.3, 0.5, 0.6]}
 TWO_OF_FOUR = {"sparsity": [0.5], "pattern": ["2:4"]}
-CRITERIA = {
-    "criterion": ["magnitude", "swe", "blockwise:wanda", "blockwise:sparsegpt", "random"],
-}
-OWL = {"criterion": ["blockwise:wanda"], "allocation": ["owl"]}
+RANKINGS = chain(
+    product({"criterion": ["magnitude", "swe"]}),
+    product({"method": ["wanda", "sparsegpt"]}),
+    product({"criterion": ["random"]}),
+)
+OWL = {"method": ["wanda"], "allocation": ["owl"]}
 
 
 def cells() -> list[dict]:
     """Returns the cells; 2:4 fixes the sparsity of every tensor, so OWL has nothing to share."""
     return chain(
-        product(CRITERIA, UNSTRUCTURED), product(OWL, UNSTRUCTURED), product(CRITERIA, TWO_OF_FOUR)
+        product(RANKINGS, UNSTRUCTURED), product(OWL, UNSTRUCTURED), product(RANKINGS, TWO_OF_FOUR)
     )
 
 

@@ -45,7 +45,7 @@ def main() -> None:
     ):
         print(f"{title}\n\n{matrix(results, field, form)}\n")
     print(samples(results))
-    place = storage.place(options.workdir)
+    place = storage.parse_path(options.workdir)
     experiment = study.setup(config_of(place), place)
     print(f"\n{differing(experiment, *options.pair.split(','))}\n\n{moved(experiment)}")
 
@@ -74,7 +74,7 @@ def matrix(results: Results, field: str, form: Any) -> str:
 
 def level(row: Row) -> str:
     """Returns the sparsity that was asked for, or the pattern."""
-    return "2:4" if row.criterion.endswith(" 2:4") else percent(row.requested).replace("\xa0", " ")
+    return "2:4" if row.criterion.endswith(" 2:4") else percent(row.sparsity).replace("\xa0", " ")
 
 
 def samples(results: Results) -> str:
@@ -86,13 +86,14 @@ def samples(results: Results) -> str:
 
 
 def differing(experiment: study.Experiment, one: str, other: str) -> str:
-    """Returns how many of the removed weights two criteria do not share, at each level."""
+    """Returns how many of the removed weights two criteria do not share, at each sparsity."""
     by_name: dict[tuple[str, float, str], Any] = {
-        (cell.criterion, cell.requested, cell.pattern or ""): cell for cell in experiment.cells
+        (cell.recipe.name, cell.recipe.target, cell.recipe.pattern or ""): cell
+        for cell in experiment.cells
     }
     lines = []
-    for (name, requested, pattern), cell in by_name.items():
-        twin = by_name.get((other, requested, pattern))
+    for (name, sparsity, pattern), cell in by_name.items():
+        twin = by_name.get((other, sparsity, pattern))
         if name != one or twin is None:
             continue
         masks = [saved.load_masks(experiment, which) for which in (cell, twin)]
@@ -101,7 +102,7 @@ def differing(experiment: study.Experiment, one: str, other: str) -> str:
             if a is not None:
                 a, b = np.asarray(a), np.asarray(b)
                 apart, removed = apart + int((~a & b).sum()), removed + int((~a).sum())
-        lines.append(f"{pattern or percent(requested)}: {apart / removed:.2%}")
+        lines.append(f"{pattern or percent(sparsity)}: {apart / removed:.2%}")
     return f"Of the weights that `{one}` removes, `{other}` keeps: " + ", ".join(lines) + "."
 
 

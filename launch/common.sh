@@ -84,7 +84,7 @@ need() {
 # whole WHAT VALUE LEAST: the value must be a whole number, that or above.
 whole() {
     if [[ ! $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || (($2 < $3)); then
-        die "$1 is '$2', which is no whole number of $3 or more; correct it"
+        die "$1 is '$2', which is not a whole number of $3 or more; correct it"
     fi
 }
 
@@ -92,7 +92,7 @@ whole() {
 check_name() {
     need name my-run
     [[ ${OPTION[name]} =~ ^[a-z]([-a-z0-9]{0,34}[a-z0-9])?$ ]] ||
-        die "--name=${OPTION[name]} is no name for a job; take up to 36 of a-z, 0-9 and -," \
+        die "--name=${OPTION[name]} is not a valid job name; take up to 36 of a-z, 0-9 and -," \
             "a letter first and no - last"
 }
 

@@ -34,7 +34,7 @@ parse "name= zone= type= version= project= spot setup= extra= poll= restarts= ke
 step=${WORDS[0]:-}
 case $step in
     run | create | install | start | log | status | resume | delete) ;;
-    *) die "'$step' is no step; take one of run, create, install, start, log, status, resume, delete" ;;
+    *) die "'$step' is not a step; take one of run, create, install, start, log, status, resume, delete" ;;
 esac
 words 1
 check_name

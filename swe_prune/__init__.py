@@ -24,6 +24,7 @@ from swe_prune import (
     importance,
     masks,
     patterns,
+    recipe,
     schedules,
     select,
     sparse_training,
@@ -31,10 +32,12 @@ from swe_prune import (
     tree,
 )
 from swe_prune.pruning import Pruned, prune
+from swe_prune.recipe import Recipe
 from swe_prune.version import __version__
 
 __all__ = [
     "Pruned",
+    "Recipe",
     "__version__",
     "allocation",
     "blockwise",
@@ -44,6 +47,7 @@ __all__ = [
     "masks",
     "patterns",
     "prune",
+    "recipe",
     "schedules",
     "select",
     "sparse_training",

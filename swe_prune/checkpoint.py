@@ -1,10 +1,10 @@
 """Checkpoints: the only file that imports orbax.
 
-Every checkpoint is a pytree of arrays and a JSON object, written in the background to a temporary
-folder and renamed, so a process killed in the middle leaves the one before. Beside each lie lists
-of checksums, one of each process that took part: what was not written completely, or changed since,
-is found when it is read and never trusted. It may be read by another number of processes and onto
-another mesh.
+A checkpoint is a pytree of arrays and a JSON object. It is written in the background to a temporary
+folder and then renamed, so a process killed during the write leaves the previous checkpoint intact.
+Each process that took part writes a list of checksums next to the checkpoint; a checkpoint that is
+incomplete or was changed later is detected when it is read. A checkpoint can be restored with a
+different number of processes and onto a different mesh.
 """
 
 import hashlib
@@ -28,25 +28,27 @@ from swe_prune.errors import DamagedError, InputError, RunError
 from swe_prune.runtime import processes, storage
 from swe_prune.tree import named_leaves
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
+logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every save
 
 
 class Checkpoints:
     """The numbered checkpoints of one phase in one folder.
 
     Attributes:
-        folder: where they are.
+        folder: Folder that contains the checkpoints.
     """
 
     def __init__(self, folder: epath.PathLike, keep: int = 2, keep_every: int = 0):
-        """Opens the folder, making it when there is none, and clears what a kill left half done.
+        """Opens the folder, creating it if necessary, and removes incomplete checkpoints.
 
         Args:
-            folder: one per phase.
-            keep: how many of the latest to keep.
-            keep_every: keep those of every so many steps for good too; 0: none.
+            folder: Folder for the checkpoints of one phase.
+            keep: Number of latest checkpoints to retain.
+            keep_every: Number of steps between checkpoints that are retained permanently; 0 for
+                none.
         """
         self.folder = storage.absolute(folder)
+        # Retain the newest checkpoints and, permanently, one every `keep_every` steps.
         policies: list[Any] = [preservation.LatestN(keep)]
         if keep_every:
             policies.append(preservation.EveryNSteps(keep_every))
@@ -58,21 +60,25 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._drop_those_cut_short()
+        self._drop_incomplete()
 
     def latest(self) -> int | None:
         """Returns the number of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, tree: PyTree, extra: dict[str, Any]) -> None:
-        """Begins to write a checkpoint, once the one before is written.
+        """Starts writing a checkpoint in the background, after the previous one is written.
 
-        The arrays may be given up (donated) as soon as this returns. Keys of jax's random numbers
-        are stored as their data.
+        The arrays may be donated as soon as this returns. JAX random keys are stored as their data.
+
+        Args:
+            step: Number of the checkpoint.
+            tree: Pytree of arrays to save.
+            extra: JSON-serializable values to save with it.
 
         Raises:
-            RunError: the folder cannot be written; of what goes wrong later, `wait`, the next
-                `save` or `close` say so.
+            RunError: If the folder cannot be written. Errors that occur later are raised by
+                `wait`, the next `save`, or `close`.
         """
         self.wait()
         plain = _without_keys(tree)
@@ -86,14 +92,15 @@ class Checkpoints:
             )
         except (OSError, ValueError) as error:
             raise self._unwritten(step, error) from error
+        # Checksums need complete files, so another thread waits for them.
         self._writing = threading.Thread(target=self._finish, args=(step,), daemon=True)
         self._writing.start()
 
     def wait(self) -> None:
-        """Waits until the last checkpoint is written, its checksums included.
+        """Waits until the last checkpoint and its checksums are written.
 
         Raises:
-            RunError: it cannot be.
+            RunError: If they cannot be written.
         """
         if self._writing is not None:
             self._writing.join()
@@ -106,28 +113,29 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             self._write_checksums(step)
-        except Exception as error:  # of a thread: raised by `wait`, in the thread that can say so
+        except Exception as error:  # `wait` raises it in the main thread
             self._failure = self._unwritten(step, error)
 
     def _unwritten(self, step: int, error: Exception) -> RunError:
         return RunError(
-            f"checkpoint {step} in {self.folder} cannot be written: {_first_line(error)}; make "
-            "room or choose another workdir and run the same command again, earlier "
+            f"checkpoint {step} in {self.folder} cannot be written: {_first_line(error)}; free "
+            "space or choose another workdir, and run the same command again; earlier "
             "checkpoints are kept"
         )
 
     def restore(self, like: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any]]:
-        """Returns (tree, extra) of a checkpoint, by default the newest that is not damaged.
+        """Returns (tree, extra) of a checkpoint, by default the newest undamaged one.
 
-        A damaged one is passed over with a warning, for the one before it, unless it is asked for.
+        Unless `step` is given, damaged checkpoints are skipped with a warning.
 
         Args:
-            like: a pytree of the same structure, concrete or from `jax.eval_shape`.
-            step: which one.
+            like: Pytree with the structure, shapes and shardings to restore, concrete or from
+                `jax.eval_shape`.
+            step: Number of the checkpoint. If None, the newest undamaged one.
 
         Raises:
-            InputError: it, or each there is, is damaged, or it holds another structure or other
-                shapes.
+            InputError: If the checkpoint, or every checkpoint, is damaged, or if its structure or
+                shapes differ from `like`.
         """
         self.wait()
         if step is not None:
@@ -137,12 +145,13 @@ class Checkpoints:
             raise InputError(
                 f"{self.folder} holds no checkpoint; run the phase that makes it first"
             )
+        # Newest first: rename a damaged checkpoint, and try the previous one.
         for number, earlier in itertools.pairwise(steps):
             try:
                 return self._restore(like, number)
             except DamagedError as error:
                 reason = str(error).partition("; ")[0]
-                warnings.warn(f"{reason}; going on from {earlier}", stacklevel=2)
+                warnings.warn(f"{reason}; continuing from {earlier}", stacklevel=2)
                 self._set_aside(number)
         return self._restore(like, steps[-1])
 
@@ -151,6 +160,7 @@ class Checkpoints:
         described = self._manager.restore(
             step, args=ocp.args.Composite(extra=ocp.args.JsonRestore())
         )["extra"]
+        # Compare names, dtypes and shapes first, for a clearer error than that of orbax.
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _without_keys(like))
         self._check_fits(step, described["leaves"], _describe(abstract))
         restored = self._manager.restore(
@@ -159,18 +169,18 @@ class Checkpoints:
         return _with_keys(restored["tree"], like), described["extra"]
 
     def close(self) -> None:
-        """Waits for what is being written, and releases the manager.
+        """Waits for pending writes and closes the manager.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: If a pending checkpoint cannot be written.
         """
         try:
             self.wait()
         finally:
             self._manager.close()
 
-    def _drop_those_cut_short(self) -> None:
-        """Removes what was renamed when the process was killed before its checksums were there."""
+    def _drop_incomplete(self) -> None:
+        """Removes checkpoints whose process was killed before their checksums were written."""
         steps = sorted(self._manager.all_steps())
 
         def drop() -> list[int]:
@@ -179,17 +189,18 @@ class Checkpoints:
                 storage.remove(self.folder / str(step))
             return cut
 
+        # Process 0 removes them, and all processes learn which.
         cut = processes.first(drop)
         for step in cut:
             warnings.warn(
-                f"checkpoint {step} in {self.folder} was cut short; going on from the one before",
+                f"checkpoint {step} in {self.folder} is incomplete; continuing from the one before",
                 stacklevel=3,
             )
         if cut:
             self._manager.reload()
 
     def _set_aside(self, step: int) -> None:
-        """Renames a damaged one, lest it stand in the way of a new one of its number."""
+        """Renames a damaged checkpoint, to free its number for a new one."""
 
         def rename() -> None:
             storage.move(self.folder / str(step), self.folder / f"damaged_{step}")
@@ -200,35 +211,37 @@ class Checkpoints:
         self._manager.reload()
 
     def _write_checksums(self, step: int) -> None:
-        """Writes the checksums of this process's share of the files."""
-        share, of = processes.index(), processes.count()
-        if share == 0:
+        """Writes the checksums of every n-th file, n being the number of processes."""
+        index, count = processes.index(), processes.count()
+        if index == 0:
+            # Remove the checksums of checkpoints that orbax has deleted.
             for stale in self.folder.glob("*.checksums"):
                 if not (self.folder / stale.name.partition(".")[0]).exists():
                     stale.unlink(missing_ok=True)
-        part = f".{share}_of_{of}" if of > 1 else ""
-        names = storage.files(self.folder / str(step))[share::of]
+        part = f".{index}_of_{count}" if count > 1 else ""
+        names = storage.files(self.folder / str(step))[index::count]
         sums = _checksums(self.folder / str(step), names)
         storage.write(self.folder / f"{step}{part}.checksums", json.dumps(sums))
 
     def _checksum_files(self, step: int) -> list[epath.Path] | None:
-        """Returns the lists of checksums of a checkpoint, or None when one is not there."""
+        """Returns the checksum files of a checkpoint, or None if one is missing."""
         found = {file.name: file for file in self.folder.glob(f"{step}.*checksums")}
+        # A complete set is one file, or one from each process that wrote the checkpoint.
         if f"{step}.checksums" in found:
             return [found[f"{step}.checksums"]]
         counts = {int(m[1]) for name in found if (m := re.search(r"_of_(\d+)\.", name))}
         for count in counts:
-            names = [f"{step}.{share}_of_{count}.checksums" for share in range(count)]
+            names = [f"{step}.{index}_of_{count}.checksums" for index in range(count)]
             if all(name in found for name in names):
                 return [found[name] for name in names]
         return None
 
     def _verify(self, step: int) -> None:
-        """Checks each process's share of the files; all raise what one finds."""
+        """Checks the files, divided over the processes; all raise if one finds a fault."""
         faults = [fault for fault in processes.gather(self._fault(step)) if fault is not None]
         if faults:
             raise DamagedError(
-                f"checkpoint {step} in {self.folder} is damaged: {faults[0]}; {self._mend(step)}"
+                f"checkpoint {step} in {self.folder} is damaged: {faults[0]}; {self._remedy(step)}"
             )
 
     def _fault(self, step: int) -> str | None:
@@ -238,23 +251,24 @@ class Checkpoints:
                 written |= json.loads(file.read_text())
         except (OSError, ValueError) as error:
             return f"its checksums cannot be read ({_first_line(error)})"
+        # A file may be missing, unexpected, or changed.
         names = sorted(written.keys() | set(storage.files(self.folder / str(step))))
         for name in names[processes.index() :: processes.count()]:
             found = _checksums(self.folder / str(step), [name]).get(name)
             if written.get(name) != found:
-                return f"{name} {'is missing' if found is None else 'is not as it was written'}"
+                return f"{name} {'is missing' if found is None else 'was changed after writing'}"
         return None
 
     def _check_fits(self, step: int, stored: dict[str, str], wanted: dict[str, str]) -> None:
         for name in [*wanted, *stored]:
             if stored.get(name) != wanted.get(name):
                 raise InputError(
-                    f"checkpoint {step} in {self.folder} is of another model: {name!r} is "
+                    f"checkpoint {step} in {self.folder} belongs to another model: {name!r} is "
                     f"{stored.get(name, 'not in it')} and should be "
                     f"{wanted.get(name, 'absent')}; choose the workdir or the config it belongs to"
                 )
 
-    def _mend(self, step: int) -> str:
+    def _remedy(self, step: int) -> str:
         earlier = [s for s in self._manager.all_steps() if s < step]
         resume = f"resume from step {max(earlier)}" if earlier else "start that phase again"
         return f"delete {self.folder / str(step)} and run the same command to {resume}"

@@ -150,7 +150,7 @@ def main(
             commands.main(parsed.command, given)
             return 0
         if given.workdir is not None:
-            storage.place(given.workdir, "--workdir")
+            storage.parse_path(given.workdir, "--workdir")
         if (
             isinstance(given, PlanSettings)
             and given.devices is not None
@@ -205,11 +205,11 @@ def _failed(error: Exception, code: int, distributed: bool) -> int:
 def _supervise(given: DistributedSettings, arguments: Sequence[str]) -> int:
     from swe_prune.runtime import processes, supervisor
 
-    processes.place(given.coordinator, given.process)
+    processes.process_address(given.coordinator, given.process)
     if given.distributed and given.coordinator is not None:
         raise InputError("--distributed and --coordinator were both given; give one")
     join = processes.Timeouts.of_environment().join
-    workdir = storage.place(given.workdir, "--workdir")
+    workdir = storage.parse_path(given.workdir, "--workdir")
     return supervisor.supervise(arguments, workdir, given.process, join)
 
 
@@ -372,7 +372,7 @@ def _dispatch(parsed: Parsed, distributed: bool, elapsed: Callable[[], float]) -
     command, given = parsed.command, parsed.settings
     workdir = epath.Path()
     if given.workdir is not None:
-        workdir = storage.place(given.workdir, "--workdir")
+        workdir = storage.parse_path(given.workdir, "--workdir")
     if command == "report":
         _report(workdir)
         return
@@ -387,7 +387,7 @@ def _dispatch(parsed: Parsed, distributed: bool, elapsed: Callable[[], float]) -
     # What computes is imported only once there is something to do.
     from swe_prune import study
     from swe_prune.runtime import processes
-    from swe_prune.runtime.preemption import NOTICE
+    from swe_prune.runtime.preemption import PREEMPTION
     from swe_prune.training.progress import Progress, duration
 
     processes.check_same(config_lib.flat(config) | _versions())
@@ -400,7 +400,7 @@ def _dispatch(parsed: Parsed, distributed: bool, elapsed: Callable[[], float]) -
 
     progress = Progress(Console(quiet=True) if processes.index() > 0 else None)
     claimed = study.claim(experiment.workdir, config, shard, progress.say)
-    with claimed, NOTICE.heeded():
+    with claimed, PREEMPTION.installed():
         progress.say(study.memory_line(experiment))
         if command == "evaluate":
             rows = study.evaluate(experiment, progress)
@@ -442,7 +442,7 @@ def _plan(experiment: "Experiment", given: PlanSettings) -> None:
 def _join(given: DistributedSettings) -> None:
     from swe_prune.runtime import processes
 
-    where = processes.place(given.coordinator, given.process)
+    where = processes.process_address(given.coordinator, given.process)
     processes.start(where, processes.Timeouts.of_environment())
 
 
@@ -459,7 +459,7 @@ def _config(given: WorkdirSettings | PlanSettings, overrides: list[str]) -> conf
         raise InputError("no --config was given; give the path of a get_config() file")
     from swe_prune.study.workdir import config_of
 
-    return config_of(storage.place(given.workdir, "--workdir"))
+    return config_of(storage.parse_path(given.workdir, "--workdir"))
 
 
 def _report(workdir: epath.Path) -> None:

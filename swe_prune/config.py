@@ -24,6 +24,8 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from swe_prune.errors import InputError, check_choice, did_you_mean
+from swe_prune.recipe import Recipe
+from swe_prune.recipe import check as check_recipe
 
 Activation = Literal["gelu", "gelu_exact", "relu", "silu", "tanh"]
 Norm = Literal["layer", "rms"]
@@ -32,15 +34,15 @@ RopeScaling = Literal["none", "linear", "dynamic", "yarn", "llama3", "longrope"]
 ComputeDtype = Literal["float32", "bfloat16"]
 Values = Literal["final", "late_mean"]
 Memory = Literal["device", "host"]
+Schedule = Literal["one_shot", "cubic", "iterative", "rigl", "set", "ste", "movement"]
+Recovery = Literal["none", "finetune", "rewarm", "rewind"]
 """Choices of the settings below; `convert` and `check_choices` refuse every other value."""
 
 Duration = int | str
 """Steps as an int, or a string `"5%"` or `"2 epochs"`."""
 
-SCOPES = ("tensor", "global", "row", "std")
-SCHEDULES = ("one-shot", "cubic", "iterative")
-RECOVERIES = ("none", "finetune", "rewarm", "rewind")
-"""What `CellConfig` may have of each."""
+ONE_SHOT: Schedule = "one_shot"
+"""The schedule that prunes before the recovery; all others prune during it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,37 +216,46 @@ class SamplesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class CellConfig:
-    """One cell of a study, for each of its seeds; see `sweep.py` for many at once.
+class CellConfig(Recipe):
+    """One cell of a study, for each of its seeds: a recipe, its schedule and the recovery.
 
-    Recovery is the training that follows pruning with the masks held, each against a control: the
-    dense model trained as long on the same learning rates.
+    The fields of `recipe.Recipe` and the following; `sweep` makes many cells at once. Recovery is
+    the training that follows pruning with the masks held, each against a control: the dense model
+    trained for as long with the same learning rates.
 
-        none      nothing
+        none      no training
         finetune  the settings of `finetune`
-        rewarm    these, with the learning rate warmed up to the peak of `train` again
+        rewarm    the same, with the learning rate warmed up to the peak of `train` again
         rewind    the last steps of the learning rate of `train` once more (Renda et al., 2020)
 
-    A schedule that is not one-shot prunes during the recovery, whose length stays the same.
+    A schedule other than "one_shot" prunes during the recovery, whose length stays the same:
+
+        cubic, iterative  the sparsity rises, at once or in rounds (Zhu and Gupta, 2017; Frankle
+                          and Carbin, 2019)
+        rigl, set         constant sparsity; weak weights are exchanged (Evci et al., 2020; Mocanu
+                          et al., 2018)
+        ste               dense weights are trained through masks of their magnitude
+        movement          scores are learned and pick the masks (Sanh et al., 2020)
     """
 
-    criterion: str = "magnitude"  # a registered name, or "blockwise:sparsegpt" and the like
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the criterion
-    scope: str = "tensor"  # or "global", "row"; "std": the paper's rule
-    allocation: str | None = None  # a name of allocation.names(), with scope "tensor" or "row"
-    pattern: str | None = None  # "2:4", "block:4x4", "row", "column", "neuron"
-    schedule: str = "one-shot"  # or "cubic", "iterative"
-    sparsity: float = 0.5  # with scope "std": the rate
-    recovery: str = "finetune"
-    recovery_steps: Duration | None = None  # None: finetune.steps
-    seeds: tuple[int, ...] | None = None  # None: those of the study
+    schedule: Schedule = ONE_SHOT  # When the weights are removed.
+    recovery: Recovery = "finetune"  # Training that follows.
+    recovery_steps: Duration | None = None  # Length of the recovery; None: `finetune.steps`.
+    seeds: tuple[int, ...] | None = None  # Seeds of the dense models; None: those of the study.
+
+    def recipe(self, seed: int) -> Recipe:
+        """Returns how the model of a seed is pruned."""
+        fields = dataclasses.fields(Recipe)
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields}
+        values["seed"] = seed
+        return Recipe(**values)
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
-    """The grid: two comparisons kept apart, each over its own criteria, levels and seeds.
+    """The grid: two separate comparisons, each over its own criteria, amounts and seeds.
 
-    `cells` come after the grid, as a sweep lists them.
+    `cells` follow the grid, as a sweep lists them.
     """
 
     std_criteria: tuple[str, ...] = ("swe", "swe_spread", "magnitude")
@@ -609,24 +620,27 @@ def validate(config: Config) -> None:
 
 
 def _validate_cell(cell: CellConfig, path: str, need: Callable[..., None]) -> None:
-    for key, known in (("scope", SCOPES), ("schedule", SCHEDULES), ("recovery", RECOVERIES)):
-        value = getattr(cell, key)
-        need(value in known, f"{path}.{key}", value, did_you_mean(value, known))
-    level, gradual = cell.sparsity, cell.schedule != "one-shot"
-    if cell.scope == "std":
-        need(level >= 0 and math.isfinite(level), f"{path}.sparsity", level,
-             "with scope 'std' it is a rate; give 0 or more")  # fmt: skip
-        need(not gradual, f"{path}.schedule", cell.schedule,
-             "a rate of scope 'std' is no sparsity to grow; choose another scope")  # fmt: skip
-        for key in ("allocation", "pattern"):
-            value = getattr(cell, key)
-            need(value is None, f"{path}.{key}", value,
-                 "scope 'std' allocates by its own rule; choose another scope")  # fmt: skip
-    else:
-        need(0 <= level < 1, f"{path}.sparsity", level, "give a share in [0, 1)")
-    need(cell.allocation is None or cell.scope != "global", f"{path}.allocation", cell.allocation,
-         "scope 'global' would overrule it; give scope 'tensor' or 'row'")  # fmt: skip
-    need(not (gradual and cell.recovery == "none"), f"{path}.schedule", cell.schedule,
-         "it prunes during the recovery; choose one that is not 'none'")  # fmt: skip
+    """Checks what a cell adds to its recipe, then the recipe itself."""
+    gradual = cell.schedule != ONE_SHOT
+    need(cell.seed == 0, f"{path}.seed", cell.seed, f"give seeds = ({cell.seed},)")
     need(cell.seeds is None or len(cell.seeds) > 0, f"{path}.seeds", cell.seeds,
          "give at least one, or None for those of the study")  # fmt: skip
+    need(not (gradual and cell.recovery == "none"), f"{path}.schedule", cell.schedule,
+         "it prunes during the recovery; choose one that is not 'none'")  # fmt: skip
+    need(not (gradual and cell.rate is not None), f"{path}.schedule", cell.schedule,
+         "a rate is not a sparsity that can grow; give a sparsity")  # fmt: skip
+    try:
+        check_recipe(cell.recipe(0))
+        gradual_only = cell.method is None and not cell.n_of_m
+    except InputError as error:
+        raise InputError(f"config.{path}: {error}") from error
+    need(not gradual or gradual_only, f"{path}.schedule", cell.schedule,
+         "a method or an n:m pattern prunes at once; give 'one_shot'")  # fmt: skip
+    ranked_by = {"ste": "magnitude", "movement": "movement"}.get(cell.schedule)
+    need(ranked_by in (None, cell.criterion), f"{path}.criterion", cell.criterion,
+         f"schedule {cell.schedule!r} ranks by its own; give {ranked_by!r}")  # fmt: skip
+    need(cell.schedule in (ONE_SHOT, "cubic", "iterative") or cell.pattern is None,
+         f"{path}.pattern", cell.pattern,
+         f"schedule {cell.schedule!r} prunes single weights; leave it out")  # fmt: skip
+    need(ranked_by is None or cell.allocation is None, f"{path}.allocation", cell.allocation,
+         f"schedule {cell.schedule!r} distributes by scope; leave it out")  # fmt: skip

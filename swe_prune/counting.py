@@ -1,4 +1,4 @@
-"""Exact integer counts in traced programs, as two uint32 words, at any size."""
+"""Exact integer counts below 2^48 in traced programs, as pairs of uint32."""
 
 import math
 from collections.abc import Sequence
@@ -11,20 +11,24 @@ from jaxtyping import Array, Float, UInt32
 
 
 class Count(NamedTuple):
-    """A non-negative integer below 2^48 in two uint32 limbs of base 2^16, on the device.
+    """A non-negative integer below 2^48 as two uint32 limbs of base 2^16, on the device.
 
-    jax has no 64-bit integers by default and a float32 is exact only to 2^24, but a model has more
-    weights than either can count. Both limbs may be arrays, for a count per row.
+    JAX has no 64-bit integers by default and float32 is exact only up to 2^24, while models have
+    more weights than that. Both limbs may be arrays, for example with one count per row.
+
+    Attributes:
+        high: Upper limb, count // 2^16.
+        low: Lower limb, count % 2^16.
     """
 
     high: UInt32[Array, "..."]
     low: UInt32[Array, "..."]
 
-    def __ge__(self, other: "Count") -> Any:  # type: ignore[override]  # elementwise, as arrays do
+    def __ge__(self, other: "Count") -> Any:  # type: ignore[override]  # elementwise, like arrays
         return (self.high > other.high) | ((self.high == other.high) & (self.low >= other.low))
 
     def equals(self, other: "Count") -> Any:
-        """Returns elementwise equality; `==` of a tuple would compare as one object."""
+        """Returns elementwise equality; `==` would compare the tuples as objects."""
         return (self.high == other.high) & (self.low == other.low)
 
     def minus(self, other: "Count") -> "Count":
@@ -42,7 +46,7 @@ class Count(NamedTuple):
 
 
 def count(value: Any) -> Count:
-    """Returns a Python int, or an integer array of counts below 2^32, as a Count."""
+    """Converts a Python int, or an integer array of counts below 2^32, to a Count."""
     if isinstance(value, int | np.integer):
         return Count(jnp.uint32(int(value) >> 16), jnp.uint32(int(value) & 0xFFFF))
     value = jnp.asarray(value).astype(jnp.uint32)
@@ -50,30 +54,32 @@ def count(value: Any) -> Count:
 
 
 def share(size: int | Count, fraction: Float[Array, ""], *, up: bool = True) -> Count:
-    """Returns size · fraction as an integer, exactly; both may be traced.
+    """Returns size · fraction as an exactly rounded integer; both may be traced.
 
-    A float32 product would be wrong from 2^24 on; here the size and the fraction's 48 binary
-    digits are multiplied in limbs of 16.
+    A float32 product would be wrong above 2^24. Instead, the size and the fraction's 48 binary
+    digits are multiplied in limbs of 16 bits.
 
     Args:
-        size: below 2^48; traced, as a Count.
-        fraction: float32, clipped to [0, 1]; what it has below 2^-48 is cut off.
-        up: round to the nearest integer, halves up; False: down.
+        size: Number of elements below 2^48; a `Count` if traced.
+        fraction: Float32 fraction, clipped to [0, 1] and truncated to multiples of 2^-48.
+        up: Whether to round to the nearest integer, halves up, instead of down.
     """
+    # Split the fraction into three 16-bit digits, each exact in float32.
     clipped = jnp.clip(jnp.asarray(fraction, jnp.float32), 0.0, 1.0) * 2**24
     above = jnp.floor(clipped)
-    below = jnp.floor((clipped - above) * 2**24)  # a difference and a power of 2, both exact
+    below = jnp.floor((clipped - above) * 2**24)  # both operations are exact
     above, below = above.astype(jnp.uint32), below.astype(jnp.uint32)
     digits = [below & 0xFFFF, (below >> 16) | ((above & 0xFF) << 8), above >> 8]
     whole = size if isinstance(size, Count) else count(size)
     limbs = [whole.low, whole.high & 0xFFFF, whole.high >> 16]
-    columns = [jnp.uint32(0)] * 6  # each a sum of at most 7 numbers below 2^16
+    # Long multiplication; each column sums at most 7 numbers below 2^16 and cannot overflow.
+    columns = [jnp.uint32(0)] * 6
     for i, digit in enumerate(digits):
         for j, limb in enumerate(limbs):
             product = digit * limb
             columns[i + j] += product & 0xFFFF
             columns[i + j + 1] += product >> 16
-    columns[2] += jnp.uint32(0x8000 if up else 0)  # a half
+    columns[2] += jnp.uint32(0x8000 if up else 0)  # a half, for rounding
     carry = jnp.uint32(0)
     for i, column in enumerate(columns):
         columns[i], carry = (column + carry) & 0xFFFF, (column + carry) >> 16
@@ -88,11 +94,11 @@ def total(counts: Sequence[Count]) -> Count:
 
 
 def count_true(masks: Sequence[Array], axes: tuple[int, ...] | None = None) -> Count:
-    """Returns how many elements of all the bool arrays together are True, exactly.
+    """Returns the exact number of True elements of all the bool arrays together.
 
     Args:
-        masks: bool arrays of fewer than 2^32 elements each and at most 2^16 of them.
-        axes: count along these axes, which are kept with length 1; None: all, to a scalar.
+        masks: At most 2^16 bool arrays of fewer than 2^32 elements each.
+        axes: Axes to count along, which remain with length 1. If None, all axes, to a scalar.
     """
     return total([count(count_each([mask], axes)[0]) for mask in masks])
 
@@ -100,19 +106,19 @@ def count_true(masks: Sequence[Array], axes: tuple[int, ...] | None = None) -> C
 def count_each(
     masks: Sequence[Array], axes: tuple[int, ...] | None = None
 ) -> list[UInt32[Array, "..."]]:
-    """Returns the number of True of each of several masks of one shape, in one pass over them.
+    """Returns the number of True elements of each of several masks, in one pass over them.
 
     Args:
-        masks: bool arrays of one shape, of fewer than 2^32 elements each.
-        axes: as in `count_true`.
+        masks: Bool arrays of one shape, of fewer than 2^32 elements each.
+        axes: Axes to count along, which remain with length 1. If None, all axes, to a scalar.
     """
     along = tuple(range(masks[0].ndim)) if axes is None else axes
     keep = axes is not None
     if jax.default_backend() != "cpu" or jax.device_count() > 1 or not along:
         return [jnp.sum(mask, axis=along, dtype=jnp.uint32, keepdims=keep) for mask in masks]
-    # XLA for CPU first writes the operand of a plain integer sum to memory, which takes ten times
-    # as long; a reduction of several operands at once it fuses with what they are made of. Not over
-    # several devices: the partitioner all-reduces plain sums, and gathers the others' parts.
+    # XLA for CPU writes the operand of a plain integer sum to memory first, which takes ten times
+    # as long, but fuses a reduction of several operands with their producers. Not over several
+    # devices: there the partitioner all-reduces plain sums, but gathers the operands of the others.
     if len(masks) == 1:
         true, false = _fused_counts([masks[0], ~masks[0]], along)
         whole = math.prod(masks[0].shape[axis] for axis in along)
@@ -129,5 +135,5 @@ def _fused_counts(masks: Sequence[Array], axes: tuple[int, ...]) -> list[Array]:
 
 
 def _add_each(left: Sequence[Array], right: Sequence[Array]) -> tuple[Array, ...]:
-    # Of the module, as jax compiles an eager reduction anew for every new function.
+    # At module level, because JAX recompiles an eager reduction for every new function object.
     return tuple(a + b for a, b in zip(left, right, strict=True))

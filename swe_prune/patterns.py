@@ -1,12 +1,12 @@
-"""The shape of what goes: single weights, n of m, blocks, rows, columns, neurons.
+"""Shapes of what is pruned: single weights, n of m, blocks, rows, columns, neurons.
 
-A pattern ties weights together into units that stay or go as one. `units` makes one score of each
-unit's scores, selection ranks the units, and each mask is spread back over its weights. n:m ties
-nothing together but fixes how many of every m consecutive inputs stay.
+A pattern groups weights into units that are retained or pruned as a whole. `units` reduces the
+scores of each unit to one score, selection ranks the units, and each unit mask is broadcast back
+to the weights. n:m does not group weights, but retains exactly n of every m consecutive inputs.
 
-A row is all the inputs of one output, as in PyTorch's (out, in) and in `scope="row"`: a column of
-a Flax kernel. A column is all the outputs of one input. A neuron is a hidden unit with all the
-weights that lead into it and out of it, in every tensor that is coupled to it.
+A row is all the inputs of one output, as in PyTorch's (out, in) layout and in `scope="row"`; it is
+a column of a Flax kernel. A column is all the outputs of one input. A neuron is a hidden unit with
+all the weights that lead into and out of it, in all the tensors that are coupled to it.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ FEED_FORWARD: Mapping[str, str] = {
     r"^(.*?)(?:(?:up|gate)(?:_proj)?|gate_up_proj|c_fc|fc_in|wi(?:_\d)?)/kernel(?:/value)?$": "out",
     r"^(.*?)(?:down|mlp/c_proj|fc_out|down_proj|wo)/kernel(?:/value)?$": "in",
 }
-"""The couplings of "neuron" unless others are given: a feed-forward layer's kernels in and out."""
+"""Default couplings of "neuron": the kernels into and out of a feed-forward layer's neurons."""
 
 REDUCTIONS: Mapping[str, Callable[..., Array]] = {
     "sum": jnp.sum,
@@ -36,7 +36,7 @@ REDUCTIONS: Mapping[str, Callable[..., Array]] = {
     "l2": lambda x, axis: jnp.sqrt(jnp.sum(x**2, axis=axis)),
     "abs_sum": lambda x, axis: jnp.abs(jnp.sum(x, axis=axis)),
 }
-"""How the scores of a unit's weights become the unit's."""
+"""Reductions from the scores of a unit's weights to the score of the unit."""
 
 ACROSS: Mapping[str, Callable[[Sequence[Array]], Array]] = {
     "sum": lambda xs: sum(xs[1:], xs[0]),
@@ -45,19 +45,19 @@ ACROSS: Mapping[str, Callable[[Sequence[Array]], Array]] = {
     "prod": lambda xs: math.prod(xs[1:], start=xs[0]),
     "first": lambda xs: xs[0],
 }
-"""How a neuron's scores in coupled tensors become one, by LLM-Pruner's names."""
+"""Reductions of a neuron's scores over the coupled tensors, with LLM-Pruner's names."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """Scores to rank, and what a mask of them means for the weights.
+    """Unit scores to rank, and the mapping from unit masks to weight masks.
 
     Attributes:
-        name: what an error calls them.
-        score: float32, one element a unit.
-        weights: how many weights each unit has, in all its tensors.
-        tensors: the names of the tensors that they are of.
-        spread: from a bool mask of `score.shape` to the masks of those tensors, by name.
+        name: Name of the units in error messages.
+        score: Float32 scores, one element per unit.
+        weights: Number of weights per unit, over all its tensors.
+        tensors: Names of the tensors that the units belong to.
+        spread: Function from a bool mask of `score.shape` to the masks of those tensors by name.
     """
 
     name: str
@@ -68,25 +68,25 @@ class Units:
 
 
 def parse_n_of_m(pattern: str) -> tuple[int, int]:
-    """Returns (n, m) of "n:m", which keeps n of every m.
+    """Returns (n, m) of the pattern "n:m", which retains n of every m weights.
 
     Raises:
-        InputError: malformed, or n not between 1 and m.
+        InputError: If the pattern is malformed, or n is not between 1 and m.
 
     >>> parse_n_of_m("2:4")
     (2, 4)
     """
     match = re.fullmatch(r"(\d+):(\d+)", pattern)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise InputError(f"pattern {pattern!r} is not 'n:m' with 1 ≤ n ≤ m; give e.g. '2:4'")
+        raise InputError(f"pattern must be 'n:m' with 1 ≤ n ≤ m, such as '2:4', got {pattern!r}")
     return int(match[1]), int(match[2])
 
 
 def parse_block(pattern: str) -> tuple[int, int]:
-    """Returns (r, c) of "block:rxc", r inputs by c outputs.
+    """Returns (r, c) of the pattern "block:rxc", r inputs by c outputs.
 
     Raises:
-        InputError: malformed, or a side of 0.
+        InputError: If the pattern is malformed, or a side is 0.
 
     >>> parse_block("block:4x2")
     (4, 2)
@@ -94,17 +94,17 @@ def parse_block(pattern: str) -> tuple[int, int]:
     match = re.fullmatch(r"block:([1-9]\d*)x([1-9]\d*)", pattern)
     if not match:
         raise InputError(
-            f"pattern {pattern!r} is not 'block:RxC' with R inputs and C outputs of 1 or more; "
-            "give e.g. 'block:4x4'"
+            "pattern must be 'block:RxC' with R inputs and C outputs of 1 or more, such as "
+            f"'block:4x4', got {pattern!r}"
         )
     return int(match[1]), int(match[2])
 
 
 def is_n_of_m(pattern: str) -> bool:
-    """Returns whether a pattern is of the kind n:m, well formed or not.
+    """Returns whether a pattern is of the kind n:m, whether or not it is well formed.
 
     Raises:
-        InputError: it is of no kind that there is.
+        InputError: If the pattern is of no known kind.
     """
     if pattern in ("row", "column", "neuron") or pattern.startswith("block"):
         return False
@@ -122,27 +122,32 @@ def units(
     across: str = "sum",
     couplings: Mapping[str, str] | None = None,
 ) -> list[Units]:
-    """Returns the units of all the tensors; with None every weight is its own.
+    """Returns the units of all the tensors.
 
     Args:
-        pattern: None, "block:RxC", "row", "column" or "neuron".
-        scores: by name, float32.
-        input_axes: as in `tree.input_axes`.
-        reduce: of `REDUCTIONS`, over a unit's weights in one tensor.
-        across: of `ACROSS`, over a neuron's tensors.
-        couplings: for "neuron": rules (`re.search`) to "out", where neurons are the tensor's
-            outputs, or "in"; tensors whose rules capture the same text belong together.
+        pattern: Name of the pattern: "block:RxC", "row", "column" or "neuron". If None, every
+            weight is a unit.
+        scores: Float32 scores of the tensors by name.
+        input_axes: Function from a tensor's name and shape to its input axes; see
+            `tree.input_axes`.
+        reduce: Reduction over a unit's weights in one tensor, a key of `REDUCTIONS`.
+        across: Reduction over a neuron's tensors, a key of `ACROSS`.
+        couplings: Sides of the coupled tensors by rule (`re.search`), for "neuron": "out" where
+            neurons are the tensor's outputs, "in" where they are its inputs. Tensors whose rules
+            capture the same text are coupled. If None, `FEED_FORWARD`.
 
     Raises:
-        InputError: an unknown name, blocks that do not fill a tensor, or couplings that fit none.
+        InputError: If a name is unknown, blocks do not divide a tensor, or couplings do not match.
     """
     check_choice(reduce, REDUCTIONS, "reduce")
     check_choice(across, ACROSS, "across")
+    # Without a pattern, every weight is a unit.
     if pattern is None:
         return [
             Units(name, score, 1, (name,), lambda mask, name=name: {name: mask})
             for name, score in scores.items()
         ]
+    # Neurons span several tensors, which the rules couple.
     if pattern == "neuron":
         rules = FEED_FORWARD if couplings is None else couplings
         groups = couple(scores, rules)
@@ -163,14 +168,15 @@ def _of_matrix(
     axes: tuple[int, ...],
     reduce: Callable[..., Array],
 ) -> Units:
+    # All other patterns are blocks of r inputs by c outputs of one kernel.
     matrix = as_matrix(score, axes)
     inputs, outputs = matrix.shape
     r, c = {"row": (inputs, 1), "column": (1, outputs)}.get(pattern) or parse_block(pattern)
     for side, length, what in ((r, inputs, "inputs"), (c, outputs, "outputs")):
         if length % side:
             raise InputError(
-                f"{name!r} has {length} {what}, which blocks of {side} do not divide; exclude it "
-                "or choose another block"
+                f"{name!r} has {length} {what}, which are not a multiple of the block's {side}; "
+                "exclude it or choose another block"
             )
     blocks = matrix.reshape(inputs // r, r, outputs // c, c)
 
@@ -182,10 +188,15 @@ def _of_matrix(
 
 
 def couple(names: Any, rules: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
-    """Returns by captured text the (tensor, "in" or "out") that belong together.
+    """Returns the coupled tensors, as pairs of name and "in" or "out", by captured text.
+
+    Args:
+        names: Names of the tensors.
+        rules: Side, "in" or "out", by regular expression.
 
     Raises:
-        InputError: a side that is neither, no regular expression, or a rule that matches nothing.
+        InputError: If a side is neither "in" nor "out", or a rule is not a regular expression or
+            matches nothing.
 
     >>> couple(["a/up/kernel", "a/down/kernel"], FEED_FORWARD)
     {'a/': [('a/up/kernel', 'out'), ('a/down/kernel', 'in')]}
@@ -197,13 +208,14 @@ def couple(names: Any, rules: Mapping[str, str]) -> dict[str, list[tuple[str, st
             found = [(name, match) for name in names if (match := re.search(rule, name))]
         except re.error as error:
             raise InputError(
-                f"coupling {rule!r} is no regular expression: {error}; correct it"
+                f"coupling {rule!r} is not a regular expression: {error}; fix it"
             ) from error
         if not found:
             raise InputError(
                 f"coupling {rule!r} matches no scored tensor; give couplings= of rules to 'in' or "
                 f"'out' for the kernels around the neurons. Tensors: {', '.join(list(names)[:8])}"
             )
+        # Tensors whose rules capture the same text share their neurons.
         for name, match in found:
             groups.setdefault(" ".join(filter(None, match.groups())), []).append((name, side))
     return groups
@@ -217,17 +229,22 @@ def _neurons(
     reduce: Callable[..., Array],
     across: Callable[[Sequence[Array]], Array],
 ) -> Units:
+    # View every tensor as inputs by outputs; its neurons run along one of the two.
     axes = {name: input_axes(name, scores[name].shape) for name, _ in members}
     matrices = {name: as_matrix(scores[name], axes[name]) for name, _ in members}
     counts = {name: matrices[name].shape[side == "out"] for name, side in members}
+    # All coupled tensors must have the same neurons, and both sides must be present.
     if len(set(counts.values())) > 1:
         told = ", ".join(f"{name!r} has {count}" for name, count in counts.items())
-        raise InputError(f"coupled tensors differ in neurons: {told}; correct the couplings")
+        raise InputError(
+            f"coupled tensors differ in their number of neurons: {told}; correct the couplings"
+        )
     if len({side for _, side in members}) < 2:
         raise InputError(
-            f"the neurons of {members[0][0]!r} are coupled to nothing on their other side; give "
-            "couplings= with a rule for the kernels before and one for those after"
+            f"the neurons of {members[0][0]!r} are coupled on one side only; give couplings= with "
+            "a rule for the kernels before the neurons and one for the kernels after them"
         )
+    # Reduce each tensor to one score per neuron.
     parts = [reduce(matrices[name], axis=int(side == "in")) for name, side in members]
 
     def spread(mask: Array) -> dict[str, Array]:
@@ -246,15 +263,15 @@ def _neurons(
 def n_of_m_mask(
     score_RxC: Float[Array, "R C"], n: int, m: int, name: str = "scores"
 ) -> Bool[Array, "R C"]:
-    """Returns the mask that keeps the n largest of every m consecutive inputs of each output.
+    """Returns the mask that retains the n largest of every m consecutive inputs of each output.
 
-    Ties are broken by the lower input index.
+    Ties are broken in favour of the lower input index.
 
     Args:
-        score_RxC: scores of a kernel, inputs along the first axis.
-        n: kept of each group, 1 ≤ n ≤ m.
-        m: group size; must divide R.
-        name: what an error calls the scores.
+        score_RxC: Scores of a kernel, with inputs along the first axis.
+        n: Number of weights to retain per group, 1 ≤ n ≤ m.
+        m: Group size, which must divide R.
+        name: Name of the scores in error messages.
     """
     rows, columns = score_RxC.shape
     grouped = score_RxC.reshape(rows // m, m, columns)
@@ -262,16 +279,16 @@ def n_of_m_mask(
 
 
 def check_divides(name: str, inputs: int, m: int) -> None:
-    """Raises InputError when groups of m do not fill the inputs of a kernel."""
+    """Raises InputError if the number of inputs of a kernel is not a multiple of m."""
     if inputs % m:
         raise InputError(
-            f"{name!r} has {inputs} inputs, which groups of {m} do not divide; "
+            f"{name!r} has {inputs} inputs, which are not a multiple of m = {m}; "
             "exclude it or choose another m"
         )
 
 
 def as_matrix(score: Float[Array, "..."], inputs: tuple[int, ...]) -> Float[Array, "R C"]:
-    """Returns a kernel as (inputs, outputs), given the axes along which its inputs run."""
+    """Reshapes a kernel to a matrix (inputs, outputs), given its input axes."""
     return jnp.transpose(score, _inputs_first(score.ndim, inputs)).reshape(
         math.prod(score.shape[axis] for axis in inputs), -1
     )
@@ -280,7 +297,7 @@ def as_matrix(score: Float[Array, "..."], inputs: tuple[int, ...]) -> Float[Arra
 def from_matrix(
     mask_RxC: Bool[Array, "R C"], shape: tuple[int, ...], inputs: tuple[int, ...]
 ) -> Bool[Array, "..."]:
-    """Returns what `as_matrix` made a matrix of, back in the kernel's shape."""
+    """Reshapes a matrix made by `as_matrix` back to the shape of the kernel."""
     order = _inputs_first(len(shape), inputs)
     back = [order.index(axis) for axis in range(len(shape))]
     return mask_RxC.reshape([shape[axis] for axis in order]).transpose(back)

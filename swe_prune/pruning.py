@@ -1,6 +1,7 @@
-"""Pruning in one call: the sensible thing for what is at hand, and a sentence on what it was."""
+"""One-call pruning with sensible defaults, which prints a summary."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,30 +11,50 @@ from jaxtyping import PyTree
 from swe_prune import importance, masks, tree
 from swe_prune.errors import InputError
 from swe_prune.masks import Summary
+from swe_prune.recipe import Evidence, Recipe, check
+from swe_prune.recipe import prune as prune_by
 from swe_prune.trajectory import TrajectoryStats
 
 
 @dataclasses.dataclass(frozen=True)
 class Pruned:
-    """What `prune` returns; printed, it says what was done.
+    """Result of `prune`; printed, it says what was done.
 
     Attributes:
-        params: the weights with exact zeros, same structure and dtypes as given.
-        masks: bool pytree, None where dense; hand it to `masks.keep` to fine-tune.
-        summary: how many weights of each tensor are kept.
-        criterion: the name of the criterion that was used.
-        scope: where the sparsity was met, or the pattern.
-        why: why this criterion.
-        dense: by reason, how many weights stay dense.
+        params: Weights with exact zeros, of the same structure and dtypes as given.
+        masks: Bool pytree, None where dense; the argument of `masks.keep` for fine-tuning.
+        summary: Counts of retained weights, per tensor and in all.
+        recipe: Request that was carried out.
+        why: Reason for the criterion.
+        dense: Number of weights that stay dense, by reason.
     """
 
     params: PyTree
     masks: PyTree
     summary: Summary
-    criterion: str
-    scope: str
+    recipe: Recipe
     why: str
     dense: dict[str, int]
+
+    @property
+    def criterion(self) -> str:
+        """Name of the criterion that was used."""
+        return self.recipe.name
+
+    @property
+    def scope(self) -> str:
+        """Where the sparsity was met, in words."""
+        recipe = self.recipe
+        if recipe.rate is not None:
+            return f"thresholds of {recipe.rate:g} standard deviations of each tensor"
+        if recipe.n_of_m:
+            return f"pattern {recipe.pattern!r}"
+        ranked = {
+            "global": "ranked over all tensors together",
+            "tensor": "ranked within each tensor",
+            "row": "ranked within each output",
+        }[recipe.scope]
+        return ranked if recipe.pattern is None else f"pattern {recipe.pattern!r}, {ranked}"
 
     def __str__(self) -> str:
         done = self.summary
@@ -57,42 +78,53 @@ class Pruned:
 
 def prune(
     params: PyTree,
-    sparsity: float = 0.5,
+    sparsity: float | None = None,
     *,
     stats: TrajectoryStats | None = None,
     opt_state: PyTree | None = None,
+    measured: Mapping[str, PyTree] | None = None,
     criterion: str | None = None,
     scope: str | None = None,
     pattern: str | None = None,
+    rate: float | None = None,
     prunable: PyTree | None = None,
+    seed: int = 0,
     verbose: bool = True,
     **options: Any,
 ) -> Pruned:
-    """Prunes trained weights by the best that is at hand, and says what it did.
+    """Prunes with the best criterion that the given inputs allow, and prints a summary.
 
     Without a `criterion`: `forecast_curvature` when both the trajectory's late mean and an
     optimizer with a second moment are given; `magnitude_curvature` with the optimizer alone;
     `magnitude` without one, since the trajectory alone does no better. Criteria with curvature
-    rank all tensors together, the others rank within each: the README's tables show what each
-    costs. Embeddings, norms, biases and the output head stay dense.
+    rank all tensors together, the others rank within each tensor. Embeddings, norms, biases and
+    the output head stay dense.
 
-    Call it outside of jit. For calibrated criteria, allocations and schedules see `importance`,
-    `allocation` and `schedules`.
+    Call it outside of jit. For block-by-block methods, allocations and schedules see `recipe`,
+    `blockwise`, `allocation` and `schedules`.
 
     Args:
-        params: pytree of weights: a Linen dict, nnx.State, an Equinox module, anything.
-        sparsity: share of the prunable weights to remove, in [0, 1).
-        stats: of `trajectory.update`.
-        opt_state: of the optimizer that trained the weights.
-        criterion: another of `importance.names()`.
-        scope: another of `masks.SCOPES`.
-        pattern: as in `masks.by_sparsity`, for example "2:4".
-        prunable: bool pytree; None: what `stats` tracks, else the rules of `tree.prunable`.
-        verbose: print the report.
-        **options: of the criterion.
+        params: Pytree of weights: a Linen dict, an nnx.State, an Equinox module, or any other.
+        sparsity: Share of the prunable weights to remove, in [0, 1). None: what an n:m pattern
+            fixes, or 0.5.
+        stats: Trajectory statistics, as `trajectory.update` returns them.
+        opt_state: State of the optimizer that trained the weights.
+        measured: Calibration results by need, as `calibration.inputs` and `calibration.gradients`
+            return them.
+        criterion: Name of a registered criterion; see `importance.names()`.
+        scope: Where the sparsity is met; see `masks.SCOPES`.
+        pattern: Shape of what is removed, for example "2:4"; see `masks.by_sparsity`.
+        rate: Multiple of the standard deviation, for the rule of arXiv 2502.17071, in place of a
+            sparsity.
+        prunable: Bool pytree. None: the weights that `stats` tracks, or the rules of
+            `tree.prunable`.
+        seed: Seed of criteria that draw random numbers.
+        verbose: Whether to print the summary.
+        **options: Options of the criterion.
 
     Raises:
-        InputError: as `importance.score` and `masks.by_sparsity`.
+        InputError: A request that cannot work, or missing inputs; see `recipe.check` and
+            `importance.score`.
 
     >>> import jax.numpy as jnp
     >>> prune({"up": {"kernel": jnp.array([[1.0, -3.0, 2.0, 0.5]])}}, verbose=False).summary.kept
@@ -102,33 +134,20 @@ def prune(
     if criterion is None:
         criterion, why = _choose(params, stats, opt_state)
     if scope is None:
-        scope = "global" if "second_moment" in importance.get(criterion).needs else "tensor"
-        scope = scope if pattern is None else "tensor"
-    scores = importance.score(
-        criterion, params, stats=stats, opt_state=opt_state, prunable=prunable, **options
-    )
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(scores)):
+        curved = "second_moment" in importance.get(criterion).needs
+        scope = "global" if curved and pattern is None and rate is None else "tensor"
+    recipe = Recipe(criterion, options, None, sparsity, rate, scope, pattern, seed=seed)
+    if sparsity is None and rate is None and not recipe.n_of_m:
+        recipe = dataclasses.replace(recipe, sparsity=0.5)
+    check(recipe)
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params)):
         raise InputError(
             "swe_prune.prune counts and reports, which a traced program cannot; call it outside "
             "of jit, or use importance.score and masks.by_sparsity inside"
         )
-    mask = masks.by_sparsity(scores, sparsity, scope, pattern=pattern)
-    shown = {
-        "global": "ranked over all tensors together",
-        "tensor": "ranked within each tensor",
-        "row": "ranked within each output",
-    }[scope]
-    if pattern is not None:
-        shown = f"pattern {pattern!r}, {shown}" if ":" not in pattern else f"pattern {pattern!r}"
-    pruned = Pruned(
-        params=masks.apply(params, mask),
-        masks=mask,
-        summary=masks.summary(mask),
-        criterion=criterion,
-        scope=shown,
-        why=why,
-        dense=_dense(params, mask),
-    )
+    evidence = Evidence(stats, opt_state, measured or {})
+    new_params, mask = prune_by(recipe, params, evidence, prunable=prunable)
+    pruned = Pruned(new_params, mask, masks.summary(mask), recipe, why, _dense(params, mask))
     if verbose:
         print(pruned)
     return pruned

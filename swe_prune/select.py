@@ -1,11 +1,11 @@
-"""Exact selection of the k largest by radix on the float bits.
+"""Exact selection of the k largest elements by radix selection on the float bits.
 
 The bits of an IEEE float, with the sign folded in, order like unsigned integers. The k-th largest
-is therefore found from its highest bit down: a bit is set when at least k elements reach the
-candidate. Each bit costs one pass that compares and sums, nothing else, so a sharded array is
-selected from with one all-reduced scalar a pass: no sort, no gather, no histogram. Ties at the
-threshold are broken by a second search of the same kind over the flat index, skipped when no tie
-is cut. A pass reads each score once; the search stops as soon as the count is exact.
+is therefore found from its highest bit down: a bit is set if at least k elements reach the
+candidate. Each pass only compares and sums, so selecting from a sharded array all-reduces one
+scalar per candidate: no sort, no gather, no histogram. Ties at the threshold are broken by a second
+search of the same kind over the flat index, which is skipped if no tie is cut. A pass reads each
+score once; the search stops as soon as the count is exact.
 
 Threshold selection by bit-wise counting is standard on GPUs (radix select; Alabi, Blanchard,
 Gordon, Steinbach, "Fast k-selection algorithms for graphics processing units", 2012).
@@ -25,17 +25,17 @@ from swe_prune.errors import InputError
 
 
 def sortable_bits(x: Float[Array, "..."]) -> UInt[Array, "..."]:
-    """Returns unsigned integers that order as the floats do, with −0 = +0 and NaN below −inf.
+    """Returns unsigned integers with the order of the floats, with −0 = +0 and NaN below −inf.
 
     Args:
-        x: floats of any width; the result has the same width (16 bits for bfloat16).
+        x: Floats of any width; the result has the same width (16 bits for bfloat16).
     """
     width = jnp.finfo(x.dtype).bits
     unsigned = jnp.dtype(f"uint{width}")
     sign = jnp.asarray(1 << (width - 1), unsigned)
     infinity = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, x.dtype), unsigned)
     bits = jax.lax.bitcast_convert_type(x, unsigned)
-    # On the bits, not on the floats: a backend that flushes denormals would call them zero.
+    # Compare bits, not floats: a backend that flushes denormals would treat them as zero.
     bits = jnp.where(bits == sign, jnp.zeros_like(bits), bits)
     ordered = jnp.where(bits >= sign, ~bits, bits | sign)
     return jnp.where((bits & ~sign) > infinity, jnp.zeros_like(bits), ordered)
@@ -50,18 +50,20 @@ def top_k_mask(
 ) -> Bool[Array, "..."]:
     """Returns a mask of `x.shape` with exactly k True, at the k largest elements.
 
-    Ties are broken by flat index: the first ones stay. ±0 tie; +inf and −inf are ordinary values.
+    Ties are broken by flat index: the first ones are retained. −0 and +0 tie; +inf and −inf are
+    ordinary values.
 
     Args:
-        x: floats, fewer than 2^32 of them.
-        k: how many to keep, 0 ≤ k ≤ elements; may be traced, then it is clipped to that range. A
-            `counting.Count` is clipped too; with `axes` it may hold a number for every slice.
-        axes: select within every slice along these axes, k in each; None: over all of `x`.
-        name: what an error calls the array.
+        x: Array of fewer than 2^32 floats.
+        k: Number of elements to retain, 0 ≤ k ≤ number of elements. A traced k or a
+            `counting.Count` is clipped to that range; with `axes` a `Count` may hold one number
+            per slice.
+        axes: Axes of the slices to select k elements from each. If None, selects from all of `x`.
+        name: Name of the array in error messages.
 
     Raises:
-        InputError: k out of range, or a NaN in `x`. Neither can be seen while tracing: there NaN
-            counts as the smallest value.
+        InputError: If k is out of range, or `x` contains NaN. Neither is detected while tracing,
+            where NaN counts as the smallest value.
 
     >>> top_k_mask(jnp.array([1.0, 3.0, 3.0, 2.0]), 1).tolist()
     [False, True, False, False]
@@ -71,6 +73,7 @@ def top_k_mask(
     slice_size = tree.size(x) if axes is None else math.prod(x.shape[a] for a in axes)
     check_k(k, slice_size)
     check_floats([x])
+    # Traced values cannot be checked; concrete ones are checked in the same program.
     if _is_traced(x, k):
         return _select([x], _count_of(k), axes)[0]
     masks, nans = _checked_select([x], _count_of(k), axes)
@@ -84,23 +87,24 @@ def top_k_masks(
     *,
     names: Sequence[str] | None = None,
 ) -> list[Bool[Array, "..."]]:
-    """Returns one mask per array with exactly k True over all of them together.
+    """Returns one mask per array with exactly k True over all the masks together.
 
-    Ties are broken by the order of the arrays, then by flat index. See `top_k_mask`.
+    Ties are broken by the order of the arrays, then by flat index; see `top_k_mask`.
 
     Args:
-        xs: floats of any shapes, at most 2^16 arrays of fewer than 2^32 elements.
-        k: how many to keep in all, below 2^48.
-        names: what an error calls the arrays.
+        xs: At most 2^16 float arrays of any shapes, each of fewer than 2^32 elements.
+        k: Total number of elements to retain, below 2^48.
+        names: Names of the arrays in error messages.
 
     Raises:
-        InputError: as `top_k_mask`.
+        InputError: If k is out of range, or an array contains NaN. Neither is detected while
+            tracing, where NaN counts as the smallest value.
     """
     check_k(k, tree.size(list(xs)))
     check_floats(xs)
     if not xs:
         return []
-    common = jnp.result_type(*xs)  # keys of different widths would not compare
+    common = jnp.result_type(*xs)  # keys of different widths do not compare
     xs = [x if x.dtype == common else x.astype(common) for x in xs]
     if _is_traced(xs, k):
         return _select(xs, _count_of(k), None)
@@ -114,22 +118,22 @@ def _is_traced(*values: Any) -> bool:
 
 
 def check_k(k: Any, size: int) -> None:
-    """Raises InputError for a k that is no integer or, unless it is traced, outside [0, size]."""
+    """Raises InputError if k is not an integer or, unless it is traced, outside [0, size]."""
     if isinstance(k, counting.Count):
         return
     if not jnp.issubdtype(jnp.result_type(k), jnp.integer):
-        raise InputError(f"k = {k!r} is no integer; give how many elements to keep")
+        raise InputError(f"k must be an integer number of elements to keep, got {k!r}")
     if not isinstance(k, Tracer) and not 0 <= int(k) <= size:
-        raise InputError(f"k = {k} cannot be kept of {size} elements; give 0 ≤ k ≤ {size}")
+        raise InputError(f"k must be between 0 and the {size} elements of the scores, got {k}")
 
 
 def check_floats(xs: Sequence[Any]) -> None:
-    """Raises InputError for an array of another kind than floats."""
+    """Raises InputError for an array that is not floating-point."""
     for x in xs:
         if not tree.is_weight(x):
             raise InputError(
-                f"scores are of {getattr(x, 'dtype', type(x).__name__)}, no floating-point array; "
-                "convert them first"
+                "scores must be floating-point arrays, got "
+                f"{getattr(x, 'dtype', type(x).__name__)}; convert them first"
             )
 
 
@@ -140,12 +144,17 @@ def _count_of(k: Any) -> counting.Count:
 
 
 def reject_nan(names: Sequence[str], nans: Sequence[Array]) -> None:
-    """Raises InputError that names the first array with a NaN, given how many each has."""
+    """Raises InputError naming the first array that has NaN.
+
+    Args:
+        names: Names of the arrays.
+        nans: Number of NaN in each array.
+    """
     for name, found in zip(names, jax.device_get(list(nans)), strict=True):
         if found:
             raise InputError(
-                f"the scores of {name!r} have {int(found)} NaN, which no ranking can place; "
-                "find out where the training or the criterion diverged"
+                f"the scores of {name!r} have {int(found)} NaN, which cannot be ranked; find out "
+                "where the training or the criterion diverged"
             )
 
 
@@ -157,13 +166,13 @@ _checked_select = jax.jit(_checked, static_argnums=2)
 
 
 def _select(xs: list[Array], k: counting.Count, axes: tuple[int, ...] | None) -> list[Array]:
-    """Returns the masks; everything about k may be traced."""
+    """Returns the masks; `k` may be traced."""
     keys = [sortable_bits(x) for x in xs]
     threshold, reached = _threshold(keys, k, axes)
     surplus = reached.minus(_at_most(k, reached))
+    # Drop the surplus ties from the last array backwards, so that the first ones are retained.
     masks = []
     for key in reversed(keys):
-        # The last ties go first, so that what stays is the first by order and flat index.
         here = surplus.saturated()
         if axes is None and len(keys) > 1:
             here = jnp.minimum(counting.count_true([key == threshold]).saturated(), here)
@@ -173,7 +182,7 @@ def _select(xs: list[Array], k: counting.Count, axes: tuple[int, ...] | None) ->
 
 
 def _at_most(k: counting.Count, bound: counting.Count) -> counting.Count:
-    """Returns the smaller of the two counts, in the shape of the bound."""
+    """Returns the elementwise minimum of two counts, in the shape of `bound`."""
     enough = bound >= k
     return counting.Count(*(jnp.where(enough, a, b) for a, b in zip(k, bound, strict=True)))
 
@@ -181,8 +190,8 @@ def _at_most(k: counting.Count, bound: counting.Count) -> counting.Count:
 def _threshold(
     keys: list[Array], k: counting.Count, axes: tuple[int, ...] | None
 ) -> tuple[Array, counting.Count]:
-    """Returns the largest key that at least k elements reach, and how many reach it."""
-    shape = () if axes is None else _kept_shape(keys[0].shape, axes)
+    """Returns the largest key that at least k elements reach, and the number that reach it."""
+    shape = () if axes is None else _reduced_shape(keys[0].shape, axes)
     sizes = [tree.size(key) // math.prod(shape) if math.prod(shape) else 0 for key in keys]
     everything = counting.Count(*(jnp.broadcast_to(n, shape) for n in counting.count(sum(sizes))))
 
@@ -206,7 +215,7 @@ def _largest(
 ) -> tuple[Array, counting.Count]:
     """Returns the largest bound below 2^bits with a count of at least k, and its count.
 
-    Two bits a pass: three candidates are counted together, which reads the keys half as often.
+    Each pass resolves two bits by counting three candidates together, which halves the reads.
     """
 
     def unresolved(state):
@@ -218,6 +227,7 @@ def _largest(
         candidates = [
             bound | (jnp.asarray(digit, dtype) << shift.astype(dtype)) for digit in (1, 2, 3)
         ]
+        # Take the largest digit that at least k elements reach.
         for candidate, n in zip(candidates, counts(candidates), strict=True):
             enough = n >= k
             bound = jnp.where(enough, candidate, bound)
@@ -231,26 +241,28 @@ def _largest(
     return bound, reached
 
 
-def _kept_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+def _reduced_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(1 if axis in axes else size for axis, size in enumerate(shape))
 
 
 def _without_last_ties(
     key: Array, threshold: Array, n: Array, axes: tuple[int, ...] | None
 ) -> Array:
-    """Returns key ≥ threshold less the last n ties by flat index (along `axes`)."""
+    """Returns key ≥ threshold without the last n ties by flat index (along `axes`)."""
     along = tuple(range(key.ndim)) if axes is None else axes
-    position = jnp.ones(key.shape, jnp.uint32)  # from 1, so that 0 is before every element
+    # Flat index of every element along the axes, from 1, so that 0 is before every element.
+    position = jnp.ones(key.shape, jnp.uint32)
     stride = 1
     for axis in reversed(along):
-        place = jax.lax.broadcasted_iota(jnp.uint32, key.shape, axis)
-        position += place * jnp.uint32(stride % 2**32)
+        index = jax.lax.broadcasted_iota(jnp.uint32, key.shape, axis)
+        position += index * jnp.uint32(stride % 2**32)
         stride *= key.shape[axis]
 
     def counts(candidates: list[Array]) -> list[counting.Count]:
         behind = [(key == threshold) & (position >= bound) for bound in candidates]
         return [counting.count(n) for n in counting.count_each(behind, axes)]
 
+    # Find the position from which exactly n ties follow, and drop these.
     def cut(key: Array) -> Array:
         everything = counting.count(counting.count_each([key == threshold], axes)[0])
         bound, _ = _largest(counts, counting.count(n), everything, stride.bit_length(), jnp.uint32)

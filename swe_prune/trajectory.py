@@ -1,28 +1,28 @@
-"""What every weight did while it trained, in O(1) memory per measure.
+"""Streaming statistics of every weight during training, in O(1) memory per measure.
 
-A snapshot is one look at the parameters; t = 1, 2, … counts snapshots, θ(t) is the weight at
-snapshot t and θ(0) the weight that `init` saw. The measures:
+A snapshot is one observation of the parameters. t = 1, 2, … counts snapshots, θ(t) is the weight at
+snapshot t, and θ(0) is the weight given to `init`. The measures:
 
     late_mean      Σ wₜ θ(t) / Σ wₜ,  wₜ = t'^power, t' counted from the window's first snapshot
-    late_mean_abs  the same of |θ(t)|
+    late_mean_abs  Σ wₜ |θ(t)| / Σ wₜ
     mean           Σ θ(t) / n
     variance       Σ (θ(t) − mean)² / n
     mean_abs       Σ |θ(t)| / n
-    votes          share of the snapshots in which |θ(t)| > std(|θ(t)|) · vote_rate, per tensor
+    votes          fraction of the snapshots with |θ(t)| > std(|θ(t)|) · vote_rate, per tensor
     path_length    Σ |θ(t) − θ(t−1)|
     displacement   θ(n) − θ(0)
-    sign_flips     how many t have θ(t) θ(t−1) < 0
+    sign_flips     number of t with θ(t) θ(t−1) < 0
     last           θ(n)
 
 `late_mean` is the "clone" of arXiv 2502.17071, in the streaming form of its equation; the default
-power 0.5 is that of the authors' earlier public code (√t), since the paper's own exponent is not
-known. The running mean and variance follow Welford (Technometrics 4(3), 1962) and their merge
+power 0.5 is that of the authors' earlier public code (√t), since the paper does not state its
+exponent. The running mean and variance follow Welford (Technometrics 4(3), 1962) and their merge
 Chan, Golub and LeVeque (Stanford STAN-CS-79-773, 1979).
 
-Each buffer is one float32 per weight. A float32 forgets increments below half its last place: a
-mean of 100,000 snapshots of a weight that drifts is wrong by 1e-3, one of 200 by less than 1e-5
-(both in tests/trajectory_test.py). For runs that long, `compensated=True` lets each mean and sum
-carry its rounding error (TwoSum; Knuth, TAOCP 2, 4.2.2) in a bfloat16 beside it.
+Each buffer is one float32 per weight. Float32 drops increments below half a unit in the last place:
+a mean of 100,000 snapshots of a drifting weight has an error of 1e-3, one of 200 snapshots less
+than 1e-5 (both in tests/trajectory_test.py). For long runs, `compensated=True` stores the rounding
+error of each mean and sum (TwoSum; Knuth, TAOCP 2, 4.2.2) in an additional bfloat16.
 """
 
 import dataclasses
@@ -48,10 +48,10 @@ BUFFERS: Mapping[str, tuple[str, ...]] = {
     "sign_flips": ("sign_flips", "last"),
     "last": ("last",),
 }
-"""The buffers each measure needs; a buffer that two measures share is allocated once."""
+"""Buffers that each measure needs; a buffer that two measures share is allocated once."""
 
 _CARRIED = ("late_mean", "late_mean_abs", "mean", "sum_of_squares", "mean_abs", "path_length")
-_CARRY = "_carry"  # what a buffer's rounding error is called, added to the buffer's name
+_CARRY = "_carry"  # suffix of the buffer that stores another buffer's rounding error
 _HOLD_INITIAL = ("first", "last")  # start as the weights at init; the others start at zero
 
 
@@ -61,15 +61,15 @@ class TrajectoryStats:
     """Statistics of the snapshots start + 1 … start + count.
 
     Attributes:
-        start: snapshots that came before the first of these, int32.
-        count: snapshots seen, int32.
-        weight_sum: Σ wₜ as a float32 and the rounding error it carries, shape (2,).
-        buffers: per buffer a float32 pytree like the parameters, None where dense; of the means
-            and sums also "…_carry" in bfloat16, when compensated.
-        measures: what was asked for.
-        power: exponent of t' in the weights of the late means.
-        window_start: the snapshot that the late means begin with, counted from 1.
-        vote_rate: multiple of the standard deviation that a weight must exceed for a vote.
+        start: Number of snapshots before the first of these, int32.
+        count: Number of snapshots in these statistics, int32.
+        weight_sum: Sum Σ wₜ as a float32 and its rounding error, shape (2,).
+        buffers: Float32 pytrees like the parameters by buffer name, None where dense. If
+            compensated, means and sums also have a bfloat16 buffer named "…_carry".
+        measures: Names of the tracked measures.
+        power: Exponent of t' in the weights of the late means.
+        window_start: First snapshot of the late means, counted from 1.
+        vote_rate: Multiple of the standard deviation that a weight must exceed for a vote.
     """
 
     start: Int[Array, ""]
@@ -93,35 +93,37 @@ def init(
     start: int | Int[Array, ""] = 0,
     compensated: bool = False,
 ) -> TrajectoryStats:
-    """Returns empty statistics for the prunable weights, laid out and sharded like them.
+    """Returns empty statistics for the prunable weights, with the shardings of the weights.
 
-    The weights given here are θ(0) of `displacement`, `path_length` and `sign_flips`; they are not
-    a snapshot and enter no mean.
+    The given weights are θ(0) of `displacement`, `path_length` and `sign_flips`. They are not a
+    snapshot and do not contribute to any mean.
 
     Args:
-        params: pytree of weights of any floating dtype; statistics are float32.
-        measures: names from the module's table.
-        prunable: bool pytree like `params`; None: `tree.prunable(params)`.
-        power: exponent of the weights of the late means, −3 to 3; 0 is the plain mean, 1 linear.
-        window_start: the first snapshot that the late means count; E − K + 1 for the last K of E.
-        vote_rate: for `votes`.
-        start: snapshots taken before, when these statistics continue others (see `merge`).
-        compensated: carry rounding errors along, for two more bytes a weight and mean or sum;
-            worth it beyond some hundred snapshots.
+        params: Pytree of weights of any floating dtype; the statistics are float32.
+        measures: Names of measures from the table in the module docstring.
+        prunable: Bool pytree like `params`. If None, `tree.prunable(params)`.
+        power: Exponent of the weights of the late means, −3 to 3; 0 gives the plain mean, 1 linear
+            weights.
+        window_start: First snapshot of the late means; E − K + 1 for the last K of E snapshots.
+        vote_rate: Multiple of the standard deviation that a weight must exceed for a vote.
+        start: Number of earlier snapshots, if these statistics continue others (see `merge`).
+        compensated: Whether to track rounding errors, for two more bytes per weight and mean or
+            sum; worthwhile beyond some hundred snapshots.
 
     Raises:
-        InputError: unknown or no measure, nothing to track, a window that starts before
-            snapshot 1, or a power that float32 sums of it would overflow with.
+        InputError: If a measure is unknown or none is given, no weight is prunable, the window
+            starts before snapshot 1, or the power would overflow float32 sums.
     """
+    # Check the settings before any buffer is allocated.
     measures = (measures,) if isinstance(measures, str) else tuple(measures)
     check_measures(measures)
     if window_start < 1:
         raise InputError(
-            f"window_start = {window_start}, but snapshots count from 1; give 1 or more"
+            f"window_start must be 1 or more, got {window_start}; snapshots count from 1"
         )
     if not -3 <= power <= 3:
         raise InputError(
-            f"power = {power!r} would overflow the sum of t'^power; give a number from -3 to 3"
+            f"power must be from -3 to 3, got {power!r}; others overflow the sum of t'^power"
         )
     prunable = tree.prunable(params) if prunable is None else prunable
     if not any(jax.tree.leaves(prunable)):
@@ -133,17 +135,18 @@ def init(
                 return None
             if not tree.is_weight(weight):
                 raise InputError(
-                    f"{path!r} is marked prunable but is no floating-point array; mark it False"
+                    f"{path!r} is marked prunable but is not a floating-point array; mark it False"
                 )
             if name.endswith(_CARRY):
                 return jnp.zeros_like(weight, jnp.bfloat16)
-            # A copy where the dtype is float32 already: the caller may donate params next.
+            # Copy even if the dtype is already float32, since the caller may donate params next.
             initial = jnp.array(weight, jnp.float32, copy=True)
             return initial if name in _HOLD_INITIAL else jnp.zeros_like(initial)
 
         return tree.map_named(leaf, params, prunable)
 
     needed = _needed(measures, compensated)
+    # One pytree per buffer; measures that share a buffer share the memory.
     return TrajectoryStats(
         start=jnp.asarray(start, jnp.int32),
         count=jnp.zeros((), jnp.int32),
@@ -162,22 +165,26 @@ def _needed(measures: Sequence[str], compensated: bool) -> set[str]:
 
 
 def check_measures(measures: Sequence[str]) -> None:
-    """Raises InputError for no measure or an unknown one."""
+    """Raises InputError if no measure is given or one is unknown."""
     if not measures:
-        raise InputError(f"no measure was asked for; give some of {', '.join(BUFFERS)}")
+        raise InputError(f"no measure was given; give some of {', '.join(BUFFERS)}")
     for measure in measures:
         check_choice(measure, BUFFERS, "measure")
 
 
 def update(stats: TrajectoryStats, params: PyTree) -> TrajectoryStats:
-    """Returns the statistics with one more snapshot; elementwise, so it fuses, donates and shards.
+    """Returns the statistics updated with one snapshot.
+
+    All operations are elementwise, except the standard deviation of `votes`, so the update fuses,
+    and buffers can be donated and sharded.
 
     Args:
-        stats: from `init` or an earlier update.
-        params: pytree of the structure given to `init`.
+        stats: Statistics from `init` or a previous update.
+        params: Pytree of weights with the structure given to `init`.
     """
     count = stats.count + 1
-    position = stats.start + count - stats.window_start + 1  # t' of this snapshot in the window
+    position = stats.start + count - stats.window_start + 1  # t' of this snapshot
+    # Snapshots before the window get weight 0, so the late means stay 0 until it starts.
     inside = position >= 1
     weight = jnp.where(inside, jnp.maximum(position, 1).astype(jnp.float32) ** stats.power, 0.0)
     weight_sum = _add_compensated(stats.weight_sum, weight)
@@ -195,13 +202,15 @@ def update(stats: TrajectoryStats, params: PyTree) -> TrajectoryStats:
 def _advance(
     old: dict[str, Array], weight: Array, late_share: Array, share: Array, vote_rate: float
 ) -> dict[str, Array]:
-    """Returns the buffers of one weight after a snapshot; only those that exist are computed."""
+    """Returns the buffers of one tensor after a snapshot; computes only those that exist."""
     size = jnp.abs(weight)
     new = dict(old)
 
+    # Difference from a mean, including the rounding error of the mean.
     def beyond(buffers: dict[str, Array], name: str, value: Array) -> Array:
         return (value - buffers[name]) - buffers.get(name + _CARRY, 0.0)
 
+    # Add to a buffer, and update its rounding error if it has one.
     def add(name: str, increment: Array) -> None:
         carry = old.get(name + _CARRY)
         if carry is None:
@@ -210,6 +219,7 @@ def _advance(
             new[name], error = _two_sum(old[name], increment + carry.astype(jnp.float32))
             new[name + _CARRY] = error.astype(carry.dtype)
 
+    # Running means first: the sum of squares needs the mean before and after this snapshot.
     for name, value, step in (
         ("late_mean", weight, late_share),
         ("late_mean_abs", size, late_share),
@@ -220,8 +230,10 @@ def _advance(
             add(name, step * beyond(old, name, value))
     if "sum_of_squares" in old:
         add("sum_of_squares", beyond(old, "mean", weight) * beyond(new, "mean", weight))
+    # These compare with the previous snapshot, so `last` is updated at the end.
     if "path_length" in old:
         add("path_length", jnp.abs(weight - old["last"]))
+    # The threshold depends on the whole tensor; this is the only reduction.
     if "votes" in old:
         new["votes"] += size > jnp.std(size, ddof=min(1, size.size - 1)) * vote_rate
     if "sign_flips" in old:
@@ -232,29 +244,33 @@ def _advance(
 
 
 def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """Returns the rounded sum and its rounding error, whichever of the two is the larger."""
+    """Returns the rounded sum and its rounding error, regardless of which operand is larger."""
     total = a + b
     b_seen = total - a
     return total, (a - (total - b_seen)) + (b - b_seen)
 
 
 def _add_compensated(total: Float[Array, "2"], value: Float[Array, ""]) -> Float[Array, "2"]:
-    """Returns the sum with its rounding error carried along (Kahan); t^p sums over long runs."""
+    """Returns the Kahan-compensated sum, for sums of t^p over long runs."""
     corrected = value - total[1]
     new = total[0] + corrected
     return jnp.stack([new, (new - total[0]) - corrected])
 
 
 def merge(a: TrajectoryStats, b: TrajectoryStats) -> TrajectoryStats:
-    """Returns the statistics of both: `b` continues where `a` ended.
+    """Returns the statistics over the snapshots of `a` followed by those of `b`.
 
-    The result equals that of one run over all the snapshots when `b` was made by
-    `init(params at a's last snapshot, …, start=a.start + a.count)`: the weights of the late means
-    depend on t, and the path on where it continues. Means, variance and votes merge exactly
-    whatever the start. The operation is associative.
+    The result equals that of one run over all the snapshots if `b` was created by
+    `init(params at a's last snapshot, …, start=a.start + a.count)`, because the weights of the late
+    means depend on t, and the path on its starting point. Means, variance and votes merge exactly
+    for any start. The operation is associative.
+
+    Args:
+        a: Statistics of the earlier snapshots.
+        b: Statistics of the later snapshots.
 
     Raises:
-        InputError: the two were made with different settings.
+        InputError: If the two were created with different settings.
     """
     for field in ("measures", "power", "window_start", "vote_rate"):
         if getattr(a, field) != getattr(b, field):
@@ -267,6 +283,7 @@ def merge(a: TrajectoryStats, b: TrajectoryStats) -> TrajectoryStats:
             "statistics with and without compensation cannot be merged; give both the same "
             "compensated= at trajectory.init"
         )
+    # Weight of `b` in the plain means and in the late means of both.
     count = a.count + b.count
     share = b.count.astype(jnp.float32) / jnp.maximum(count, 1)
     total = a.weight_sum[0] + b.weight_sum[0]
@@ -296,7 +313,7 @@ def _joined(
     between: Array,
     y_has_any: Array,
 ) -> dict[str, Array]:
-    """Returns the buffers of one weight over the snapshots of x and then y."""
+    """Returns the buffers of one tensor over the snapshots of x followed by those of y."""
 
     def carry_of(part: dict[str, Array], name: str) -> Array:
         return part.get(name + _CARRY, jnp.zeros_like(part[name])).astype(jnp.float32)
@@ -310,6 +327,7 @@ def _joined(
         elif name in ("votes", "sign_flips"):
             new[name] = x[name] + y[name]
         elif name in _CARRIED:
+            # A sum adds y; a mean moves towards y by its share. Their carries do the same.
             x_carry, y_carry = carry_of(x, name), carry_of(y, name)
             if name in ("path_length", "sum_of_squares"):
                 increment, carry = y[name], x_carry + y_carry
@@ -318,6 +336,7 @@ def _joined(
                 increment = step * (y[name] - x[name])
                 carry = x_carry + step * (y_carry - x_carry)
             if name == "sum_of_squares":
+                # Squared deviations between the two means (Chan, Golub and LeVeque).
                 apart = (y["mean"] - x["mean"]) + (carry_of(y, "mean") - carry_of(x, "mean"))
                 carry = carry + between * apart**2
             partial, error = _two_sum(x[name], increment)
@@ -328,7 +347,7 @@ def _joined(
 
 
 def _per_leaf(f: Any, buffers: dict[str, PyTree], *trees: PyTree) -> dict[str, PyTree]:
-    """Returns the buffers that `f(leaf, *leaves of trees)` gives for each tracked weight."""
+    """Applies `f(leaf, *leaves of trees)` to each tracked tensor and collects the buffers."""
     first = next(iter(buffers.values()))
     new = tree.map_tracked(f, first, *trees)
     return {
@@ -340,19 +359,24 @@ def _per_leaf(f: Any, buffers: dict[str, PyTree], *trees: PyTree) -> dict[str, P
 def read(stats: TrajectoryStats, measure: str) -> PyTree:
     """Returns one measure as a float32 pytree like the parameters, None where dense.
 
-    Before the first snapshot every mean, share and count reads 0.
+    Before the first snapshot every mean, fraction and count is 0.
+
+    Args:
+        stats: Statistics that track the measure.
+        measure: Name of the measure.
 
     Raises:
-        InputError: unknown measure, or one that was not tracked.
+        InputError: If the measure is unknown or was not tracked.
     """
     check_choice(measure, BUFFERS, "measure")
     if any(name not in stats.buffers for name in BUFFERS[measure]):
         raise InputError(
-            f"measure {measure!r} was not tracked; name it in "
+            f"measure {measure!r} was not tracked; include it in "
             f"trajectory.init(params, measures=({measure!r}, …)) before training"
         )
     count = jnp.maximum(stats.count, 1).astype(jnp.float32)
     buffers = stats.buffers
+    # Some measures are computed from their buffers, the others are buffers.
     if measure == "variance":
         return tree.map_tracked(lambda m2: m2 / count, buffers["sum_of_squares"])
     if measure == "votes":
@@ -369,9 +393,15 @@ def memory(
     *,
     compensated: bool = False,
 ) -> dict[str, int]:
-    """Returns the bytes that each buffer of the measures takes, per buffer name.
+    """Returns the size in bytes of each buffer of the measures, by buffer name.
 
-    `params` may be abstract (`jax.eval_shape`). The sum is what tracking costs beside the model.
+    The sum is the memory that tracking takes in addition to the model.
+
+    Args:
+        params: Pytree of weights, which may be abstract (`jax.eval_shape`).
+        measures: Names of the measures.
+        prunable: Bool pytree like `params`. If None, `tree.prunable(params)`.
+        compensated: Whether rounding errors are tracked.
     """
     check_measures(measures)
     prunable = tree.prunable(params) if prunable is None else prunable

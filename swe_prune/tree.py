@@ -1,12 +1,13 @@
 """Names of leaves, and selection of leaves by path rules.
 
-A leaf is named by its path, `"block_0/mlp/up/kernel"`. `None` is a leaf here and means dense.
+A leaf is named by its path, such as `"block_0/mlp/up/kernel"`. `None` is a leaf here and means
+dense.
 """
 
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,17 +18,17 @@ from swe_prune.errors import InputError
 
 DENSE_BY_DEFAULT = {
     "embedding": r"(?i)embed|(^|/)w[tp]e(/|$)",  # token and position tables, GPT-2's wte and wpe
-    # The output, which "MultiHeadDotProductAttention", "multi_head" and "attention/head_0" are not.
+    # The output head, but not "MultiHeadDotProductAttention", "multi_head" or "attention/head_0".
     "output head": r"(?i)^((?!\w*att(n|ention))[^/]*/)*(?!multi)"
     r"(\w+_)?(head|logits|classifier)(_\d+)?(/|$)",
     "norm": r"(?i)norm|(^|/)ln\w*(/|$)",
-    "bias": r"(?i)(^|/)bias(/|$)",  # a DenseGeneral bias has two axes, so its shape does not tell
+    "bias": r"(?i)(^|/)bias(/|$)",  # by name, since a DenseGeneral bias has two axes
 }
-"""What stays dense unless the rules say otherwise: its name, and the rule that finds it."""
+"""Kinds of weights that stay dense by default, each with the rule that matches it."""
 
 
 def is_none(leaf: Any) -> bool:
-    """Returns whether a leaf is None; as `is_leaf` it makes jax see None as a leaf."""
+    """Returns whether a leaf is None; pass it as `is_leaf` to make JAX treat None as a leaf."""
     return leaf is None
 
 
@@ -44,8 +45,13 @@ def named_leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:
 def map_named(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """Returns the tree of `f(name, leaf, *leaves of rest)`; None leaves of `tree` stay None.
 
+    Args:
+        f: Function of a name, a leaf of `tree`, and the matching leaf of each tree in `rest`.
+        tree: Pytree to map over.
+        *rest: Pytrees with the structure of `tree`.
+
     Raises:
-        InputError: one of the rest has another structure.
+        InputError: If a tree in `rest` has a different structure.
     """
 
     def unless_none(name: str, leaf: Any, *others: Any) -> Any:
@@ -55,17 +61,22 @@ def map_named(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
 
 
 def map_leaves(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-    """Returns the tree of `f(name, leaf, *leaves of rest)`, where None is a leaf like any other.
+    """Returns the tree of `f(name, leaf, *leaves of rest)`; `f` also receives None leaves.
+
+    Args:
+        f: Function of a name, a leaf of `tree`, and the matching leaf of each tree in `rest`.
+        tree: Pytree to map over.
+        *rest: Pytrees with the structure of `tree`.
 
     Raises:
-        InputError: one of the rest has another structure.
+        InputError: If a tree in `rest` has a different structure.
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)
     try:
         others = [treedef.flatten_up_to(other) for other in rest]
     except ValueError as error:
         raise InputError(
-            f"two pytrees that belong together differ in structure: {error}; make the one from the "
+            f"two pytrees that belong together differ in structure: {error}; make one from the "
             "other, with None for dense leaves"
         ) from error
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
@@ -74,12 +85,26 @@ def map_leaves(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
 
 
 def map_tracked(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-    """Returns `jax.tree.map` over the leaves of `tree` that are not None; the others stay None."""
+    """Maps `f` over the leaves that are not None, like `jax.tree.map`; None stays None."""
     return map_named(lambda _, *leaves: f(*leaves), tree, *rest)
 
 
+def by_suffix(path: tuple[Any, ...], of_params: Mapping[Any, Any]) -> Any:
+    """Returns the value of the parameter that a leaf of an optimizer's state belongs to, or None.
+
+    A part of the state belongs to a parameter when its path ends in the parameter's, which is so
+    in all of optax; of several the longest.
+
+    Args:
+        path: Key path of the leaf in the state.
+        of_params: Values by the key paths of the parameters.
+    """
+    ends = (path[start:] for start in range(len(path) + 1))  # the longest first
+    return next((of_params[end] for end in ends if end in of_params), None)
+
+
 def is_weight(leaf: Any) -> bool:
-    """Returns whether a leaf is a floating-point array: an array, a tracer, or an abstract one."""
+    """Returns whether a leaf is a floating-point array; it may be traced or abstract."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
@@ -88,19 +113,20 @@ def prunable(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> PyTree:
-    """Returns a bool per leaf: True where the weight may be pruned.
+    """Returns a bool pytree that is True where the weight may be pruned.
 
-    A leaf is prunable when any `include` rule is found in its name (`re.search`) and no `exclude`
-    rule is. Without `include`, every floating-point leaf with two axes or more is; without
-    `exclude`, embeddings, norms, biases and the output head are dense (`DENSE_BY_DEFAULT`).
+    A leaf is prunable if an `include` rule matches its name (`re.search`) and no `exclude` rule
+    does. Without `include`, all floating-point leaves with two or more axes are included. Without
+    `exclude`, embeddings, norms, biases and the output head are excluded (`DENSE_BY_DEFAULT`).
 
     Args:
-        params: pytree of arrays of any kind; only floating-point leaves can be prunable.
-        include: regular expressions; each must match a floating-point leaf.
-        exclude: regular expressions; each must match one too.
+        params: Pytree of arrays; only floating-point leaves can be prunable.
+        include: Regular expressions, each of which must match a floating-point leaf.
+        exclude: Regular expressions, each of which must match a floating-point leaf.
 
     Raises:
-        InputError: a rule is no regular expression or matches no weight, or nothing is prunable.
+        InputError: If a rule is not a regular expression or matches no weight, or if nothing is
+            prunable.
 
     >>> params = {"up": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
     >>> prunable(params)
@@ -110,11 +136,12 @@ def prunable(
         [rules] if isinstance(rules, str) else rules for rules in (include, exclude)
     )
     weights = {name: leaf for name, leaf in named_leaves(params) if is_weight(leaf)}
+    # A rule that matches nothing is probably misspelled.
     for kind, rules in (("include", include), ("exclude", exclude)):
         for rule in rules or ():
             if not any(rule_matches(rule, name) for name in weights):
                 raise InputError(
-                    f"{kind} rule {rule!r} matches no weight; correct it. "
+                    f"{kind} rule {rule!r} matches no weight; correct the rule. "
                     f"Weights: {_abbreviated(list(weights))}"
                 )
     chosen = {
@@ -131,7 +158,7 @@ def prunable(
 def dense_reason(
     name: str, leaf: Any, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
 ) -> str:
-    """Returns why a leaf stays dense under the rules of `prunable`, or `""` when it is prunable."""
+    """Returns why a leaf is dense under the rules of `prunable`, or `""` if it is prunable."""
     if not is_weight(leaf):
         return "not a floating-point array"
     if include is None and leaf.ndim < 2:
@@ -149,15 +176,15 @@ def dense_reason(
 
 
 def rule_matches(rule: str, name: str) -> bool:
-    """Returns whether a path rule is found in a name.
+    """Returns whether a path rule matches a name (`re.search`).
 
     Raises:
-        InputError: the rule is no regular expression.
+        InputError: If the rule is not a regular expression.
     """
     try:
         return re.search(rule, name) is not None
     except re.error as error:
-        raise InputError(f"rule {rule!r} is no regular expression: {error}; correct it") from error
+        raise InputError(f"rule {rule!r} is not a regular expression: {error}; fix it") from error
 
 
 def _abbreviated(names: Sequence[str], most: int = 12) -> str:
@@ -166,28 +193,29 @@ def _abbreviated(names: Sequence[str], most: int = 12) -> str:
 
 
 def input_axes(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the axes of a kernel along which its inputs run, by Flax's conventions.
+    """Returns the input axes of a kernel by Flax's conventions.
 
-    `Dense` is (in, out) and `Conv` (…, in, out): all axes but the last. The query, key and value
-    projections of Flax's attention are (in, heads, width): the first axis alone. Its `out`
-    projection (heads, width, out) follows the general rule again. One axis is all inputs.
+    A `Dense` kernel is (in, out) and a `Conv` kernel (…, in, out): all axes but the last are input
+    axes. The query, key and value projections of Flax's attention are (in, heads, width): only the
+    first axis is. Its `out` projection (heads, width, out) follows the general rule. A single axis
+    is an input axis.
 
     >>> input_axes("mlp/up/kernel", (8, 32)), input_axes("attention/query/kernel", (8, 2, 4))
     ((0,), (0,))
     """
-    # In nnx every name ends in the name of a field, as in "attention/out/kernel/value".
+    # In NNX every name ends in a field name, such as "attention/out/kernel/value".
     if len(shape) == 3 and re.search(r"(^|/)(query|key|(?<!kernel/)value)(/|$)", name):
         return (0,)
     return tuple(range(max(len(shape) - 1, min(len(shape), 1))))
 
 
 def named_key(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
-    """Returns a tensor's own random key, which depends on its name and on no other tensor."""
+    """Returns a random key for a tensor that depends only on `key` and the tensor's name."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def size(values: PyTree) -> int:
-    """Returns the number of elements of a leaf, or of all of a pytree's, exact at any size.
+    """Returns the number of elements of an array or of all arrays of a pytree, exact at any size.
 
     >>> size({"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)})
     9
@@ -195,7 +223,7 @@ def size(values: PyTree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(values))
 
 
-@jax.jit  # as one program, which takes less time to compile than each of its operations alone
+@jax.jit  # one program compiles faster than its operations one by one
 def all_finite(x: Float[Array, "..."]) -> Bool[Array, ""]:
     """Returns whether no element is NaN or infinite."""
     return jnp.isfinite(x).all()

@@ -408,7 +408,7 @@ X = np.ones((2, 4), np.float32)
         ({"sparsity": None}, "neither a sparsity nor a pattern"),
         ({"sparsity": {"layers_0/up/kernel": 0.5}}, "no sparsity is given for 'layers_0/attention"),
         ({"sparsity": {"layers_0/upp/kernel": 0.5}}, "did you mean 'layers_0/up/kernel'"),
-        ({"pattern": "3:5", "sparsity": None}, "which groups of 5 do not divide"),
+        ({"pattern": "3:5", "sparsity": None}, "not a multiple of m = 5"),
         ({"batches": []}, "calibration set is empty"),
         ({"batches": [{"x": X[:, :3], "mask": X > 0}]}, "batch 0, .* cannot be run"),
         ({"model": Foreign(remat=True)}, "inside a transformation such as nn.remat or nn.scan"),

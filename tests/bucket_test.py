@@ -58,9 +58,9 @@ def names(buckets):
 @pytest.fixture(params=["folder", "bucket"])
 def place(request, tmp_path):
     if request.param == "folder":
-        return storage.place(tmp_path / "run")
+        return storage.parse_path(tmp_path / "run")
     request.getfixturevalue("names")
-    return storage.place("gs://bucket/run")
+    return storage.parse_path("gs://bucket/run")
 
 
 def test_files_are_written_found_moved_and_removed(place):
@@ -86,7 +86,7 @@ def test_checkpoints_come_back_and_only_whole_ones(place):
     store.close()
     for file in place.glob("3.*checksums"):
         file.unlink()
-    with pytest.warns(UserWarning, match=r"checkpoint 3 .* was cut short"):
+    with pytest.warns(UserWarning, match=r"checkpoint 3 .* is incomplete"):
         store = Checkpoints(place)
     assert not (place / "3").exists()
     tree, extra = store.restore(jax.eval_shape(lambda: TREE))
@@ -105,7 +105,7 @@ def test_what_was_changed_is_not_trusted(place):
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(bytes(content))
-    with pytest.warns(UserWarning, match=r"checkpoint 2 .* is damaged.* going on from 1"):
+    with pytest.warns(UserWarning, match=r"checkpoint 2 .* is damaged.* continuing from 1"):
         assert store.restore(TREE)[1] == {"position": 1}
     assert (place / "damaged_2").exists()
     store.save(2, TREE, {"position": "again"})
@@ -115,7 +115,7 @@ def test_what_was_changed_is_not_trusted(place):
 
 
 def test_lines_in_a_bucket_are_written_together(names, monkeypatch):
-    path = storage.place("gs://bucket/run") / "metrics.jsonl"
+    path = storage.parse_path("gs://bucket/run") / "metrics.jsonl"
     lines = metrics.JsonLines(path, 0)
     for step in (1, 2, 3):
         lines.write(step, {"loss": np.float32(step)})
@@ -139,7 +139,7 @@ def objects(request, tmp_path, monkeypatch):
     if request.param == "file":
         return ts.KvStore.open({"driver": "file", "path": f"{tmp_path}/"}).result()
     request.getfixturevalue("names")
-    return lease.store(storage.place("gs://bucket/run"))
+    return lease.store(storage.parse_path("gs://bucket/run"))
 
 
 def written(objects, **changes):
@@ -184,7 +184,7 @@ def test_of_many_who_find_a_dead_holder_one_at_a_time_takes_over(objects):
     inside, most, together = [], [], threading.Lock()
 
     def enter():
-        with lease.acquire(objects, "x", "thing", wait=lambda _: None):
+        with lease.acquire(objects, "x", "thing", on_wait=lambda _: None):
             with together:
                 inside.append(1)
                 most.append(len(inside))
@@ -202,7 +202,7 @@ def test_of_many_who_find_a_dead_holder_one_at_a_time_takes_over(objects):
 
 def test_a_holder_that_was_taken_over_ends_itself(objects):
     ends = []
-    with lease.acquire(objects, "x", "thing", end=ends.append):
+    with lease.acquire(objects, "x", "thing", on_lost=ends.append):
         written(objects)
         deadline = time.monotonic() + 5
         while not ends and time.monotonic() < deadline:
@@ -219,8 +219,8 @@ def test_a_holder_that_cannot_reach_the_bucket_ends_before_others_take_over(name
     def refused(*_, **__):
         raise gcs_server.Refused(503)
 
-    objects = lease.store(storage.place("gs://bucket/run"))
-    with lease.acquire(objects, "x", "thing", end=ends.append):
+    objects = lease.store(storage.parse_path("gs://bucket/run"))
+    with lease.acquire(objects, "x", "thing", on_lost=ends.append):
         began = time.monotonic()
         monkeypatch.setattr(gcs_server.Bucket, "put", refused)
         while not ends and time.monotonic() - began < 6:
@@ -277,7 +277,7 @@ def config(tmp_path_factory, plays_dir):
 @pytest.fixture(scope="module")
 def local(tmp_path_factory, config):
     """The workdir of the same run in a folder."""
-    path = storage.place(tmp_path_factory.mktemp("local"))
+    path = storage.parse_path(tmp_path_factory.mktemp("local"))
     assert cli.main(["run", f"--config={config}", f"--workdir={path}"]) == 0
     return path
 
@@ -294,7 +294,7 @@ def lines(workdir):
 
 
 def test_every_command_does_in_a_bucket_what_it_does_in_a_folder(names, config, local, capsys):
-    workdir = storage.place("gs://bucket/deep/run")
+    workdir = storage.parse_path("gs://bucket/deep/run")
     commands = ["plan", "train", "prune", "finetune", "run", "evaluate", "report"]
     for command in commands:
         arguments = [f"--config={config}"] if command != "report" else []
@@ -315,7 +315,7 @@ def test_every_command_does_in_a_bucket_what_it_does_in_a_folder(names, config, 
 
 def test_shards_share_a_bucket_and_a_whole_run_does_not(names, plays_dir, monkeypatch):
     monkeypatch.setenv("SWE_PRUNE_LOST_TIMEOUT", "6")
-    config, workdir = settings(plays_dir), study.Workdir(storage.place("gs://bucket/run"))
+    config, workdir = settings(plays_dir), study.Workdir(storage.parse_path("gs://bucket/run"))
     with study.claim(workdir, config, study.Shard(0, 2)):
         with study.claim(workdir, config, study.Shard(1, 2)):
             pass
@@ -331,14 +331,14 @@ def test_shards_share_a_bucket_and_a_whole_run_does_not(names, plays_dir, monkey
 
 
 def test_a_bucket_that_fails_in_the_midst_is_one_sentence(names, monkeypatch):
-    folder = storage.place("gs://bucket/run/seed_0")
+    folder = storage.parse_path("gs://bucket/run/seed_0")
 
     def refused(*_, **__):
         raise gcs_server.Refused(403)
 
     monkeypatch.setattr(gcs_server.Bucket, "put", refused)
     with (
-        pytest.raises(RunError, match=r"^'gs://bucket/run/seed_0' cannot be held \(PERMISSION_DEN"),
+        pytest.raises(RunError, match=r"^'gs://bucket/run/seed_0' cannot be locked \(PERMISSION_D"),
         shard.locked(folder, "it", lambda _: None),
     ):
         pass
@@ -362,7 +362,7 @@ def test_a_second_run_is_refused_and_a_killed_ones_lease_runs_out(
     names, config, local, capsys, monkeypatch
 ):
     monkeypatch.setenv("SWE_PRUNE_LOST_TIMEOUT", "10")
-    workdir = storage.place("gs://bucket/killed")
+    workdir = storage.parse_path("gs://bucket/killed")
     process = started(config, workdir, "--config.train.steps=2000")
     wait_until(lambda: any(name.endswith("/4.checksums") for name in names), process)
     arguments = [f"--config={config}", f"--workdir={workdir}", "--config.train.steps=2000"]
@@ -390,7 +390,7 @@ def test_a_second_run_is_refused_and_a_killed_ones_lease_runs_out(
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_numbers_of_an_uninterrupted(names, config, local, monkeypatch):
     monkeypatch.setenv("SWE_PRUNE_LOST_TIMEOUT", "15")
-    workdir = storage.place("gs://bucket/again")
+    workdir = storage.parse_path("gs://bucket/again")
     process = started(config, workdir, command="run")
     wait_until(lambda: any(name.endswith("/8.checksums") for name in names), process)
     process.kill()
@@ -402,7 +402,7 @@ def test_a_killed_run_goes_on_to_the_numbers_of_an_uninterrupted(names, config, 
 
 @pytest.mark.slow
 def test_shards_share_a_bucket(names, config, local):
-    workdir = storage.place("gs://bucket/shared")
+    workdir = storage.parse_path("gs://bucket/shared")
     both = [started(config, workdir, f"--shard={i}/2", command="run") for i in range(2)]
     for process in both:
         _, errors = process.communicate(timeout=300)
@@ -415,7 +415,7 @@ def test_shards_share_a_bucket(names, config, local):
 def test_two_processes_of_one_run_share_a_bucket(names, config, local):
     from distributed_test import free_port
 
-    workdir = storage.place("gs://bucket/two")
+    workdir = storage.parse_path("gs://bucket/two")
     where = f"--coordinator=127.0.0.1:{free_port()}"
     more = ["--config.data.batch=4"]
     both = [

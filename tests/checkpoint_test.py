@@ -69,7 +69,7 @@ def test_a_flipped_bit_is_found(tmp_path):
     with pytest.raises(InputError, match=r"checkpoint 2 .* is damaged.*delete .* step 1"):
         store.restore(TREE, 2)
     assert store.restore(TREE, 1)[1] == {"position": 1}
-    with pytest.warns(UserWarning, match=r"checkpoint 2 .* is damaged.* written; going on from 1"):
+    with pytest.warns(UserWarning, match=r"checkpoint 2 .* damaged.* writing; continuing from 1"):
         assert store.restore(TREE)[1] == {"position": 1}
     assert store.latest() == 1
     assert (tmp_path / "damaged_2").is_dir()
@@ -84,7 +84,7 @@ def test_when_all_are_damaged_none_is_trusted(tmp_path):
         file = largest_file(tmp_path / step)
         file.write_bytes(file.read_bytes()[:-1])
     with (
-        pytest.warns(UserWarning, match="going on from 1"),
+        pytest.warns(UserWarning, match="continuing from 1"),
         pytest.raises(InputError, match=r"checkpoint 1 .* is damaged.*start that phase again"),
     ):
         store.restore(TREE)
@@ -108,7 +108,7 @@ def test_a_missing_file_is_found(tmp_path):
 def test_a_save_that_a_kill_cut_short_is_as_if_it_never_was(tmp_path):
     stored(tmp_path).close()
     (tmp_path / "2.checksums").unlink()
-    with pytest.warns(UserWarning, match="checkpoint 2 .* was cut short; going on from the one be"):
+    with pytest.warns(UserWarning, match="checkpoint 2 .* is incomplete; continuing from the one"):
         store = Checkpoints(tmp_path)
     assert store.latest() == 1
     assert store.restore(TREE)[1] == {"position": 1}

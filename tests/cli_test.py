@@ -156,8 +156,8 @@ def test_a_shard_that_is_none(text, tmp_path, plays_dir, capsys):
         (["run", "--workdir=s3://bucket/run"], "--workdir 's3://bucket/run' is an address"),
         (["plan", "--devices=0"], "--devices must be at least 1, got 0"),
         (["run", "--workdir=w", "--process=0/2"], "belong together"),
-        (["run", "--workdir=w", "--coordinator=a:1", "--process=2/2"], "--process=2/2 is none"),
-        (["run", "--workdir=w", "--coordinator=a", "--process=1/2"], "--coordinator=a is no HOST"),
+        (["run", "--workdir=w", "--coordinator=a:1", "--process=2/2"], "--process must be I/N"),
+        (["run", "--workdir=w", "--coordinator=a", "--process=1/2"], "--coordinator must be HOST"),
     ],
     ids=lambda value: "".join(value[1:]) if isinstance(value, list) else "",
 )
@@ -347,3 +347,10 @@ def test_a_full_disk_ends_in_a_sentence_and_the_same_command_goes_on(tmp_path, p
     assert "Traceback" not in first.stderr
     assert "run the same command again" in first.stderr.splitlines()[-1]
     assert subprocess.run(command, env=environment).returncode == 0
+
+
+def test_version_prints_the_version_and_ends_with_0(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"swe_prune {swe_prune.__version__}\n"

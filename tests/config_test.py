@@ -337,22 +337,32 @@ def test_cells_may_be_dicts_or_dataclasses_and_come_back_from_json():
         ({"options": 3}, r"config.study.cells\[1\].options must be"),
         (
             {"scope": "layer"},
-            r"cells\[1\].scope = 'layer' cannot be used.*global, row, std, tensor",
+            r"cells\[1\]: scope must be one of tensor, global, row, got 'layer'",
         ),
         ({"schedule": "cubical"}, r"cells\[1\].schedule = 'cubical'.*did you mean 'cubic'"),
         ({"recovery": "rewnd"}, r"cells\[1\].recovery = 'rewnd'.*did you mean 'rewind'"),
-        ({"sparsity": 1.0}, r"cells\[1\].sparsity = 1.0.*share in \[0, 1\)"),
-        ({"scope": "std", "sparsity": -1.0}, r"cells\[1\].sparsity = -1.0.*rate"),
-        ({"scope": "std", "schedule": "cubic"}, r"cells\[1\].schedule = 'cubic'.*rate"),
-        ({"scope": "std", "pattern": "row"}, r"cells\[1\].pattern = 'row'.*another scope"),
-        ({"scope": "global", "allocation": "erk"}, r"cells\[1\].allocation = 'erk'.*overrule"),
+        ({"sparsity": 1.0}, r"cells\[1\]: sparsity = 1.0.*share in \[0, 1\)"),
+        ({"rate": -1.0}, r"cells\[1\]: rate must be .* got -1.0"),
+        ({"rate": 1.0, "schedule": "cubic"}, r"cells\[1\].schedule = 'cubic'.*rate"),
+        ({"rate": 1.0, "scope": "global"}, r"cells\[1\]: scope = 'global' and rate = 1.0 exclude"),
+        ({"rate": 1.0, "sparsity": 0.5}, r"cells\[1\]: sparsity = 0.5 and rate = 1.0 exclude"),
+        ({"sparsity": None}, r"cells\[1\]: a recipe must say how much"),
+        ({"criterion": None}, r"cells\[1\]: a recipe must have a criterion.*neither"),
+        ({"seed": 3}, r"cells\[1\].seed = 3.*give seeds = \(3,\)"),
+        ({"rate": 1.0, "pattern": "row"}, r"cells\[1\]: pattern = 'row' and rate = 1.0 exclude"),
+        (
+            {"scope": "global", "allocation": "erk"},
+            r"cells\[1\]: scope 'global' would overrule.*erk",
+        ),
         ({"schedule": "cubic", "recovery": "none"}, r"cells\[1\].schedule = 'cubic'.*'none'"),
         ({"seeds": []}, r"cells\[1\].seeds = \(\).*at least one"),
     ],
 )
 def test_cells_that_cannot_work_are_named_with_their_number(cell, sentence):
+    usual = {"criterion": "magnitude", "sparsity": 0.5}
+    base = {"criterion": "magnitude"} if "rate" in cell else usual
     with pytest.raises(InputError, match=sentence):
-        config.validate(config.from_dict({"study": {"cells": [{}, cell]}}))
+        config.validate(config.from_dict({"study": {"cells": [usual, base | cell]}}))
 
 
 @pytest.mark.parametrize("key", ["windows", "batch"])

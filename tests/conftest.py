@@ -1,41 +1,95 @@
+import contextlib
+import importlib.util
+import mmap
 import os
-import shutil
-import tempfile
+import platform
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
-UNOPTIMIZED = "--xla_backend_optimization_level=0"
+# These tests compile thousands of small programs and run each of them a few times. Without the
+# fusion emitters XLA compiles them in less than half the time. Where a product and a sum are then
+# fused to one instruction differs between programs, and tests that compare two of them to the bit
+# would fail; AVX has no such instruction. Other processors keep the emitters.
+FLAGS = ("--xla_backend_optimization_level=0",)
+X86_FLAGS = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_max_isa=AVX")
 PRECISION = "JAX_DEFAULT_MATMUL_PRECISION"
 CACHE = "JAX_COMPILATION_CACHE_DIR"
-MADE = pytest.StashKey[str]()
-FIRST = ("multidevice_test.py", "distributed_test.py", "bucket_test.py", "resume_test.py")
+CACHE_FROM = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+CACHE_BYTES = 1 << 30
+CACHE_WARNINGS = tuple(
+    f"ignore:Error {verb} persistent compilation cache entry" for verb in ("reading", "writing")
+)
+FIRST = (
+    "multidevice_core_test.py",
+    "multidevice_study_test.py",
+    "multidevice_training_test.py",
+    "distributed_test.py",
+    "bucket_test.py",
+    "resume_test.py",
+)
 
 
 def pytest_configure(config):
-    """Has every program compiled fast, and those of several processes only once.
+    """Makes compiling cheap: less optimization, and a compilation cache kept between runs.
 
-    Compiling takes most of the time of these tests, whose programs are tiny and run a few times.
-    The settings are in the environment, for the processes that tests start, and before jax is
-    imported.
+    Compiling takes most of the time of these tests. The settings go into the environment, before
+    jax is imported, so that pytest's workers and the processes that tests start have them too.
     """
-    if UNOPTIMIZED not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {UNOPTIMIZED}".strip()
-    # What is compared with float64 is meant in float32; a GPU would round its products to TF32.
+    given = os.environ.get("XLA_FLAGS", "")
+    wanted = FLAGS + (X86_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else ())
+    added = [flag for flag in wanted if flag not in given and _is_known(flag)]
+    os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
+    # Tests compare with float64 to float32's precision; a GPU would round its products to TF32.
     os.environ.setdefault(PRECISION, "highest")
     if CACHE not in os.environ:
-        config.stash[MADE] = os.environ[CACHE] = tempfile.mkdtemp(prefix="swe_prune_compiled_")
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+        folder = config.rootpath / ".jax_cache"
+        _make_room(folder)
+        os.environ[CACHE] = str(folder / version("jax"))
+    os.environ.setdefault(CACHE_FROM, "0")
+    # Entries are not written atomically: a process that reads one while another writes it warns
+    # and compiles. The same filters are in setup.cfg, for pytest itself.
+    filters = os.environ.get("PYTHONWARNINGS", "")
+    if CACHE_WARNINGS[0] not in filters:
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [filters, *CACHE_WARNINGS]))
+
+
+def _is_known(flag):
+    """Returns whether the installed XLA has the flag; XLA aborts on one that it does not have."""
+    name = flag.removeprefix("--").partition("=")[0].encode()
+    (package,) = importlib.util.find_spec("jaxlib").submodule_search_locations
+    for library in Path(package).glob("libjax_common.*"):
+        with (
+            library.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
+        ):
+            return text.find(name) >= 0
+    return False
+
+
+def _make_room(folder):
+    """Removes the least recently used programs when the cache exceeds its size, and empty files.
+
+    JAX_COMPILATION_CACHE_MAX_SIZE would do so under a lock, listing the folder for each program.
+    """
+    found = []
+    for path in folder.rglob("*-cache"):
+        with contextlib.suppress(FileNotFoundError):  # another run makes room too
+            stat = path.stat()
+            found.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
+    total = sum(size for _, size, _ in found)
+    left = total if total <= CACHE_BYTES else CACHE_BYTES // 2
+    for _, size, path in sorted(found):
+        if total > left or not size:
+            path.unlink(missing_ok=True)
+            total -= size
 
 
 def pytest_collection_modifyitems(items):
-    """Puts first what takes longest, lest one worker be left alone with it at the end."""
+    """Puts the longest files first, so that no worker is left alone with one at the end."""
     names = {name: number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: names.get(item.path.name, len(FIRST)))
-
-
-def pytest_unconfigure(config):
-    if MADE in config.stash:
-        shutil.rmtree(config.stash[MADE], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

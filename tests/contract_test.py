@@ -58,8 +58,8 @@ def matrix(seed):
 
 
 TREES = {
-    "linen": lambda: Linen().init(jax.random.key(0), jnp.zeros((1, 3), int)),
-    "nnx": lambda: nnx.state(Nnx(nnx.Rngs(0)), nnx.Param),
+    "linen": lambda: jax.jit(Linen().init)(jax.random.key(0), jnp.zeros((1, 3), int)),
+    "nnx": jax.jit(lambda: nnx.state(Nnx(nnx.Rngs(0)), nnx.Param)),
     "lists": lambda: [{"w": matrix(0)}, [matrix(1), jnp.ones(3)], None],
     "tuples": lambda: (Pair(matrix(0), (matrix(1), jnp.ones(3))), jnp.arange(4)),
     "equinox": lambda: eqx.filter(equinox_module(), eqx.is_inexact_array),
@@ -80,18 +80,23 @@ def made(kind, dtype):
 
 
 @jax.jit
-def snapshot(stats, params, t):
-    params = jax.tree.map(
-        lambda x: x + (jnp.sin(x * 9 + t) * 0.3).astype(x.dtype) if tree.is_weight(x) else x, params
-    )
-    return params, trajectory.update(stats, params)
-
-
 def tracked(params):
+    """Returns what three snapshots leave: parameters, statistics and the state of Adam."""
+
+    def snapshot(t, carry):
+        params, stats = carry
+        params = jax.tree.map(
+            lambda x: x + (jnp.sin(x * 9 + t) * 0.3).astype(x.dtype) if tree.is_weight(x) else x,
+            params,
+        )
+        return params, trajectory.update(stats, params)
+
     stats = trajectory.init(params, MEASURES)
-    for t in range(3):
-        params, stats = snapshot(stats, params, t)
-    return params, stats
+    params, stats = jax.lax.fori_loop(0, 3, snapshot, (params, stats))
+    floats = jax.tree.map(lambda x: x if tree.is_weight(x) else None, params)
+    grads, adam = jax.tree.map(lambda x: jnp.cos(9 * x), floats), optax.adam(1e-3)
+    _, opt_state = adam.update(grads, adam.init(floats), floats)
+    return params, stats, opt_state
 
 
 def measured(params, prunable):
@@ -152,11 +157,7 @@ class Trained:
 def trained(request):
     params = made(*request.param)
     prunable = tree.prunable(params)
-    params, stats = tracked(params)
-    floats = jax.tree.map(lambda x: x if tree.is_weight(x) else None, params)
-    optimizer = optax.adam(1e-3)
-    grads = jax.tree.map(lambda x: jnp.cos(9 * x), floats)
-    _, opt_state = optimizer.update(grads, optimizer.init(floats), floats)
+    params, stats, opt_state = tracked(params)
     return Trained(params, stats, opt_state, measured(params, prunable), prunable)
 
 
@@ -187,16 +188,31 @@ SIGNED = {"movement"}  # learned scores, of which the largest stay, whatever the
 INFINITE = {"bezier", "bezier_swe"}  # +inf: what no control value would ever remove
 
 
+@pytest.fixture(scope="module")
+def scored(trained):
+    return {name: trained.score(name) for name in importance.names()}
+
+
+@pytest.fixture(scope="module")
+def scored_in_jit(trained):
+    """The same from one program, which compiles faster than one for each criterion."""
+
+    @jax.jit
+    def score(*given):
+        return {name: trained.score(name, *given) for name in importance.names()}
+
+    return score(trained.params, trained.stats, trained.opt_state)
+
+
 @pytest.mark.parametrize("name", importance.names())
-def test_scores_are_float32_none_where_dense_and_the_same_in_jit(trained, name):
-    scores = trained.score(name)
+def test_scores_are_float32_none_where_dense_and_the_same_in_jit(
+    trained, scored, scored_in_jit, name
+):
+    scores, inside = scored[name], scored_in_jit[name]
     assert_on_prunable_alone(scores, trained.params, trained.prunable, jnp.float32)
     for leaf in leaves(scores).values():
         assert np.isfinite(leaf).all() or (name in INFINITE and not np.isnan(leaf).any())
         assert (leaf >= 0).all() or name in SIGNED
-    inside = jax.jit(lambda p, s, o: trained.score(name, p, s, o))(
-        trained.params, trained.stats, trained.opt_state
-    )
     assert set(leaves(inside)) == set(leaves(scores))
     for path, leaf in leaves(inside).items():
         # rtol: fused or not, the same formula may differ in its last digit; atol: or, where two
@@ -213,11 +229,6 @@ def test_a_need_that_is_not_given_is_named_with_the_way_to_get_it(name):
     with pytest.raises(InputError, match=needs[0]) as error:
         importance.score(name, {"w": matrix(0)})
     assert "pass" in str(error.value) or "track" in str(error.value)
-
-
-@pytest.fixture(scope="module")
-def scored(trained):
-    return {name: trained.score(name) for name in importance.names()}
 
 
 # One program for all the criteria, whose scores are of one structure.
@@ -341,7 +352,8 @@ def test_without_keep_momentum_revives_what_was_pruned():
     params = {"w": matrix(0)}
     mask = masks.by_sparsity(importance.score("magnitude", params), 0.5)
     params, optimizer = masks.apply(params, mask), optax.adam(1e-2)
-    updates, _ = optimizer.update({"w": matrix(1)}, optimizer.init(params), params)
+    state = optimizer.init(params)
+    updates, _ = jax.jit(optimizer.update)({"w": matrix(1)}, state, params)
     assert int(masks.revived(optax.apply_updates(params, updates), mask)) == 48
 
 

@@ -135,7 +135,7 @@ def test_normalize_refuses_what_it_does_not_know():
 
 def test_every_mend_is_needed_by_the_source(builder_module):
     markdown = "\n\n".join(f.locate().read_text() for f in builder_module._plays().values())
-    for pattern, replacement in normalize._MENDS:
+    for pattern, replacement in normalize._FIXES:
         mended = re.sub(pattern, replacement, markdown)
         assert mended != markdown, pattern
         markdown = mended

@@ -108,7 +108,7 @@ def test_limits_may_be_all_there_is_and_no_more(notes):
     for key in exact:
         with pytest.raises(InputError, match=f"data.{key} = .* more than .* lower it"):
             data.load(notes(**exact | {key: exact[key] + 1}), CONTEXT)
-        with pytest.raises(InputError, match=f"data.{key} = 0 .* at least 1"):
+        with pytest.raises(InputError, match=f"data.{key} must be 1 or more, .*got 0"):
             data.load(notes(**{key: 0}), CONTEXT)
 
 
@@ -126,7 +126,7 @@ def test_reading_stops_where_the_limit_is_reached_and_not_before(notes, limit):
     [
         (
             {"text_key": "text"},
-            r"no text under data.text_key = 'text'; its keys of text are: body$",
+            r"no text under data.text_key = 'text'; its text keys are: body$",
         ),
         ({"text_key": "label"}, r"no text under data.text_key = 'label'"),
         ({"train_split": "trian"}, r"data.train_split = 'trian'; its splits are: latin, train, v"),
@@ -147,12 +147,15 @@ def test_settings_that_do_not_fit_a_dataset_are_refused(notes, changes, message)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tiny_notez/plain", "neither a text file here nor a dataset that TFDS knows"),
+        ("tiny_notez/plain", "neither an existing text file nor a dataset that TFDS knows"),
         ("tiny_shakespear", "did you mean 'tiny_shakespeare'"),
         ("tiny_shakespeare", "not prepared in .*; run: tfds build tiny_shakespeare --file_format="),
         ("wiki40b/en", "prepare it: tfds build wiki40b/en --file_format=array_record --data_dir="),
-        ("missing.txt", "no text file here, and TFDS cannot open it .*; correct data.dataset"),
-        ("two words", "no text file here, and TFDS cannot open it"),
+        (
+            "missing.txt",
+            "not an existing text file, and TFDS cannot .*; correct data.dataset",
+        ),
+        ("two words", "not an existing text file, and TFDS cannot open it"),
         ("shakespeare_plays:9.9.9", "TFDS cannot open it .*; correct data.dataset"),
         ("shakespeare_play", "did you mean 'shakespeare_plays'"),
     ],

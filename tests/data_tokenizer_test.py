@@ -58,7 +58,7 @@ def test_an_id_outside_the_vocabulary_is_refused(ids):
 
 @pytest.mark.parametrize("symbols", ["", "ba", "aab"])
 def test_symbols_must_be_sorted_and_unique(symbols):
-    with pytest.raises(InputError, match="not sorted and unique"):
+    with pytest.raises(InputError, match="must be sorted and unique"):
         CharTokenizer(symbols)
 
 

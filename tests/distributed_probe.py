@@ -10,7 +10,7 @@ from swe_prune.runtime import processes
 
 
 def main(coordinator: str, process: str) -> None:
-    processes.start(processes.place(coordinator, process), processes.Timeouts())
+    processes.start(processes.process_address(coordinator, process), processes.Timeouts())
     mesh = parallel.mesh(ParallelConfig(fsdp=2))
 
     def refuse():

@@ -101,7 +101,7 @@ def test_a_text_too_short_for_the_protocol_is_refused(pair):
     model, dense, pruned = pair
     with pytest.raises(InputError, match="give more text"):
         kl_to_dense(model, dense, pruned, TOKENS[:1], PROTOCOL, batch=4)
-    with pytest.raises(InputError, match="batch = 0"):
+    with pytest.raises(InputError, match=r"batch must be .* got 0"):
         kl_to_dense(model, dense, pruned, TOKENS, PROTOCOL, batch=0)
 
 
@@ -140,7 +140,8 @@ def test_repetition_of_plain_cases():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "longest", "sentence"), [([[1, 2]], 4, "no one sequence"), ([1], 0, "up to 0")]
+    ("tokens", "longest", "sentence"),
+    [([[1, 2]], 4, "must be one-dimensional"), ([1], 0, "1 or more, got 0")],
 )
 def test_repetition_refuses_what_is_no_sequence(tokens, longest, sentence):
     with pytest.raises(InputError, match=sentence):

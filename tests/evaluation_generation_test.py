@@ -97,14 +97,14 @@ def test_a_long_prompt_is_taken_in_parts(small, at_once, monkeypatch):
 
 def test_the_end_token_ends_a_text_and_the_loop(small, monkeypatch):
     model, params = small
-    steps, go_on = [], generation._go_on
+    steps, go_on = [], generation._decode_until
 
     def counted(*args):
         state = go_on(*args)
         steps.append(int(state.step))
         return state
 
-    monkeypatch.setattr(generation, "_go_on", counted)
+    monkeypatch.setattr(generation, "_decode_until", counted)
     free = generate(model, params, PROMPTS, 12, sampling=GREEDY, seed=0).tokens
     eos = free[1][4]
     found = generate(model, params, PROMPTS, 12, sampling=GREEDY, seed=0, eos_id=eos)
@@ -125,7 +125,7 @@ def test_the_end_token_ends_a_text_and_the_loop(small, monkeypatch):
 
 def test_a_text_that_is_to_stop_is_made_no_longer(small, monkeypatch):
     model, params = small
-    monkeypatch.setattr(generation, "CHECKED", 3)
+    monkeypatch.setattr(generation, "STOP_CHECK_EVERY", 3)
     free = generate(model, params, PROMPTS, 12, sampling=GREEDY, seed=0).tokens
     asked = []
 
@@ -148,17 +148,17 @@ def test_a_text_that_is_to_stop_is_made_no_longer(small, monkeypatch):
 def test_one_program_serves_prompts_of_many_lengths(small):
     model, params = small
     generate(model, params, [[1], [2]], 4, sampling=GREEDY, seed=0, eos_id=5)
-    before = generation._begin._cache_size(), generation._go_on._cache_size()
+    before = generation._begin._cache_size(), generation._decode_until._cache_size()
     for length in (2, 9, 31):
         generate(model, params, [[1] * length, [2]], 4, sampling=GREEDY, seed=length, eos_id=3)
-    assert (generation._begin._cache_size(), generation._go_on._cache_size()) == before
+    assert (generation._begin._cache_size(), generation._decode_until._cache_size()) == before
 
 
 def test_a_prompt_may_fill_the_context(small):
     model, params = small
     prompt = list(np.arange(60) % VOCABULARY)
     assert len(generate(model, params, [prompt], 4, sampling=GREEDY, seed=0).tokens[0]) == 4
-    with pytest.raises(InputError, match=r"60 tokens and 5 new ones .* at most 4 new tokens"):
+    with pytest.raises(InputError, match=r"60 tokens and 5 new tokens .* at most 4 new tokens"):
         generate(model, params, [prompt], 5, sampling=GREEDY, seed=0)
 
 
@@ -168,7 +168,7 @@ def test_a_prompt_may_fill_the_context(small):
         ([], 4, "no prompt"),
         ([[1], []], 4, "prompt 1 is empty"),
         ([[1], [VOCABULARY]], 4, "prompt 1 has token ids .* vocabulary of 17"),
-        ([[1]], 0, "max_new_tokens = 0"),
+        ([[1]], 0, "max_new_tokens must be .* got 0"),
     ],
 )
 def test_prompts_that_cannot_be_answered_are_refused(small, prompts, new, sentence):
@@ -180,13 +180,13 @@ def test_prompts_that_cannot_be_answered_are_refused(small, prompts, new, senten
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"temperature": 0.0}, "temperature = 0.0"),
-        ({"temperature": float("nan")}, "temperature = nan"),
-        ({"top_k": 0}, "top_k = 0"),
-        ({"top_p": 0.0}, "top_p = 0.0"),
-        ({"top_p": 1.5}, "top_p = 1.5"),
-        ({"greedy": True, "top_k": 3}, "greedy decoding draws nothing"),
-        ({"greedy": True, "temperature": 0.5}, "greedy decoding draws nothing"),
+        ({"temperature": 0.0}, "temperature must be .* got 0.0"),
+        ({"temperature": float("nan")}, "temperature must be .* got nan"),
+        ({"top_k": 0}, "top_k must be .* got 0"),
+        ({"top_p": 0.0}, "top_p must be .* got 0.0"),
+        ({"top_p": 1.5}, "top_p must be .* got 1.5"),
+        ({"greedy": True, "top_k": 3}, "greedy decoding does not sample"),
+        ({"greedy": True, "temperature": 0.5}, "greedy decoding does not sample"),
     ],
 )
 def test_a_sampling_that_means_nothing_is_refused(values, sentence):

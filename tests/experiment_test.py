@@ -10,10 +10,10 @@ import tiny
 from swe_prune import cli, masks, study, tree
 from swe_prune.config import StudyConfig, TrajectoryConfig
 from swe_prune.errors import InputError
+from swe_prune.recipe import Evidence, Recipe, prune
 from swe_prune.study import grid, results, saved
 from swe_prune.training.metrics import read_lines
 from swe_prune.training.progress import Progress
-from swe_prune.training.step import prune_step
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +37,19 @@ def test_the_table_has_a_row_per_cell_with_every_column_filled(finished, plays_d
     assert len(rows) == len(cells) == 4 + 12
     assert tuple(rows[0]) == results.COLUMNS
     for row, cell in zip(rows, cells, strict=True):
-        assert (int(row["seed"]), row["criterion"], row["rule"]) == (
+        asked = cell.recipe
+        assert (int(row["seed"]), row["criterion"], row["scope"]) == (
             cell.seed,
-            cell.criterion,
-            cell.rule,
+            asked.criterion,
+            asked.scope,
         )
-        assert (row["schedule"], row["recovery"]) == ("one-shot", "finetune")
-        assert row["options"] == row["allocation"] == row["pattern"] == ""
-        words = ("criterion", "rule", "schedule", "recovery", "options", "allocation", "pattern")
+        assert [row["sparsity"], row["rate"]] == [
+            "" if amount is None else str(amount) for amount in (asked.sparsity, asked.rate)
+        ]
+        assert (row["schedule"], row["recovery"]) == ("one_shot", "finetune")
+        empty = ("method", "options", "allocation", "pattern")
+        assert [row[name] for name in empty] == [""] * 4
+        words = ("criterion", "scope", "schedule", "recovery", "sparsity", "rate", *empty)
         of_samples = [name for name in results.COLUMNS if name.endswith(("_kl", "_repetition"))]
         assert [row[name] for name in of_samples] == [""] * 4  # this study writes none
         for column in results.COLUMNS:
@@ -59,9 +64,9 @@ def test_equal_sparsity_is_met_to_the_weight(finished):
         total = sum(t["total"] for t in tensors)
         removed = total - sum(t["kept"] for t in tensors)
         assert cell["sparsity_prunable"] == removed / total
-        if cell["rule"] in ("tensor", "global"):
-            assert removed == int(total * cell["requested"] + 0.5)
-        if cell["rule"] == "tensor":
+        if cell["rate"] == "":
+            assert removed == int(total * cell["sparsity"] + 0.5)
+        if cell["rate"] == "" and cell["scope"] == "tensor":
             assert all(2 * t["kept"] == t["total"] for t in tensors)
         assert sum(cell["histogram"]["dense"]) == total
         assert sum(cell["histogram"]["pruned"]) == total - removed
@@ -72,10 +77,11 @@ def test_swe_spread_ranks_as_magnitude_within_a_tensor_and_swe_does_not(finished
     settings = tiny.config(plays_dir)
     shared = study.setup(settings, finished)
     dense = saved.load_dense(shared, 0)
-    common = {"rule": "tensor", "level": 0.5, "seed": 0}
+    evidence = Evidence(stats=dense.stats)
 
     def mask(criterion):
-        return prune_step(dense.params, dense.stats, shared.prunable, criterion=criterion, **common)
+        request = Recipe(criterion, sparsity=0.5)
+        return prune(request, dense.params, evidence, prunable=shared.prunable)[1]
 
     def agree(a, b):
         return all(

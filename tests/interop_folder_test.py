@@ -84,7 +84,7 @@ def test_parameters_go_where_they_are_sent(whole):
     as_tree = jax.tree.map(lambda _: place, params)
     assert_same_params(interop.load(whole, shardings=as_tree).params, params)
     del as_tree["block_1"]
-    refused(whole, "shardings have none for 'block_1/", shardings=as_tree)
+    refused(whole, "shardings lack 'block_1/", shardings=as_tree)
 
 
 def test_the_bare_model_without_prefix_is_read(tmp_path):
@@ -226,7 +226,7 @@ def test_a_tensor_of_another_shape_or_dtype_is_refused(whole):
     name = "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(whole / WEIGHTS)
     rewrite(whole, lambda t: t.update({name: t[name].T.copy()}))
-    refused(whole, rf"{name}' of the shape \(16, 20\) and its config asks for \(20, 16\)")
+    refused(whole, rf"{name}' of shape \(16, 20\) and its config requires \(20, 16\)")
     rewrite(whole, lambda t: t.update({name: tensors[name].astype(np.int8)}))
     refused(whole, f"{name}' as I8, which is not supported")
 
@@ -236,7 +236,7 @@ def test_missing_and_unexpected_tensors_are_refused(whole):
     rewrite(whole, lambda t: [t.pop(name) for name in list(t) if "layers.1" in name])
     refused(whole, r"lacks 'model.layers.1.*' and \d more of this model's")
     rewrite(whole, lambda t: t.update(tensors | {"model.layers.2.x": np.ones(2, np.float32)}))
-    refused(whole, "has 'model.layers.2.x', which this model has no place for")
+    refused(whole, "has 'model.layers.2.x', which is not part of this model")
 
 
 def test_an_unknown_dtype_is_refused(whole):

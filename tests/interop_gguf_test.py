@@ -172,7 +172,7 @@ def refused(path, sentence):
 def test_a_truncated_file_is_refused(tmp_path, left):
     content = written(tmp_path / "model.gguf", model("llama")).read_bytes()
     (tmp_path / "model.gguf").write_bytes(content[:left])
-    refused(tmp_path / "model.gguf", "no GGUF file" if left == 3 else "truncated or damaged")
+    refused(tmp_path / "model.gguf", "not a GGUF file" if left == 3 else "truncated or damaged")
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
@@ -185,11 +185,11 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"llama.embedding_length": None}, "does not say 'llama.embedding_length'"),
+        ({"llama.embedding_length": None}, "lacks the setting 'llama.embedding_length'"),
         ({"llama.expert_count": 8}, "mixture of experts"),
         ({"llama.rope.scaling.type": "longrope"}, "rope scaling 'longrope' without its factors"),
         ({"llama.attention.head_count": [4, 2]}, "layers that differ in"),
-        ({"llama.feed_forward_length": 21}, "its config asks for"),
+        ({"llama.feed_forward_length": 21}, "its config requires"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(tmp_path, changes, sentence):

@@ -9,10 +9,10 @@ import swe_prune
 
 PACKAGE = Path(swe_prune.__file__).parent
 HOUSE = [
-    "version", "errors", "runtime", "tree", "counting", "config", "sweep", "trajectory", "select",
+    "version", "errors", "runtime", "tree", "counting", "trajectory", "select",
     "schedules", "importance", "allocation", "patterns", "masks", "sparse_training", "calibration",
-    "blockwise", "recipe", "pruning", "models", "data", "training", "parallel", "checkpoint",
-    "evaluation", "interop", "pretrained", "study", "report", "cli", "__main__",
+    "blockwise", "recipe", "pruning", "config", "sweep", "models", "data", "training", "parallel",
+    "checkpoint", "evaluation", "interop", "pretrained", "study", "report", "cli", "__main__",
 ]  # fmt: skip
 
 
@@ -39,6 +39,56 @@ def imported_rooms(source, path, package=PACKAGE):
         else:
             continue
         yield from (target[1] for target in targets if target[0] == "swe_prune" and target[1:])
+
+
+def imported_files(source, path, package=PACKAGE):
+    """The files of the package that a file imports, as paths relative to it."""
+    inside = ["swe_prune", *path.relative_to(package).parts[:-1]]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            targets = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = inside[: len(inside) - node.level + 1] if node.level else []
+            base = base + (node.module.split(".") if node.module else [])
+            targets = [[*base, alias.name] for alias in node.names]
+        else:
+            continue
+        for target in targets:
+            if target[0] != "swe_prune":
+                continue
+            # The longest part of the dotted name that is a file; the rest are names in it.
+            for end in range(len(target), 1, -1):
+                stem = package.joinpath(*target[1:end])
+                found = [stem.with_suffix(".py"), stem / "__init__.py"]
+                if exists := [file for file in found if file.is_file()]:
+                    yield exists[0].relative_to(package)
+                    break
+
+
+def circles(graph):
+    """The files on an import circle: what is left after removing all that import nothing left."""
+    graph = {file: set(targets) - {file} for file, targets in graph.items()}
+    while free := [file for file, targets in graph.items() if not targets & graph.keys()]:
+        for file in free:
+            graph.pop(file)
+    return sorted(map(str, graph))
+
+
+def test_no_file_imports_itself_through_others():
+    files = {file.relative_to(PACKAGE): file for file in modules()}
+    graph = {name: set(imported_files(file.read_text(), file)) for name, file in files.items()}
+    assert sum(map(len, graph.values())) > 300  # the walk sees imports at all
+    assert circles(graph) == []
+
+
+def test_a_circle_is_seen_and_a_chain_is_not():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+    source = (
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from swe_prune.masks import rules"
+    )
+    found = list(imported_files(source, PACKAGE / "select.py"))
+    assert found == [Path("masks/rules.py")]
 
 
 def faults(source, path):

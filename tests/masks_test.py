@@ -142,11 +142,11 @@ NAN = {"a": jnp.ones((4, 4)), "b": {"kernel": jnp.ones((4, 4)).at[1, 2].set(jnp.
         (lambda: masks.by_std({"w": jnp.ones(3)}, 1e39), "no multiple"),
         (lambda: masks.by_std({"w": None}, 1), "no scores were given"),
         (lambda: masks.by_sparsity({"w": None}, 0.5), "no scores were given"),
-        (lambda: masks.by_sparsity({"w": jnp.ones(3)}, 1.0), "no share in"),
+        (lambda: masks.by_sparsity({"w": jnp.ones(3)}, 1.0), "must be a number in"),
         (lambda: masks.by_sparsity({"w": jnp.ones(3)}, 0.5, "layer"), "none of tensor, global"),
         (lambda: masks.by_sparsity({"w": jnp.ones((6, 2))}, 0.5, pattern="2:4"), "6 inputs"),
         (lambda: masks.by_sparsity({"w": jnp.ones((8, 2))}, 0.4, pattern="2:4"), "not 0.4"),
-        (lambda: masks.by_sparsity({"w": jnp.ones((8, 2))}, 0.5, pattern="2-4"), "not 'n:m'"),
+        (lambda: masks.by_sparsity({"w": jnp.ones((8, 2))}, 0.5, pattern="2-4"), "must be 'n:m'"),
         (
             lambda: masks.by_sparsity({"w": jnp.ones(3)}, 0.5, "row", input_axes=lambda *_: (1,)),
             "give axes that it has",
@@ -351,3 +351,59 @@ def test_keep_without_parameters_holds_what_is_zero_already():
     params = masks.apply(PARAMS, MASK)
     updates, state = kept.update(gradients(0), kept.init(params))
     assert_held(optax.apply_updates(params, updates), state)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.lbfgs(),
+        optax.chain(
+            optax.sgd(1.0), optax.scale_by_backtracking_linesearch(max_backtracking_steps=9)
+        ),
+    ],
+    ids=["lbfgs", "backtracking"],
+)
+def test_line_searches_and_memories_of_several_steps_hold_zeros(optimizer):
+    mask = {"layer": {"w": jnp.array([[True, False, True], [False, True, True]])}, "bias": None}
+    target = {"layer": {"w": jnp.arange(1.0, 7.0).reshape(2, 3)}, "bias": jnp.array([2.0])}
+    params = masks.apply(jax.tree.map(jnp.ones_like, target), mask)
+    kept = masks.keep(optimizer, mask)
+
+    def loss(params):
+        return sum(
+            jnp.sum((a - b) ** 2)
+            for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(target), strict=True)
+        )
+
+    @jax.jit
+    def step(params, state):
+        value, grad = jax.value_and_grad(loss)(params)
+        updates, state = kept.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+        return optax.apply_updates(params, updates), state
+
+    state, before = kept.init(params), float(loss(params))
+    for _ in range(3):
+        params, state = step(params, state)
+    assert int(masks.revived(params, mask)) == 0
+    assert float(loss(params)) < before
+    moments = [
+        leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
+        if "'w'" in jax.tree_util.keystr(path)
+    ]
+    assert moments or not any(jnp.ndim(leaf) > 1 for leaf in jax.tree.leaves(state))
+    for moment in moments:
+        assert not np.asarray(moment)[..., ~np.asarray(mask["layer"]["w"])].any()
+
+
+def test_a_moment_belongs_to_the_parameter_with_the_longest_path():
+    mask = {"w": jnp.array([True, False]), "a": {"w": jnp.array([False, True])}}
+    state = optax.adam(1e-3).init(jax.tree.map(jnp.ones_like, mask))
+    state = jax.tree.map(jnp.ones_like, state)
+    held = masks.hold_moments(state, mask)[0].mu
+    assert held["w"].tolist() == [1.0, 0.0]
+    assert held["a"]["w"].tolist() == [0.0, 1.0]
+    bare = masks.hold_moments(optax.adam(1e-3).init(jnp.ones(2)), jnp.array([True, False]))
+    assert bare[0].nu.tolist() == [0.0, 0.0]
+    ones = jax.tree.map(jnp.ones_like, optax.adam(1e-3).init(jnp.ones(2)))
+    assert masks.hold_moments(ones, jnp.array([True, False]))[0].nu.tolist() == [1.0, 0.0]

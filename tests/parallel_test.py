@@ -34,7 +34,7 @@ def test_the_first_rule_that_matches_wins():
 def test_what_cannot_be_divided_evenly_stays_whole_and_is_reported():
     specs, uneven = parallel.partition(PARAMS, [("kernel", ("tensor", "fsdp"))], MESH)
     assert specs["up"]["kernel"] == P("tensor", None)
-    assert uneven == ["up/kernel [8, 6] stays whole over 'fsdp': 6 is no multiple of 4"]
+    assert uneven == ["up/kernel [8, 6] is not sharded over 'fsdp': 6 is not a multiple of 4"]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_what_cannot_be_divided_evenly_stays_whole_and_is_reported():
         ([("kernel", ("fsdq",))], "names axis 'fsdq'.*data, fsdp, tensor"),
         ([("kernel", ("fsdp", "fsdp"))], "names an axis twice"),
         ([("kernel", ("fsdp", None, None))], "has 3 axes and 'up/kernel'"),
-        ([("kern[", ("fsdp",))], "no regular expression"),
+        ([("kern[", ("fsdp",))], "not a regular expression"),
     ],
 )
 def test_rules_that_cannot_work_are_refused(rules, message):
@@ -104,7 +104,7 @@ def test_an_experiment_tracks_in_host_memory_what_it_tracks_on_the_device(
         with study.claim(made.workdir, config):
             if name == "host":
                 with monkeypatch.context() as patch:
-                    patch.setattr(loop.metrics_lib.Meter, "late", fails_at(10))
+                    patch.setattr(loop.metrics_lib.MetricsLogger, "enqueue", fails_at(10))
                     with pytest.raises(RuntimeError, match="power"):
                         phases.train(made, Progress())
             phases.train(made, Progress())
@@ -118,7 +118,7 @@ def test_an_experiment_tracks_in_host_memory_what_it_tracks_on_the_device(
 
 
 def fails_at(step):
-    late = loop.metrics_lib.Meter.late
+    late = loop.metrics_lib.MetricsLogger.enqueue
 
     def failing(meter, number, *rest, **more):
         if number == step:
@@ -141,7 +141,7 @@ def test_where_there_is_no_host_memory_a_sentence_says_so():
     class Grid:
         devices = np.array([Device()])
 
-    assert "which abacus has not (it has hbm)" in host_memory.host_memory_missing(Grid())
+    assert "but abacus only has hbm" in host_memory.host_memory_missing(Grid())
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused():

@@ -33,7 +33,7 @@ def test_a_matrix_and_back_is_the_kernel(inputs):
 
 @pytest.mark.parametrize("pattern", ["", "2", "0:4", "5:4", "2:4:8", "-1:4", "2 :4", "a:b"])
 def test_a_malformed_pattern_is_refused(pattern):
-    with pytest.raises(InputError, match="is not 'n:m'"):
+    with pytest.raises(InputError, match="must be 'n:m'"):
         patterns.parse_n_of_m(pattern)
 
 

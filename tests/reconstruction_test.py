@@ -240,7 +240,7 @@ W, H = jnp.ones((6, 2)), jnp.eye(6)
         (lambda: sparsegpt(W, H), "neither a sparsity nor a pattern"),
         (lambda: sparsegpt(W, H, 1.5), "sparsity"),
         (lambda: sparsegpt(W, H, 0.6, "1:2"), "a sparsity of 0.5, not 0.6; make the two agree"),
-        (lambda: sparsegpt(W, H, pattern="2:4"), "has 6 inputs, which groups of 4 do not divide"),
+        (lambda: sparsegpt(W, H, pattern="2:4"), "has 6 inputs, which are not a multiple of m = 4"),
         (lambda: sparsegpt(W, H, pattern="1:3", block=4), "would cut groups of 3 inputs"),
         (lambda: sparsegpt(W, H, 0.5, "block:2x2"), "cannot be pruned by calibration"),
         (lambda: sparsegpt(W, H, 0.5, block=0), "block = 0"),

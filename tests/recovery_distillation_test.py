@@ -14,7 +14,7 @@ from swe_prune.training import losses
 from swe_prune.training import state as state_lib
 from swe_prune.training import step as step_lib
 from swe_prune.training.losses import Distillation
-from swe_prune.training.state import Fixed
+from swe_prune.training.state import Frozen
 
 SYMBOLS = 11
 MODEL = gpt.build(ModelConfig(layers=1, heads=2, width=16, context=8), SYMBOLS)
@@ -127,12 +127,12 @@ def test_the_step_mixes_cross_entropy_and_the_distance_to_the_teacher():
         text = optax.softmax_cross_entropy_with_integer_labels(s, batch["targets"])
         return (0.7 * text + 0.3 * apart).mean()
 
-    got = gradients(params, batch, Fixed(teacher=teacher), distillation=Distillation(0.3, 2.0))
+    got = gradients(params, batch, Frozen(teacher=teacher), distillation=Distillation(0.3, 2.0))
     assert_same(got, jax.jit(jax.value_and_grad(expected))(params), rtol=1e-4)
     parts = gradients(
         params,
         batch,
-        Fixed(teacher=teacher),
+        Frozen(teacher=teacher),
         distillation=Distillation(0.3, 2.0),
         accumulate=2,
     )
@@ -145,7 +145,7 @@ def test_a_pruned_model_comes_nearer_to_its_teacher_and_its_zeros_stay():
     optimizer = optax.adam(3e-3)
     state = state_lib.create(jax.tree.map(jnp.copy, teacher), optimizer, 0, masks=mask)
     step = step_lib.compile_train_step(MODEL, optimizer, distillation=Distillation(1.0, 2.0))
-    fixed, found = Fixed(teacher=teacher), []
+    fixed, found = Frozen(teacher=teacher), []
     for number in range(30):
         state, metrics = step(state, batch_of(number), fixed)
         found.append(float(metrics["loss"]))
@@ -157,7 +157,7 @@ def test_a_pruned_model_comes_nearer_to_its_teacher_and_its_zeros_stay():
 def test_the_teacher_is_its_own_teacher():
     params = params_of(0)
     loss, slopes = gradients(
-        params, batch_of(0), Fixed(teacher=params), distillation=Distillation(1.0, 2.0)
+        params, batch_of(0), Frozen(teacher=params), distillation=Distillation(1.0, 2.0)
     )
     assert float(loss) == pytest.approx(0, abs=1e-6)
     assert max(float(np.abs(x).max()) for x in jax.tree.leaves(slopes)) < 1e-5
@@ -168,11 +168,11 @@ def test_without_teacher_and_weights_the_program_has_nothing_of_them():
     state = state_lib.create(params, STORING, 0)
     plain = step_lib.compile_train_step(MODEL, STORING)
     text = plain.lower(state, batch).as_text()
-    assert text == plain.lower(state, batch, Fixed()).as_text()
+    assert text == plain.lower(state, batch, Frozen()).as_text()
     taught = step_lib.compile_train_step(MODEL, STORING, distillation=Distillation())
     weighted = batch | {"weights": np.ones((4, 8), np.float32)}
     for other in (
-        taught.lower(state, batch, Fixed(teacher=params)).as_text(),
+        taught.lower(state, batch, Frozen(teacher=params)).as_text(),
         plain.lower(state, weighted).as_text(),
     ):
         assert other.count("stablehlo.") > text.count("stablehlo.")
@@ -182,8 +182,8 @@ def test_without_teacher_and_weights_the_program_has_nothing_of_them():
     ("options", "fixed", "match"),
     [
         ({"distillation": Distillation()}, None, "was given no teacher"),
-        ({"distillation": Distillation()}, Fixed(), "was given no teacher"),
-        ({}, Fixed(teacher={}), "no distillation="),
+        ({"distillation": Distillation()}, Frozen(), "was given no teacher"),
+        ({}, Frozen(teacher={}), "no distillation="),
     ],
 )
 def test_a_teacher_and_a_distillation_come_together(options, fixed, match):

@@ -11,7 +11,7 @@ from report_synthetic import PARAMS, make, row, write_rows
 
 from swe_prune import report
 from swe_prune.errors import InputError
-from swe_prune.report import findings, read, words
+from swe_prune.report import comparison, read, stats
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -29,9 +29,8 @@ def text_of(path):
 
 def headline_of(workdir):
     # The page is set with the printer's apostrophe.
-    return words.headline(findings.find(read.load(workdir).rows)).replace(
-        "'", "\N{RIGHT SINGLE QUOTATION MARK}"
-    )
+    found = comparison.headline(stats.summarise(read.load(workdir).rows))
+    return found.replace("'", "\N{RIGHT SINGLE QUOTATION MARK}")
 
 
 def test_every_file_is_returned_and_nothing_else_is_left(built):
@@ -41,8 +40,8 @@ def test_every_file_is_returned_and_nothing_else_is_left(built):
     assert set(written) == set((workdir / "report").iterdir())
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written[1:-1])
     names = {path.stem for path in written}
-    assert {"loss_std_pruned", "loss_tensor_finetuned", "loss_global_against_control"} <= names
-    assert {"tensors_std", "tensors_global", "histogram_swe", "training"} <= names
+    assert {"loss_rate_pruned", "loss_tensor_finetuned", "loss_global_against_control"} <= names
+    assert {"tensors_rate", "tensors_global", "histogram_swe", "training"} <= names
     assert sum(name.startswith("trajectories_") for name in names) == 3
 
 
@@ -50,7 +49,7 @@ def test_the_page_says_what_was_found(built):
     workdir, (page, *_) = built
     text = text_of(page)
     assert headline_of(workdir) in text
-    assert "swe against magnitude." in text
+    assert "60\N{NO-BREAK SPACE}% sparsity magnitude (" in text
     assert f"of {PARAMS:,} parameters" in text
     assert "9f2c41d07be6" in text
 
@@ -101,22 +100,22 @@ def test_nothing_finetuned_yet(tmp_path):
     )
     written = report.build(workdir)
     text = text_of(written[0])
-    assert "No cell is fine-tuned yet" in text
-    assert "Not complete" in text
+    assert re.search(r"Pruned cells fine-tuned: 0 of \d+", text)
+    assert "Not finished yet" in text
     assert not any("finetuned" in path.name or "against" in path.name for path in written)
 
 
 def test_a_single_row_without_anything_else(tmp_path):
     written = report.build(write_rows(tmp_path, [row()]))
     text = text_of(written[0])
-    assert "There is no config.json" in text
-    assert "one per cell: no spread can be given" in text
+    assert "unknown without a config.json" in text
+    assert "no spread can be given" in text
     assert "What happened to the weights" not in text
 
 
 @pytest.mark.parametrize("lost", ["nan", "inf"])
 def test_diverged_cells_are_said_not_drawn(tmp_path, lost):
-    rows = [row(requested=1.4), row(requested=3, sparsity_prunable=0.9, pruned_loss=lost,
+    rows = [row(rate=1.4), row(rate=3, sparsity_prunable=0.9, pruned_loss=lost,
                                     finetuned_loss=lost)]  # fmt: skip
     text = text_of(report.build(write_rows(tmp_path, rows))[0])
     visible = re.sub(r"base64,[^\"]+|<style>.*?</style>", "", text, flags=re.DOTALL)
@@ -141,7 +140,7 @@ def test_nothing_to_report_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["matplotlib", "jinja2"])
-def test_a_missing_extra_is_named_with_its_mend(tmp_path, monkeypatch, name):
+def test_a_missing_extra_is_named_with_its_fix(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(InputError, match=rf"{name}.*pip install 'swe-prune\[report\]'"):
         report.build(tmp_path)
@@ -157,6 +156,8 @@ def test_matplotlibs_settings_are_left_as_they_were(tmp_path):
 
 def chromium(page, profile, *arguments):
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+               "--disable-quic", "--no-first-run", "--disable-background-networking",
+               "--disable-component-update", "--disable-sync",
                f"--user-data-dir={profile}", *arguments, page.as_uri()]  # fmt: skip
     return subprocess.run(command, capture_output=True, timeout=120, check=True).stdout
 

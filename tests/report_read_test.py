@@ -1,12 +1,16 @@
 """What is there is read, what is malformed is refused by its name, what is missing is said."""
 
 import json
+import typing
 
 import pytest
-from report_synthetic import COLUMNS, make, row, write_rows
+from report_synthetic import make, row, write_rows
 
 from swe_prune.errors import InputError
-from swe_prune.report import missing, read
+from swe_prune.report import read
+from swe_prune.report.records import key_of
+from swe_prune.report.sections import missing
+from swe_prune.study.results import COLUMNS
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +23,10 @@ def test_a_whole_directory_is_read(whole):
     assert len(results.rows) == 3 * 5 + 2 * 6
     assert results.name == "shakespeare"
     assert len(results.details) == len(results.rows)
-    assert {row.key for row in results.rows} == set(results.details)
+    assert {key_of(row) for row in results.rows} == set(results.details)
     assert results.trajectories[0].steps[-1] == 5000
     assert results.training[0][-1]["validation_loss"] > 0
-    assert missing.missing(results) == []
+    assert missing(results) == []
 
 
 def test_nothing_there(tmp_path):
@@ -52,7 +56,7 @@ def test_control_comes_from_its_own_file_where_the_row_is_older(tmp_path):
 def test_the_last_row_of_a_cell_counts(tmp_path):
     results = read.load(write_rows(tmp_path, [row(), row(pruned_loss=7.0)]))
     assert [one.pruned_loss for one in results.rows] == [7.0]
-    assert any("1 row of results.csv replaced" in line for line in missing.missing(results))
+    assert "Rows of results.csv replaced by a later row: 1" in missing(results)
 
 
 @pytest.mark.parametrize(
@@ -61,9 +65,12 @@ def test_the_last_row_of_a_cell_counts(tmp_path):
         ({"dense_loss": "low"}, "dense_loss = 'low'"),
         ({"dense_loss": ""}, "dense_loss = ''"),
         ({"seed": "1.5"}, r"seed = '1\.5'"),
-        ({"rule": "globl"}, "did you mean 'global'"),
+        ({"scope": "globl"}, "did you mean 'global'"),
         ({"sparsity_prunable": 60}, "outside 0 to 1"),
-        ({"requested": "inf"}, "endless"),
+        ({"rate": "inf"}, "one must be a finite number"),
+        ({"rate": 1.0, "sparsity": 0.5}, "one must be a finite number"),
+        ({"rate": "", "sparsity": ""}, "one must be a finite number"),
+        ({"criterion": ""}, "neither a criterion nor a method"),
     ],
 )
 def test_a_malformed_row_is_named_with_its_line(tmp_path, changes, reason):
@@ -75,13 +82,13 @@ def test_a_malformed_row_is_named_with_its_line(tmp_path, changes, reason):
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", ",".join(COLUMNS[:-1]) + "\n"])
 def test_other_columns_are_refused(tmp_path, text):
     (tmp_path / "results.csv").write_text(text)
-    with pytest.raises(InputError, match=r"results\.csv' does not begin with the columns seed,"):
+    with pytest.raises(InputError, match=r"results\.csv' must have the columns seed,"):
         read.load(tmp_path)
 
 
 def test_a_short_row_is_refused(tmp_path):
     (tmp_path / "results.csv").write_text(",".join(COLUMNS) + "\n0,swe\n")
-    with pytest.raises(InputError, match="line 2 has 2 values and not 13"):
+    with pytest.raises(InputError, match="line 2 has 2 values and not 30"):
         read.load(tmp_path)
 
 
@@ -124,14 +131,59 @@ def test_what_is_missing_is_said(tmp_path):
     make(tmp_path, seeds=(0, 1), std_seeds=(0,), finetuned=False, details=False)
     lines = (tmp_path / "results.csv").read_text().splitlines(keepends=True)
     (tmp_path / "results.csv").write_text("".join(lines[:-7]))
-    said = " ".join(missing.missing(read.load(tmp_path))).replace("\N{NO-BREAK SPACE}", " ")
-    assert "7 of 87 cells not finished: magnitude global 90 % (seed 1), random global" in said
-    assert "and 1 more" in said
-    assert "No cell is fine-tuned yet" in said
-    assert "No control yet for 2 seeds: 0, 1." in said
-    assert "training curve is left out" in said
+    said = missing(read.load(tmp_path))
+    assert "Cells pruned: 80 of 87" in said
+    assert "Pruned cells fine-tuned: 0 of 80" in said
+    assert "Controls trained: 0 of 2" in said
+    assert any("Training curve: left out" in line for line in said)
 
 
 def test_without_settings_nothing_is_known_of_the_missing(tmp_path):
-    said = missing.missing(read.load(write_rows(tmp_path, [row()])))
-    assert any("no config.json" in line for line in said)
+    said = missing(read.load(write_rows(tmp_path, [row()])))
+    assert any("unknown without a config.json" in line for line in said)
+
+
+def test_settings_of_another_version_leave_the_number_of_cells_open(tmp_path):
+    write_rows(tmp_path, [row()])
+    (tmp_path / "config.json").write_text('{"config": {"unheard_of": 1}}')
+    results = read.load(tmp_path)
+    assert results.wanted is None
+    assert results.config == {"unheard_of": 1}
+
+
+def test_a_table_of_an_earlier_version_is_refused_with_a_sentence(tmp_path):
+    (tmp_path / "results.csv").write_text("seed,criterion,rule,requested\n0,swe,std,1.4\n")
+    with pytest.raises(InputError, match=r"earlier version.*run the experiment again"):
+        read.load(tmp_path)
+
+
+def test_each_recovery_has_its_control(tmp_path):
+    rows = [row(control_loss="", recovery=name) for name in ("finetune", "rewind-200", "none")]
+    write_rows(tmp_path, rows)
+    for folder, loss in (("control", 1.25), ("control-rewind-200", 1.5)):
+        (tmp_path / "seed_0" / folder).mkdir(parents=True)
+        text = json.dumps({"control_loss": loss})
+        (tmp_path / "seed_0" / folder / "result.json").write_text(text)
+    assert [one.control_loss for one in read.load(tmp_path).rows] == [1.25, 1.5, None]
+
+
+def test_every_column_is_read_as_the_type_of_its_field(tmp_path):
+    values = {"method": "sparsegpt", "criterion": "", "options": "a=1", "allocation": "erk",
+              "scope": "row", "sparsity": 0.5, "pattern": "2:4", "pruned_kl": 0.25}  # fmt: skip
+    (found,) = read.load(write_rows(tmp_path, [row(**values)])).rows
+    assert {name: getattr(found, name) for name in values} == values
+    assert found.rate is None
+    hints = typing.get_type_hints(type(found))
+    for column in COLUMNS:
+        assert isinstance(getattr(found, column), hints[column])
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_a_detail_belongs_to_its_row_however_emptiness_is_written(tmp_path, empty):
+    values = row(sparsity=0.5, rate=empty, method=empty, options=empty)
+    write_rows(tmp_path, [values])
+    path = tmp_path / "seed_0" / "cells" / "x" / "result.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({**values, "tensors": {"a": {"kept": 1, "total": 4}}}))
+    results = read.load(tmp_path)
+    assert results.details[key_of(results.rows[0])].tensors == {"a": (1, 4)}

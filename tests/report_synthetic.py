@@ -11,11 +11,8 @@ import math
 import random
 from pathlib import Path
 
-COLUMNS = [
-    "seed", "criterion", "rule", "requested", "sparsity_prunable", "sparsity_total",
-    "nonzero_params", "dense_loss", "control_loss", "pruned_loss", "finetuned_loss", "steps",
-    "seconds",
-]  # fmt: skip
+from swe_prune.study.results import COLUMNS, Row
+
 KINDS = {"attention/out": 0.06, "attention/qkv": 0.05, "mlp/down": 0.03, "mlp/up": 0.04}
 TENSORS = [f"block_{layer}/{kind}/kernel" for layer in range(6) for kind in KINDS]
 SIZE = 20_000
@@ -27,13 +24,39 @@ SAMPLE = 64
 
 
 def row(**changes):
-    """One row of results.csv as the report reads it, with plain defaults."""
+    """One row of results.csv as the report reads it, with plain defaults; a rate or a sparsity."""
     values = {
-        "seed": 0, "criterion": "swe", "rule": "std", "requested": 1.4, "sparsity_prunable": 0.6,
-        "sparsity_total": 0.5, "nonzero_params": 400, "dense_loss": 2.0, "control_loss": 1.95,
-        "pruned_loss": 3.0, "finetuned_loss": 1.955, "steps": 500, "seconds": 60.0,
+        "seed": 0, "criterion": "swe", "method": "", "options": "", "allocation": "",
+        "scope": "tensor", "sparsity": "", "rate": 1.4, "pattern": "", "schedule": "one_shot",
+        "recovery": "finetune", "steps": 500, "sparsity_prunable": 0.6, "sparsity_total": 0.5,
+        "nonzero_params": 400, "dense_loss": 2.0, "control_loss": 1.95, "pruned_loss": 3.0,
+        "finetuned_loss": 1.955, "seconds": 60.0,
     }  # fmt: skip
+    if "sparsity" in changes and "rate" not in changes:
+        values["rate"] = ""
     return {**values, **changes}
+
+
+def cell(**changes):
+    """The same as a `Row`, with None for what is empty and may be."""
+    values = {name: value for name, value in row(**changes).items() if value != ""}
+    return Row(**values)
+
+
+def rows_of(costs, criterion="swe", scope="tensor", seeds=(0, 1, 2), scatter=0.001, **changes):
+    """Rows whose fine-tuned loss is the control's plus a cost per sparsity, scattered by seed."""
+    return [
+        cell(**{
+            "seed": seed, "criterion": criterion, "scope": scope, "sparsity": sparsity,
+            "sparsity_prunable": sparsity, "dense_loss": 2.03 + 0.1 * seed,
+            "control_loss": 2.0 + 0.1 * seed,
+            "pruned_loss": 2.5 + 0.1 * seed + 10 * abs(cost),
+            "finetuned_loss": 2.0 + 0.1 * seed + cost + scatter * (seed - 1),
+            **changes,
+        })
+        for seed in seeds
+        for sparsity, cost in costs.items()
+    ]  # fmt: skip
 
 
 def losses(criterion, sparsity, rng):
@@ -45,17 +68,17 @@ def losses(criterion, sparsity, rng):
 
 
 def cells(seeds, std_seeds, criteria, std_criteria):
-    """Every (seed, rule, criterion, requested, achieved) of the study."""
+    """Every (seed, scope or "rate", criterion, level, achieved) of the study."""
     for seed in std_seeds:
         for name in std_criteria:
             for rate, achieved in RATES.items():
                 lift = 0.02 if name == "magnitude" else 0.0
-                yield seed, "std", name, rate, achieved - lift + 0.001 * seed
+                yield seed, "rate", name, rate, achieved - lift + 0.001 * seed
     for seed in seeds:
-        for rule in ("tensor", "global"):
+        for scope in ("tensor", "global"):
             for name in criteria:
                 for sparsity in SPARSITIES:
-                    yield seed, rule, name, sparsity, sparsity
+                    yield seed, scope, name, sparsity, sparsity
 
 
 def make(
@@ -74,11 +97,12 @@ def make(
     base = {seed: 3.412 + rng.gauss(0, 0.008) for seed in sorted({*seeds, *std_seeds})}
     _write_json(root / "config.json", _config(seeds, std_seeds, criteria, std_criteria))
     rows = []
-    for seed, rule, name, requested, achieved in cells(seeds, std_seeds, criteria, std_criteria):
+    for seed, group, name, level, achieved in cells(seeds, std_seeds, criteria, std_criteria):
         before, after = losses(name, achieved, rng)
         removed = round(achieved * PRUNABLE)
+        asked = {"rate": level} if group == "rate" else {"sparsity": level, "scope": group}
         one = row(
-            seed=seed, criterion=name, rule=rule, requested=requested,
+            seed=seed, criterion=name, **asked,
             sparsity_prunable=removed / PRUNABLE, sparsity_total=removed / PARAMS,
             nonzero_params=PARAMS - removed, dense_loss=base[seed],
             control_loss=base[seed] - 0.031 if finetuned else "",
@@ -99,7 +123,7 @@ def write_rows(root, rows):
     """Writes results.csv."""
     Path(root).mkdir(parents=True, exist_ok=True)
     with (Path(root) / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
         writer.writerows(rows)
     return Path(root)
@@ -129,9 +153,9 @@ def _config(seeds, std_seeds, criteria, std_criteria):
 
 
 def _tensor_share(one, index, rng):
-    """Sparsity of a tensor: even per tensor, uneven under the other two rules."""
+    """Sparsity of a tensor: even per tensor, uneven globally and by the paper's rule."""
     share = one["sparsity_prunable"]
-    if one["rule"] == "tensor" or one["criterion"] == "random":
+    if (one["rate"] == "" and one["scope"] == "tensor") or one["criterion"] == "random":
         return share
     depth = (index // len(KINDS)) / 5 - 0.5
     return min(0.99, max(0.01, share + 0.12 * depth + rng.gauss(0, 0.03)))
@@ -154,7 +178,7 @@ def _detail(root, one, rng):
                   for n, x in zip(dense, centres, strict=True)]  # fmt: skip
     tuned = [round((a + 2 * b + c) / 4) for a, b, c in
              zip([0, *pruned[:-1]], pruned, [*pruned[1:], 0], strict=True)]  # fmt: skip
-    name = f"{one['rule']}-{one['criterion']}-{one['requested']:g}"
+    name = f"{one['scope']}-{one['criterion']}-{one['sparsity']}-{one['rate']}"
     result = {
         **one, "tensors": tensors,
         "histogram": {"edges": edges, "dense": dense, "pruned": pruned,

@@ -162,29 +162,29 @@ def test_registry_holds_every_schedule():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: OneShot(1.0, 5), r"final = 1.0 is no share in \[0, 1\)"),
-        (lambda: OneShot(float("nan"), 5), "final = nan is no share"),
-        (lambda: OneShot("half", 5), "final = 'half' is no share"),  # pyright: ignore
-        (lambda: OneShot(True, 5), "final = True is no share"),
-        (lambda: OneShot(0.5, -1), "at = -1 is no count of steps from 0"),
-        (lambda: OneShot(0.5, 1.5), "at = 1.5 is no count"),  # pyright: ignore
-        (lambda: Cubic(0.5, 10, 10, 1), "end = 10 is no count of steps from 11 to .* after begin"),
-        (lambda: Cubic(0.5, 0, 10, 0), "every = 0 is no count of steps from 1"),
-        (lambda: Cubic(0.5, 0, 2**31, 1), "end = 2147483648 is no count"),
-        (lambda: Cubic(0.5, 0, 10, 1, initial=0.6), "final = 0.5 is below initial = 0.6"),
-        (lambda: Cubic(0.5, 0, 10, 1, initial=-0.1), "initial = -0.1 is no share"),
-        (lambda: Iterative(0.5, 0, 10), "rounds = 0 is no count of steps from 1"),
-        (lambda: Iterative(0.5, 2**20, 2**20), "the last round = .* is no count"),
-        (lambda: Constant(-0.1), "final = -0.1 is no share"),
-        (lambda: Constant(0.1, begin=5, end=4), "end = 4 is no count of steps from 5"),
-        (lambda: Constant(0.1).due_steps(), "due for ever.*give end="),
-        (lambda: MovementSchedule(1.1, 10, 1), r"final = 1.1 is no share in \[0, 1\]"),
+        (lambda: OneShot(1.0, 5), r"final must be a number in \[0, 1\), got 1.0"),
+        (lambda: OneShot(float("nan"), 5), "final must be a number in .* got nan"),
+        (lambda: OneShot("half", 5), "final must be a number in .* got 'half'"),  # pyright: ignore
+        (lambda: OneShot(True, 5), "final must be a number in .* got True"),
+        (lambda: OneShot(0.5, -1), "at must be .* steps from 0 .* got -1"),
+        (lambda: OneShot(0.5, 1.5), "at must be an integer .* got 1.5"),  # pyright: ignore
+        (lambda: Cubic(0.5, 10, 10, 1), "end must be .* steps from 11 to .* after begin, got 10"),
+        (lambda: Cubic(0.5, 0, 10, 0), "every must be .* steps from 1 .* got 0"),
+        (lambda: Cubic(0.5, 0, 2**31, 1), "end must be an integer .* got 2147483648"),
+        (lambda: Cubic(0.5, 0, 10, 1, initial=0.6), "final must be at least initial = 0.6"),
+        (lambda: Cubic(0.5, 0, 10, 1, initial=-0.1), "initial must be a number in .* got -0.1"),
+        (lambda: Iterative(0.5, 0, 10), "rounds must be .* steps from 1 .* got 0"),
+        (lambda: Iterative(0.5, 2**20, 2**20), "the last round must be an integer number of"),
+        (lambda: Constant(-0.1), "final must be a number in .* got -0.1"),
+        (lambda: Constant(0.1, begin=5, end=4), "end must be .* steps from 5 .* got 4"),
+        (lambda: Constant(0.1).due_steps(), "infinitely many.*give end="),
+        (lambda: MovementSchedule(1.1, 10, 1), r"final must be a number in \[0, 1\], got 1.1"),
         (lambda: MovementSchedule(0.1, 30, 10), "warm-ups of 10 and 20 steps leave none of 30"),
         (lambda: MovementSchedule(0.0, 30, 1, 0.0).penalty(3, 1.0), "final threshold of 0"),
-        (lambda: OneShot(0.5, 1).sparsity(1.0), "step = 1.0 is no integer"),  # pyright: ignore
-        (lambda: OneShot(0.5, 1).is_due(True), "step = True is no integer"),
-        (lambda: schedules.cosine_drop_fraction(1, 2.0, 10), "alpha = 2.0 is no share"),
-        (lambda: schedules.cosine_drop_fraction(1, 0.3, 0), "end = 0 is no count"),
+        (lambda: OneShot(0.5, 1).sparsity(1.0), "step must be the integer .* got 1.0"),  # pyright: ignore
+        (lambda: OneShot(0.5, 1).is_due(True), "step must be the integer .* got True"),
+        (lambda: schedules.cosine_drop_fraction(1, 2.0, 10), "alpha must be a number .* got 2.0"),
+        (lambda: schedules.cosine_drop_fraction(1, 0.3, 0), "end must be an integer .* got 0"),
         (lambda: schedules.get("cubik"), "must be one of .*'cubik'; did you mean 'cubic'"),
     ],
 )  # fmt: skip

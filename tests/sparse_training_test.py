@@ -221,7 +221,8 @@ OPTIMIZERS = {
 def test_moments_of_what_is_grown_are_zero_in_any_chain(name):
     mask, optimizer = some_masks(3), OPTIMIZERS[name]()
     params = masks.apply(drawn(0), mask)
-    state = jax.tree.map(lambda x: x + jnp.ones_like(x), optimizer.init(params))
+    state = jax.jit(optimizer.init)(params)
+    state = jax.tree.map(lambda x: x + np.ones_like(x), state)
     _, new, after = sparse_training.rigl(params, mask, state, 0.5, drawn(1), regrown="reset")
     held = {
         n: exchange_in_numpy(params[n], mask[n], np.abs(drawn(1)[n]), 0.5, "reset")[1] for n in "ab"
@@ -265,8 +266,8 @@ def equinox_layer():
 
 
 TREES = {
-    "linen": lambda: Linen().init(jax.random.key(0), jnp.zeros((1, 6))),
-    "nnx": lambda: nnx.state(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.Param),
+    "linen": lambda: jax.jit(Linen().init)(jax.random.key(0), jnp.zeros((1, 6))),
+    "nnx": jax.jit(lambda: nnx.state(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.Param)),
     "equinox": equinox_layer,
     "tuples": lambda: (jnp.ones((3, 4)), [jnp.linspace(-1, 1, 12).reshape(3, 4), None]),
 }
@@ -278,8 +279,7 @@ TREES = {
 )
 def test_every_tree_and_width_goes_through_every_function(kind, dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), TREES[kind]())
-    optimizer = optax.adam(1e-2)
-    state = optimizer.init(params)
+    state = jax.jit(optax.adam(1e-2).init)(params)
     mask = sparse_training.all_kept(params)
     prune = sparse_training.prune_on_schedule(schedules.OneShot(0.5, at=1), "magnitude")
 
@@ -288,19 +288,25 @@ def test_every_tree_and_width_goes_through_every_function(kind, dtype):
         mask = prune(t, mask, params)
         grads = jax.grad(lambda p: summed(sparse_training.straight_through(p, mask)))(params)
         params, mask, state = sparse_training.rigl(params, mask, state, 0.25, grads)
-        return sparse_training.rewind(params, params, mask), mask, state
+        after = sparse_training.rewind(params, params, mask)
+        return after, mask, state, masks.revived(after, mask)
 
     assert masks.summary(step(0, params, mask, state)[1]).pruned == 0
-    after, mask, new_state = step(1, params, mask, state)
+    after, mask, new_state, revived = step(1, params, mask, state)
     assert masks.summary(mask).kept == masks.summary(mask).total // 2
     assert jax.tree.structure(after) == jax.tree.structure(params)
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
     for before, now in zip(jax.tree.leaves((params, state)), jax.tree.leaves((after, new_state)),
                            strict=True):  # fmt: skip
         assert before.dtype == now.dtype
-    assert int(masks.revived(after, mask)) == 0
-    scores = movement.init(params)
-    moved = movement.forward(params, scores, movement.hard_masks(scores, 0.5))
+    assert int(revived) == 0
+
+    @jax.jit
+    def move(params):
+        scores = movement.init(params)
+        return movement.forward(params, scores, movement.hard_masks(scores, 0.5))
+
+    moved = move(params)
     assert jax.tree.structure(moved) == jax.tree.structure(params)
 
 

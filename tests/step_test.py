@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,18 +7,22 @@ import numpy as np
 import optax
 import pytest
 
-from swe_prune import importance, masks, trajectory, tree
+from swe_prune import importance, masks, recipe, trajectory, tree
 from swe_prune.config import ModelConfig, PhaseConfig
 from swe_prune.errors import InputError, RunError
 from swe_prune.models import gpt
 from swe_prune.training import optimizer as optimizer_lib
 from swe_prune.training import state as state_lib
 from swe_prune.training import step as step_lib
-from swe_prune.training.metrics import JsonLines, Meter, read_lines
+from swe_prune.training.metrics import JsonLines, MetricsLogger, read_lines
 from swe_prune.training.phase import Phase
 
 MODEL = gpt.build(ModelConfig(layers=1, heads=2, width=16, context=8, dropout=0.1), vocab_size=11)
 PHASE = PhaseConfig(steps=50, warmup=2, learning_rate=1e-2)
+ADAMW = optimizer_lib.build(PHASE, 50)
+
+# One step for each model, optimizer and setting, so that the tests compile it once.
+compile_once = functools.cache(step_lib.compile_train_step)
 
 
 def batch(seed):
@@ -25,16 +30,20 @@ def batch(seed):
     return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
 
 
+@pytest.fixture(scope="module")
+def initial():
+    return jax.device_get(state_lib.init_params(MODEL, 0, 8))
+
+
 @pytest.fixture
-def params():
-    return state_lib.init_params(MODEL, 0, 8)
+def params(initial):
+    return jax.tree.map(jnp.array, initial)
 
 
-def take(params, n, *, masks=None, stats=None, optimizer=None, every=1):
+def take(params, n, *, masks=None, stats=None, optimizer=ADAMW, every=1):
     """Returns the state after n steps, and the parameters after each."""
-    optimizer = optimizer or optimizer_lib.build(PHASE, 50)
     state = state_lib.create(jax.tree.map(jnp.copy, params), optimizer, 0, masks=masks, stats=stats)
-    step = step_lib.compile_train_step(MODEL, optimizer, every)
+    step = compile_once(MODEL, optimizer, every)
     history = []
     for i in range(n):
         state, _ = step(state, batch(i))
@@ -49,7 +58,7 @@ def half(params):
 @pytest.mark.parametrize(
     "optimizer",
     [
-        None,
+        ADAMW,
         optax.sgd(0.1, momentum=0.9),
         optax.lion(1e-3, weight_decay=0.1),
         optax.chain(optax.add_noise(0.1, 0.5, 0), optax.adam(1e-2)),
@@ -91,20 +100,22 @@ def test_the_step_counts_what_came_back_and_the_loop_refuses_it(params, tmp_path
     metrics = revived()
     assert int(metrics["revived"]) > 0
     phase = Phase("fine-tuning", tmp_path, steps=1, log_every=1)
-    meter = Meter(phase, 0, JsonLines(tmp_path / "metrics.jsonl", 0), lambda *_: None)
-    meter.late(1, metrics, tokens=1)
+    meter = MetricsLogger(phase, 0, JsonLines(tmp_path / "metrics.jsonl", 0), lambda *_: None)
+    meter.enqueue(1, metrics, tokens=1)
     with pytest.raises(RunError, match="'fine-tuning' are not 0 after step 1"):
         meter.flush()
 
 
+WITHOUT_DROPOUT = gpt.build(ModelConfig(layers=1, heads=2, width=16, context=8), vocab_size=11)
+SGD = optax.sgd(0.1)
+
+
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_batch_in_parts_is_the_same_step(params, parts):
-    model = gpt.build(ModelConfig(layers=1, heads=2, width=16, context=8), vocab_size=11)
-    optimizer = optax.sgd(0.1)
     outcomes = []
     for accumulate in (1, parts):
-        state = state_lib.create(jax.tree.map(jnp.copy, params), optimizer, 0)
-        step = step_lib.compile_train_step(model, optimizer, accumulate=accumulate)
+        state = state_lib.create(jax.tree.map(jnp.copy, params), SGD, 0)
+        step = compile_once(WITHOUT_DROPOUT, SGD, accumulate=accumulate)
         state, metrics = step(state, batch(0))
         outcomes.append((state.params, metrics["loss"], metrics["grad_norm"]))
     # atol: gradients are summed in another order, and a weight may be nearly 0.
@@ -112,10 +123,8 @@ def test_a_batch_in_parts_is_the_same_step(params, parts):
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(params):
-    optimizer = optimizer_lib.build(PHASE, 50)
-    mask = half(params)
-    state = state_lib.create(jax.tree.map(jnp.copy, params), optimizer, 0, masks=mask)
-    step = step_lib.compile_train_step(MODEL, optimizer)
+    state = state_lib.create(jax.tree.map(jnp.copy, params), ADAMW, 0, masks=half(params))
+    step = compile_once(MODEL, ADAMW, 1)
     state, _ = step(state, batch(0))
     broken = jax.tree.map(lambda weight: weight * jnp.inf, state.params["final_norm"])
     for in_row in (1, 2):
@@ -140,17 +149,17 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(params):
 
 def test_the_meter_leaves_out_what_is_not_finite_and_stops_after_so_many(tmp_path):
     phase = Phase("dense", tmp_path, steps=9, log_every=1, stop_after_skipped=2)
-    meter = Meter(phase, 0, JsonLines(tmp_path / "metrics.jsonl", 0), lambda *_: None)
+    meter = MetricsLogger(phase, 0, JsonLines(tmp_path / "metrics.jsonl", 0), lambda *_: None)
     good = {"loss": 1.0, "grad_norm": 2.0, "skipped": 0, "skipped_in_row": 0}
     bad = {"loss": np.nan, "grad_norm": 2.0, "skipped": 1, "skipped_in_row": 1}
     for step, metrics in enumerate((good, bad), start=1):
-        meter.late(step, metrics, tokens=1)
+        meter.enqueue(step, metrics, tokens=1)
     meter.flush()
-    assert meter.in_trouble
+    assert meter.last_step_skipped
     first, second = read_lines(tmp_path / "metrics.jsonl")
     assert (first["loss"], "skipped" in first) == (1.0, False)
     assert ("loss" in second, second["skipped"]) == (False, 1)
-    meter.late(3, bad | {"skipped": 2, "skipped_in_row": 2}, tokens=1)
+    meter.enqueue(3, bad | {"skipped": 2, "skipped_in_row": 2}, tokens=1)
     with pytest.raises(
         RunError, match=r"loss is nan at step 3 .* the 2. in a row .* from batch 1 "
     ):
@@ -179,12 +188,8 @@ def test_tracking_does_not_change_training(params):
 
 
 def test_the_state_is_donated_and_keeps_its_structure(params):
-    optimizer = optimizer_lib.build(PHASE, 50)
-    state = state_lib.create(
-        params, optimizer, 0, masks=half(params), stats=trajectory.init(params)
-    )
-    step = step_lib.compile_train_step(MODEL, optimizer)
-    after, _ = step(state, batch(0))
+    state = state_lib.create(params, ADAMW, 0, masks=half(params), stats=trajectory.init(params))
+    after, _ = compile_once(MODEL, ADAMW, 1)(state, batch(0))
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
@@ -207,11 +212,10 @@ def test_dropout_differs_between_steps_and_not_between_runs(params):
 
 
 def test_masks_and_statistics_compile_away_when_there_are_none(params):
-    optimizer = optimizer_lib.build(PHASE, 50)
-    step = step_lib.compile_train_step(MODEL, optimizer)
+    step = compile_once(MODEL, ADAMW, 1)
 
     def text(**fields):
-        state = state_lib.create(params, optimizer, 0, **fields)
+        state = state_lib.create(params, ADAMW, 0, **fields)
         return step.lower(state, batch(0)).as_text()
 
     plain, full = text(), text(masks=half(params), stats=trajectory.init(params))
@@ -226,7 +230,7 @@ def test_weight_decay_spares_what_is_no_matrix(params):
     phase = dataclasses.replace(PHASE, weight_decay=0.5, warmup=0)
     optimizer = optimizer_lib.build(phase, 50)
     zero = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(zero, jax.jit(optimizer.init)(params), params)
     assert not np.asarray(updates["final_norm"]["scale"]).any()
     assert np.asarray(updates["block_0"]["mlp"]["up"]["kernel"]).all()
 
@@ -241,19 +245,18 @@ def test_the_schedule_warms_up_and_ends_at_the_final_rate():
     assert values == sorted(values, reverse=True)
 
 
-def test_prune_step_gives_the_requested_sparsity_and_names_what_it_cannot(params):
+def test_a_recipe_gives_the_requested_sparsity_and_names_what_it_cannot(params):
     stats = trajectory.update(trajectory.init(params), params)
     prunable = tree.prunable(params)
 
-    def prune(rule, level):
-        return step_lib.prune_step(
-            params, stats, prunable, criterion="swe", rule=rule, level=level, seed=0
-        )
+    def prune(**amount):
+        evidence = recipe.Evidence(stats=stats)
+        return recipe.prune(recipe.Recipe("swe", **amount), params, evidence, prunable=prunable)[1]
 
-    summary = masks.summary(prune("global", 0.6))
+    summary = masks.summary(prune(scope="global", sparsity=0.6))
     assert summary.pruned == round(0.6 * summary.total)
     kernel = np.abs(np.asarray(params["block_0"]["mlp"]["up"]["kernel"], np.float64))
-    kept = prune("std", 1.1)["block_0"]["mlp"]["up"]["kernel"]
+    kept = prune(rate=1.1)["block_0"]["mlp"]["up"]["kernel"]
     np.testing.assert_array_equal(kept, kernel > kernel.std(ddof=1) * 1.1)
     with pytest.raises(InputError, match="prunes every weight"):
-        prune("std", 50.0)
+        prune(rate=50.0)

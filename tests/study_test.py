@@ -15,16 +15,9 @@ import tiny
 from swe_prune import schedules, study, sweep, tree
 from swe_prune.config import CalibrationConfig, StudyConfig, from_dict, load, validate
 from swe_prune.errors import InputError
-from swe_prune.study import (
-    calibration_text,
-    gradual,
-    grid,
-    recovery,
-    results,
-    saved,
-    scoring,
-    timing,
-)
+from swe_prune.recipe import Recipe, score
+from swe_prune.study import gradual, grid, prune_phase, recovery, saved
+from swe_prune.study.experiment import calibration_windows
 from swe_prune.training import optimizer
 from swe_prune.training.progress import Progress
 
@@ -46,7 +39,11 @@ CELLS = sweep.chain(
             "recovery": "rewind",
             "recovery_steps": 6,
         },
-        {"criterion": "blockwise:sparsegpt"},
+        {"method": "sparsegpt"},
+        {"schedule": "rigl", "scope": "global"},
+        {"schedule": "set", "allocation": "erk"},
+        {"schedule": "ste", "scope": "global"},
+        {"schedule": "movement", "criterion": "movement"},
     ]
 )
 NAMES = [
@@ -61,11 +58,21 @@ NAMES = [
     "global-magnitude-0.5-cubic-rewarm",
     "global-swe-0.5-iterative-rewind-6",
     "tensor-blockwise-sparsegpt-0.5",
+    "global-magnitude-0.5-rigl",
+    "tensor-magnitude-0.5-erk-set",
+    "global-magnitude-0.5-ste",
+    "tensor-movement-0.5-movement",
 ]
 
 
+def completed(cell):
+    """A cell with magnitude and half the weights where it does not say otherwise."""
+    usual = {} if "method" in cell else {"criterion": "magnitude"}
+    return {**usual, **({} if "rate" in cell else {"sparsity": 0.5}), **cell}
+
+
 def config(plays_dir, cells=CELLS, seeds=(0,), **changes):
-    study = from_dict({"study": {"cells": cells}}).study
+    study = from_dict({"study": {"cells": [completed(cell) for cell in cells]}}).study
     study = dataclasses.replace(study, std_criteria=(), criteria=(), seeds=seeds)
     made = tiny.config(
         plays_dir, study=study, calibration=CalibrationConfig(windows=6, batch=4), **changes
@@ -99,7 +106,7 @@ def test_every_count_is_met(table):
     prunable = 12 * 16 * 16
     for name, row in table.items():
         total = prunable * 2 // 3 if "neuron" in name else prunable  # attention has no neurons
-        removed = round(float(row["requested"]) * total)
+        removed = round(float(row["sparsity"]) * total)
         assert float(row["sparsity_prunable"]) == removed / prunable
         assert int(row["nonzero_params"]) == int(table[NAMES[0]]["nonzero_params"]) + (
             prunable // 2 - removed
@@ -147,7 +154,7 @@ def test_the_training_windows_are_fixed_and_of_the_training_text(done):
 
 def test_scores_are_those_of_the_formulas_in_float64(done):
     dense = saved.load_dense(done, 0)
-    source = scoring.source(done, dense, done.cells)
+    source = prune_phase.load_and_measure(done, 0, done.cells)
     by_name = {cell.name: cell for cell in done.cells}
     leaf = ("block_0", "mlp", "up", "kernel")
 
@@ -156,14 +163,17 @@ def test_scores_are_those_of_the_formulas_in_float64(done):
             values = values[key]
         return np.asarray(values, np.float64)
 
+    def scores(source, cell):
+        return score(cell.recipe, dense.params, source.evidence, done.prunable)
+
     weight = at(dense.params)
     adam = next(s for s in jax.tree.leaves(dense.opt_state, is_leaf=_is_adam) if _is_adam(s))
     second = at(adam.nu)
     late_mean = at(dense.stats.buffers["late_mean"])
-    found = at(scoring.scores(source, by_name["global-swe_curvature-0.5"]))
+    found = at(scores(source, by_name["global-swe_curvature-0.5"]))
     np.testing.assert_allclose(found, late_mean**2 * np.sqrt(second), rtol=1e-5)
     gradient = _mean_gradient(done, dense.params)
-    found = at(scoring.scores(source, by_name["global-taylor-0.5"]))
+    found = at(scores(source, by_name["global-taylor-0.5"]))
     np.testing.assert_allclose(found, np.abs(weight * at(gradient)), rtol=1e-4, atol=1e-12)
 
 
@@ -189,7 +199,7 @@ def _mean_gradient(shared, params):
 
 def test_block_after_block_pruning_goes_on_with_the_weights_it_changed(done):
     dense = saved.load_dense(done, 0)
-    cell = done.cells[-1]
+    cell = next(cell for cell in done.cells if cell.recipe.method is not None)
     start = saved.starting_values(done, dense, cell)
     kept = saved.load_masks(done, cell)["block_0"]["mlp"]["up"]["kernel"]
     before, after = (np.asarray(p["block_0"]["mlp"]["up"]["kernel"]) for p in (dense.params, start))
@@ -200,7 +210,6 @@ def test_block_after_block_pruning_goes_on_with_the_weights_it_changed(done):
 
 
 def test_gradual_masks_are_held_and_those_of_fixed_scores_are_one_shot_masks(done):
-    dense = saved.load_dense(done, 0)
     for cell in done.cells:
         if cell.gradual:
             masks = saved.load_masks(done, cell)
@@ -208,7 +217,7 @@ def test_gradual_masks_are_held_and_those_of_fixed_scores_are_one_shot_masks(don
             revived = tree.map_tracked(lambda m, w: int((~m & (w != 0)).sum()), masks, params)
             assert sum(jax.tree.leaves(revived)) == 0
     swe = next(cell for cell in done.cells if cell.schedule == "iterative")
-    once = scoring.cell_masks(scoring.source(done, dense, [swe]), swe)
+    _, once = prune_phase.pruned(done, swe, prune_phase.load_and_measure(done, 0, [swe]))
     for ours, theirs in zip(
         jax.tree.leaves(saved.load_masks(done, swe)), jax.tree.leaves(once), strict=True
     ):
@@ -218,11 +227,11 @@ def test_gradual_masks_are_held_and_those_of_fixed_scores_are_one_shot_masks(don
 def test_what_a_gradual_cell_has_pruned_stays_so(done):
     dense = saved.load_dense(done, 0)
     cell = next(cell for cell in done.cells if cell.schedule == "cubic")
-    source = scoring.source(done, dense, [cell])
+    source = prune_phase.load_and_measure(done, 0, [cell])
     # Kept are the smaller halves, which a criterion that forgets what is gone would not choose.
-    masks = tree.map_tracked(lambda keep: ~keep, scoring.cell_masks(source, cell))
+    masks = tree.map_tracked(lambda keep: ~keep, prune_phase.pruned(done, cell, source)[1])
     state = dataclasses.replace(dense, masks=masks)
-    renewed = gradual.renewal(source, cell)(state, 0.75)
+    renewed = gradual._further(done, cell, source, schedules.OneShot(0.75, at=0))(0, state, None)
     kept, given = (
         np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(each)])
         for each in (renewed.masks, masks)
@@ -244,7 +253,7 @@ def test_what_a_gradual_cell_has_pruned_stays_so(done):
 
 def test_calibration_is_of_the_training_text_and_the_same_for_every_seed(done):
     settings = done.config.calibration
-    expected = calibration_text.windows(done.data.train, 16, settings)
+    expected = calibration_windows(done.data.train, 16, settings)
     for ours, theirs in zip(done.calibration, expected, strict=True):
         np.testing.assert_array_equal(ours["inputs"], theirs["inputs"])
     joined = {tuple(row) for batch in done.calibration for row in batch["inputs"].tolist()}
@@ -286,7 +295,7 @@ def test_a_gradual_cell_that_is_killed_ends_as_if_it_had_not_been(done, tmp_path
 
 def test_evaluate_computes_every_recorded_loss_again(done):
     compared = study.evaluate(done, Progress())
-    assert len(compared) == 1 + 11 + 9
+    assert len(compared) == 1 + 15 + 13
     for row in compared:
         assert row["computed"] == pytest.approx(row["recorded"], rel=1e-6), row["model"]
 
@@ -304,26 +313,26 @@ def test_results_say_what_they_were_calibrated_on(done):
 def test_calibration_windows_are_random_ones_of_the_text_they_are_given():
     tokens = np.arange(100, dtype=np.uint8)
     settings = CalibrationConfig(windows=5, batch=2, seed=3)
-    batches = calibration_text.windows(tokens, 8, settings)
+    batches = calibration_windows(tokens, 8, settings)
     assert [len(b["inputs"]) for b in batches] == [2, 2, 1]
     inputs = np.concatenate([b["inputs"] for b in batches])
     targets = np.concatenate([b["targets"] for b in batches])
     np.testing.assert_array_equal(np.diff(inputs, axis=1), 1)
     np.testing.assert_array_equal(targets, inputs + 1)
     assert len({row[0] for row in inputs}) == 5
-    again = calibration_text.windows(tokens, 8, settings)
+    again = calibration_windows(tokens, 8, settings)
     np.testing.assert_array_equal(batches[0]["inputs"], again[0]["inputs"])
-    other = calibration_text.windows(tokens, 8, dataclasses.replace(settings, seed=4))
+    other = calibration_windows(tokens, 8, dataclasses.replace(settings, seed=4))
     assert (other[0]["inputs"] != batches[0]["inputs"]).any()
     with pytest.raises(InputError, match=r"windows = 93 is more than the 92 windows.*lower it"):
-        calibration_text.windows(tokens, 8, CalibrationConfig(windows=93))
+        calibration_windows(tokens, 8, CalibrationConfig(windows=93))
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 7, 80, 101])
 @pytest.mark.parametrize("kind", ["cubic", "iterative"])
 def test_a_gradual_schedule_ends_with_its_sparsity_before_the_recovery_does(kind, steps):
-    cell = grid.Cell(0, "magnitude", "tensor", 0.8, schedule=kind)
-    plan = timing.schedule(cell, steps)
+    cell = grid.Cell(Recipe("magnitude", sparsity=0.8), schedule=kind)
+    plan = gradual.ramp(cell, steps)
     due = plan.due_steps()
     assert due[-1] < steps
     shares = [plan.sparsity(step) for step in due]
@@ -341,17 +350,19 @@ def test_a_pruning_step_prunes_when_due_and_goes_on_where_a_phase_resumes():
     def step(state, batch):
         return dataclasses.replace(state, step=state.step + 1), {}
 
-    def renew(state, sparsity):
-        return dataclasses.replace(state, pruned=(*state.pruned, (state.step, sparsity)))
+    def update(number, state, batch):
+        if not plan.is_due(number):
+            return state
+        return dataclasses.replace(state, pruned=(*state.pruned, (number, plan.sparsity(number))))
 
     plan = schedules.Iterative(0.5, rounds=3, every=2)
     whole = State(0)
-    run = gradual.pruning_step(step, plan, renew)
+    run = gradual.updating_step(step, update)
     for _ in range(6):
         whole, _ = run(whole, None)
     assert whole.pruned == tuple((t, plan.sparsity(t)) for t in (0, 2, 4))
     resumed = State(3, whole.pruned[:2])
-    run = gradual.pruning_step(step, plan, renew)
+    run = gradual.updating_step(step, update)
     for _ in range(3):
         resumed, _ = run(resumed, None)
     assert resumed == whole
@@ -394,16 +405,30 @@ def test_rewarming_reaches_the_dense_peak_and_rewinding_the_dense_schedules_end(
     [
         ({"criterion": "swee"}, "criterion must be one of .*, got 'swee'.*'swe'"),
         ({"options": {"power": 1}}, "criterion 'magnitude' has no option 'power'"),
-        ({"criterion": "movement"}, "needs scores that movement pruning learned"),
-        ({"criterion": "blockwise:sparsegp"}, "unknown method 'sparsegp'.*'sparsegpt'"),
-        ({"criterion": "blockwise:wanda", "scope": "global"}, "kernel by kernel.*'tensor'"),
-        ({"criterion": "blockwise:wanda", "pattern": "row"}, "knows no pattern 'row'"),
-        ({"criterion": "blockwise:wanda", "options": {"x": 1}}, "no option 'x'.*block, damping"),
+        ({"criterion": "movement"}, "scores that movement pruning learns"),
+        (
+            {"method": "sparsegp"},
+            "method must be one of .*, got 'sparsegp'; did you mean 'sparsegpt'",
+        ),
+        ({"method": "wanda", "scope": "global"}, "kernel by kernel.*'tensor'"),
+        ({"method": "wanda", "pattern": "row"}, "knows no pattern 'row'"),
+        ({"method": "wanda", "options": {"x": 1}}, "no option 'x'.*block, damping"),
+        ({"method": "wanda", "criterion": "swe"}, "both were given; give one"),
+        ({"criterion": "blockwise:wanda"}, "unknown criterion.*give method='wanda'"),
+        ({"criterion": "forecast", "options": {"horizon": "a/b"}}, "horizon.*a finite number"),
+        ({"criterion": "forecast", "options": {"horizon": True}}, "horizon.*a finite number"),
+        ({"method": "sparsegpt", "options": {"block": 0}}, "block must be 1 or more"),
+        ({"method": "sparsegpt", "options": {"damping": -1.0}}, "damping must be 0 or more"),
+        ({"method": "sparsegpt", "options": {"block": 6}, "pattern": "2:4"}, "multiple of 4"),
         ({"allocation": "erkk"}, "allocation must be one of .*, got 'erkk'.*'erk'"),
         ({"allocation": "table"}, "allocation 'table' needs the option"),
         ({"pattern": "2:5"}, "'2:5'"),
         ({"pattern": "2:4", "sparsity": 0.6}, "keeps 2 of 4.*make the two agree"),
-        ({"pattern": "2:4", "schedule": "cubic"}, "fixes the sparsity of every tensor"),
+        ({"pattern": "2:4", "schedule": "cubic"}, "n:m pattern prunes at once"),
+        ({"schedule": "ste", "criterion": "swe"}, "'ste' ranks by its own; give 'magnitude'"),
+        ({"schedule": "rigl", "pattern": "neuron"}, "'rigl' prunes single weights"),
+        ({"schedule": "rigl", "recovery_steps": 1}, "of which 1 step is too short; give 2"),
+        ({"pattern": "2:4", "allocation": "erk"}, "fixes the sparsity of every tensor"),
         ({"pattern": "column", "scope": "row"}, "give scope 'tensor' or 'global'"),
         ({"pattern": "blok:4x4"}, "'blok:4x4'"),
         ({"schedule": "cubic", "recovery_steps": 1}, "of which 1 step is too short; give 2"),
@@ -436,15 +461,7 @@ def test_the_sweeps_that_come_along_can_be_run(path, plays_dir, tmp_path):
     shared = study.setup(settings, tmp_path / "work")
     assert {cell.seed for cell in shared.cells} == {0, 1, 2}
     assert f"{len(shared.cells)} cells" in path.read_text()
-    assert {"magnitude", "random"} <= {cell.criterion for cell in shared.cells}
-
-
-def test_old_columns_stay_where_they_were():
-    assert results.COLUMNS[:13] == (
-        "seed", "criterion", "rule", "requested", "sparsity_prunable", "sparsity_total",
-        "nonzero_params", "dense_loss", "control_loss", "pruned_loss", "finetuned_loss", "steps",
-        "seconds",
-    )  # fmt: skip
+    assert {"magnitude", "random"} <= {cell.recipe.name for cell in shared.cells}
 
 
 def test_a_study_without_cells_of_its_own_is_the_grid(plays_dir):

@@ -293,7 +293,7 @@ def test_one_measure_may_be_given_as_a_string():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"measures": ()}, "no measure was asked for"),
+        ({"measures": ()}, "no measure was given"),
         ({"measures": ("late_men",)}, "did you mean 'late_mean'"),
         ({"window_start": 0}, "snapshots count from 1"),
         ({"power": float("nan")}, "from -3 to 3"),
@@ -308,7 +308,7 @@ def test_unusable_settings_are_refused(settings, sentence):
 
 
 def test_tracking_integers_is_refused_by_name():
-    with pytest.raises(InputError, match="'a/table' is marked prunable but is no floating"):
+    with pytest.raises(InputError, match="'a/table' is marked prunable but is not a floating"):
         trajectory.init({"a": {"table": jnp.arange(3)}}, prunable={"a": {"table": True}})
 
 

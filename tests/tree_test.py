@@ -166,7 +166,7 @@ def test_rules_choose_by_search_and_exclude_wins():
 def test_a_rule_that_matches_nothing_or_is_malformed_is_refused(kind):
     with pytest.raises(InputError, match=f"{kind} rule 'kernl' matches no weight.*a/kernel"):
         tree.prunable(nested("a/kernel"), **{kind: ("kernl",)})
-    with pytest.raises(InputError, match="is no regular expression"):
+    with pytest.raises(InputError, match="is not a regular expression"):
         tree.prunable(nested("a/kernel"), **{kind: ("(",)})
 
 

@@ -46,7 +46,7 @@ def cells() -> list[dict]:
         product({"criterion": CRITERIA, "scope": ["global"]}, SPARSITY),
         product({**far, "scope": ["global"]}, SPARSITY),
         product({"criterion": ["wanda"], "scope": ["row"]}, SPARSITY),
-        product({"criterion": ["blockwise:wanda", "blockwise:sparsegpt"]}, SPARSITY),
+        product({"method": ["wanda", "sparsegpt"]}, SPARSITY),
     )
 
 

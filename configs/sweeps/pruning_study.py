@@ -23,7 +23,7 @@ from swe_prune.config import read
 from swe_prune.sweep import chain, product
 
 SPARSITIES = [0.3, 0.5, 0.7]
-AT_ONCE = {"schedule": ["one-shot"], "recovery": ["none", "finetune", "rewarm", "rewind"]}
+AT_ONCE = {"schedule": ["one_shot"], "recovery": ["none", "finetune", "rewarm", "rewind"]}
 DURING_RECOVERY = {"schedule": ["cubic"], "recovery": ["finetune", "rewarm", "rewind"]}
 
 

@@ -1,4 +1,4 @@
-"""How much to take where: every rule that shares a sparsity out over the tensors."""
+"""Allocation rules, which distribute a sparsity over the tensors."""
 
 from swe_prune.allocation.alpha_pruning import (
     alpha_pruning,

@@ -1,7 +1,7 @@
-"""AlphaPruning: a matrix with a heavier tail of eigenvalues is better trained and keeps more.
+"""AlphaPruning: matrices with heavier-tailed eigenvalues are better trained and pruned less.
 
 Lu, Zhou, Liu, Wang, Mahoney and Yang, "AlphaPruning: using heavy-tailed self regularization theory
-for improved layer-wise pruning of large language models", NeurIPS 2024. It reads the weights alone.
+for improved layer-wise pruning of large language models", NeurIPS 2024. It uses only the weights.
 """
 
 import math
@@ -35,37 +35,40 @@ def alpha_pruning(
 
     x_g = 1 − epsilon + 2 epsilon (α_g − min α) / (max α − min α), and s_g = min(1, η x_g) with η
     such that the total is exact; α_g is the mean of `hill_alpha` over the tensors of group g. A
-    light tail, a large α, is read as less trained and pruned more. All alphas equal: uniform.
+    light tail, that is a large α, indicates less training and is pruned more. If all alphas are
+    equal, the allocation is uniform.
 
     Args:
-        params: pytree of weights.
-        sparsity: share to remove of all the prunable weights, in [0, 1).
-        epsilon: half the spread of the sparsities relative to their middle, in [0, 1).
-        tail: share of a matrix's eigenvalues that the exponent is fitted to, in (0, 1].
-        groups: which tensors share a sparsity; see `grouped`.
-        prunable: bool pytree; None: `tree.prunable(params)`.
-        input_axes: along which axes the inputs of a kernel run; the default knows Flax.
+        params: Pytree of weights.
+        sparsity: Fraction of all the prunable weights to remove, in [0, 1).
+        epsilon: Half the spread of the sparsities relative to their middle, in [0, 1).
+        tail: Fraction of a matrix's eigenvalues to fit the exponent to, in (0, 1].
+        groups: Grouping of the tensors that share a sparsity; see `grouped`.
+        prunable: Bool pytree like `params`. If None, `tree.prunable(params)`.
+        input_axes: Function from a tensor's name and shape to its input axes; the default follows
+            Flax's conventions.
 
     Raises:
-        InputError: a number out of its range, groups that do not cover the tensors, or a weight
-            whose exponent is undefined (see `tail_exponents`).
+        InputError: If a number is out of range, the groups do not cover the tensors, or the
+            exponent of a weight is undefined (see `tail_exponents`).
     """
     rounding.check_sparsity(sparsity)
     if not 0 <= epsilon < 1:
-        raise InputError(f"epsilon = {epsilon} is not in [0, 1); give a spread such as 0.3")
+        raise InputError(f"epsilon must be in [0, 1), such as 0.3, got {epsilon}")
     sizes = {name: tree.size(leaf) for name, leaf in chosen(params, prunable).items()}
     members = grouped(sizes, groups)
     alphas = tail_exponents(params, tail=tail, prunable=prunable, input_axes=input_axes)
+    # Average the exponents of each group, then scale the group sparsities to the total.
     of_groups = [math.fsum(alphas[n] for n in names) / len(names) for names in members.values()]
     whole = [sum(sizes[name] for name in names) for names in members.values()]
-    shares, _ = rounding.scaled(
+    shares, _ = rounding.scale_to_total(
         alpha_shares(of_groups, epsilon), whole, rounding.removed_count(sum(whole), sparsity)
     )
-    return rounding.meet_by_group(shares, members, sizes, sparsity)
+    return rounding.shift_groups_to_total(shares, members, sizes, sparsity)
 
 
 def alpha_shares(alphas: list[float], epsilon: float = 0.3) -> list[float]:
-    """Returns how much more or less than the middle each group loses, within 1 ± epsilon.
+    """Returns the relative sparsity of each group, within 1 ± epsilon.
 
     >>> alpha_shares([2.0, 3.0, 6.0], 0.5)
     [0.5, 0.75, 1.5]
@@ -79,30 +82,30 @@ def alpha_shares(alphas: list[float], epsilon: float = 0.3) -> list[float]:
 def hill_alpha(eigenvalues: Float[np.ndarray, " n"], k: int) -> float:
     """Returns Hill's estimate of the exponent of a power law, from the k largest eigenvalues.
 
-    α = 1 + k / Σ_{i=1..k} ln(λ_{n−i+1} / λ_{n−k+1}), λ in ascending order: the smallest of the k is
-    the start of the tail, and counts as one of them.
+    α = 1 + k / Σ_{i=1..k} ln(λ_{n−i+1} / λ_{n−k+1}), λ in ascending order. The smallest of the k
+    eigenvalues is the start of the tail and counts as one of them.
 
     Args:
-        eigenvalues: of one matrix, in any order.
-        k: how many of the largest, 2 ≤ k ≤ n.
+        eigenvalues: Eigenvalues of one matrix, in any order.
+        k: Number of largest eigenvalues in the tail, 2 ≤ k ≤ n.
 
     Raises:
-        InputError: k out of range, or k largest that are not positive or all equal, whose tail has
-            no exponent.
+        InputError: If k is out of range, or the exponent is undefined because the k largest are
+            not all positive or are all equal.
 
     >>> round(hill_alpha(np.array([1.0, 2.0, 4.0, 8.0]), 3), 6)
     2.442695
     """
     if not 2 <= k <= len(eigenvalues):
         raise InputError(
-            f"a tail of {k} of {len(eigenvalues)} eigenvalues has no exponent; give 2 or more"
+            f"a tail of {k} of {len(eigenvalues)} eigenvalues has no exponent; 2 or more are needed"
         )
     largest = np.sort(np.asarray(eigenvalues, np.float64))[-k:]
     spread = float(np.log(largest / largest[0]).sum()) if largest[0] > 0 else 0.0
     if not 0 < spread < math.inf:
         raise InputError(
-            f"the {k} largest eigenvalues run from {largest[0]:g} to {largest[-1]:g}, a tail "
-            "without an exponent; they must be positive, finite and not all equal"
+            f"the {k} largest eigenvalues must be positive, finite and not all equal, got "
+            f"{largest[0]:g} to {largest[-1]:g}, which have no exponent"
         )
     return 1 + k / spread
 
@@ -116,52 +119,55 @@ def tail_exponents(
 ) -> dict[str, float]:
     """Returns the tail exponent α of the eigenvalues of WᵀW of every prunable tensor.
 
-    The share `tail` of the eigenvalues, rounded up, is the tail; those that float32 cannot tell
-    from 0 are left out first, as a matrix of low rank has them.
+    The tail is the fraction `tail` of the eigenvalues, rounded up. Eigenvalues that float32 cannot
+    distinguish from 0, as in a matrix of low rank, are excluded first.
 
-    The smaller of WᵀW and WWᵀ is formed on the device in float32, by a product that is divided
-    over the devices along its sum; that square matrix alone is gathered, and its eigenvalues are
-    found on the host in float64. It takes O(small² · large) operations there and O(small³) here.
+    The smaller of WᵀW and WWᵀ is computed on the device in float32, by a product that is sharded
+    over the devices along the contracted axis. Only that square matrix is gathered, and its
+    eigenvalues are computed on the host in float64. This takes O(small² · large) operations on the
+    device and O(small³) on the host.
 
     Args:
-        params: pytree of weights; one of more than two axes is a matrix of inputs by outputs (the
-            reference takes a convolution's positions as matrices of their own).
-        tail: share of the eigenvalues, in (0, 1].
-        prunable: bool pytree; None: `tree.prunable(params)`.
-        input_axes: along which axes the inputs of a kernel run.
+        params: Pytree of weights. A weight with more than two axes is treated as a matrix of inputs
+            by outputs (the reference treats a convolution's positions as separate matrices).
+        tail: Fraction of the eigenvalues in the tail, in (0, 1].
+        prunable: Bool pytree like `params`. If None, `tree.prunable(params)`.
+        input_axes: Function from a tensor's name and shape to its input axes.
 
     Raises:
-        InputError: tail out of range, or a weight that is not finite, zero, or too small for a
-            tail, which has at least two eigenvalues.
+        InputError: If `tail` is out of range, or a weight is not finite, is zero, or has fewer
+            than two eigenvalues in the tail.
     """
     if not 0 < tail <= 1:
-        raise InputError(f"tail = {tail} is not in (0, 1]; give a share such as 0.5")
+        raise InputError(f"tail must be in (0, 1], such as 0.5, got {tail}")
     exponents = {}
     for name, weight in chosen(params, prunable).items():
+        # Compute the smaller Gram matrix on the device, and its eigenvalues on the host.
         axes = tuple(input_axes(name, weight.shape))
         sharding = _mesh_sharding(weight)
         matrix_LxS = _matrix(weight, axes, sharding.mesh.size if sharding else 1)
         gram_SxS = np.asarray(_gram(matrix_LxS, sharding), np.float64)
         if not np.isfinite(gram_SxS).all():
             raise InputError(
-                f"{name!r} has weights that are not finite, or squares that overflow; find out "
+                f"{name!r} has weights that are not finite or whose squares overflow; find out "
                 "where the training diverged"
             )
         values = np.linalg.eigvalsh(gram_SxS)
+        # Exclude eigenvalues that are 0 within the precision of float32.
         least = values.max(initial=0.0) * len(values) * np.finfo(np.float32).eps
         distinct = values[values > least]
         try:
             exponents[name] = hill_alpha(distinct, math.ceil(tail * len(distinct)))
         except InputError as error:
             raise InputError(
-                f"{name!r} has no tail exponent: {error}; leave it out by prunable= or allocate by "
-                "another rule"
+                f"{name!r} has no tail exponent: {error}; exclude it with prunable= or use another "
+                "rule"
             ) from error
     return exponents
 
 
 def _matrix_traced(weight: Array, axes: tuple[int, ...], multiple: int) -> Float[Array, "L S"]:
-    """Returns the weight as a matrix, its long side first and filled up with zeros."""
+    """Returns the weight as a matrix, with the long side first and padded with zeros."""
     others = tuple(axis for axis in range(weight.ndim) if axis not in axes)
     rows = math.prod(weight.shape[axis] for axis in axes)
     matrix_RxC = weight.astype(jnp.float32).transpose(*axes, *others).reshape(rows, -1)
@@ -173,7 +179,7 @@ def _gram_traced(
     matrix_LxS: Float[Array, "L S"], sharding: NamedSharding | None
 ) -> Float[Array, "S S"]:
     if sharding is not None:
-        # Divided along the sum, a product needs no more of a weight than its part.
+        # Sharded along the contracted axis, the product needs only the local shard of the weight.
         matrix_LxS = jax.lax.with_sharding_constraint(matrix_LxS, sharding)
     gram_SxS = jnp.matmul(matrix_LxS.T, matrix_LxS, precision=jax.lax.Precision.HIGHEST)
     if sharding is not None:
@@ -182,13 +188,13 @@ def _gram_traced(
     return gram_SxS
 
 
-# Two programs: in one, the partitioner gathers a weight that has to be filled up.
+# Two programs, because in a single one the partitioner gathers a weight that is padded.
 _matrix = jax.jit(_matrix_traced, static_argnums=(1, 2))
 _gram = jax.jit(_gram_traced, static_argnums=1)
 
 
 def _mesh_sharding(weight: Any) -> NamedSharding | None:
-    """Returns the first axis over all the devices of the weight's mesh; None: it has no mesh."""
+    """Returns a sharding of the first axis over the weight's mesh, or None if it has no mesh."""
     sharding = getattr(weight, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
         return None

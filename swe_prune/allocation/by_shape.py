@@ -1,4 +1,4 @@
-"""Rules that ask only how large the tensors are: uniform, Erdős–Rényi, and a given table."""
+"""Rules that depend only on tensor shapes: uniform, Erdős–Rényi, and a given table."""
 
 import math
 from collections.abc import Mapping
@@ -12,36 +12,39 @@ from swe_prune.errors import InputError
 
 
 def uniform(shapes: PyTree, sparsity: float) -> Allocation:
-    """Returns the same share of every tensor, rounded so that the total is exact.
+    """Returns the allocation with the same sparsity in every tensor, rounded to the exact total.
 
     Args:
-        shapes: pytree of arrays or of shapes, None where dense.
-        sparsity: share to remove of all the weights, in [0, 1).
+        shapes: Pytree of arrays or of shapes, None where dense.
+        sparsity: Fraction of all the weights to remove, in [0, 1).
 
     Raises:
-        InputError: sparsity outside [0, 1), or no tensors.
+        InputError: If the sparsity is outside [0, 1), or there are no tensors.
 
     >>> uniform({"a": (3,), "b": (3,), "c": (4,)}, 0.5).removed
     {'a': 2, 'b': 1, 'c': 2}
     """
     rounding.check_sparsity(sparsity)
     sizes = _sizes(groups.shapes_of(shapes))
-    return rounding.meet({name: size * sparsity for name, size in sizes.items()}, sizes, sparsity)
+    return rounding.round_to_total(
+        {name: size * sparsity for name, size in sizes.items()}, sizes, sparsity
+    )
 
 
 def erk(shapes: PyTree, sparsity: float, *, power: float = 1.0, kernel: bool = True) -> Allocation:
-    """Returns the Erdős–Rényi-kernel allocation: large tensors lose more.
+    """Returns the Erdős–Rényi-kernel allocation, which prunes large tensors more.
 
-    The densities are those of `erk_densities`, rounded so that the total is exact.
+    The densities are those of `erk_densities`, rounded to the exact total.
 
     Args:
-        shapes: pytree of arrays or of shapes, None where dense.
-        sparsity: share to remove of all the weights, in [0, 1).
-        power: as in `erk_densities`.
-        kernel: as in `erk_densities`.
+        shapes: Pytree of arrays or of shapes, None where dense.
+        sparsity: Fraction of all the weights to remove, in [0, 1).
+        power: Exponent of the scale, in [−8, 8]; 0 gives every tensor the same density.
+        kernel: Whether all dimensions of a tensor count (ERK), or only the last two (ER).
 
     Raises:
-        InputError: sparsity outside [0, 1), a power out of [−8, 8], or no tensors.
+        InputError: If the sparsity is outside [0, 1), the power is outside [−8, 8], or there are
+            no tensors.
 
     >>> erk({"a": (100, 200), "b": (200, 10)}, 0.8).sparsities
     {'a': 0.8706, 'b': 0.094}
@@ -49,34 +52,36 @@ def erk(shapes: PyTree, sparsity: float, *, power: float = 1.0, kernel: bool = T
     densities, _ = erk_densities(shapes, sparsity, power=power, kernel=kernel)
     sizes = _sizes(groups.shapes_of(shapes))
     gone = {name: size * (1 - densities[name]) for name, size in sizes.items()}
-    return rounding.meet(gone, sizes, sparsity)
+    return rounding.round_to_total(gone, sizes, sparsity)
 
 
 def erk_densities(
     shapes: PyTree, sparsity: float, *, power: float = 1.0, kernel: bool = True
 ) -> tuple[dict[str, float], float]:
-    """Returns the share that each tensor keeps by Erdős–Rényi random graphs, and their scale ε.
+    """Returns the densities of the tensors by Erdős–Rényi random graphs, and their scale ε.
 
-    density = min(1, ε (Σ dims / Π dims)^power), with ε such that all the tensors together keep the
-    share 1 − sparsity; a tensor that would be denser than dense stays dense and the others give.
+    density = min(1, ε (Σ dims / Π dims)^power), with ε such that the density of all the tensors
+    together is 1 − sparsity. A tensor whose density would exceed 1 stays dense, and the others are
+    pruned more.
 
     SET (Mocanu et al., 2018) and, for convolutions with all the dimensions of the kernel, RigL
     (Evci et al., ICML 2020); google-research/rigl and jaxpruner compute the same.
 
     Args:
-        shapes: pytree of arrays or of shapes, None where dense. All the dimensions count as they
-            are: reshape an attention kernel (in, heads, width) if its heads are to count as one.
-        sparsity: share to remove of all the weights, in [0, 1).
-        power: of the scale; 0 gives every tensor the same density.
-        kernel: True, all the dimensions (ERK); False, only inputs and outputs, the last two (ER),
-            which differs for convolutions.
+        shapes: Pytree of arrays or of shapes, None where dense. Every dimension counts separately:
+            reshape an attention kernel (in, heads, width) to merge its heads and width.
+        sparsity: Fraction of all the weights to remove, in [0, 1).
+        power: Exponent of the scale, in [−8, 8]; 0 gives every tensor the same density.
+        kernel: Whether all dimensions of a tensor count (ERK), or only inputs and outputs, the last
+            two (ER), which differs for convolutions.
 
     Raises:
-        InputError: sparsity outside [0, 1), a power out of [−8, 8], or no tensors.
+        InputError: If the sparsity is outside [0, 1), the power is outside [−8, 8], or there are
+            no tensors.
     """
     rounding.check_sparsity(sparsity)
     if not abs(power) <= 8:
-        raise InputError(f"power = {power} is out of [-8, 8]; give one such as 1.0")
+        raise InputError(f"power must be in [-8, 8], such as 1.0, got {power}")
     named = groups.shapes_of(shapes)
     sizes = _sizes(named)
 
@@ -84,25 +89,26 @@ def erk_densities(
         dims = shape if kernel else shape[-2:]
         return (sum(dims) / math.prod(dims)) ** power if dims and 0 not in dims else 1.0
 
+    # Scale the raw densities to the number of retained weights.
     kept = sum(sizes.values()) - rounding.removed_count(sum(sizes.values()), sparsity)
-    densities, scale = rounding.scaled([*map(raw, named.values())], [*sizes.values()], kept)
+    densities, scale = rounding.scale_to_total([*map(raw, named.values())], [*sizes.values()], kept)
     return dict(zip(named, densities, strict=True)), scale
 
 
 def table(rules: Mapping[str, float], shapes: PyTree, sparsity: float | None = None) -> Allocation:
-    """Returns a given sparsity for each tensor, found by rules on its path.
+    """Returns the allocation with a given sparsity for each tensor, by rules on its path.
 
     Args:
-        rules: regular expression → sparsity in [0, 1); the first one found in the name of a tensor
-            (`re.search`) counts.
-        shapes: pytree of arrays or of shapes, None where dense.
-        sparsity: None, each tensor loses what its rule says, to the nearest weight; a share of all
-            the weights, then the shares that the tensors keep are scaled by one factor to meet it,
-            and none keeps more than it has.
+        rules: Sparsity in [0, 1) by regular expression; the first one that matches the name of a
+            tensor (`re.search`) applies.
+        shapes: Pytree of arrays or of shapes, None where dense.
+        sparsity: Fraction of all the weights to remove. The densities of the rules are then scaled
+            by one factor, clipped to 1, to meet it. If None, the sparsities of the rules are used
+            unchanged, rounded to the nearest weight.
 
     Raises:
-        InputError: a tensor that no rule matches, a rule that matches no tensor (or none that an
-            earlier rule does not take), a sparsity outside [0, 1), or no tensors.
+        InputError: If no rule matches a tensor, a rule applies to no tensor, a sparsity is outside
+            [0, 1), or there are no tensors.
 
     >>> print(table({"up": 0.5, ".*": 0.25}, {"up": (10, 10), "down": (10, 2)}))
     tensor  removed   of  sparsity
@@ -113,6 +119,7 @@ def table(rules: Mapping[str, float], shapes: PyTree, sparsity: float | None = N
     for share in [*rules.values(), *([] if sparsity is None else [sparsity])]:
         rounding.check_sparsity(share)
     sizes = _sizes(groups.shapes_of(shapes))
+    # Find the first matching rule of each tensor; every tensor and every rule must have one.
     rule_of = {
         name: next((rule for rule in rules if tree.rule_matches(rule, name)), None)
         for name in sizes
@@ -125,15 +132,17 @@ def table(rules: Mapping[str, float], shapes: PyTree, sparsity: float | None = N
     for rule in rules:
         if rule not in rule_of.values():
             raise InputError(
-                f"rule {rule!r} matches no tensor that an earlier rule does not take; correct or "
-                f"drop it. Tensors: {', '.join(list(sizes)[:12])}"
+                f"rule {rule!r} matches no tensor that no earlier rule matches; correct it or drop "
+                f"it. Tensors: {', '.join(list(sizes)[:12])}"
             )
     given = {name: rules[rule] for name, rule in rule_of.items() if rule is not None}
+    # Without a total, round each tensor separately.
     if sparsity is None:
         gone = {name: rounding.removed_count(size, given[name]) for name, size in sizes.items()}
         return Allocation(gone, sizes)
+    # With a total, scale the densities of the rules to meet it.
     total = sum(sizes.values())
-    kept, _ = rounding.scaled(
+    kept, _ = rounding.scale_to_total(
         [1 - share for share in given.values()],
         [*sizes.values()],
         total - rounding.removed_count(total, sparsity),
@@ -141,7 +150,7 @@ def table(rules: Mapping[str, float], shapes: PyTree, sparsity: float | None = N
     targets = {
         name: size * (1 - share) for (name, size), share in zip(sizes.items(), kept, strict=True)
     }
-    return rounding.meet(targets, sizes, sparsity)
+    return rounding.round_to_total(targets, sizes, sparsity)
 
 
 def _sizes(named: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What the rules read of a pytree: names, shapes and scores, and which tensors share a value."""
+"""Inputs of the allocation rules: names, shapes and scores of tensors, and groups of tensors."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -12,11 +12,11 @@ from swe_prune import select, tree
 from swe_prune.errors import InputError, check_choice
 
 Groups = str | Mapping[str, str] | Callable[[str], str]
-"""How tensors are grouped: "block", "tensor", regular expressions by group, or name → group."""
+"""Grouping of tensors: "block", "tensor", regular expressions by group, or name → group."""
 
 GROUPINGS = ("block", "tensor")
 
-# A component such as "block_0", "layers_11" or "3"; a model called "gpt2" is no block.
+# A component such as "block_0", "layers_11" or "3", but not a model named "gpt2".
 _BLOCK = re.compile(r"^(?:[^/]*/)*?(?:(?:\w*_)?|blocks?|layers?|stage|h)\d+(?=/)")
 
 
@@ -24,11 +24,11 @@ def shapes_of(tensors: PyTree) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every tensor by its name.
 
     Args:
-        tensors: pytree of arrays (scores, weights or `jax.ShapeDtypeStruct`) or of shapes, tuples
-            of ints; None where dense.
+        tensors: Pytree of arrays (scores, weights or `jax.ShapeDtypeStruct`) or of shapes (tuples
+            of ints), None where dense.
 
     Raises:
-        InputError: a leaf without a shape, or not one weight in all.
+        InputError: If a leaf has no shape, or there are no weights.
     """
     paths = jax.tree_util.tree_flatten_with_path(tensors, is_leaf=_is_shape_or_none)[0]
     shapes = {}
@@ -38,13 +38,13 @@ def shapes_of(tensors: PyTree) -> dict[str, tuple[int, ...]]:
             continue
         if not _is_shape(leaf) and not hasattr(leaf, "shape"):
             raise InputError(
-                f"{name!r} is {leaf!r}, neither an array nor a shape; give scores, weights or "
+                f"{name!r} must be an array or a shape, got {leaf!r}; give scores, weights or "
                 "shapes, with None where dense"
             )
         shapes[name] = tuple(leaf if _is_shape(leaf) else leaf.shape)
     if not any(0 not in shape for shape in shapes.values()):
         raise InputError(
-            "no tensors were given: every leaf is None, that is dense; widen the rules"
+            "no tensors were given: every leaf is None, which means dense; widen the rules"
         )
     return shapes
 
@@ -61,25 +61,29 @@ def scored(scores: PyTree) -> dict[str, jax.Array]:
     """Returns the scores of every tensor by its name.
 
     Raises:
-        InputError: no scores, scores that are no floats, or scores that are being traced.
+        InputError: If there are no scores, or scores are not floating-point or are traced.
     """
     named = {name: leaf for name, leaf in tree.named_leaves(scores) if leaf is not None}
     select.check_floats(list(named.values()))
     if not tree.size(named):
-        raise InputError("no scores were given: every leaf is None, that is dense; widen the rules")
+        raise InputError("no scores were given: every leaf is None, so dense; widen the rules")
     if any(isinstance(leaf, Tracer) for leaf in named.values()):
         raise InputError(
-            "an allocation is made of Python integers, which traced scores do not give; allocate "
-            "outside jax.jit"
+            "an allocation consists of Python integers, so it cannot be computed from traced "
+            "scores; allocate outside jax.jit"
         )
     return named
 
 
 def chosen(params: PyTree, prunable: PyTree | None) -> dict[str, Any]:
-    """Returns the prunable weights by their names; None: those of `tree.prunable(params)`.
+    """Returns the prunable weights by name.
+
+    Args:
+        params: Pytree of weights.
+        prunable: Bool pytree like `params`. If None, `tree.prunable(params)`.
 
     Raises:
-        InputError: nothing is prunable.
+        InputError: If no weight is prunable.
     """
     marks = tree.prunable(params) if prunable is None else prunable
     kept = tree.map_named(lambda _, weight, mark: weight if mark else None, params, marks)
@@ -90,17 +94,17 @@ def chosen(params: PyTree, prunable: PyTree | None) -> dict[str, Any]:
 
 
 def grouped(names: Iterable[str], groups: Groups = "block") -> dict[str, list[str]]:
-    """Returns the names of the tensors of every group, in the order of their first tensors.
+    """Returns the names of the tensors in each group, in the order of the groups' first tensors.
 
     Args:
-        names: of tensors.
-        groups: "block", tensors under one numbered component of the path ("block_0", "layers/3",
-            the first such) together, any other tensor alone; "tensor", each alone; a mapping of
-            group → regular expression found in the names (`re.search`), the first match wins;
-            or a function of a name.
+        names: Names of the tensors.
+        groups: Grouping of the tensors. "block" groups the tensors under the first numbered
+            component of the path ("block_0", "layers/3") and leaves every other tensor alone.
+            "tensor" leaves every tensor alone. A mapping gives a regular expression (`re.search`)
+            for each group, of which the first match wins. A function maps names to groups.
 
     Raises:
-        InputError: an unknown grouping, a group without tensors, or a tensor without a group.
+        InputError: If the grouping is unknown, a group has no tensors, or a tensor has no group.
 
     >>> grouped(["block_0/up/kernel", "block_0/down/kernel", "readout/kernel"])
     {'block_0': ['block_0/up/kernel', 'block_0/down/kernel'], 'readout/kernel': ['readout/kernel']}
@@ -109,11 +113,12 @@ def grouped(names: Iterable[str], groups: Groups = "block") -> dict[str, list[st
     for name in names:
         members.setdefault(_group_of(name, groups), []).append(name)
     if isinstance(groups, Mapping):
+        # A group without tensors is probably a misspelled rule.
         empty = [group for group in groups if group not in members]
         if empty:
             raise InputError(
                 f"group {empty[0]!r} has no tensors: its rule {groups[empty[0]]!r} matches none "
-                "that an earlier group does not take; correct or drop it"
+                "that no earlier group has; correct or drop the group"
             )
     return members
 
@@ -128,4 +133,4 @@ def _group_of(name: str, groups: Groups) -> str:
     for group, rule in groups.items():
         if tree.rule_matches(rule, name):
             return group
-    raise InputError(f"{name!r} is in no group; add a rule that matches it, such as '.*'")
+    raise InputError(f"{name!r} is not in a group; add a rule that matches it, such as '.*'")

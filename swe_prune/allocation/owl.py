@@ -51,7 +51,7 @@ def owl(
     ratios, members = _outlier_ratios(scores, m, groups)
     wanted = owl_sparsities(list(ratios.values()), sparsity, lam)
     sizes = {name: tree.size(leaf) for name, leaf in scored(scores).items()}
-    return rounding.meet_by_group(wanted, members, sizes, sparsity)
+    return rounding.shift_groups_to_total(wanted, members, sizes, sparsity)
 
 
 def owl_sparsities(outliers: Sequence[float], sparsity: float, lam: float = 0.08) -> list[float]:

@@ -1,7 +1,7 @@
-"""The table of allocation rules, and the one call that runs any of them.
+"""Registry of the allocation rules, and `allocate`, which runs any of them.
 
-A rule is a function and a row here: what it needs are its arguments by the names of `NEEDS`, an
-argument with a default, and any other, is an option.
+A rule is a function and an entry here. Its arguments with names in `NEEDS` are its needs; all other
+arguments are options.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from swe_prune.allocation.std_rule import std
 from swe_prune.errors import InputError, check_choice
 
 NEEDS: Mapping[str, str] = {
-    "shapes": "pass scores=, or params= whose prunable weights are shared out",
+    "shapes": "pass scores=, or params= with the weights",
     "scores": "pass scores=importance.score(name, params, …)",
     "params": "pass params=, the weights",
     "loss": "pass loss=, a function (params, batch) → scalar",
     "batches": "pass batches=, calibration batches for the loss",
 }
-"""What a rule may need, and how to come by it."""
+"""Everything that a rule may need, and how to provide it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Rule:
     """A registered rule.
 
     Attributes:
-        name: what it is asked for by.
-        function: from what it needs and a sparsity to an `Allocation`.
-        needs: those of `NEEDS` that it takes.
-        options: the names of its other arguments but the sparsity and `prunable`.
-        required: those of the options that have no default.
+        name: Name of the rule.
+        function: Function from the needs and a sparsity to an `Allocation`.
+        needs: Names in `NEEDS` that the function takes.
+        options: Names of the function's other arguments, except `sparsity` and `prunable`.
+        required: Names of the options without a default.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Rule:
     required: tuple[str, ...]
 
     def check_options(self, options: Iterable[str]) -> None:
-        """Raises InputError for an option that the rule does not have, or one that is missing."""
+        """Raises InputError if an option is unknown or a required one is missing."""
         options = tuple(options)
         for option in options:
             if option not in self.options:
@@ -92,7 +92,7 @@ _RULES = {
 
 
 def names() -> tuple[str, ...]:
-    """Returns every registered rule, sorted.
+    """Returns the sorted names of all rules.
 
     >>> names()
     ('alpha_pruning', 'ecoflap', 'erk', 'global', 'owl', 'std', 'table', 'uniform')
@@ -101,10 +101,10 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> Rule:
-    """Returns a rule.
+    """Returns the rule with a name.
 
     Raises:
-        InputError: The name is not a registered allocation.
+        InputError: If the name is unknown; the error suggests similar names.
 
     >>> get("ecoflap").needs
     ('loss', 'params', 'batches')
@@ -124,22 +124,22 @@ def allocate(
     prunable: PyTree | None = None,
     **options: Any,
 ) -> Allocation:
-    """Returns what a rule takes of each tensor; what it does not need may be given all the same.
+    """Returns the allocation of a rule; arguments that the rule does not need are ignored.
 
     Args:
-        name: one of `names()`.
-        sparsity: share to remove of all the weights, in [0, 1); None only for a "table" whose
-            sparsities stand as they are.
-        scores: pytree, None where dense.
-        params: pytree of weights.
-        loss: (params, batch) → scalar.
-        batches: calibration batches for the loss.
-        prunable: bool pytree like the parameters; None: the tensors that `scores` has, or without
-            scores `tree.prunable(params)`.
-        **options: of the rule, such as `lam`.
+        name: Name of the rule, one of `names()`.
+        sparsity: Fraction of all the weights to remove, in [0, 1). None is allowed only for a
+            "table" whose sparsities are used unchanged.
+        scores: Pytree of scores, None where dense.
+        params: Pytree of weights.
+        loss: Function (params, batch) that returns a scalar.
+        batches: Calibration batches for the loss.
+        prunable: Bool pytree like the parameters. If None, the tensors that have scores, or
+            `tree.prunable(params)` if there are no scores.
+        **options: Options of the rule, such as `lam`.
 
     Raises:
-        InputError: an unknown name or option, a need that was not given, or as the rule itself.
+        InputError: If the name or an option is unknown, a need is missing, or the rule raises it.
 
     >>> allocate("uniform", 0.5, scores={"up": {"kernel": (4, 5), "bias": None}}).removed
     {'up/kernel': 10}
@@ -147,12 +147,14 @@ def allocate(
     rule = get(name)
     rule.check_options(options)
     given = {"scores": scores, "params": params, "loss": loss, "batches": batches}
+    # Shapes come from the scores, or from the prunable weights if there are none.
     given["shapes"] = scores
     if scores is None and params is not None:
         given["shapes"] = chosen(params, prunable) if "shapes" in rule.needs else None
     for need in rule.needs:
         if given[need] is None:
             raise InputError(f"allocation {name!r} needs {need}; {NEEDS[need]}")
+    # By default, a rule on weights prunes the tensors that have scores.
     if "params" in rule.needs:
         if prunable is None and scores is not None:
             prunable = tree.map_leaves(lambda _, weight, score: score is not None, params, scores)

@@ -1,4 +1,4 @@
-"""Whole numbers of weights: what a share of so many weights is, and how parts add up to it."""
+"""Exact integer numbers of weights: rounding, and distributing a total over tensors."""
 
 import dataclasses
 import math
@@ -11,18 +11,23 @@ from swe_prune.errors import InputError
 
 
 def check_sparsity(sparsity: Any) -> None:
-    """Raises InputError for a sparsity outside [0, 1)."""
+    """Raises InputError if the sparsity is not a number in [0, 1)."""
     number = isinstance(sparsity, int | float | np.number)
     if not number or not 0 <= sparsity < 1:
         raise InputError(
-            f"sparsity = {sparsity!r} is no share in [0, 1); give the share of weights to remove"
+            "sparsity must be a number in [0, 1), the fraction of weights to remove, "
+            f"got {sparsity!r}"
         )
 
 
 def removed_count(size: int, sparsity: float) -> int:
-    """Returns how many of `size` elements a sparsity removes: the nearest integer, halves up.
+    """Returns the number of elements that a sparsity removes, to the nearest integer, halves up.
 
-    (Wanda and SparseGPT round down, which differs only where size · sparsity is no integer.)
+    Wanda and SparseGPT round down, which differs only if size · sparsity is not an integer.
+
+    Args:
+        size: Number of elements.
+        sparsity: Fraction to remove, in [0, 1).
 
     >>> removed_count(10, 0.25), removed_count(100, 0.29)
     (3, 29)
@@ -31,21 +36,22 @@ def removed_count(size: int, sparsity: float) -> int:
 
 
 def apportion(targets: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
-    """Returns integers next to the targets that add up to a total: the largest remainder method.
+    """Rounds targets to integers that add up to a total, by the largest remainder method.
 
-    Every target is rounded down, and the units that are left go to the largest fractions, the
-    first of equal ones first (Hamilton's apportionment). As in any such rounding, a part may lose
+    Every target is rounded down, and the remaining units go to the largest fractional parts, the
+    first of equal ones first (Hamilton's apportionment). As with any such method, a part may lose
     one unit when the total grows.
 
     Args:
-        targets: what each part should have, within [0, its size] and adding up to the total, both
-            up to float64 rounding; what rounding spoils is made good.
-        sizes: the most that each part can have.
-        total: at most the sum of the sizes.
+        targets: Targets of the parts, within [0, size] and adding up to the total, both up to
+            float64 rounding, which is corrected.
+        sizes: Upper bounds of the parts.
+        total: Sum of the result, at most the sum of the sizes.
 
     >>> apportion([1.5, 0.25, 1.25], [2, 2, 2], 3)
     [2, 0, 1]
     """
+    # Round down, then distribute the remaining units by the fractional parts.
     parts = [min(max(math.floor(t), 0), size) for t, size in zip(targets, sizes, strict=True)]
     remainders = [t - part for t, part in zip(targets, parts, strict=True)]
     by_remainder = sorted(range(len(parts)), key=lambda i: -remainders[i])
@@ -54,24 +60,30 @@ def apportion(targets: Sequence[float], sizes: Sequence[int], total: int) -> lis
         for i in by_remainder:
             more = min(left, 1, sizes[i] - parts[i])
             parts[i], left = parts[i] + more, left - more
-    while left < 0:  # a sum of targets that floats put above the total
+    while left < 0:  # float rounding put the sum of the targets above the total
         for i in reversed(by_remainder):
             less = min(-left, 1, parts[i])
             parts[i], left = parts[i] - less, left + less
     return parts
 
 
-def scaled(shares: Sequence[float], sizes: Sequence[int], total: int) -> tuple[list[float], float]:
-    """Returns min(1, factor · share) and the factor, such that these shares make a total.
+def scale_to_total(
+    shares: Sequence[float], sizes: Sequence[int], total: int
+) -> tuple[list[float], float]:
+    """Scales shares by one factor, clipped to 1, such that they add up to a total.
 
     Args:
-        shares: positive, in any unit.
-        sizes: what the shares are of.
-        total: at most the sum of the sizes.
+        shares: Positive numbers in any unit.
+        sizes: Number of elements that each share applies to.
+        total: Sum of share · size over the result, at most the sum of the sizes.
 
-    >>> scaled([1, 1, 8], [10, 10, 10], 14)
+    Returns:
+        The shares min(1, factor · share), and the factor.
+
+    >>> scale_to_total([1, 1, 8], [10, 10, 10], 14)
     ([0.2, 0.2, 1.0], 0.2)
     """
+    # Shares above 1 are clipped, and the factor is computed again for the rest.
     full: set[int] = set()
     factor = 0.0
     while whole := math.fsum(shares[i] * sizes[i] for i in range(len(sizes)) if i not in full):
@@ -83,16 +95,22 @@ def scaled(shares: Sequence[float], sizes: Sequence[int], total: int) -> tuple[l
     return [1.0 if i in full else factor * share for i, share in enumerate(shares)], factor
 
 
-def shifted(shares: Sequence[float], sizes: Sequence[int], total: int) -> list[float]:
-    """Returns the shares plus one number, within [0, 1], at which they make a total of the sizes.
+def shift_to_total(shares: Sequence[float], sizes: Sequence[int], total: int) -> list[float]:
+    """Shifts shares by one number, clipped to [0, 1], such that they add up to a total.
 
-    >>> [round(share, 6) for share in shifted([0.0, 0.5], [10, 10], 12)]
+    Args:
+        shares: Numbers in [0, 1].
+        sizes: Number of elements that each share applies to.
+        total: Sum of share · size over the result.
+
+    >>> [round(share, 6) for share in shift_to_total([0.0, 0.5], [10, 10], 12)]
     [0.35, 0.85]
     """
 
     def clipped(shift: float) -> list[float]:
         return [min(max(share + shift, 0.0), 1.0) for share in shares]
 
+    # The total grows with the shift, so bisect it.
     low, high = -max(shares), 1 - min(shares)
     for _ in range(100):  # halves the bracket to the last bit
         middle = (low + high) / 2
@@ -103,14 +121,14 @@ def shifted(shares: Sequence[float], sizes: Sequence[int], total: int) -> list[f
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
-    """How many weights go of each tensor; `print` shows it as a table.
+    """Number of weights to remove from each tensor; `print` shows it as a table.
 
     Attributes:
-        removed: by the name of the tensor, how many of its weights go.
-        sizes: by the same names, how many weights it has.
+        removed: Number of weights to remove, by tensor name.
+        sizes: Number of weights, by tensor name.
 
     Raises:
-        InputError: the two name different tensors, or a tensor would lose more than it has.
+        InputError: If the two name different tensors, or a number is out of range.
 
     >>> print(Allocation({"up": 30, "down": 5}, {"up": 40, "down": 10}))
     tensor  removed  of  sparsity
@@ -126,33 +144,33 @@ class Allocation:
         if self.removed.keys() != self.sizes.keys():
             odd = sorted(self.removed.keys() ^ self.sizes.keys())
             raise InputError(
-                f"{odd[0]!r} has only one of removed and size; give both for every tensor"
+                f"{odd[0]!r} is in only one of removed and sizes; give both for every tensor"
             )
         for name, size in self.sizes.items():
             if not 0 <= self.removed[name] <= size:
                 raise InputError(
-                    f"{self.removed[name]} of the {size} weights of {name!r} cannot go; give "
-                    f"0 ≤ removed ≤ {size}"
+                    f"removed must be from 0 to the {size} weights of {name!r}, got "
+                    f"{self.removed[name]}"
                 )
 
     @property
     def removed_total(self) -> int:
-        """How many weights go in all."""
+        """Total number of weights to remove."""
         return sum(self.removed.values())
 
     @property
     def size_total(self) -> int:
-        """How many weights there are in all."""
+        """Total number of weights."""
         return sum(self.sizes.values())
 
     @property
     def sparsity(self) -> float:
-        """The share of all the weights that goes."""
+        """Fraction of all the weights to remove."""
         return self.removed_total / max(self.size_total, 1)
 
     @property
     def sparsities(self) -> dict[str, float]:
-        """The share of each tensor's weights that goes."""
+        """Fraction of weights to remove, by tensor name."""
         return {name: self.removed[name] / max(size, 1) for name, size in self.sizes.items()}
 
     def __str__(self) -> str:
@@ -168,30 +186,39 @@ class Allocation:
         )
 
 
-def meet(targets: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> Allocation:
-    """Returns the allocation next to the targets whose total is `removed_count(all, sparsity)`."""
+def round_to_total(
+    targets: Mapping[str, float], sizes: Mapping[str, int], sparsity: float
+) -> Allocation:
+    """Rounds targets to the allocation whose total is `removed_count(all, sparsity)`.
+
+    Args:
+        targets: Real number of weights to remove, by tensor name.
+        sizes: Number of weights, by tensor name.
+        sparsity: Fraction of all the weights to remove.
+    """
     total = removed_count(sum(sizes.values()), sparsity)
     parts = apportion([targets[name] for name in sizes], [*sizes.values()], total)
     return Allocation(dict(zip(sizes, parts, strict=True)), dict(sizes))
 
 
-def meet_by_group(
+def shift_groups_to_total(
     sparsities: Sequence[float],
     members: Mapping[str, Sequence[str]],
     sizes: Mapping[str, int],
     sparsity: float,
 ) -> Allocation:
-    """Returns the allocation whose groups have these sparsities, shifted alike to meet the total.
+    """Returns the allocation with the given group sparsities, shifted equally to meet the total.
 
     Args:
-        sparsities: of each group, in the order of `members`.
-        members: the names of the tensors of each group.
-        sizes: of every tensor.
-        sparsity: share to remove of all the weights.
+        sparsities: Sparsities of the groups, in the order of `members`.
+        members: Names of the tensors in each group.
+        sizes: Number of weights, by tensor name.
+        sparsity: Fraction of all the weights to remove.
     """
     whole = [sum(sizes[name] for name in names) for names in members.values()]
-    met = shifted(sparsities, whole, removed_count(sum(sizes.values()), sparsity))
+    # Shift the sparsities of the groups, then round all tensors to the total.
+    met = shift_to_total(sparsities, whole, removed_count(sum(sizes.values()), sparsity))
     targets = dict.fromkeys(sizes, 0.0)
     for share, names in zip(met, members.values(), strict=True):
         targets.update({name: share * sizes[name] for name in names})
-    return meet(targets, sizes, sparsity)
+    return round_to_total(targets, sizes, sparsity)

@@ -1,8 +1,8 @@
-"""The paper's std rule, and its rates against sparsities.
+"""The paper's std rule, and conversions between its rates and sparsities.
 
-The std rule thresholds each tensor at a multiple of the standard deviation of its own scores
-(arXiv 2502.17071: σ(|W|) · PruneRate; unbiased, as torch.std). The rate is no sparsity: what is
-removed follows from the distribution. The helpers go from one to the other.
+The std rule thresholds each tensor at a multiple, the rate, of the standard deviation of its scores
+(arXiv 2502.17071: σ(|W|) · PruneRate; unbiased, like torch.std). The rate is not a sparsity: the
+fraction removed depends on the distribution of the scores. The functions here convert between them.
 """
 
 import math
@@ -17,14 +17,14 @@ from jaxtyping import Array, Float, PyTree
 
 from swe_prune import counting, select, tree
 from swe_prune.allocation.groups import scored
-from swe_prune.allocation.rounding import Allocation, check_sparsity, meet, removed_count
+from swe_prune.allocation.rounding import Allocation, check_sparsity, removed_count, round_to_total
 from swe_prune.errors import InputError
 
 _HALF_NORMAL_STD = math.sqrt(1 - 2 / math.pi)  # std of |x| for x ~ N(0, 1): 0.6028
 
 
 def gaussian_sparsity(rate: float) -> float:
-    """Returns the share that `by_std(rate)` removes of a zero-mean Gaussian tensor.
+    """Returns the sparsity of `by_std(rate)` on a zero-mean Gaussian tensor.
 
     P(|x| ≤ rate · std(|x|)) = erf(rate · 0.6028 / √2).
 
@@ -35,10 +35,10 @@ def gaussian_sparsity(rate: float) -> float:
 
 
 def gaussian_rate(sparsity: float) -> float:
-    """Returns the rate at which `by_std` removes a share of a zero-mean Gaussian tensor.
+    """Returns the rate at which `by_std` reaches a sparsity on a zero-mean Gaussian tensor.
 
     Raises:
-        InputError: sparsity outside [0, 1).
+        InputError: If the sparsity is outside [0, 1).
 
     >>> round(gaussian_rate(0.6), 3)
     1.396
@@ -48,27 +48,32 @@ def gaussian_rate(sparsity: float) -> float:
 
 
 def std_threshold(score: Float[Array, "..."], rate: float | Array, spread: Any = None) -> Array:
-    """Returns the threshold of one tensor, spread · rate; spread None: std(score, ddof=1)."""
+    """Returns the threshold spread · rate of one tensor, by default with std(score, ddof=1)."""
     if spread is None:
-        # Of one element there is no spread: 0, as for any constant tensor.
+        # A single element has spread 0, like any constant tensor.
         spread = jnp.std(score, ddof=min(1, score.size - 1))
     return spread * jnp.asarray(rate, jnp.float32)
 
 
 def reject_no_spread(names: Sequence[str], undefined: Sequence[Array]) -> None:
-    """Raises InputError that names the first tensor without a finite spread."""
+    """Raises InputError naming the first tensor without a finite spread.
+
+    Args:
+        names: Names of the tensors.
+        undefined: Whether the spread is undefined, for each tensor.
+    """
     for name, without in zip(names, jax.device_get(list(undefined)), strict=True):
         if without:
             raise InputError(
-                f"the scores of {name!r} have no standard deviation, as some are infinite or their "
-                "squares overflow; find out where the weights diverged, or prune by sparsity"
+                f"the scores of {name!r} have no standard deviation, because some are infinite or "
+                "their squares overflow; find out where the weights diverged, or prune by sparsity"
             )
 
 
 def spreads(
     scores: Sequence[Array], spread: Any = None
 ) -> tuple[list[Array], list[Array], list[Array]]:
-    """Returns of each tensor its spread, how many NaN it has, and whether it has no spread."""
+    """Returns per tensor: spread, NaN count, and whether the spread is undefined."""
     of_each = [std_threshold(score, 1.0, spread) for score in scores]
     nans = [counting.count_each([jnp.isnan(score)])[0] for score in scores]
     return of_each, nans, [~jnp.isfinite(of_one) for of_one in of_each]
@@ -92,20 +97,20 @@ def _kept(scores: list[Array], rate: Array, of_each: list[Array]) -> counting.Co
 def rate_for_sparsity(
     scores: PyTree, sparsity: float, *, spread: float | None = None
 ) -> tuple[float, float]:
-    """Returns (rate, achieved): the std rule's rate nearest to a sparsity of all the tensors.
+    """Returns (rate, achieved): the std rule's rate nearest to a sparsity, and its sparsity.
 
-    Sparsity grows with the rate in steps, so a search over the float32 rates ends at the one beside
-    the wanted count; ties or coarse scores may keep it from being met, and `achieved` says what
-    is. Where no finite rate removes more (a tensor of equal scores has no spread to multiply), the
-    rate is the smallest that comes nearest.
+    Sparsity is a step function of the rate, so a bisection over the float32 rates finds the one
+    nearest to the wanted count. Ties or coarse scores may keep it from being met exactly. If no
+    finite rate removes more (a tensor of equal scores has spread 0), the rate is the smallest of
+    the nearest ones.
 
     Args:
-        scores: float32 pytree, None where dense.
-        sparsity: share to remove of all the scored weights, in [0, 1).
-        spread: as in `masks.by_std`.
+        scores: Float32 pytree, None where dense.
+        sparsity: Fraction of all the scored weights to remove, in [0, 1).
+        spread: Spread to use for all tensors. If None, the standard deviation of each tensor.
 
     Raises:
-        InputError: sparsity outside [0, 1), no scores, NaN among them, or scores without a
+        InputError: If the sparsity is outside [0, 1), there are no scores, or scores have NaN or no
             standard deviation.
     """
     search = _Search(scores, sparsity, spread)
@@ -116,20 +121,20 @@ def rate_for_sparsity(
 
 
 def std(scores: PyTree, sparsity: float, *, spread: float | None = None) -> Allocation:
-    """Returns what the std rule takes of each tensor at the rate that meets a sparsity.
+    """Returns the allocation of the std rule at the rate that meets a sparsity.
 
-    Of tensor l goes the count of scores ≤ rate · std(scores_l), as `masks.by_std` removes them.
-    Where ties keep every rate from the exact total, each tensor's count lies between those at the
-    last rate below it and the first above, by linear interpolation.
+    Tensor l loses the number of scores ≤ rate · std(scores_l), as with `masks.by_std`. If ties keep
+    every rate from the exact total, each count is interpolated linearly between the last rate below
+    the total and the first rate above it.
 
     Args:
-        scores: float32 pytree, None where dense.
-        sparsity: share to remove of all the scored weights, in [0, 1).
-        spread: as in `masks.by_std`.
+        scores: Float32 pytree, None where dense.
+        sparsity: Fraction of all the scored weights to remove, in [0, 1).
+        spread: Spread to use for all tensors. If None, the standard deviation of each tensor.
 
     Raises:
-        InputError: as `rate_for_sparsity`, or a sparsity that no rate reaches, as a tensor of
-            equal scores has no spread to multiply.
+        InputError: If the sparsity is outside [0, 1) or no rate reaches it (a tensor of equal
+            scores has spread 0), there are no scores, or scores have NaN or no standard deviation.
 
     >>> std({"a": jnp.arange(8.0), "b": jnp.array([3.0, 4.0])}, 0.5).removed
     {'a': 5, 'b': 0}
@@ -141,21 +146,22 @@ def std(scores: PyTree, sparsity: float, *, spread: float | None = None) -> Allo
     if sum(most) < search.wanted:
         raise InputError(
             f"sparsity {sparsity} is out of reach of the std rule, which removes at most "
-            f"{sum(most)} of {search.total} weights here, as tensors of equal scores have no "
-            "spread to multiply; allocate them by another rule"
+            f"{sum(most)} of {search.total} weights here, because tensors of equal scores have "
+            "spread 0; use another rule for them"
         )
+    # Interpolate between the counts at the two neighbouring rates.
     way = (search.wanted - sum(least)) / max(sum(most) - sum(least), 1)
     targets = {
         name: low + way * (high - low)
         for name, low, high in zip(search.sizes, least, most, strict=True)
     }
-    return meet(targets, search.sizes, sparsity)
+    return round_to_total(targets, search.sizes, sparsity)
 
 
 class _Search:
-    """The bisection of the rate: scores that were checked, and what goes of them at a rate.
+    """Bisection over the rate, on checked scores.
 
-    A rate is given as the bits of a float32, which order as positive floats do.
+    A rate is given as the bits of a float32, which order like positive floats.
     """
 
     def __init__(self, scores: PyTree, sparsity: float, spread: float | None):
@@ -177,6 +183,7 @@ class _Search:
         return [size - int(n) for size, n in zip(self.sizes.values(), kept, strict=True)]
 
     def smallest_removing(self, least: int) -> int:
+        # The number removed grows with the rate, so bisect the bits of the rate.
         low, high = -1, _LARGEST_BITS
         while high - low > 1:
             middle = (low + high) // 2

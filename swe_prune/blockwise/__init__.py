@@ -2,12 +2,10 @@
 
 solver    SparseGPT: a kernel's mask, and the update of the weights that stay
 ranking   Wanda's masks: the lowest of each output, and its variant
-dense_scores  what an allocation reads before the first block
 wiring    how the blocks of a Linen model are run alone
 prune     the whole: each block on the inputs that the already pruned blocks before it give
 """
 
-from swe_prune.blockwise.dense_scores import dense_scores
 from swe_prune.blockwise.prune import METHODS, KernelReport, prune_blocks
 from swe_prune.blockwise.sparsegpt import SolverReport, sparsegpt
 from swe_prune.blockwise.wanda import wanda_mask, wanda_variant_mask
@@ -16,7 +14,6 @@ __all__ = [
     "METHODS",
     "KernelReport",
     "SolverReport",
-    "dense_scores",
     "prune_blocks",
     "sparsegpt",
     "wanda_mask",

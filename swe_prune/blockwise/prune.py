@@ -383,14 +383,14 @@ class _Runner:
         dense_like: tuple[type, ...],
     ) -> None:
         self.wires, self.wanted = wires, dict(wanted)
-        self.measure = measuring.measuring(
+        self.measure = measuring.make_measure_fn(
             wires[0].module,
             lambda _, variables, state: self._run(variables, state),
             self.wanted,
             hessian=hessian,
             dense_like=dense_like,
         )
-        self.step = measuring.accumulating(self.measure)
+        self.step = measuring.make_accumulate_step(self.measure)
         self.known: dict[str, Any] = {}
         self.forward = jax.jit(self._run)
 
@@ -406,7 +406,7 @@ class _Runner:
         self, part: PyTree, states: list[block_graph.Activations], counts: list[int]
     ) -> dict[str, Any]:
         """Returns the sums of the block's kernels over all batches."""
-        sums, _ = measuring.accumulated(
+        sums, _ = measuring.accumulate(
             self.measure,
             part,
             map(_on_device, states),

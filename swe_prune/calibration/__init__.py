@@ -1,13 +1,13 @@
-"""What calibration data says of each weight, streamed: inputs of layers and gradients of a loss.
+"""Streaming measurements on calibration data: layer inputs and gradients of a loss.
 
-layer_inputs    norms and Hessians of what comes into the layers of any Linen model
-measures        all that a set of criteria wants, in as few passes as it takes
-loss_gradients  mean and mean square of the gradients of a loss, example by example
-layers          which input each layer multiplies with its kernel
-watch           seeing those inputs without touching the model's code
-batches         what all of them ask of a batch
+layer_inputs    norms and Hessians of the layer inputs of any Linen model
+measures        everything that a set of criteria needs, in as few passes as possible
+loss_gradients  mean and mean square of the per-example gradients of a loss
+layers          the input rows that each layer multiplies with its kernel
+intercept       capture of those inputs without changing the model's code
+batching        checks of batches
 
-All return what `importance.score(measured=)` takes, so they can be merged in one mapping.
+All functions return what `importance.score(measured=)` takes, so the results can be merged.
 """
 
 from swe_prune.calibration.layer_inputs import inputs

@@ -1,4 +1,4 @@
-"""What calibration asks of a batch: arrays whose first axis runs over the sequences."""
+"""Checks of calibration batches, whose arrays share a first axis over the sequences."""
 
 from typing import Any
 
@@ -12,17 +12,17 @@ def sequences(batch: PyTree, number: int) -> int:
     """Returns the length of the leading axis that all arrays of a batch share.
 
     Args:
-        batch: pytree; leaves without axes are passed over.
-        number: of the batch, from 0, for errors.
+        batch: Pytree of arrays; leaves without axes are ignored.
+        number: Index of the batch, from 0, for error messages.
 
     Raises:
-        InputError: no array, an empty one, or two that differ.
+        InputError: If there is no array, an array is empty, or the leading axes differ.
     """
     lengths = {leaf.shape[0] for leaf in jax.tree.leaves(batch) if getattr(leaf, "ndim", 0)}
     if len(lengths) != 1 or lengths == {0}:
         raise InputError(
-            f"calibration batch {number} is {described(batch)}; give arrays that share a leading "
-            "axis over one sequence or more"
+            f"calibration batch {number} must hold arrays that share a leading axis over one or "
+            f"more sequences, got {described(batch)}"
         )
     return lengths.pop()
 
@@ -30,13 +30,13 @@ def sequences(batch: PyTree, number: int) -> int:
 def nothing_given() -> InputError:
     """Returns the error for an empty calibration set."""
     return InputError(
-        "the calibration set is empty; give one batch or more (a generator that was used up "
-        "gives none: make it anew)"
+        "the calibration set is empty; give one or more batches (an exhausted generator yields "
+        "none: create it again)"
     )
 
 
 def described(batch: PyTree) -> str:
-    """Returns the dtypes and shapes of a batch, for errors.
+    """Returns the dtypes and shapes of a batch, for error messages.
 
     >>> import numpy as np
     >>> described({"inputs": np.zeros((2, 3), np.int32)})
@@ -50,7 +50,7 @@ def described(batch: PyTree) -> str:
 
 
 def shapes(tree: PyTree) -> PyTree:
-    """Returns the abstract arrays of a pytree; what is no array stays."""
+    """Replaces the arrays of a pytree by abstract arrays; other leaves stay."""
     return jax.tree.map(
         lambda leaf: (
             jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf

@@ -1,8 +1,8 @@
-"""Seeing what comes into the layers of a Linen model, without touching the model's code.
+"""Capture of the layer inputs of a Linen model, without changing the model's code.
 
-`flax.linen.intercept_methods` shows every call of every module. What a call gives is stored with
-`sow`, Flax's own way out of a module, so that it also leaves `nn.remat` and `nn.jit`, whose insides
-are traced apart; out of `nn.scan` and `nn.vmap` it comes when these list the collection.
+`flax.linen.intercept_methods` intercepts every call of every module. The sums are stored with
+`sow`, so that they also leave `nn.remat` and `nn.jit`, which are traced separately. They leave
+`nn.scan` and `nn.vmap` if these list the collection in their variable_axes.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,20 +30,23 @@ def sums(
     hessian: bool,
     dense_like: tuple[type, ...] = (),
 ) -> dict[str, dict[str, Array]]:
-    """Returns, for each wanted kernel that `run()` uses, sums over all that its layer is given.
+    """Returns sums over the layer inputs of each wanted kernel that `run()` uses.
 
     Args:
-        run: applies Linen modules.
-        wanted: by name, "block_0/mlp/up/kernel", the kernels of interest.
-        hessian: whether to sum the outer products too.
-        dense_like: see `layers.rows`.
+        run: Function that applies Linen modules.
+        wanted: Mapping whose keys are the names of the kernels to measure, such as
+            "block_0/mlp/up/kernel".
+        hessian: Whether to sum the outer products too.
+        dense_like: Custom layer classes that compute x @ kernel over the last axis.
 
     Returns:
-        By name: "square", Σ x², float32, shaped as the kernel's input axes, and with `hessian`
-        "outer", Σ x xᵀ, float32, R x R. In a scan both have the layers as their first axis.
+        Sums by kernel name: "square", Σ x², float32, with the shape of the kernel's input axes,
+        and with `hessian` also "outer", Σ x xᵀ, float32, R x R. In a scan both have the layers as
+        their first axis.
 
     Raises:
-        InputError: a layer of an unknown kind, or one out of whose transformation nothing comes.
+        InputError: If a layer is of an unknown kind, or inside a transformation that discards the
+            sums.
     """
     found: list[Any] = []
     roots: list[Any] = []
@@ -55,6 +58,7 @@ def sums(
         if module.scope is None or context.method_name == "setup":
             return call(*args, **kwargs)
         root = module.scope.root
+        # The outermost call is the application, whose root scope collects the sums.
         if not roots and module.scope is root:
             _check_trace(outside, "call=")
             roots.append(root)
@@ -66,7 +70,7 @@ def sums(
         if roots and module.scope.root is roots[0]:
             _open(module.scope)
         name = "/".join((*module.path, "kernel"))
-        # A subclass's call of super().__call__ comes by a second time.
+        # A subclass that calls super().__call__ is intercepted twice; count its input once.
         if name not in wanted or context.method_name != "__call__" or name in measuring:
             return call(*args, **kwargs)
         _store(name, module, [*args, *kwargs.values()][0], hessian, dense_like)
@@ -84,26 +88,29 @@ def sums(
 def _check_trace(outside: Any, what: str) -> None:
     if current_trace() != outside:
         raise InputError(
-            f"{what} transforms the model's application with jax (jit, vmap, scan …), out of which "
-            "nothing can be kept; apply the model plainly, it is compiled as a whole"
+            f"{what} transforms the model's application with jax (jit, vmap, scan …), which "
+            "discards the measurements; apply the model directly, it is compiled as a whole"
         )
 
 
 def _from_root(root: Any, call: Callable[[], Any], found: list[Any], roots: list[Any]) -> Any:
-    """Returns what an application gives, having opened the collection for as long as it lasts."""
+    """Returns the result of `call`, with the collection mutable while it runs."""
     before = root.mutable
     root.mutable = union_filters(before, COLLECTION)
     try:
         result = call()
         found.append(root.variables().get(COLLECTION, {}))
     finally:
-        root.mutable = before  # so that it is not among what the application returns
+        root.mutable = before  # so that the application does not return it
         roots.clear()
     return result
 
 
 def _open(scope: Any) -> None:
-    """Makes the collection mutable from a scope up to its root; a child made in setup is older."""
+    """Makes the collection mutable from a scope up to its root.
+
+    A child that was created in `setup` predates the change to the root.
+    """
     while scope is not None and not scope.is_mutable_collection(COLLECTION):
         scope.mutable = union_filters(scope.mutable, COLLECTION)
         scope = scope.parent
@@ -115,13 +122,13 @@ def _store(
     x_NxR, shape = rows(name, module, x, dense_like)
     values = {"square": jnp.sum(x_NxR**2, axis=0).reshape(shape)}
     if hessian:
-        # In full float32: an accelerator's default would round the inputs to fewer bits.
+        # Full float32: the default precision of accelerators rounds the inputs to fewer bits.
         values["outer"] = jnp.matmul(x_NxR.T, x_NxR, precision=jax.lax.Precision.HIGHEST)
     stored = module.sow(COLLECTION, _SUMS, values, init_fn=lambda: None, reduce_fn=_add)
     if not stored:
         raise InputError(
-            f"{name!r} is used inside a transformation such as nn.scan or nn.vmap, out of which "
-            f"nothing comes; list {COLLECTION!r} in its variable_axes beside 'params'"
+            f"{name!r} is used inside a transformation such as nn.scan or nn.vmap, which discards "
+            f"the measurements; list {COLLECTION!r} in its variable_axes next to 'params'"
         )
 
 

@@ -1,4 +1,4 @@
-"""What comes into the layers of a Linen model on calibration data."""
+"""Norms and Hessians of the layer inputs of a Linen model on calibration data."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -10,8 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, PyTree
 
 from swe_prune import tree
-from swe_prune.calibration import batching as of_batches
-from swe_prune.calibration import intercept
+from swe_prune.calibration import batching, intercept
 from swe_prune.errors import InputError
 
 Call = Callable[[Any, Any, Any], Any]
@@ -27,35 +26,37 @@ def inputs(
     prunable: PyTree | None = None,
     dense_like: tuple[type, ...] = (),
 ) -> dict[str, PyTree]:
-    """Returns what the layers of a model are given on calibration batches, for `importance.score`.
+    """Measures the layer inputs of a model on calibration batches, for `importance.score`.
 
         input_norm_j = √(Σ x_j² / n)        hessian = (2 / n) Σ x xᵀ
 
-    The sums run over all tokens of all sequences, and n counts sequences, as Wanda and SparseGPT
-    do. The batches are streamed: one compiled step for each shape of batch, its sums accumulated on
-    the device in float32. They may be divided over devices along their first axis. A layer that is
-    used several times is given all those inputs.
+    The sums run over all tokens of all sequences, and n counts sequences, as in Wanda and
+    SparseGPT. Batches are streamed: one compiled step per batch shape accumulates the sums on the
+    device in float32. Batches may be sharded over devices along their first axis. For a layer that
+    is used several times, the sums run over all its inputs.
 
     Args:
-        model: any Linen module; its Dense, DenseGeneral (so Flax's attention) and ungrouped Conv
-            layers are watched, inside `nn.remat` too, and inside an `nn.scan` or `nn.vmap` that
+        model: Linen module. Its Dense, DenseGeneral (and so Flax's attention) and ungrouped Conv
+            layers are measured, also inside `nn.remat`, and inside an `nn.scan` or `nn.vmap` that
             lists "calibration" in its variable_axes.
-        variables: {"params": …} and other collections, as `model.apply` takes them.
-        batches: pytrees of arrays whose first axis runs over the sequences.
-        hessian: whether to measure the Hessian too, R² numbers for a kernel of R inputs.
-        call: (model, variables, batch) → anything, how to run the model; None: apply it to the
-            batch, or to what a batch that is a dict has as "inputs".
-        prunable: bool pytree, which kernels to measure; None: `tree.prunable(params)`.
-        dense_like: classes of your own layers that compute x @ kernel over the last axis.
+        variables: Variables of the model, {"params": …} and other collections.
+        batches: Pytrees of arrays whose first axis runs over the sequences.
+        hessian: Whether to measure the Hessian too, R² numbers for a kernel of R inputs.
+        call: Function (model, variables, batch) that runs the model; its result is ignored. If
+            None, applies the model to the batch, or to batch["inputs"] if the batch is a mapping
+            that has it.
+        prunable: Bool pytree that selects the kernels to measure. If None,
+            `tree.prunable(params)`.
+        dense_like: Custom layer classes that compute x @ kernel over the last axis.
 
     Returns:
-        Pytrees like the parameters with None where nothing was measured. "input_norm": float32 of
+        Pytrees like the parameters, None where nothing was measured. "input_norm": float32, with
         the kernel's shape along its inputs and 1 along its outputs. With `hessian`, "hessian":
         float32, R x R over the kernel's inputs in their order.
 
     Raises:
-        InputError: no batch, one that the model does not take, NaN or inf in what a layer is given,
-            or a kernel to be measured that no layer used.
+        InputError: If there is no batch, the model cannot be run on a batch, a layer input has NaN
+            or inf, or no layer used a kernel to be measured.
 
     Sources: Sun et al., "A simple and effective pruning approach for large language models", 2024;
     Frantar and Alistarh, "SparseGPT", 2023.
@@ -66,14 +67,15 @@ def inputs(
     [12.5, 0.0]
     """
     if not isinstance(variables, Mapping) or "params" not in variables:
-        raise InputError("variables= holds no 'params'; give {'params': params} as model.apply has")
+        raise InputError("variables= holds no 'params'; give {'params': params}, as to model.apply")
     params = variables["params"]
     prunable = tree.prunable(params) if prunable is None else prunable
     wanted = chosen(params, prunable)
-    step = measuring(model, call or applied, wanted, hessian=hessian, dense_like=dense_like)
-    sums, n = accumulated(step, variables, batches)
+    # Accumulate sums over the batches, then normalize them.
+    step = make_measure_fn(model, call or applied, wanted, hessian=hessian, dense_like=dense_like)
+    sums, n = accumulate(step, variables, batches)
     check_used(wanted, sums)
-    return finished(params, sums, n, hessian=hessian)
+    return normalize_sums(params, sums, n, hessian=hessian)
 
 
 def applied(model: nn.Module, variables: Any, batch: Any) -> Any:
@@ -86,7 +88,7 @@ def chosen(params: PyTree, prunable: PyTree) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the prunable weights by name.
 
     Raises:
-        InputError: there is none.
+        InputError: If no weight is prunable.
     """
     flags = tree.map_named(lambda _, leaf, flag: bool(flag), params, prunable)
     named = zip(tree.named_leaves(params), tree.named_leaves(flags), strict=True)
@@ -96,7 +98,7 @@ def chosen(params: PyTree, prunable: PyTree) -> dict[str, tuple[int, ...]]:
     return wanted
 
 
-def measuring(
+def make_measure_fn(
     model: nn.Module,
     call: Call,
     wanted: Mapping[str, Any],
@@ -104,7 +106,7 @@ def measuring(
     hessian: bool,
     dense_like: tuple[type, ...] = (),
 ) -> Callable[[Any, Any], dict[str, dict[str, Array]]]:
-    """Returns the function of (variables, batch) that gives `watch.sums`, not yet compiled."""
+    """Returns a function of (variables, batch) that computes `intercept.sums`, not yet compiled."""
 
     def measure(variables: Any, batch: Any) -> dict[str, dict[str, Array]]:
         return intercept.sums(
@@ -114,10 +116,11 @@ def measuring(
     return measure
 
 
-def accumulating(measure: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    """Returns the compiled step that adds a batch to the sums; what came before is given up."""
+def make_accumulate_step(measure: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """Returns a compiled step that adds a batch to the sums, donating the previous ones."""
 
     def add(variables: Any, state: Any, batch: Any, number: Any) -> Any:
+        # Besides the sums, track the first batch with a non-finite input, for the error message.
         sums, first_bad = state
         new = measure(variables, batch)
         bad = {name: ~jnp.all(jnp.isfinite(leaf["square"])) for name, leaf in new.items()}
@@ -129,52 +132,61 @@ def accumulating(measure: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return jax.jit(add, donate_argnums=1)
 
 
-def accumulated(
+def accumulate(
     measure: Callable[[Any, Any], Any],
     variables: PyTree,
     batches: Iterable[PyTree],
     *,
     step: Callable[..., Any] | None = None,
-    count: Callable[[PyTree, int], int] = of_batches.sequences,
+    count: Callable[[PyTree, int], int] = batching.sequences,
     known: dict[str, Any] | None = None,
 ) -> tuple[dict[str, dict[str, Array]], int]:
     """Returns the sums over all batches, and the number of sequences in them.
 
     Args:
-        measure: as `measuring` returns it.
-        variables: of the model.
-        batches: streamed.
-        step: `accumulating(measure)`, to share what it has compiled; None: one of its own.
-        count: (batch, its number) → how many sequences it has.
-        known: what `measure` gives, by the shapes of the batch, where it was traced before for
-            variables of these shapes; new ones are added.
+        measure: Function of (variables, batch) from `make_measure_fn`.
+        variables: Variables of the model.
+        batches: Calibration batches, consumed one by one.
+        step: Compiled step from `make_accumulate_step(measure)`, to share compilations. If None, a
+            new one is created.
+        count: Function (batch, index of the batch) that returns its number of sequences.
+        known: Abstract results of `measure` by batch shapes, from earlier calls with variables of
+            the same shapes; new ones are added. If None, starts empty.
 
     Raises:
-        InputError: as `inputs`.
+        InputError: If there is no batch, the model cannot be run on a batch, or a layer input has
+            NaN or inf.
     """
     known = {} if known is None else known
-    step = accumulating(measure) if step is None else step
+    step = make_accumulate_step(measure) if step is None else step
     state, total = None, 0
     for number, batch in enumerate(batches):
         total += count(batch, number)
-        shapes = str(of_batches.shapes(batch))
-        if shapes not in known:  # a batch that does not fit is found before it is run
+        shapes = str(batching.shapes(batch))
+        if shapes not in known:  # find a batch that does not fit before running it
             known[shapes] = traced(measure, variables, batch, number)
+        # The sums start at zero with the shapes of the first batch.
         state = _zeros(known[shapes]) if state is None else state
         _check_same(state[0], known[shapes], number)
         state = step(variables, state, batch, number)
     if state is None:
-        raise of_batches.nothing_given()
+        raise batching.nothing_given()
     sums, first_bad = state
     _reject_not_finite(jax.device_get(first_bad))
     return sums, total
 
 
 def traced(run: Callable[[Any, Any], Any], variables: Any, batch: Any, number: int) -> Any:
-    """Returns the shapes of what `run(variables, batch)` gives, or the error that names the batch.
+    """Returns the abstract result of `run(variables, batch)`.
+
+    Args:
+        run: Function to trace.
+        variables: Variables of the model.
+        batch: Calibration batch, concrete or abstract.
+        number: Index of the batch, for error messages.
 
     Raises:
-        InputError: the model cannot be run on this batch.
+        InputError: If the model cannot be run on this batch.
     """
     try:
         return jax.eval_shape(run, variables, batch)
@@ -182,9 +194,9 @@ def traced(run: Callable[[Any, Any], Any], variables: Any, batch: Any, number: i
         raise
     except (TypeError, ValueError, IndexError, KeyError, flax_errors.FlaxError) as error:
         raise InputError(
-            f"calibration batch {number}, {of_batches.described(batch)}, cannot be run through the "
-            f"model ({type(error).__name__}: {str(error).splitlines()[0]}); give batches of the "
-            "shape and dtype that it takes, or call= to say how it takes them"
+            f"calibration batch {number}, {batching.described(batch)}, cannot be run through the "
+            f"model ({type(error).__name__}: {str(error).splitlines()[0]}); give batches with the "
+            "shape and dtype that the model takes, or call= with a function that runs it"
         ) from error
 
 
@@ -199,8 +211,8 @@ def _check_same(sums: Any, new: Any, number: int) -> None:
     shapes = [jax.tree.map(lambda leaf: leaf.shape, each) for each in (sums, new)]
     if shapes[0] != shapes[1]:
         raise InputError(
-            f"calibration batch {number} uses other layers, or as other inputs, than batch 0; give "
-            "batches that run through the same layers"
+            f"calibration batch {number} uses other layers, or other input shapes, than batch 0; "
+            "give batches that run through the same layers"
         )
 
 
@@ -209,13 +221,13 @@ def _reject_not_finite(first_bad: Mapping[str, Any]) -> None:
     if bad:
         name = min(bad, key=lambda name: bad[name])
         raise InputError(
-            f"what comes into {name!r} has NaN or inf (or squares beyond float32) in calibration "
-            f"batch {bad[name]}; find the bad batch or the weight that makes them"
+            f"the input of {name!r} has NaN or inf (or squares beyond float32) in calibration "
+            f"batch {bad[name]}; find the batch or the weight that causes it"
         )
 
 
 def check_used(wanted: Mapping[str, Any], sums: Mapping[str, Any]) -> None:
-    """Raises InputError for a kernel that is wanted and that no layer used."""
+    """Raises InputError if no layer used a wanted kernel."""
     missing = [name for name in wanted if name not in sums]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -225,10 +237,10 @@ def check_used(wanted: Mapping[str, Any], sums: Mapping[str, Any]) -> None:
         )
 
 
-def finished(
+def normalize_sums(
     params: PyTree, sums: Mapping[str, Mapping[str, Array]], n: int, *, hessian: bool
 ) -> dict[str, PyTree]:
-    """Returns the measures, pytrees like the parameters, of sums over n sequences."""
+    """Converts sums over n sequences to input norms and Hessians, pytrees like the parameters."""
 
     def norm(name: str, weight: Any) -> Any:
         if name not in sums:

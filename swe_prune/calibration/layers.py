@@ -1,7 +1,7 @@
-"""Which rows of inputs a layer multiplies with its kernel.
+"""Input rows that a layer multiplies with its kernel.
 
-A layer is Dense-like when its output is x_NxR @ kernel_RxC after some reshaping: then one matrix
-x_NxR says all that pruning by calibration asks of it. A convolution is, over its patches.
+A layer is Dense-like if its output is x_NxR @ kernel_RxC up to reshaping. The matrix x_NxR then
+holds everything that pruning by calibration needs. A convolution is Dense-like over its patches.
 """
 
 import math
@@ -21,17 +21,17 @@ def rows(
 ) -> tuple[Float[Array, "N R"], tuple[int, ...]]:
     """Returns the inputs x_NxR of a layer, float32, and the shape of the kernel's input axes.
 
-    N counts everything that a kernel sees: tokens of all sequences, or patches of all images. The
-    inputs are taken as they come into the layer, before a cast to its computation dtype.
+    N counts everything that the kernel is applied to: tokens of all sequences, or patches of all
+    images. Inputs are taken before the layer casts them to its computation dtype.
 
     Args:
-        name: of the kernel, for errors.
-        layer: bound module that owns the kernel.
-        x: what it was called with.
-        dense_like: classes of the user's own that compute x @ kernel over the last axis.
+        name: Name of the kernel, for error messages.
+        layer: Bound module that owns the kernel.
+        x: Input that the module was called with.
+        dense_like: Custom layer classes that compute x @ kernel over the last axis.
 
     Raises:
-        InputError: a layer of another kind, or one whose kernel meets more than one matrix.
+        InputError: If the layer is not Dense-like.
     """
     x = jnp.asarray(x).astype(jnp.float32)
     if isinstance(layer, (nn.Dense, *dense_like)):
@@ -41,19 +41,21 @@ def rows(
     if isinstance(layer, nn.Conv):
         return _patches(name, layer, x)
     raise InputError(
-        f"{name!r} belongs to a {type(layer).__name__}, whose inputs are not known; leave it out "
-        "with prunable=, or if it computes x @ kernel pass dense_like=(its class,)"
+        f"{name!r} belongs to a {type(layer).__name__}, whose inputs are not known; exclude it "
+        "with prunable=, or pass dense_like=(its class,) if it computes x @ kernel"
     )
 
 
 def _general(name: str, layer: nn.DenseGeneral, x: Array) -> tuple[Array, tuple[int, ...]]:
     if layer.batch_dims:
         raise InputError(
-            f"{name!r} has one kernel for each of its batch_dims; leave it out with prunable="
+            f"{name!r} has a kernel for each of its batch_dims, which is not supported; exclude it "
+            "with prunable="
         )
     axis = (layer.axis,) if isinstance(layer.axis, int) else tuple(layer.axis)
     axes = sorted(a % x.ndim for a in axis)
     shape = tuple(x.shape[a] for a in axes)
+    # Move the contracted axes to the end and flatten them.
     moved = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
     return moved.reshape(-1, math.prod(shape)), shape
 
@@ -66,6 +68,7 @@ def _patches(name: str, layer: nn.Conv, x: Array) -> tuple[Array, tuple[int, ...
     def each(value: Any) -> tuple[int, ...]:
         return tuple(value) if isinstance(value, (tuple, list)) else (value or 1,) * len(size)
 
+    # Only plain convolutions multiply their patches with a single matrix.
     padding = canonicalize_padding(layer.padding, len(size))
     for what, plain in (
         ("grouped", layer.feature_group_count == 1),
@@ -75,8 +78,8 @@ def _patches(name: str, layer: nn.Conv, x: Array) -> tuple[Array, tuple[int, ...
     ):
         if not plain:
             raise InputError(
-                f"{name!r} belongs to a {what} convolution, whose inputs are not taken apart here; "
-                "leave it out with prunable="
+                f"{name!r} belongs to a {what} convolution, which is not supported; exclude it "
+                "with prunable="
             )
     x = x.reshape(-1, *x.shape[-len(size) - 1 :])
     spatial = "DHW"[-len(size) :]
@@ -87,9 +90,9 @@ def _patches(name: str, layer: nn.Conv, x: Array) -> tuple[Array, tuple[int, ...
         padding=padding,
         rhs_dilation=each(layer.kernel_dilation),
         dimension_numbers=(f"N{spatial}C", f"OI{spatial}", f"N{spatial}C"),
-        precision=jax.lax.Precision.HIGHEST,  # it is a product with ones, which must be exact
+        precision=jax.lax.Precision.HIGHEST,  # a product with ones, which must be exact
     )
-    # Its features run (in, …); the kernel's run (…, in).
+    # Reorder the features from (in, …) to the kernel's (…, in).
     patches = patches.reshape(-1, x.shape[-1], *size)
     patches = jnp.moveaxis(patches, 1, -1)
     shape = (*size, x.shape[-1])

@@ -1,4 +1,4 @@
-"""Gradients of a loss on calibration data, example by example."""
+"""Per-example gradients of a loss on calibration data."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from swe_prune import tree
-from swe_prune.calibration import batching as of_batches
+from swe_prune.calibration import batching
 from swe_prune.calibration.layer_inputs import chosen
 from swe_prune.errors import InputError
 
@@ -25,24 +25,25 @@ def gradients(
 
         gradient = (1/n) Σ gₑ        gradient_square = (1/n) Σ gₑ²,  gₑ of one example e
 
-    The second is the diagonal of the empirical Fisher information, for which every example needs a
-    gradient of its own: `loss` is mapped over batches of one.
+    The second is the diagonal of the empirical Fisher information. It needs a separate gradient for
+    every example, so `loss` is mapped over batches of one.
 
     Args:
-        loss: (params, batch) → a scalar, the mean over the batch's examples.
-        params: pytree of weights; only the prunable ones are differentiated.
-        batches: pytrees of arrays whose first axis runs over the examples; streamed, one compiled
-            step for each shape, and they may be divided over devices along that axis.
-        prunable: bool pytree; None: `tree.prunable(params)`.
-        at_once: how many examples have their gradients in memory at a time; None: the whole batch.
+        loss: Function (params, batch) that returns a scalar, the mean over the batch's examples.
+        params: Pytree of weights; only the prunable ones are differentiated.
+        batches: Pytrees of arrays whose first axis runs over the examples, consumed one by one.
+            They may be sharded over devices along that axis; one step is compiled per shape.
+        prunable: Bool pytree like `params`. If None, `tree.prunable(params)`.
+        at_once: Number of examples whose gradients are in memory together. If None, the whole
+            batch.
 
     Returns:
         {"gradient": …, "gradient_square": …}: float32 pytrees like the parameters, None where
         dense.
 
     Raises:
-        InputError: no batch, one that the loss does not take, a loss that is no scalar, or NaN or
-            inf in a gradient.
+        InputError: If there is no batch, the loss cannot be computed on a batch or is not a scalar,
+            or a gradient has NaN or inf.
 
     >>> def loss(params, x):
     ...     return jnp.mean(x @ params["w"])
@@ -51,7 +52,7 @@ def gradients(
     {'gradient': 2.0, 'gradient_square': 5.0}
     """
     if at_once is not None and at_once < 1:
-        raise InputError(f"at_once = {at_once} examples cannot be taken; give 1 or more")
+        raise InputError(f"at_once must be a number of examples of 1 or more, got {at_once}")
     flags = tree.prunable(params) if prunable is None else prunable
     names = chosen(params, flags)
     weights = {name: leaf for name, leaf in tree.named_leaves(params) if name in names}
@@ -62,22 +63,24 @@ def gradients(
     def add(state: Any, weights: Any, params: Any, batch: Any) -> Any:
         return jax.tree.map(jnp.add, state, sums(weights, params, batch))
 
+    # Split the prunable weights, which are differentiated, from the rest.
     step = jax.jit(add, donate_argnums=0)
     rest = tree.map_named(lambda name, leaf: None if name in names else leaf, params)
     state = {
         name: {"sum": jnp.zeros(shape, jnp.float32), "square": jnp.zeros(shape, jnp.float32)}
         for name, shape in names.items()
     }
+    # Stream the batches; a new shape is checked before it is run.
     known, n, number = set(), 0, -1
     for number, batch in enumerate(batches):
-        n += of_batches.sequences(batch, number)
-        shapes = str(of_batches.shapes(batch))
+        n += batching.sequences(batch, number)
+        shapes = str(batching.shapes(batch))
         if shapes not in known:
             _check(sums, weights, rest, batch, number)
             known.add(shapes)
         state = step(state, weights, rest, batch)
     if not n:
-        raise of_batches.nothing_given()
+        raise batching.nothing_given()
     _reject_not_finite(state)
 
     def mean(which: str) -> PyTree:
@@ -89,13 +92,14 @@ def gradients(
 
 
 def _summed(loss: Any, weights: Any, rest: Any, batch: Any, at_once: int | None) -> Any:
-    """Returns by name the sums of the gradients and of their squares over a batch."""
+    """Returns the sums of the gradients and of their squares over a batch, by name."""
 
     def of_one(weights: Any, example: Any) -> Any:
         filled = tree.map_leaves(lambda name, leaf: weights.get(name, leaf), rest)
         return loss(filled, example)
 
     def of_some(batch: Any) -> Any:
+        # Map the loss over batches of one example.
         ones = jax.tree.map(lambda x: x[:, None], batch)
         each = jax.vmap(jax.grad(of_one), in_axes=(None, 0))(weights, ones)
         each = jax.tree.map(lambda g: g.astype(jnp.float32), each)
@@ -104,9 +108,10 @@ def _summed(loss: Any, weights: Any, rest: Any, batch: Any, at_once: int | None)
             for name, g in each.items()
         }
 
-    length = of_batches.sequences(batch, 0)
+    length = batching.sequences(batch, 0)
     if at_once is None or at_once >= length:
         return of_some(batch)
+    # Scan over groups of `at_once` examples; the remainder is a smaller group.
     whole = length // at_once * at_once
     parts = jax.tree.map(lambda x: x[:whole].reshape(-1, at_once, *x.shape[1:]), batch)
     zeros = jax.tree.map(
@@ -130,7 +135,7 @@ def _check(sums: Any, weights: Any, rest: Any, batch: Any, number: int) -> None:
     except (TypeError, ValueError, IndexError, KeyError) as error:
         raise InputError(
             f"the loss cannot be differentiated on calibration batch {number}, "
-            f"{of_batches.described(batch)} ({type(error).__name__}: "
+            f"{batching.described(batch)} ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}); it must take (params, batch) with a batch of one and "
             "return a scalar"
         ) from error
@@ -142,7 +147,7 @@ def _reject_not_finite(state: Any) -> None:
         if not ok:
             raise InputError(
                 f"the gradient of {name!r} has NaN or inf (or squares beyond float32) on the "
-                "calibration batches; find the bad batch or the weight that makes them"
+                "calibration batches; find the batch or the weight that causes it"
             )
 
 

@@ -1,4 +1,4 @@
-"""All that a set of criteria wants measured, in as few passes as it takes."""
+"""Measurements for a set of criteria, in as few passes over the batches as possible."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from swe_prune.calibration.loss_gradients import gradients
 OF_INPUTS = frozenset({"input_norm", "hessian"})
 OF_GRADIENTS = frozenset({"gradient", "gradient_square"})
 MEASURES = OF_INPUTS | OF_GRADIENTS
-"""What can be measured; criteria may need other things that are not."""
+"""Names of everything that can be measured here; criteria may need other inputs too."""
 
 
 def measure(
@@ -25,19 +25,23 @@ def measure(
     prunable: PyTree | None = None,
     at_once: int | None = None,
 ) -> dict[str, PyTree]:
-    """Returns what is needed, for `importance.score(measured=)`; nothing where nothing is.
+    """Returns the needed measurements, for `importance.score(measured=)`.
 
     Args:
-        needs: as `importance.Criterion.measured` lists them, of one criterion or of many.
-        model: as in `inputs`, run on the batches if `OF_INPUTS` are needed.
-        variables: of the model.
-        batches: as in `inputs` and `gradients`; gone through once for each of the two.
-        loss: as in `gradients`, of the parameters, if `OF_GRADIENTS` are needed.
-        prunable: bool pytree; None: `tree.prunable(params)`.
-        at_once: as in `gradients`.
+        needs: Names of measurements, as listed by `importance.Criterion.measured`, of one or more
+            criteria. Names outside `MEASURES` are ignored.
+        model: Linen module, run on the batches if any of `OF_INPUTS` is needed.
+        variables: Variables of the model, {"params": …} and other collections.
+        batches: Pytrees of arrays whose first axis runs over the examples; iterated once for
+            `OF_INPUTS` and once for `OF_GRADIENTS`.
+        loss: Function (params, batch) that returns a scalar, used if any of `OF_GRADIENTS` is
+            needed.
+        prunable: Bool pytree like the parameters. If None, `tree.prunable(params)`.
+        at_once: Number of examples whose gradients are in memory together. If None, the whole
+            batch.
 
     Raises:
-        InputError: as `inputs` and `gradients`.
+        InputError: If `inputs` or `gradients` raises it.
 
     >>> import jax.numpy as jnp
     >>> batch, of_ones = jnp.array([[3.0, 4.0]]), {"params": {"kernel": jnp.ones((2, 1))}}

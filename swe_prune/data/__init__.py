@@ -1,9 +1,9 @@
-"""Text in, batches of token ids out: TFDS datasets or text files, read without TensorFlow.
+"""Text data as batches of token ids, from TFDS datasets or text files, without TensorFlow.
 
     data = load(config.data, context)
     for batch in train_iterator(data.train, context=context, batch=64, seed=0): ...
 
-`B` is the batch, `L` the context, `N` and `M` the tokens of the splits.
+`B` is the batch size, `L` the context, and `N` and `M` are the numbers of tokens of the splits.
 """
 
 from swe_prune.data.char_tokenizer import CharTokenizer

@@ -1,4 +1,4 @@
-"""Characters to token ids and back."""
+"""Character-level tokenizer."""
 
 import dataclasses
 import json
@@ -12,10 +12,10 @@ from swe_prune.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class CharTokenizer:
-    """One token per character; the ids number the symbols in code point order.
+    """Tokenizer with one token per character; ids follow the code point order of the symbols.
 
     Attributes:
-        symbols: every symbol once, in code point order.
+        symbols: All symbols, each once, in code point order.
 
     >>> tokenizer = CharTokenizer.from_texts(["abba", "cab"])
     >>> tokenizer.encode("cab"), tokenizer.decode([2, 0, 1])
@@ -27,39 +27,41 @@ class CharTokenizer:
     def __post_init__(self):
         if not self.symbols or list(self.symbols) != sorted(set(self.symbols)):
             raise InputError(
-                f"tokenizer symbols {self.symbols!r} are not sorted and unique; "
-                "make them with CharTokenizer.from_texts"
+                f"tokenizer symbols must be sorted and unique, got {self.symbols!r}; create the "
+                "tokenizer with CharTokenizer.from_texts"
             )
 
     @classmethod
     def from_texts(cls, texts: Iterable[str]) -> "CharTokenizer":
-        """Returns the tokenizer of all the symbols of all the texts.
+        """Returns the tokenizer for all symbols of the texts.
 
-        Give it every split that will be encoded. A symbol that only the validation split has is
-        then an id that training never meets: the model scores it as unlikely, as it should, and
-        nothing fails. The alternative, an "unknown" token, would flatter the loss by merging
-        symbols, and could not be decoded.
+        Pass every split that will be encoded. A symbol that occurs only in the validation split is
+        then an id that is never trained on, which the model correctly scores as unlikely. An
+        "unknown" token instead would lower the loss by merging symbols, and could not be decoded.
+
+        Args:
+            texts: Texts to collect the symbols from.
 
         Raises:
-            InputError: the texts have no symbol at all.
+            InputError: If the texts contain no symbol.
         """
         return cls("".join(sorted(set().union(*texts))))
 
     @property
     def vocab_size(self) -> int:
-        """The number of symbols."""
+        """Number of symbols."""
         return len(self.symbols)
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest unsigned integer that holds every id."""
+        """Smallest unsigned integer dtype for all ids."""
         return np.min_scalar_type(self.vocab_size - 1)
 
     def encode(self, text: str) -> UInt[np.ndarray, " N"]:
-        """Returns the ids of the characters in `dtype`.
+        """Returns the ids of the characters, of dtype `dtype`.
 
         Raises:
-            InputError: a symbol the tokenizer does not have.
+            InputError: If the text contains a symbol that the tokenizer does not have.
         """
         symbols, points = _code_points(self.symbols), _code_points(text)
         ids = np.searchsorted(symbols, points)
@@ -67,16 +69,19 @@ class CharTokenizer:
         if not known.all():
             position = int(np.argmin(known))
             raise InputError(
-                f"symbol {text[position]!r} at character {position} of the text is none of the "
+                f"symbol {text[position]!r} at character {position} of the text is not one of the "
                 f"tokenizer's {self.vocab_size}; remove it, or train with a text that has it"
             )
         return ids.astype(self.dtype)
 
     def decode(self, ids) -> str:
-        """Returns the text of token ids, given as a sequence or an integer array (N,).
+        """Returns the text of token ids.
+
+        Args:
+            ids: Sequence or integer array (N,) of token ids.
 
         Raises:
-            InputError: an id outside [0, vocab_size).
+            InputError: If an id is outside [0, vocab_size).
         """
         ids = np.asarray(ids, dtype=np.int64)
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
@@ -87,15 +92,15 @@ class CharTokenizer:
         return "".join(self.symbols[i] for i in ids)
 
     def to_json(self) -> str:
-        """Returns the tokenizer as JSON text; `from_json` reads it back."""
+        """Returns the tokenizer as JSON text, for `from_json`."""
         return json.dumps({"type": "char", "symbols": self.symbols})
 
     @classmethod
     def from_json(cls, text: str) -> "CharTokenizer":
-        """Returns the tokenizer that `to_json` wrote.
+        """Returns the tokenizer from JSON text written by `to_json`.
 
         Raises:
-            InputError: the text is not such JSON.
+            InputError: If the text is not such JSON.
         """
         try:
             value = json.loads(text)
@@ -103,12 +108,12 @@ class CharTokenizer:
                 raise KeyError("type")
         except (ValueError, KeyError, TypeError):
             raise InputError(
-                "the tokenizer file is no JSON of a character tokenizer; write it with to_json()"
+                "the tokenizer file is not JSON of a character tokenizer; write it with to_json()"
             ) from None
         return cls(value["symbols"])
 
 
 def _code_points(text: str) -> np.ndarray:
-    # One array operation in place of a Python loop over millions of characters. Lone surrogates
-    # are code points like others here.
+    # One array operation instead of a Python loop over millions of characters. Lone surrogates are
+    # treated like other code points.
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")

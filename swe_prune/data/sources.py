@@ -1,6 +1,6 @@
-"""Where the text comes from: a file, or a prepared TFDS dataset; either way two strings.
+"""Sources of text: a file or a prepared TFDS dataset, read as strings.
 
-A TFDS dataset is read with TFDS's own reader of array_record files, which needs no TensorFlow.
+TFDS datasets are read with TFDS's reader for array_record files, which does not need TensorFlow.
 """
 
 import difflib
@@ -11,9 +11,9 @@ from swe_prune.config import DataConfig
 from swe_prune.errors import InputError
 
 SEPARATOR = "\n\n"
-"""Stands between the examples of a TFDS split: a blank line, as between speeches or paragraphs."""
+"""Separator between the examples of a TFDS split: a blank line."""
 
-_OWN = "shakespeare_plays"  # the dataset that this package can prepare by itself
+_OWN = "shakespeare_plays"  # the dataset that this package can prepare
 _READ_AT_ONCE = 64  # examples
 
 
@@ -21,12 +21,13 @@ def read(config: DataConfig) -> tuple[str, str]:
     """Returns the training and the validation text, cut to `train_chars` and `validation_chars`.
 
     Raises:
-        InputError: the dataset, a split, the key, or a limit cannot be used, with the mend.
+        InputError: If the dataset, a split, the text key, or a limit cannot be used.
     """
     for key in ("train_chars", "validation_chars"):
         limit = getattr(config, key)
         if limit is not None and limit < 1:
-            raise InputError(f"data.{key} = {limit} leaves no text; give at least 1, or None")
+            raise InputError(f"data.{key} must be 1 or more, or None, got {limit}")
+    # Anything that does not look like a path is the name of a TFDS dataset.
     path = Path(config.dataset).expanduser()
     if path.exists() or config.dataset.startswith(("/", "~", "./", "../")):
         train, validation = _read_file(path, config.validation_fraction)
@@ -39,13 +40,14 @@ def read(config: DataConfig) -> tuple[str, str]:
 
 
 def read_named(name: str) -> str:
-    """Returns one text: a file's, or a split of a TFDS dataset, "shakespeare_plays:validation".
+    """Returns one text, from a file or from a split of a TFDS dataset.
 
     Args:
-        name: a path, or NAME:SPLIT, where a SPLIT may be a part such as "validation[:2]".
+        name: Path of a text file, or NAME:SPLIT such as "shakespeare_plays:validation", where SPLIT
+            may be a slice such as "validation[:2]".
 
     Raises:
-        InputError: there is no such text, or it cannot be read, with the mend.
+        InputError: If the text does not exist or cannot be read.
     """
     path = Path(name).expanduser()
     if path.exists() or name.startswith(("/", "~", "./", "../")):
@@ -53,7 +55,7 @@ def read_named(name: str) -> str:
     dataset, _, split = name.partition(":")
     if not split:
         raise InputError(
-            f"text {name!r} is no file that exists and names no split of a dataset; give the path "
+            f"text {name!r} is neither an existing file nor NAME:SPLIT of a dataset; give the path "
             "of a text file, or NAME:SPLIT such as shakespeare_plays:train"
         )
     config = DataConfig(dataset=dataset, train_split=split, validation_split=split)
@@ -82,6 +84,7 @@ def _read_file(path: Path, validation_fraction: float) -> tuple[str, str]:
     if not content.strip():
         raise InputError(f"text file {str(path)!r} is empty; give one with text in it")
     try:
+        # Accept UTF-8 with or without a byte order mark.
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
@@ -92,6 +95,7 @@ def _read_file(path: Path, validation_fraction: float) -> tuple[str, str]:
             f"text file {str(path)!r} is binary (a NUL at character {text.index(chr(0))}); "
             "give a plain text file"
         )
+    # Normalize line ends; the validation text is the end of the file.
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     cut = len(text) - round(len(text) * validation_fraction)
     return text[:cut], text[cut:]
@@ -107,15 +111,15 @@ def _read_tfds(config: DataConfig) -> tuple[str, str]:
 
 
 def _builder(name: str, data_dir: str | None) -> Any:
-    """Returns the builder of a dataset that is prepared in array_record, our own preparing it."""
-    # TFDS takes half a second to import, which a text file or a tokenizer need not wait for.
+    """Returns the builder of a dataset in array_record format; prepares our own if necessary."""
+    # Import here: TFDS takes half a second, which text files and tokenizers do not need.
     import tensorflow_datasets as tfds
 
     own = name.partition(":")[0] == _OWN
-    if own:  # importing the builder makes its name known to TFDS
+    if own:  # importing the builder registers its name with TFDS
         import swe_prune.data.shakespeare_plays.shakespeare_plays_dataset_builder  # noqa: F401
     data_dir = data_dir and str(Path(data_dir).expanduser())
-    mend = f"tfds build {name} --file_format=array_record" + (
+    build = f"tfds build {name} --file_format=array_record" + (
         f" --data_dir={data_dir}" if data_dir else ""
     )
     builder: Any
@@ -125,25 +129,26 @@ def _builder(name: str, data_dir: str | None) -> Any:
         known = [*tfds.list_builders(with_community_datasets=False), _OWN]
         near = difflib.get_close_matches(name.partition("/")[0], known, n=1, cutoff=0.8)
         raise InputError(
-            f"dataset {name!r} is neither a text file here nor a dataset that TFDS knows or finds "
-            f"prepared; {f'did you mean {near[0]!r}? Else correct' if near else 'correct'} the "
-            f"name, or prepare it: {mend}"
+            f"dataset {name!r} is neither an existing text file nor a dataset that TFDS knows or "
+            f"finds prepared; {f'did you mean {near[0]!r}? Else correct' if near else 'correct'} "
+            f"the name, or prepare it: {build}"
         ) from None
     except Exception as error:  # a malformed name, an unknown config or version, a missing package
         raise InputError(
-            f"dataset {name!r} is no text file here, and TFDS cannot open it "
+            f"dataset {name!r} is not an existing text file, and TFDS cannot open it "
             f"({_first_line(error)}); correct data.dataset"
         ) from error
+    # Prepare our own dataset on first use; the user must prepare all others.
     if own and not builder.data_path.exists():
         builder = _prepare(tfds, name, data_dir)
     if not builder.data_path.exists():
         where = data_dir or str(builder.data_path)
-        raise InputError(f"dataset {name!r} is not prepared in {where!r}; run: {mend}")
+        raise InputError(f"dataset {name!r} is not prepared in {where!r}; run: {build}")
     array_record = tfds.core.FileFormat.ARRAY_RECORD
     if array_record not in builder.info.available_file_formats():
         raise InputError(
             f"dataset {name!r} is prepared as {builder.info.file_format.value} in "
-            f"{str(builder.data_path)!r}, which only TensorFlow reads; remove it and run: {mend}"
+            f"{str(builder.data_path)!r}, which only TensorFlow reads; remove it and run: {build}"
         )
     return builder
 
@@ -151,19 +156,19 @@ def _builder(name: str, data_dir: str | None) -> Any:
 def _prepare(tfds: Any, name: str, data_dir: str | None) -> Any:
     """Prepares our own dataset.
 
-    TFDS writes to a folder of its own beside the final one and renames it at the end. So a killed
-    run leaves nothing that looks prepared, and of several processes at once one wins.
+    TFDS writes to a temporary folder next to the final one and renames it at the end. A killed run
+    therefore leaves nothing that looks prepared, and of several concurrent processes one wins.
     """
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    tfds.disable_progress_bar()  # six bars for two seconds would only fill the log
+    tfds.disable_progress_bar()  # six bars for two seconds only fill the log
     try:
         builder.download_and_prepare()
     except OSError as error:
-        # Renaming fails where another process was faster; its result is the same.
+        # Renaming fails if another process was faster, but its result is the same.
         if not builder.data_path.exists():
             raise InputError(
                 f"dataset {name!r} cannot be written to {str(builder.data_path)!r} "
-                f"({_first_line(error)}); set data.data_dir to a folder that can be written"
+                f"({_first_line(error)}); set data.data_dir to a writable folder"
             ) from error
     return tfds.builder(name, data_dir=data_dir)
 
@@ -176,7 +181,7 @@ def _check(builder: Any, config: DataConfig) -> None:
     if config.text_key not in keys:
         raise InputError(
             f"dataset {config.dataset!r} has no text under data.text_key = {config.text_key!r}; "
-            + (f"its keys of text are: {', '.join(keys)}" if keys else "it has no text at all")
+            + (f"its text keys are: {', '.join(keys)}" if keys else "it has no text keys")
         )
     for key in ("train_split", "validation_split"):
         expression = getattr(config, key)
@@ -207,7 +212,7 @@ def _read_split(builder: Any, split: str, key: str, limit: int | None) -> str:
                     "not UTF-8; prepare the dataset with text in UTF-8"
                 ) from None
             length += len(texts[-1]) + len(SEPARATOR)
-        # The rest of a large dataset is not worth its time where only its beginning is wanted.
+        # Stop early if only the beginning of a large dataset is used.
         if limit is not None and length - len(SEPARATOR) >= limit:
             break
     return SEPARATOR.join(texts)

@@ -1,6 +1,6 @@
-"""Windows of a token array: random ones without end to train on, fixed ones to evaluate on.
+"""Windows of a token array: endless random ones for training, fixed ones for evaluation.
 
-B is the batch and L the context: a window is L inputs and, one place later, L targets.
+B is the batch size and L the context: a window has L inputs, and L targets shifted by one token.
 """
 
 from collections.abc import Mapping
@@ -28,45 +28,44 @@ def train_iterator(
 ) -> "grain.DatasetIterator[Batch]":
     """Returns an endless iterator over batches of random windows.
 
-    A window may start at any of the N − L positions. An epoch visits each once, in an order drawn
-    from the seed and the epoch; epochs follow each other without a seam, so a batch may hold the
-    end of one and the beginning of the next. `get_state()` gives a small JSON-able dict of the
-    batches handed out so far, prefetched ones not counted; `set_state` on a new iterator over the
-    same tokens, context, batch and seed continues with the identical bits.
+    A window may start at any of the N − L positions. An epoch visits each start once, in an order
+    that depends on the seed and the epoch. A batch may span the end of one epoch and the beginning
+    of the next. `get_state()` returns a small JSON-serializable dict of the number of batches
+    returned so far, without prefetched ones; `set_state` on a new iterator over the same tokens,
+    context, batch and seed continues with identical batches.
 
     Args:
-        tokens: the token ids of a split.
-        context: L.
-        batch: B.
-        seed: in [0, 2^32).
-        rows: which of each batch's windows to cut and hand out, where several hosts share the
-            batch: R of 0 … B − 1. The batches and their order are the same whatever they are; None:
-            all.
+        tokens: Token ids of a split.
+        context: Number of tokens L of a window.
+        batch: Number of windows B of a batch.
+        seed: Seed of the order, in [0, 2^32).
+        rows: Indices in 0 … B − 1 of the R windows of each batch to return, if several hosts share
+            the batch. They do not affect the batches and their order. If None, all windows.
 
     Returns:
-        A Grain iterator over `{"inputs": int32 (B, L), "targets": int32 (B, L)}`, of R windows
-        where `rows` are given.
+        A Grain iterator over `{"inputs": int32 (B, L), "targets": int32 (B, L)}`, with R windows
+        instead of B if `rows` is given.
 
     Raises:
-        InputError: the tokens are too few for one window, or the seed is out of range.
+        InputError: If there are too few tokens for one window, or the seed is out of range.
     """
-    # Grain brings jax and takes more than a second, which reading a text need not wait for.
+    # Import here: Grain imports JAX and takes more than a second, which reading text does not need.
     import grain
 
     _check_length(tokens, context)
     if not 0 <= seed < 2**32:
-        raise InputError(f"seed {seed} of the data order is out of range; give one in [0, 2^32)")
-    # Grain shuffles and batches the starts alone, and one gather cuts a whole batch: handling each
-    # window as an element of its own costs several times as much.
+        raise InputError(f"seed of the data order must be in [0, 2^32), got {seed}")
+    # Grain shuffles and batches only the starts, and one gather cuts a whole batch. Handling each
+    # window as a separate element takes several times as long.
     windows = (
         grain.MapDataset.range(len(tokens) - context)
         .seed(seed)
         .shuffle()
         .repeat()
-        .batch(batch, drop_remainder=True)  # of an endless row; else its length overflows at B = 1
+        .batch(batch, drop_remainder=True)  # endless; else the length overflows at B = 1
         .map(lambda starts: _cut(tokens, starts if rows is None else starts[rows], context))
     )
-    # One thread keeps a few batches ready while the device computes; more only fight for the GIL.
+    # One thread prefetches a few batches while the device computes; more compete for the GIL.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return iter(windows.to_iter_dataset(options))
 
@@ -76,23 +75,27 @@ def eval_batches(
 ) -> list[Batch]:
     """Returns fixed windows, evenly spaced from the first token to the last, in batches.
 
-    They are the same at every call. They do not overlap where N > `windows` · L.
+    They are the same in every call, and do not overlap if N > `windows` · L.
+
+    Args:
+        tokens: Token ids of a split.
+        context: Number of tokens L of a window.
+        windows: Number of windows, a multiple of `batch`.
+        batch: Number of windows B of a batch.
 
     Raises:
-        InputError: the tokens have not so many windows, or they make no whole batches.
+        InputError: If there are fewer windows, or `windows` is not a multiple of `batch`.
     """
     _check_length(tokens, context)
     if windows < 1 or batch < 1 or windows % batch:
-        raise InputError(
-            f"eval_windows = {windows} make no whole batches of eval_batch = {batch}; "
-            "make it a multiple"
-        )
+        raise InputError(f"eval_windows must be a multiple of eval_batch = {batch}, got {windows}")
     last = len(tokens) - context - 1
     if windows > last + 1:
         raise InputError(
-            f"eval_windows = {windows} is more than the {last + 1} windows of {context} tokens "
-            "that there are; lower it or give more text"
+            f"eval_windows = {windows} is more than the {last + 1} windows of {context} tokens in "
+            "the text; lower it or give more text"
         )
+    # Evenly spaced starts, in exact integer arithmetic.
     starts = np.arange(windows, dtype=np.int64) * last // max(1, windows - 1)
     return [_cut(tokens, chunk, context) for chunk in starts.reshape(-1, batch)]
 
@@ -106,26 +109,26 @@ def random_batches(
     seed: int,
     setting: str = "windows",
 ) -> list[Batch]:
-    """Returns windows of a text drawn without repeating a start, in batches; the last may be less.
+    """Returns random windows with different starts, in batches, the last of which may be smaller.
 
     Args:
-        tokens: of the text.
-        context: L.
-        windows: how many.
-        batch: B.
-        seed: of the choice, which is the same for the same seed.
-        setting: what the number of windows is called in an error.
+        tokens: Token ids of the text.
+        context: Number of tokens L of a window.
+        windows: Number of windows.
+        batch: Number of windows B of a batch.
+        seed: Seed of the choice.
+        setting: Name of the number of windows in error messages.
 
     Raises:
-        InputError: the text has not so many windows.
+        InputError: If the text has fewer windows.
     """
-    there = len(tokens) - context
-    if windows > there:
+    available = len(tokens) - context
+    if windows > available:
         raise InputError(
-            f"{setting} = {windows} is more than the {max(0, there)} windows of {context} tokens "
-            "that the training text has; lower it or give more text"
+            f"{setting} = {windows} is more than the {max(0, available)} windows of {context} "
+            "tokens in the training text; lower it or give more text"
         )
-    starts = np.random.default_rng(seed).choice(there, windows, replace=False)
+    starts = np.random.default_rng(seed).choice(available, windows, replace=False)
     return [_cut(tokens, starts[at : at + batch], context) for at in range(0, windows, batch)]
 
 
@@ -140,6 +143,6 @@ def _cut(tokens: Integer[np.ndarray, " N"], starts: Int[np.ndarray, " B"], conte
 def _check_length(tokens: Integer[np.ndarray, " N"], context: int) -> None:
     if context < 1 or len(tokens) <= context:
         raise InputError(
-            f"{len(tokens)} tokens are too few for a window of context = {context}, which needs "
+            f"{len(tokens)} tokens are too few for a window with context = {context}, which needs "
             f"{context + 1}; lower the context or give more text"
         )

@@ -1,4 +1,4 @@
-"""What a model is worth: loss, perplexity, what it writes, and how far from the dense one it is."""
+"""Evaluation of a model: loss, perplexity, generated text, and distance from the dense model."""
 
 from swe_prune.evaluation.distance import Distance, kl_to_dense
 from swe_prune.evaluation.generation import Generated, generate

@@ -1,4 +1,4 @@
-"""Text from a model, token after token, with the keys and values of what was said kept."""
+"""Text generation, token by token with a KV cache."""
 
 import dataclasses
 import functools
@@ -15,19 +15,19 @@ from swe_prune.evaluation.sampling import Sampling, draw
 from swe_prune.evaluation.token_losses import bucket, check_tokens, context_of
 from swe_prune.models import gpt
 
-CHECKED = 32
-"""Every so many tokens it is asked whether a text has come to its end."""
+STOP_CHECK_EVERY = 32
+"""Number of new tokens between calls of `stop`."""
 AT_ONCE = 128
-"""Tokens of the prompts that the model takes at a time, whose logits are in memory together."""
+"""Number of prompt tokens per prefill chunk, whose logits are in memory together."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What a model made of each prompt.
+    """Continuations of the prompts.
 
     Attributes:
-        tokens: the new tokens of each, without the prompt and without the final eos_id.
-        ended: for each, whether it ended with eos_id.
+        tokens: New tokens for each prompt, without the prompt and without the final eos_id.
+        ended: Whether each continuation ended with eos_id.
     """
 
     tokens: tuple[tuple[int, ...], ...]
@@ -45,29 +45,31 @@ def generate(
     eos_id: int | Sequence[int] | None = None,
     stop: Callable[[Sequence[int]], bool] | None = None,
 ) -> Generated:
-    """Returns up to `max_new_tokens` more tokens for each prompt.
+    """Returns up to `max_new_tokens` new tokens for each prompt.
 
-    The prompts are padded on the left and run together: one program takes them in, another loops
-    until all have ended, compiled for the number of prompts, their padded length and
-    `max_new_tokens`. What a prompt is answered depends on the seed and on its place among the
-    prompts, and not on what the others are; but for the rounding of products of other shapes, and
-    for rotary positions that are scaled by the longest text ("dynamic" and "longrope").
+    The prompts are padded on the left and run together: one program prefills the KV cache, another
+    one loops until all texts have ended. Both are compiled for the number of prompts, their padded
+    length and `max_new_tokens`. The answer to a prompt depends on the seed and on its index among
+    the prompts, but not on the other prompts, except through rounding in products of other shapes
+    and through rotary positions that are scaled by the longest text ("dynamic" and "longrope").
 
     Args:
-        model: of `models.gpt`.
-        params: its weights.
-        prompts: token ids of each, one or more.
-        max_new_tokens: of each, at most.
-        sampling: how each token is chosen.
-        seed: of what is drawn.
-        eos_id: the token that ends a text, or several; None: none does.
-        stop: asked about the new tokens of each prompt after every CHECKED of them; where it says
-            True the rest is not made, and what was made is returned whole. None: never asked.
+        model: Decoder from `models.gpt`.
+        params: Parameters of the model.
+        prompts: Token ids of one or more prompts.
+        max_new_tokens: Maximal number of new tokens per prompt.
+        sampling: Rule for choosing each token.
+        seed: Seed of the sampling.
+        eos_id: Token or tokens that end a text. If None, no token does.
+        stop: Function of a prompt's new tokens, called after every STOP_CHECK_EVERY of them, that
+            returns whether to stop; all tokens generated until then are returned. If None, texts
+            do not stop early.
 
     Raises:
-        InputError: no prompt or an empty one, tokens that the model does not have, or a prompt
-            whose answer would exceed the context.
+        InputError: If there is no prompt, a prompt is empty or has tokens outside the vocabulary,
+            or a prompt and its new tokens exceed the context.
     """
+    # Pad the prompts on the left to a common length.
     rows = [np.asarray(prompt, dtype=np.int64).reshape(-1) for prompt in prompts]
     length = _checked(model, rows, max_new_tokens)
     tokens_BxL = np.zeros((len(rows), length), np.int32)
@@ -77,11 +79,12 @@ def generate(
         valid_BxL[number, length - len(row) :] = True
     key = jax.random.key(seed)
     ends = [] if eos_id is None else np.atleast_1d(eos_id)
-    eos_E = np.array([*ends, -1], np.int32)  # no token is -1, so there is always one
+    eos_E = np.array([*ends, -1], np.int32)  # -1 is not a token, so the array is never empty
     state = _begin(model, sampling, max_new_tokens, params, tokens_BxL, valid_BxL, key, eos_E)
+    # Decode in chunks, between which `stop` may end texts; without it, in a single chunk.
     until = max_new_tokens if stop is None else 1
     while True:
-        state = _go_on(model, sampling, params, state, key, eos_E, until)
+        state = _decode_until(model, sampling, params, state, key, eos_E, until)
         texts = _texts(state, eos_E)
         if int(state.step) < until or until == max_new_tokens:
             break
@@ -90,20 +93,20 @@ def generate(
         if all(done_B):
             break
         state = dataclasses.replace(state, done_B=state.done_B | np.asarray(done_B))
-        until = min(until + CHECKED, max_new_tokens)
+        until = min(until + STOP_CHECK_EVERY, max_new_tokens)
     return Generated(*texts)
 
 
 def _checked(model: Any, rows: list[np.ndarray], max_new_tokens: int) -> int:
-    """Returns the length to which the prompts are padded."""
+    """Checks the prompts and returns the length to pad them to."""
     if not rows:
-        raise InputError("there is no prompt to go on from; give one or more")
+        raise InputError("there is no prompt; give one or more")
     if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens = {max_new_tokens} asks for nothing; give 1 or more")
+        raise InputError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
     for number, row in enumerate(rows):
         if not len(row):
             raise InputError(
-                f"prompt {number} is empty; give it a token, such as the one that begins a text"
+                f"prompt {number} is empty; give at least one token, such as the BOS token"
             )
         check_tokens(model, row, f"prompt {number}")
     longest = max(map(len, rows))
@@ -112,8 +115,8 @@ def _checked(model: Any, rows: list[np.ndarray], max_new_tokens: int) -> int:
         return bucket(longest)
     if longest + max_new_tokens > context:
         raise InputError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
-            f"context of {context}; shorten the prompt or ask for at most "
+            f"a prompt of {longest} tokens and {max_new_tokens} new tokens exceed the model's "
+            f"context of {context}; shorten the prompt or generate at most "
             f"{max(0, context - longest)} new tokens"
         )
     return bucket(longest, at_most=context - max_new_tokens)
@@ -122,13 +125,13 @@ def _checked(model: Any, rows: list[np.ndarray], max_new_tokens: int) -> int:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _State:
-    """Of the texts so far.
+    """State of the generation.
 
     Attributes:
-        step: new tokens made, int32.
-        new_BxN: they; what is not made yet is 0.
-        cache: of all tokens but the last.
-        done_B: whether a text needs no more.
+        step: Number of new tokens so far, int32.
+        new_BxN: New tokens, 0 where not generated yet.
+        cache: KV cache of all tokens but the last.
+        done_B: Whether each text has ended.
     """
 
     step: Int[Array, ""]
@@ -140,10 +143,11 @@ class _State:
 def _texts(
     state: _State, eos_E: np.ndarray
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[bool, ...]]:
-    """Returns the new tokens of each text before its end, and whether it has one."""
+    """Returns the new tokens of each text before its eos_id, and whether it has one."""
     new_BxS = np.asarray(state.new_BxN)[:, : int(state.step)]
     is_eos_BxS = np.isin(new_BxS, eos_E)
     ended_B = np.any(is_eos_BxS, axis=1)
+    # Cut each text at its first eos_id.
     kept_B = np.where(ended_B, is_eos_BxS.argmax(axis=1), new_BxS.shape[1])
     texts = [tuple(row[:n].tolist()) for row, n in zip(new_BxS, kept_B, strict=True)]
     return tuple(texts), tuple(ended_B.tolist())
@@ -152,8 +156,9 @@ def _texts(
 def _chosen(
     state: _State, logits_BxV: Array, key: Array, sampling: Sampling, cache: Any, eos_E: Any
 ) -> _State:
-    """Returns the state with one more token of each text."""
+    """Appends one token to each text, chosen from its logits."""
     batch = len(logits_BxV)
+    # A key per row and step, so that rows do not depend on each other.
     of_row_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(of_row_B, state.step)
     token_B = draw(logits_BxV, keys_B, sampling)
@@ -172,17 +177,17 @@ def _begin(
     key: Key[Array, ""],
     eos_E: Int[Array, " E"],
 ) -> _State:
-    """Returns the state with the prompts taken in and the first new token of each."""
+    """Prefills the KV cache with the prompts and generates the first new token of each."""
     batch, length = tokens_BxL.shape
     cache = gpt.empty_cache(model.config, batch, length + new)
-    logits_BxV, cache = _taken_in(model, params, tokens_BxL, valid_BxL, cache)
+    logits_BxV, cache = _prefill(model, params, tokens_BxL, valid_BxL, cache)
     new_BxN = jnp.zeros((batch, new), jnp.int32)
     empty = _State(jnp.int32(0), new_BxN, cache, jnp.zeros(batch, bool))
     return _chosen(empty, logits_BxV, key, sampling, cache, eos_E)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _go_on(
+def _decode_until(
     model: Any,
     sampling: Sampling,
     params: PyTree,
@@ -191,9 +196,9 @@ def _go_on(
     eos_E: Int[Array, " E"],
     until: Int[Array, ""],
 ) -> _State:
-    """Returns the state when all texts are done or have `until` new tokens."""
+    """Generates tokens until all texts have ended or have `until` new tokens."""
 
-    def going_on(state: _State) -> Array:
+    def unfinished(state: _State) -> Array:
         return (state.step < until) & ~state.done_B.all()
 
     def one_more(state: _State) -> _State:
@@ -203,13 +208,13 @@ def _go_on(
         )
         return _chosen(state, logits_Bx1xV[:, -1], key, sampling, cache, eos_E)
 
-    return jax.lax.while_loop(going_on, one_more, state)
+    return jax.lax.while_loop(unfinished, one_more, state)
 
 
-def _taken_in(
+def _prefill(
     model: Any, params: PyTree, tokens_BxL: Array, valid_BxL: Array, cache: Any
 ) -> tuple[Array, Any]:
-    """Returns the logits after the prompts, B x V, and the cache that holds them."""
+    """Returns the logits B x V after the prompts, and the KV cache with the prompts."""
 
     def take(cache: Any, part: tuple[Array, Array]) -> tuple[Any, Array]:
         tokens_BxP, valid_BxP = part
@@ -218,6 +223,7 @@ def _taken_in(
         )
         return cache, logits_BxPxV[:, -1]
 
+    # A first chunk with the remainder, then a scan over equal chunks of AT_ONCE tokens.
     batch, length = tokens_BxL.shape
     first = length % AT_ONCE
     logits_BxV = None

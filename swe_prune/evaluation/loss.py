@@ -10,12 +10,12 @@ from jaxtyping import PyTree
 def mean_loss(
     eval_step: Callable[[PyTree, Any], Any], params: PyTree, batches: Sequence[dict[str, Any]]
 ) -> float:
-    """Returns the loss per token over all batches, in nats; summed in float64 on the host.
+    """Returns the mean loss per token over all batches, in nats, summed in float64 on the host.
 
     Args:
-        eval_step: from (params, batch) to the summed loss of the batch.
-        params: weights.
-        batches: the fixed windows; every token counts the same whatever the batch sizes.
+        eval_step: Function from (params, batch) to the summed loss of the batch.
+        params: Parameters of the model.
+        batches: Evaluation batches; every token has the same weight, regardless of batch sizes.
     """
     sums = jax.device_get([eval_step(params, batch) for batch in batches])
     return float(sum(float(s) for s in sums) / sum(batch["targets"].size for batch in batches))

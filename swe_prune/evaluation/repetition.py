@@ -1,7 +1,7 @@
-"""How much a text repeats itself, which is how a pruned model's writing breaks first.
+"""Repetition in generated text, the first symptom of a damaged pruned model.
 
-A perplexity that rose by a tenth tells nothing of it: under greedy decoding such a model may go on
-with one sentence for ever (Holtzman et al. 2020, arXiv 1904.09751).
+It may not show in the perplexity: under greedy decoding, a model whose perplexity rose by only a
+tenth may repeat one sentence forever (Holtzman et al. 2020, arXiv 1904.09751).
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from swe_prune.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Repetition:
-    """What repeats in one sequence of tokens.
+    """Repetition in one sequence of tokens.
 
     Attributes:
-        shares: for n = 1, 2, …: the part of the n-grams that stood in the sequence before,
-            (all - different ones) / all; 0 where there is none.
-        loop: length of the longest stretch that is one block of tokens over and over, at least
-            twice in full; 0 without one.
-        period: tokens of that block, the shortest that makes it; 0 without one.
+        shares: Fraction of repeated n-grams for n = 1, 2, …: (all - distinct) / all, or 0 if there
+            are none.
+        loop: Length of the longest run that repeats one block of tokens at least twice in full, or
+            0 if there is none.
+        period: Length of the shortest block that the run repeats, or 0 if there is none.
     """
 
     shares: tuple[float, ...]
@@ -30,23 +30,23 @@ class Repetition:
 
 
 def repetition(tokens: Sequence[int] | np.ndarray, *, longest: int = 4) -> Repetition:
-    """Returns how much a sequence repeats itself.
+    """Measures the repetition in a sequence.
 
     Args:
-        tokens: of one sequence, without its prompt; an empty one repeats nothing.
-        longest: n-grams of 1 … longest tokens are counted.
+        tokens: Token ids of one sequence, without its prompt; may be empty.
+        longest: Largest length n of the counted n-grams.
 
     Raises:
-        InputError: `longest` below 1, or tokens not in one row.
+        InputError: If `longest` is below 1, or the tokens are not one-dimensional.
 
     >>> repetition([5, 1, 2, 1, 2, 1, 7, 8], longest=2)
     Repetition(shares=(0.375, 0.2857142857142857), loop=5, period=2)
     """
     row = np.asarray(tokens, dtype=np.int64)
     if row.ndim != 1:
-        raise InputError(f"tokens of shape {row.shape} are no one sequence; give them in one row")
+        raise InputError(f"tokens must be one-dimensional, got shape {row.shape}")
     if longest < 1:
-        raise InputError(f"n-grams of up to {longest} tokens cannot be counted; give 1 or more")
+        raise InputError(f"longest must be a length of n-grams of 1 or more, got {longest}")
     shares = tuple(_repeated(row, n) for n in range(1, longest + 1))
     return Repetition(shares, *_longest_loop(row))
 
@@ -62,6 +62,7 @@ def _longest_loop(row: np.ndarray) -> tuple[int, int]:
     """Returns the length and the period of the longest loop: a run of row[i] = row[i + period]."""
     best = (0, 0)
     for period in range(1, len(row) // 2 + 1):
+        # A loop with this period is a run of tokens that equal those `period` earlier.
         same = np.concatenate([[False], row[:-period] == row[period:], [False]])
         edges = np.flatnonzero(same[1:] != same[:-1])
         runs = edges[1::2] - edges[::2]

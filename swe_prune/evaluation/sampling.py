@@ -1,4 +1,4 @@
-"""How the next token is chosen from the logits: the likeliest, or drawn."""
+"""Choice of the next token from the logits: greedy or sampled."""
 
 import dataclasses
 import math
@@ -12,14 +12,14 @@ from swe_prune.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to choose; in this order: temperature, then top_k, then top_p of what that left.
+    """Sampling settings, applied in the order temperature, top_k, top_p.
 
     Attributes:
-        greedy: take the likeliest token, the first of them in the vocabulary; draw nothing.
-        temperature: the logits are divided by it.
-        top_k: only the k likeliest tokens may be drawn; None: all.
-        top_p: only the likeliest tokens that have at least this probability together; None: all
-            (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
+        greedy: Whether to take the likeliest token, of equal ones the first in the vocabulary.
+        temperature: Divisor of the logits.
+        top_k: Number of likeliest tokens to sample from. If None, all.
+        top_p: Probability mass of the smallest set of likeliest tokens to sample from (nucleus
+            sampling, Holtzman et al. 2020, arXiv 1904.09751). If None, all.
     """
 
     greedy: bool = False
@@ -30,18 +30,18 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.greedy and (self.temperature, self.top_k, self.top_p) != (1.0, None, None):
             raise InputError(
-                "greedy decoding draws nothing, so temperature, top_k and top_p have no meaning "
-                "beside it; leave them out, or greedy"
+                "greedy decoding does not sample, so temperature, top_k and top_p have no effect; "
+                "leave them out, or greedy"
             )
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise InputError(
-                f"temperature = {self.temperature} cannot be divided by; give a number above 0, or "
-                "greedy=True for the likeliest token"
+                f"temperature must be a finite number above 0, got {self.temperature}; for the "
+                "likeliest token give greedy=True"
             )
         if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k = {self.top_k} leaves no token; give 1 or more, or None")
+            raise InputError(f"top_k must be 1 or more, or None, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p = {self.top_p} is no share of the tokens; give one in (0, 1]")
+            raise InputError(f"top_p must be in (0, 1], or None, got {self.top_p}")
 
 
 GREEDY = Sampling(greedy=True)
@@ -53,18 +53,20 @@ def draw(
     """Returns the next token of each row, int32; of equal logits the first counts as likelier.
 
     Args:
-        logits_BxV: float32.
-        keys_B: one for each row, which are drawn apart.
-        sampling: how to choose.
+        logits_BxV: Float32 logits.
+        keys_B: Random key for each row.
+        sampling: Sampling settings.
     """
     if sampling.greedy:
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
     scaled_BxV = logits_BxV / sampling.temperature
     if sampling.top_k is None and sampling.top_p is None:
         return jax.vmap(jax.random.categorical)(keys_B, scaled_BxV).astype(jnp.int32)
+    # Sort the likeliest tokens; without top_k, all of them.
     kept = min(sampling.top_k or logits_BxV.shape[-1], logits_BxV.shape[-1])
     likeliest_BxK, ids_BxK = jax.lax.top_k(scaled_BxV, kept)
     if sampling.top_p is not None and sampling.top_p < 1:
+        # Retain a token if those before it have less than top_p, and always the first.
         p_BxK = jax.nn.softmax(likeliest_BxK, axis=-1)
         before_BxK = jnp.cumsum(p_BxK, axis=-1) - p_BxK
         inside_BxK = (before_BxK < sampling.top_p).at[:, 0].set(True)

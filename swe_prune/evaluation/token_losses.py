@@ -1,4 +1,4 @@
-"""The loss of every token of a batch, with no more logits in memory than a few rows have."""
+"""Loss of every token of a batch, with the logits of only a few rows in memory."""
 
 import functools
 from collections.abc import Callable
@@ -12,29 +12,29 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from swe_prune.errors import InputError
 
 LOGITS_BYTES = 2**28
-"""The float32 logits of so many bytes are made at a time; one row's always are."""
+"""Upper bound on the bytes of float32 logits in memory, except that one row is always computed."""
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def token_losses(
     model: Any, params: PyTree, tokens_BxL: Int[Array, "B L"], targets_BxL: Int[Array, "B L"]
 ) -> tuple[Float[Array, "B L"], Bool[Array, "B L"]]:
-    """Returns what each target costs after the tokens up to its place, and if it was the likeliest.
+    """Returns the loss of each target given the tokens before it, and whether it was the likeliest.
 
         loss[b, i] = logsumexp(logits[b, i]) - logits[b, i, targets[b, i]]
 
-    A row may be padded on its right: a causal model does not see what follows. Compiled once for a
-    model and a shape; the rows are run a few at a time, so that the logits of LOGITS_BYTES or of
-    one row are held, not B x L x V.
+    Rows may be padded on the right, because a causal model does not attend to later tokens.
+    Compiled once per model and shape. The rows are processed in groups, so that at most
+    LOGITS_BYTES or one row of logits is in memory, not B x L x V.
 
     Args:
-        model: a Flax Linen module, called with {"params": params} and int32 tokens_BxL.
-        params: its weights.
-        tokens_BxL: int32.
-        targets_BxL: int32; in a text, tokens_BxL one place on.
+        model: Linen module, applied to {"params": params} and int32 tokens_BxL.
+        params: Parameters of the model.
+        tokens_BxL: Int32 input tokens.
+        targets_BxL: Int32 target tokens; for a text, the next token at each position.
 
     Returns:
-        Nats, float32, and bool.
+        The losses in nats, float32, and whether each target was the likeliest, bool.
     """
 
     def of_rows(rows: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -50,7 +50,7 @@ def token_losses(
 
 
 def logits_shape(model: Any, params: PyTree, tokens_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the shape of the logits of so many tokens; nothing is computed."""
+    """Returns the shape of the logits for tokens of a shape, without computing them."""
     tokens = jax.ShapeDtypeStruct(tokens_shape, jnp.int32)
     return jax.eval_shape(lambda p, t: model.apply({"params": p}, t), params, tokens).shape
 
@@ -58,15 +58,17 @@ def logits_shape(model: Any, params: PyTree, tokens_shape: tuple[int, ...]) -> t
 def by_rows(
     function: Callable[[Any], Any], batch: PyTree, logits: tuple[int, ...], copies: int = 1
 ) -> PyTree:
-    """Returns function(batch), run over equal groups of rows one after the other.
+    """Applies a function to a batch, in equal groups of rows one after another.
 
     Args:
-        function: of a pytree of arrays whose first axis are rows; treats each row alone.
-        batch: such a pytree, of B rows.
-        logits: the shape B x L x V of the logits that `function` would make of all.
-        copies: how many such arrays it makes.
+        function: Function of a pytree of arrays whose first axis runs over rows, which treats every
+            row independently.
+        batch: Pytree of arrays with B rows.
+        logits: Shape B x L x V of the logits that `function` computes for the whole batch.
+        copies: Number of such arrays that `function` has in memory.
     """
     rows, row_bytes = logits[0], 4 * copies * int(np.prod(logits[1:]))
+    # Use the largest group that fits and divides the rows evenly.
     fitting = max(1, LOGITS_BYTES // row_bytes)
     group = max(r for r in range(1, rows + 1) if rows % r == 0 and r <= fitting)
     if group == rows:
@@ -77,33 +79,38 @@ def by_rows(
 
 
 def context_of(model: Any) -> int | None:
-    """Returns how many tokens in a row a model takes; None where it does not say."""
+    """Returns the context of a model in tokens, or None if the model does not state it."""
     return getattr(getattr(model, "config", None), "context", None)
 
 
 def check_tokens(model: Any, tokens: Int[np.ndarray, "..."], what: str) -> None:
-    """Refuses token ids that the model has no embedding for.
+    """Checks that token ids are in the model's vocabulary.
+
+    Args:
+        model: Model to check against; a model that does not state its vocabulary passes.
+        tokens: Token ids.
+        what: Description of the tokens for the error message.
 
     Raises:
-        InputError: an id below 0 or beyond the vocabulary, which a lookup would clamp unseen.
+        InputError: If an id is below 0 or outside the vocabulary; a lookup would silently clamp it.
     """
     vocab_size = getattr(model, "vocab_size", None)
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or (vocab_size is not None and high >= vocab_size):
         raise InputError(
-            f"{what} has token ids from {low} to {high} and the model a vocabulary of "
+            f"{what} has token ids from {low} to {high} and the model has a vocabulary of "
             f"{vocab_size}; encode it with the tokenizer that the model was trained with"
         )
 
 
 def bucket(length: int, at_most: int | None = None) -> int:
-    """Returns the length that rows of `length` tokens are padded to, so that few programs do.
+    """Returns a length to pad rows to, so that few programs are compiled.
 
-    The next of 32, 48, 64, 96, 128, 192, …: by at most a half, and two programs for each doubling.
+    The result is the next of 32, 48, 64, 96, 128, 192, …, which gives two programs per doubling.
 
     Args:
-        length: of the longest row.
-        at_most: never more than this; None: no bound.
+        length: Number of tokens of the longest row.
+        at_most: Upper bound of the result. If None, there is no bound.
 
     >>> [bucket(length) for length in (1, 33, 64, 65, 1000)], bucket(1000, at_most=1010)
     ([32, 48, 64, 96, 1024], 1010)

@@ -1,11 +1,11 @@
-"""The one way out: a folder that transformers loads, with what was pruned and how beside it.
+"""Export of a model as a folder that transformers loads, with masks and a record of the pruning.
 
-    config.json, generation_config.json, tokenizer files    as transformers has them
+    config.json, generation_config.json, tokenizer files    in the format of transformers
     model.safetensors, or shards with their index            pruned weights are exactly 0
-    masks.safetensors                                        one bit for each weight: `read_masks`
-    pruning.json                                             how it was pruned, and what came of it
+    masks.safetensors                                        one bit per weight, for `read_masks`
+    pruning.json                                             settings and results of the pruning
 
-The folder is written beside its place under another name and renamed when it is whole.
+The folder is written under a temporary name next to its final path, and renamed when complete.
 """
 
 import json
@@ -29,7 +29,7 @@ from swe_prune.interop.mask_file import write_masks
 from swe_prune.interop.pretrained import Pretrained
 from swe_prune.interop.pruning_record import FILE as RECORD
 from swe_prune.interop.pruning_record import PruningRecord, record_file
-from swe_prune.interop.slices import Stored, bind
+from swe_prune.interop.slices import StoredTensor, bind
 from swe_prune.interop.tensor_names import SAFETENSORS
 from swe_prune.interop.weights_file import write_folder
 
@@ -49,7 +49,7 @@ COPIED = (
     "NOTICE",
     "NOTICE.txt",
 )
-"""Files of the source folder that are copied where it has them."""
+"""Files that are copied from the source folder if it has them."""
 
 SHARD_BYTES = 5 * 10**9
 
@@ -64,36 +64,40 @@ def export(
     also: Callable[[Path], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Writes the model as a Hugging Face folder and returns its path.
+    """Writes a model as a Hugging Face folder and returns its path.
 
-    Each parameter is written in its own dtype. Beside the parameters one stored tensor is held at
-    a time.
+    Each parameter is written in its own dtype. In addition to the parameters, one stored tensor at
+    a time is in memory.
 
     Args:
-        folder: that does not exist yet; the one it is to be in does.
-        model: whose config, tokenizer and names it has.
-        params: pytree like `model.params`; None: these.
-        mask: bool pytree like the parameters, None where dense. Applied to them, and written.
-        record: what pruning.json says, which a mask needs.
-        also: writes what else belongs into the folder, which it is given before it has its name.
-        shard_bytes: the weights are divided into files of at most this size, or of one tensor.
+        folder: Path of the folder, which must not exist yet; its parent must exist.
+        model: Model that provides config, tokenizer and tensor names.
+        params: Pytree like `model.params`. If None, `model.params`.
+        mask: Bool pytree like the parameters, None where dense, which is applied to the parameters
+            and written. If None, nothing is masked.
+        record: Content of pruning.json, which is required with a mask.
+        also: Function that writes additional files into the folder, called with its temporary path.
+        shard_bytes: Maximal size in bytes of a weights file; a larger tensor has its own file.
 
     Raises:
-        InputError: the folder exists or has no place, the parameters do not fit the config, the
-            config cannot be said in a config.json, or a mask comes without a record.
+        InputError: If the folder exists or its parent does not, the parameters do not fit the
+            config, the config cannot be expressed in config.json, or only one of mask and record
+            is given.
     """
     folder = Path(folder)
     check_free(folder)
     params = model.params if params is None else params
     if (mask is None) != (record is None):
-        raise InputError("a mask and a PruningRecord belong together; give both of them or neither")
+        raise InputError("a mask and a PruningRecord belong together; give both or neither")
     if mask is not None:
         _check_mask(mask, params)
+    # Check everything before anything is written.
     leaves = dict(tree.named_leaves(params))
     bound = _bound(model, leaves)
     files = {"config.json": _config(model, leaves)}
     if record is not None:
         files[RECORD] = record_file(record, mask)
+    # Write to a temporary folder, and rename it when it is complete.
     partial = folder.parent / f".{folder.name}.partial-{uuid.uuid4().hex[:8]}"
     partial.mkdir()
     try:
@@ -114,39 +118,40 @@ def export(
 
 
 def check_free(folder: str | Path) -> None:
-    """Raises InputError where an export could not be written; call it before long work."""
+    """Raises InputError if an export to a folder is not possible; call it before long work."""
     folder = Path(folder)
     if folder.exists() or folder.is_symlink():
-        raise InputError(f"{folder} exists already; remove it, or give another output folder")
+        raise InputError(f"{folder} already exists; remove it, or give another output folder")
     if not folder.parent.is_dir():
-        raise InputError(f"{folder.parent} is no folder to put {folder.name} in; make it first")
+        raise InputError(
+            f"{folder.parent}, the parent of {folder.name}, is not a folder; create it first"
+        )
 
 
-def _bound(model: Pretrained, leaves: Mapping[str, Any]) -> list[Stored]:
+def _bound(model: Pretrained, leaves: Mapping[str, Any]) -> list[StoredTensor]:
     bound = bind(SAFETENSORS[model.family], model.config, model.vocab_size)
     shapes = {part.name: part.shape for one in bound for part in one.parts}
     given = {name: tuple(jnp.shape(leaf)) for name, leaf in leaves.items()}
     for name in shapes.keys() | given.keys():
         if shapes.get(name) != given.get(name):
             raise InputError(
-                f"the parameter {name!r} has the shape {given.get(name, 'of nothing')} and the "
-                f"model's config asks for {shapes.get(name, 'none')}; export with the config that "
-                "the parameters are of"
+                f"the parameter {name!r} must have shape {shapes.get(name, 'none')} by the model's "
+                f"config, got {given.get(name, 'none')}; export with the config of the parameters"
             )
     return bound
 
 
 def _contents(
     leaves: Mapping[str, Any], mask: PyTree
-) -> tuple[Callable[[Stored], np.dtype], Callable[[Stored], np.ndarray]]:
-    """Returns what tells the dtype of a stored tensor, and what gives its numbers, masked."""
+) -> tuple[Callable[[StoredTensor], np.dtype], Callable[[StoredTensor], np.ndarray]]:
+    """Returns functions from a stored tensor to its dtype, and to its masked values."""
     kept = {} if mask is None else dict(tree.named_leaves(mask))
 
-    def dtype(one: Stored) -> np.dtype:
-        # Parts of one tensor may differ in dtype; joined, they have the wider one.
+    def dtype(one: StoredTensor) -> np.dtype:
+        # Parameters joined in one tensor may differ in dtype; the tensor has the wider one.
         return np.result_type(*(np.dtype(leaves[part.name].dtype) for part in one.parts))
 
-    def values(one: Stored) -> np.ndarray:
+    def values(one: StoredTensor) -> np.ndarray:
         parts = {}
         for part in one.parts:
             leaf, keep = leaves[part.name], kept.get(part.name)
@@ -157,9 +162,10 @@ def _contents(
 
 
 def _config(model: Pretrained, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the source's config.json, or one made of the settings where these have changed."""
+    """Returns the source's config.json, or a new one if the settings have changed."""
     family, config, vocab_size = read_config(model.hf_config, model.config.dtype)
     ours = (model.family, canonical(model.config), model.vocab_size)
+    # Reuse the source's config.json unless the settings have changed.
     if (family, config, vocab_size) == ours:
         written = dict(model.hf_config)
     else:
@@ -171,7 +177,7 @@ def _config(model: Pretrained, leaves: Mapping[str, Any]) -> dict[str, Any]:
     sizes: dict[str, int] = {}
     for leaf in leaves.values():
         sizes[str(leaf.dtype)] = sizes.get(str(leaf.dtype), 0) + leaf.size
-    # The second is what transformers 5 calls the first.
+    # Transformers 5 renamed torch_dtype to dtype.
     written["torch_dtype"] = max(sizes, key=lambda name: sizes[name])
     if "dtype" in written:
         written["dtype"] = written["torch_dtype"]
@@ -179,6 +185,7 @@ def _config(model: Pretrained, leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_or_write_tokenizer(model: Pretrained, folder: Path) -> None:
+    # Copy the files of the source folder, and write what is still missing.
     if model.kind == "safetensors" and model.path.is_dir():
         for name in COPIED:
             if (model.path / name).is_file():
@@ -201,8 +208,8 @@ def _check_mask(mask: PyTree, params: PyTree) -> None:
     def check(name: str, keep: Any, weight: Any) -> None:
         if keep is not None and jnp.shape(keep) != jnp.shape(weight):
             raise InputError(
-                f"the mask of {name!r} has the shape {jnp.shape(keep)} and the weight "
-                f"{jnp.shape(weight)}; make the mask from scores of these parameters"
+                f"the mask of {name!r} must have the weight's shape {jnp.shape(weight)}, got "
+                f"{jnp.shape(keep)}; make the mask from scores of these parameters"
             )
 
     tree.map_leaves(check, mask, params)

@@ -1,7 +1,7 @@
-"""The families of models that the decoder computes: what each has in config.json.
+"""Model families that the decoder supports, with their settings in config.json.
 
-A family is a table of keys with what transformers takes where a key is absent, so that a config
-means here what it means there.
+A family is a table of keys with the defaults of transformers for missing keys, so that a config has
+the same meaning as in transformers.
 
 Source: https://github.com/huggingface/transformers, models/*/configuration_*.py.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 NEEDED = object()
-"""The default of a key that has none: a config without it is no config of this family."""
+"""Marker for a key without a default, which every config of the family must have."""
 
 ACTIVATIONS = {
     "gelu_new": "gelu",
@@ -23,14 +23,19 @@ ACTIVATIONS = {
     "swish": "silu",
     "tanh": "tanh",
 }
-"""Names in config.json, and in `ModelConfig`; of several, the first is written."""
+"""Names in `ModelConfig` by name in config.json; of several, the first is written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A setting of config.json: its name there, its field of `ModelConfig`, its kind and default.
+    """A setting of config.json.
 
-    A default of None is written as null and means what None means in `ModelConfig`.
+    Attributes:
+        name: Name in config.json.
+        field: Name of the field of `ModelConfig`.
+        kind: Type of the value.
+        default: Value if the key is missing, or `NEEDED`. None is written as null and means the
+            same as None in `ModelConfig`.
     """
 
     name: str
@@ -41,13 +46,13 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What one `model_type` has in config.json.
+    """Settings in config.json of one `model_type`.
 
     Attributes:
-        architecture: the class of transformers that loads it with a language-model head.
-        keys: the settings that become fields of `ModelConfig`.
-        fixed: fields that all models of the family share.
-        only: settings of which the decoder computes nothing but the values listed.
+        architecture: Transformers class that loads the model with a language-model head.
+        keys: Settings that become fields of `ModelConfig`.
+        fixed: Fields with the same value for all models of the family.
+        only: Supported values of settings that the decoder supports only in part.
     """
 
     architecture: str
@@ -57,7 +62,7 @@ class Family:
 
     @property
     def rotary(self) -> bool:
-        """Whether positions are rotary."""
+        """Whether the positions are rotary."""
         return self.fixed["positions"] == "rope"
 
 

@@ -1,7 +1,7 @@
-"""A GGUF file of llama.cpp: its tensors, dequantized one at a time, and its settings.
+"""Reading of GGUF files of llama.cpp: settings, and tensors that are dequantized one at a time.
 
-The settings become a config.json, as the model's Hugging Face folder would have it, so a model is
-understood in one way and can be exported as such a folder.
+The settings are converted to the config.json of the model's Hugging Face folder, so that all models
+are interpreted in one way and can be exported as such a folder.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (the format and its keys), and
 llama.cpp's convert_hf_to_gguf.py (what each architecture writes).
@@ -25,19 +25,19 @@ MAGIC = b"GGUF"
 ARCHITECTURES = ("llama", "phi3", "gpt2")
 """Values of `general.architecture` that are supported."""
 
-_KEPT = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # not quantized, so kept
-_CHUNK = 1 << 20  # numbers that are dequantized at a time
+_KEPT = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # not quantized
+_CHUNK = 1 << 20  # numbers to dequantize at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class GgufFile:
-    """The tensors of a GGUF file; a `reading.Source`.
+    """The tensors and metadata of a GGUF file; a `load_params.Source`.
 
     Attributes:
-        path: of the file.
-        entries: shape and dtype of each tensor, by name; quantized ones are read as float32.
-        tensors: what the reader of the `gguf` package has of each, mapped from the file.
-        fields: its metadata by key; arrays stay unread.
+        path: Path of the file.
+        entries: Shape and dtype of each tensor by name; quantized tensors are read as float32.
+        tensors: Memory-mapped tensors of the `gguf` package by name.
+        fields: Metadata fields by key, which are read on access.
     """
 
     path: Path
@@ -47,34 +47,37 @@ class GgufFile:
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[np.ndarray]:
-        """Gives a tensor, dequantized."""
+        """Yields a dequantized tensor."""
         yield _values(self.tensors[name], self.entries[name])
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Returns a value of the metadata, or the default where the file does not say."""
+        """Returns a metadata value, or the default if the file does not have the key."""
         field = self.fields.get(key)
         return default if field is None else field.contents()
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Returns the tensors and settings of a GGUF file; the tensors stay in the file.
+    """Opens a GGUF file; tensors are not read yet.
 
     Raises:
-        InputError: no GGUF file, one that is truncated or damaged, or a quantization that the
-            `gguf` package cannot undo.
+        InputError: If the file is not GGUF, is truncated or damaged, or has a quantization that the
+            `gguf` package cannot dequantize.
     """
     gguf = require("gguf", "reading a GGUF file")
     with open(path, "rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
-            raise InputError(f"{path} is no GGUF file: it does not begin with {MAGIC.decode()!r}")
+            raise InputError(
+                f"{path} is not a GGUF file: it does not begin with {MAGIC.decode()!r}"
+            )
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
-        # The reader slices beyond the end of a short file, and fails in many ways at what it gets.
+        # The reader slices beyond the end of a truncated file, which fails in many ways.
         raise InputError(
-            f"{path} is truncated or damaged: after {path.stat().st_size:,} bytes its tensors or "
-            f"settings go on ({_first_line(error)}); get it again"
+            f"{path} is truncated or damaged: its tensors or settings continue after its "
+            f"{path.stat().st_size:,} bytes ({_first_line(error)}); download it again"
         ) from None
+    # Reject unsupported quantizations before any tensor is read.
     entries = {}
     for tensor in reader.tensors:
         kind = tensor.tensor_type
@@ -84,6 +87,7 @@ def read_gguf(path: Path) -> GgufFile:
                 f"{path} has {tensor.name!r} quantized as {kind.name}, which is not supported; "
                 f"supported are {', '.join(dict.fromkeys([*_KEPT, *known]))}"
             )
+        # GGUF lists the axes from the fastest to the slowest.
         shape = tuple(int(size) for size in reversed(tensor.shape))
         entries[tensor.name] = Entry(shape, _KEPT.get(kind.name, "float32"))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -91,10 +95,11 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def hf_config(file: GgufFile) -> dict[str, Any]:
-    """Returns the config.json that the model has as a Hugging Face folder.
+    """Returns the config.json of the model's Hugging Face folder.
 
     Raises:
-        InputError: another architecture, a mixture of experts, or a setting that is missing.
+        InputError: If the architecture is not supported, the model is a mixture of experts, or a
+            setting is missing.
     """
     name = file.get("general.architecture")
     if name not in ARCHITECTURES:
@@ -162,10 +167,11 @@ def _rope(file: GgufFile, name: str, head_width: int, context: int) -> dict[str,
     original = file.get(f"{name}.rope.scaling.original_context_length") or context
     if name == "phi3":
         written["original_max_position_embeddings"] = original
+    # Scalings are stored as tensors of factors, or as a type with a factor.
     group: dict[str, Any] = {}
     kind = file.get(f"{name}.rope.scaling.type", "none")
     if "rope_freqs.weight" in file.entries:
-        # Llama 3's scaling comes as what it divides each frequency by, at any length.
+        # Llama 3's scaling is stored as the divisor of each frequency, for any length.
         factors = _factors(file, "rope_freqs.weight")
         group = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
         group["attention_factor"] = 1.0
@@ -192,7 +198,7 @@ def _rope(file: GgufFile, name: str, head_width: int, context: int) -> dict[str,
 
 
 def _undone(gguf: Any, kind: Any) -> bool:
-    """Returns whether the package can dequantize this kind, found out on one block of zeros."""
+    """Returns whether the package can dequantize this kind, tried on one block of zeros."""
     block = np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
     try:
         gguf.quants.dequantize(block, kind)
@@ -203,7 +209,7 @@ def _undone(gguf: Any, kind: Any) -> bool:
 
 def _factors(file: GgufFile, name: str) -> list[float]:
     if name not in file.entries:
-        raise InputError(f"{file.path} lacks {name!r} of its rope scaling; get it again")
+        raise InputError(f"{file.path} lacks {name!r} for its rope scaling; download it again")
     return [_decimal(float(value)) for value in _values(file.tensors[name], file.entries[name])]
 
 
@@ -216,7 +222,7 @@ def _values(tensor: Any, entry: Entry) -> np.ndarray:
         return np.array(tensor.data)
     values = np.empty(entry.shape, np.float32)
     rows = max(1, _CHUNK // max(1, entry.shape[-1]))
-    for start in range(0, len(values), rows):  # the package needs several times what it gives
+    for start in range(0, len(values), rows):  # dequantizing needs several times the memory
         part = slice(start, start + rows)
         values[part] = quants.dequantize(tensor.data[part], tensor.tensor_type)
     return values
@@ -224,14 +230,14 @@ def _values(tensor: Any, entry: Entry) -> np.ndarray:
 
 def _embedding(file: GgufFile) -> Entry:
     if "token_embd.weight" not in file.entries:
-        raise InputError(f"{file.path} lacks 'token_embd.weight', so it is no whole model")
+        raise InputError(f"{file.path} lacks 'token_embd.weight', so it is not a complete model")
     return file.entries["token_embd.weight"]
 
 
 def _needed(file: GgufFile, key: str) -> Any:
     value = file.get(key)
     if value is None:
-        raise InputError(f"{file.path} does not say {key!r}, which a model needs; get it again")
+        raise InputError(f"{file.path} lacks the setting {key!r}; download it again")
     if isinstance(value, list):  # one for each layer
         if len(set(value)) != 1:
             raise InputError(
@@ -243,7 +249,7 @@ def _needed(file: GgufFile, key: str) -> Any:
 
 
 def _decimal(value: float) -> float:
-    """Returns the shortest decimal that is this number in float32, which is all the file has.
+    """Returns the shortest decimal with this value in float32, the precision of the file.
 
     >>> _decimal(9.999999747378752e-06)
     1e-05

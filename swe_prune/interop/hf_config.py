@@ -1,6 +1,6 @@
-"""config.json of Hugging Face <-> `ModelConfig`, by the tables of `families`.
+"""Conversion between Hugging Face's config.json and `ModelConfig`, by the tables of `families`.
 
-What the decoder cannot compute is refused, never ignored.
+Settings that the decoder does not support raise an error; they are never ignored.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from swe_prune.interop.families import ACTIVATIONS, FAMILIES, NEEDED, Family, Ke
 from swe_prune.interop.rope_settings import read_rope, write_rope
 
 _KINDS = {
-    int: "a whole number above 0",
+    int: "an integer above 0",
     float: "a number above 0",
     bool: "true or false",
     str: "a name",
@@ -25,15 +25,15 @@ _NULLABLE = ("hidden", "head_width", "kv_heads", "window")  # None has a meaning
 def read_config(
     hf: Mapping[str, Any], compute_dtype: str = "float32"
 ) -> tuple[str, ModelConfig, int]:
-    """Returns the family, the decoder's settings and the vocabulary's size of a config.json.
+    """Returns the family, the decoder's settings, and the vocabulary size of a config.json.
 
     Args:
-        hf: what config.json holds.
-        compute_dtype: of the computation, "float32" or "bfloat16".
+        hf: Content of config.json.
+        compute_dtype: Dtype of the computation, "float32" or "bfloat16".
 
     Raises:
-        InputError: another architecture, a quantized checkpoint, a setting that the decoder cannot
-            compute, one that is missing or of another type.
+        InputError: If the architecture is not supported, the weights are quantized, or a setting is
+            missing, has the wrong type, or is not supported.
 
     >>> read_config({"model_type": "gpt2", "vocab_size": 9, "n_embd": 4, "n_layer": 1, "n_head": 2})
     ... # doctest: +ELLIPSIS
@@ -48,6 +48,7 @@ def read_config(
             f"supported are {', '.join(FAMILIES)}"
         )
     _refuse(hf, str(name), family)
+    # Read the keys of the family, then resolve defaults that depend on other settings.
     fields = {key.field: _value(hf, key) for key in family.keys} | dict(family.fixed)
     fields |= {"activation": _activation(fields["activation"]), "dtype": compute_dtype}
     if name == "llama":
@@ -56,7 +57,7 @@ def read_config(
         fields["hidden"] = 4 * fields["width"]
     if family.rotary:
         fields["rope"] = rope = read_rope(hf, str(name))
-        if rope.scaling == "dynamic":  # it acts on what is longer than the context that is said
+        if rope.scaling == "dynamic":  # it applies beyond the context in config.json
             fields["rope"] = dataclasses.replace(rope, original_context=fields["context"])
             fields["context"] = int(fields["context"] * (rope.factor or 1))
     config = canonical(ModelConfig(**fields))
@@ -64,27 +65,28 @@ def read_config(
 
 
 def write_config(config: ModelConfig, vocab_size: int, family: str | None = None) -> dict[str, Any]:
-    """Returns a config.json for the decoder's settings, which transformers loads.
+    """Returns a config.json for the decoder's settings that transformers loads.
 
     Args:
-        config: the settings; of their dtype of computation nothing is written.
-        vocab_size: V.
-        family: a key of `FAMILIES`; None: the first that can say all of the settings.
+        config: Settings of the decoder; the computation dtype is not written.
+        vocab_size: Size V of the vocabulary.
+        family: Model family, a key of `FAMILIES`. If None, the first that can express all settings.
 
     Raises:
-        InputError: no family, or not this one, can say all of the settings.
+        InputError: If no family, or not the given one, can express all settings.
     """
+    # Use the first family whose config.json reads back as the same settings.
     for name in FAMILIES if family is None else (family,):
         written = _written(config, vocab_size, name)
         try:
-            says_all = read_config(written, config.dtype)[1] == canonical(config)
+            complete = read_config(written, config.dtype)[1] == canonical(config)
         except InputError:
-            says_all = False
-        if says_all:
+            complete = False
+        if complete:
             return written
     raise InputError(
         f"the model's settings cannot be written as a config.json of {family or 'any family'}: "
-        f"supported are {', '.join(FAMILIES)}, and this combination is none of them; {config}"
+        f"supported are {', '.join(FAMILIES)}, and this combination fits none of them; {config}"
     )
 
 
@@ -112,8 +114,8 @@ def _written(config: ModelConfig, vocab_size: int, name: str) -> dict[str, Any]:
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
-    """Returns the settings with one spelling of each, and without what no checkpoint says."""
-    as_said = {
+    """Normalizes equivalent settings, and resets those that config.json does not contain."""
+    normalized = {
         "hidden": config.hidden_size,
         "hidden_ratio": ModelConfig.hidden_ratio,
         "kv_heads": None if config.key_heads == config.heads else config.key_heads,
@@ -125,11 +127,11 @@ def canonical(config: ModelConfig) -> ModelConfig:
     }
     for field in ("qkv_bias", "out_bias", "mlp_bias", "head_bias"):
         value = getattr(config, field)
-        as_said[field] = config.use_bias if value is None else value
+        normalized[field] = config.use_bias if value is None else value
     rope = config.rope
     if config.positions == "rope" and rope.original_context is None:
-        as_said["rope"] = dataclasses.replace(rope, original_context=config.context)
-    return dataclasses.replace(config, **as_said)
+        normalized["rope"] = dataclasses.replace(rope, original_context=config.context)
+    return dataclasses.replace(config, **normalized)
 
 
 def _refuse(hf: Mapping[str, Any], name: str, family: Family) -> None:
@@ -141,7 +143,7 @@ def _refuse(hf: Mapping[str, Any], name: str, family: Family) -> None:
     for key, allowed in family.only.items():
         if key in hf and hf[key] not in allowed:
             raise InputError(
-                f"config.json has {key} = {hf[key]!r}, which the decoder cannot compute; "
+                f"config.json has {key} = {hf[key]!r}, which the decoder does not support; "
                 f"supported for {name} is {allowed[0]!r}"
             )
     kinds = set(hf.get("layer_types") or ())
@@ -157,23 +159,24 @@ def _value(hf: Mapping[str, Any], key: Key) -> Any:
     value = hf.get(key.name, key.default)
     if value is NEEDED:
         raise InputError(
-            f"config.json lacks {key.name!r}, which a {hf['model_type']} has; add it, or get the "
-            "file again"
+            f"config.json lacks {key.name!r}, which a {hf['model_type']} needs; add it, or "
+            "download the file again"
         )
     if value is None and (key.field in _NULLABLE or key.default is None):
         return None
+    # JSON may write a float without a decimal point.
     if key.kind is float and type(value) is int:
         value = float(value)
     positive = key.kind not in (int, float) or (type(value) is key.kind and value > 0)
     if type(value) is not key.kind or not positive:
-        raise InputError(f"config.json has {key.name} = {value!r}; give {_KINDS[key.kind]}")
+        raise InputError(f"{key.name} in config.json must be {_KINDS[key.kind]}, got {value!r}")
     return value
 
 
 def _activation(name: str) -> str:
     if name not in ACTIVATIONS:
         raise InputError(
-            f"config.json has the activation {name!r}, which the decoder cannot compute; "
+            f"config.json has the activation {name!r}, which the decoder does not support; "
             f"supported are {', '.join(ACTIVATIONS)}"
         )
     return ACTIVATIONS[name]

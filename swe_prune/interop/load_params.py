@@ -1,4 +1,4 @@
-"""A checkpoint's tensors to parameters, one at a time, each straight to its sharding."""
+"""Loading of stored tensors as parameters, one at a time, directly with their shardings."""
 
 import contextlib
 import dataclasses
@@ -13,63 +13,69 @@ from jaxtyping import Array, PyTree
 
 from swe_prune import tree
 from swe_prune.errors import InputError, check_choice
-from swe_prune.interop.slices import Part, Shape, Stored, nested
+from swe_prune.interop.slices import ParamSlice, Shape, StoredTensor, nested
 from swe_prune.interop.tensor_names import Table
 
 Shardings = Callable[[str, Shape], jax.sharding.Sharding] | PyTree | None
-"""Of the parameters: a function of name and shape, a pytree like them, or None: one device."""
+"""Shardings of parameters: function of name and shape, pytree, or None for the default device."""
 
 PARAM_DTYPES = ("float32", "bfloat16", "float16")
-_SHOWN = 3  # names in a sentence
-_CHUNK = 1 << 22  # numbers that two tensors are compared by at a time
+_SHOWN = 3  # names in an error message
+_CHUNK = 1 << 22  # numbers to compare at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What a file says of a tensor before it is read: shape and dtype, by our names for them."""
+    """Shape and dtype of a stored tensor, known before it is read."""
 
     shape: Shape
     dtype: str
 
 
 class Source(Protocol):
-    """A checkpoint's tensors by name."""
+    """StoredTensor tensors of a pretrained model by name."""
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        """What there is."""
+        """Shape and dtype of each tensor by name."""
         ...
 
     def open(self, name: str) -> contextlib.AbstractContextManager[Any]:
-        """Gives a tensor to be sliced; what comes of it is no view of the file."""
+        """Yields a tensor that can be sliced; slices are copies, not views of the file."""
         ...
 
 
 def match(
-    source: Source, bound: Sequence[Stored], table: Table, duplicates: Mapping[str, str], where: str
+    source: Source,
+    bound: Sequence[StoredTensor],
+    table: Table,
+    duplicates: Mapping[str, str],
+    where: str,
 ) -> dict[str, str]:
-    """Returns the name in the file of each stored tensor; all is checked before any is read.
+    """Returns the name in the file of each stored tensor, checking all before any is read.
 
     Args:
-        source: the checkpoint.
-        bound: what the model needs.
-        table: the names of this kind of file.
-        duplicates: names of copies that are allowed, and of what they must equal.
-        where: names the checkpoint in a sentence.
+        source: StoredTensor tensors of the model.
+        bound: StoredTensor tensors that the model needs.
+        table: Table of names for this kind of file.
+        duplicates: Allowed copies of tensors, as a mapping from the copy to the tensor it must
+            equal.
+        where: Description of the source for error messages.
 
     Raises:
-        InputError: a tensor is missing, of another shape or dtype, or there is one that the model
-            has no place for.
+        InputError: If a tensor is missing, unexpected, or has another shape or dtype.
     """
     entries = source.entries
+    # Files of the bare model, without its head, omit the prefix of all names.
     bare = bool(table.prefix) and not any(name.startswith(table.prefix) for name in entries)
     names = {one.name: one.name.removeprefix(table.prefix) if bare else one.name for one in bound}
     missing = [name for name in names.values() if name not in entries]
     if missing:
         raise InputError(
-            f"{where} lacks {_listed(missing)} of this model's {len(bound)} tensors; get it again, "
-            "or correct its config"
+            f"{where} lacks {_listed(missing)} of this model's {len(bound)} tensors; download it "
+            "again, or correct its config"
         )
+    # Other tensors are errors, except known copies and buffers without parameters.
     copies = {name.removeprefix(table.prefix) if bare else name for name in duplicates}
     known = copies | set(names.values())
     unexpected = [
@@ -79,9 +85,10 @@ def match(
     ]
     if unexpected:
         raise InputError(
-            f"{where} has {_listed(unexpected)}, which this model has no place for; "
-            "correct its config, or remove what is no part of the model"
+            f"{where} has {_listed(unexpected)}, which is not part of this model; "
+            "correct its config, or remove it"
         )
+    # Shapes and dtypes come from the headers; only copies are compared by value.
     for one in bound:
         _check(entries[names[one.name]], one, where)
     for copy, original in duplicates.items():
@@ -92,22 +99,23 @@ def match(
 
 def read_params(
     source: Source,
-    bound: Sequence[Stored],
+    bound: Sequence[StoredTensor],
     names: Mapping[str, str],
     dtype: str | None,
     shardings: Shardings,
 ) -> dict[str, Any]:
-    """Returns the parameters as a nested dict; beside them one stored tensor is held at a time.
+    """Reads the parameters into a nested dict, with one stored tensor at a time in memory.
 
     Args:
-        source: the checkpoint.
-        bound: what the model needs.
-        names: the name in the file of each.
-        dtype: of the parameters; None: as stored.
-        shardings: where they go; of a divided parameter each device's slice alone is read.
+        source: StoredTensor tensors of the model.
+        bound: StoredTensor tensors that the model needs.
+        names: Name in the file of each stored tensor, from `match`.
+        dtype: Dtype of the parameters. If None, as stored.
+        shardings: Shardings of the parameters; of a sharded parameter only the devices' slices are
+            read.
 
     Raises:
-        InputError: an unknown dtype, or shardings of another structure.
+        InputError: If the dtype is unknown, or the shardings have another structure.
     """
     check_choice(dtype, (*PARAM_DTYPES, None), "dtype")
     sharding_of = _by_name(shardings)
@@ -115,12 +123,12 @@ def read_params(
     for one in bound:
         with source.open(names[one.name]) as stored:
             for part in one.parts:
-                params[part.name] = _placed(part, stored, dtype, sharding_of)
+                params[part.name] = _to_device(part, stored, dtype, sharding_of)
     return nested(params)
 
 
-def _placed(
-    part: Part,
+def _to_device(
+    part: ParamSlice,
     stored: Any,
     dtype: str | None,
     sharding_of: Callable[[str, Shape], jax.sharding.Sharding | None],
@@ -134,10 +142,10 @@ def _placed(
 
     sharding = sharding_of(part.name, part.shape)
     if sharding is None:
-        placed = jnp.asarray(read(whole))
+        param = jnp.asarray(read(whole))
     else:
-        placed = jax.make_array_from_callback(part.shape, sharding, read)
-    return placed.block_until_ready()  # or the copies on the host would queue up behind the reader
+        param = jax.make_array_from_callback(part.shape, sharding, read)
+    return param.block_until_ready()  # otherwise host copies queue up behind the reader
 
 
 def _by_name(shardings: Shardings) -> Callable[[str, Shape], Any]:
@@ -148,7 +156,7 @@ def _by_name(shardings: Shardings) -> Callable[[str, Shape], Any]:
     def of(name: str, shape: Shape) -> Any:
         if name not in leaves:
             raise InputError(
-                f"the shardings have none for {name!r}; give a pytree like the parameters, with "
+                f"the shardings lack {name!r}; give a pytree like the parameters, with "
                 "None for the default device, or a function of name and shape"
             )
         return leaves[name]
@@ -156,11 +164,11 @@ def _by_name(shardings: Shardings) -> Callable[[str, Shape], Any]:
     return of
 
 
-def _check(entry: Entry, one: Stored, where: str) -> None:
+def _check(entry: Entry, one: StoredTensor, where: str) -> None:
     if entry.shape != one.shape:
         raise InputError(
-            f"{where} has {one.name!r} of the shape {entry.shape} and its config asks for "
-            f"{one.shape}; get it again, or correct its config"
+            f"{where} has {one.name!r} of shape {entry.shape} and its config requires "
+            f"{one.shape}; download it again, or correct its config"
         )
     if entry.dtype not in PARAM_DTYPES:
         raise InputError(
@@ -173,6 +181,7 @@ def _check_equal(source: Source, copy: str, original: str, where: str) -> None:
     first, second = source.entries[copy], source.entries[original]
     same = first == second
     if same:
+        # Compare in chunks, so that neither tensor is in memory as a whole.
         rows = max(1, _CHUNK // max(1, first.shape[-1]))
         with source.open(copy) as one, source.open(original) as two:
             for start in range(0, first.shape[0], rows):
@@ -180,8 +189,8 @@ def _check_equal(source: Source, copy: str, original: str, where: str) -> None:
                 same = same and np.array_equal(one[part], two[part])
     if not same:
         raise InputError(
-            f"{where} has {copy!r} that differs from {original!r}, and its config says that the "
-            "two are one; set tie_word_embeddings to false in its config"
+            f"{where} has {copy!r} that differs from {original!r}, but its config says that they "
+            "are tied; set tie_word_embeddings to false in its config"
         )
 
 

@@ -1,8 +1,8 @@
-"""Masks as a file: one bit for each weight, in safetensors.
+"""Mask files: safetensors with one bit per weight.
 
-Each mask is flattened, packed eight weights to a byte, the first in the highest bit
-(`numpy.packbits`), and stored as uint8 by the parameter's name. The header's metadata has the
-shapes, and the names of the parameters that are dense.
+Each mask is flattened, packed with eight weights per byte, the first in the highest bit
+(`numpy.packbits`), and stored as uint8 under the name of the parameter. The metadata in the header
+contains the shapes, and the names of the dense parameters.
 """
 
 import json
@@ -23,7 +23,12 @@ FORMAT = "swe_prune.masks.1"
 
 
 def write_masks(path: Path, mask: PyTree) -> None:
-    """Writes a bool pytree, None where dense, made of nested dicts."""
+    """Writes masks to a file.
+
+    Args:
+        path: Path of the file.
+        mask: Bool pytree of nested dicts, None where dense.
+    """
     safetensors = require("safetensors.numpy", "writing masks")
     shapes, packed = {}, {}
     for name, leaf in tree.named_leaves(mask):
@@ -37,21 +42,21 @@ def read_masks(path: str | Path) -> dict[str, Any]:
     """Returns the bool pytree of a mask file, None where dense.
 
     Args:
-        path: of the file, or of an exported folder that has one.
+        path: Path of the file, or of an exported folder that contains it.
 
     Raises:
-        InputError: no such file, one of another kind, or a mask that does not fit its shape.
+        InputError: If the file does not exist, is of another kind, or is damaged.
     """
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
     safetensors = require("safetensors", "reading masks")
     if not path.is_file():
-        raise InputError(f"{path} is no file; give an exported folder, or its {FILE}")
+        raise InputError(f"{path} is not a file; give an exported folder, or its {FILE}")
     leaves = {}
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise InputError(f"{path} is no mask file of {FORMAT}; give an exported {FILE}")
+                raise InputError(f"{path} is not a {FORMAT} mask file; give an exported {FILE}")
             for name, shape in json.loads(metadata["shapes"]).items():
                 leaves[name] = None if shape is None else _bits(file.get_tensor(name), shape)
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Packages that only reading and writing pretrained models needs, imported when they are used."""
+"""Import of optional packages for pretrained models when they are used."""
 
 import importlib
 from typing import Any
@@ -6,18 +6,18 @@ from typing import Any
 from swe_prune.errors import InputError
 
 EXTRA = "pretrained"
-"""The extra of this package that installs them all."""
+"""Name of the extra that installs all of these packages."""
 
 
 def require(module: str, what: str) -> Any:
-    """Returns the imported module.
+    """Imports a module and returns it.
 
     Args:
-        module: its name, such as `"safetensors.numpy"`.
-        what: what needs it, the subject of the sentence: `"reading a GGUF file"`.
+        module: Name of the module, such as `"safetensors.numpy"`.
+        what: Operation that needs the module, such as `"reading a GGUF file"`.
 
     Raises:
-        InputError: the package is not installed.
+        InputError: If the package is not installed.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""The one way in: a checkpoint's path to a model that runs, prunes and goes out again."""
+"""Loading of pretrained models from Hugging Face folders and GGUF files."""
 
 import dataclasses
 import importlib.metadata
@@ -22,14 +22,14 @@ class Pretrained:
     """A pretrained language model.
 
     Attributes:
-        config: of the decoder; `models.gpt.build(config, vocab_size)` makes it.
-        vocab_size: V.
-        params: as the decoder has them, a nested dict.
-        tokenizer: the one it came with; None where it came with none.
-        family: "gpt2", "llama", "mistral" or "phi3".
-        path: where it came from.
-        kind: "safetensors" or "gguf".
-        hf_config: its config.json; of a GGUF file, the one its folder would have.
+        config: Config of the decoder, for `models.gpt.build(config, vocab_size)`.
+        vocab_size: Size V of the vocabulary.
+        params: Parameters of the decoder, a nested dict.
+        tokenizer: Tokenizer of the model, or None if it has none.
+        family: Model family: "gpt2", "llama", "mistral" or "phi3".
+        path: Path that the model was loaded from.
+        kind: Kind of source: "safetensors" or "gguf".
+        hf_config: Content of config.json; for a GGUF file, converted from its settings.
     """
 
     config: ModelConfig
@@ -43,19 +43,19 @@ class Pretrained:
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """A pretrained model whose config and headers are read and checked, and no weight yet.
+class PretrainedSource:
+    """A pretrained model whose config and headers are read and checked, but not its weights.
 
     Attributes:
-        config: as in `Pretrained`, like the others that are named alike.
-        vocab_size: V.
-        tokenizer: the one it came with, or None.
-        family: "gpt2", "llama", "mistral" or "phi3".
-        path: where it is.
-        kind: "safetensors" or "gguf".
-        hf_config: its config.json.
-        source: its tensors.
-        table: which of them holds which parameter.
+        config: Config of the decoder, for `models.gpt.build(config, vocab_size)`.
+        vocab_size: Size V of the vocabulary.
+        tokenizer: Tokenizer of the model, or None if it has none.
+        family: Model family: "gpt2", "llama", "mistral" or "phi3".
+        path: Path of the model.
+        kind: Kind of source: "safetensors" or "gguf".
+        hf_config: Content of config.json; for a GGUF file, converted from its settings.
+        source: Stored tensors of the model.
+        table: Table of the parameters in each stored tensor.
     """
 
     config: ModelConfig
@@ -69,24 +69,24 @@ class Checkpoint:
     table: Table = dataclasses.field(repr=False)
 
     def read(self, *, dtype: str | None = None, shardings: Shardings = None) -> Pretrained:
-        """Returns the model with its weights, read one at a time.
+        """Returns the model with its weights, which are read one at a time.
 
-        Memory holds the parameters and one tensor beside them.
+        Memory holds the parameters and one stored tensor.
 
         Args:
-            dtype: of the parameters: "float32", "bfloat16", "float16", or None for what is stored,
-                which is float32 where it is quantized.
-            shardings: where the parameters go: a function of a parameter's name and shape, a pytree
-                like them, or None for the default device. Of a parameter that is divided over
-                devices and not quantized, each device's slice alone is read.
+            dtype: Dtype of the parameters: "float32", "bfloat16" or "float16". If None, the stored
+                dtype, or float32 for quantized tensors.
+            shardings: Shardings of the parameters: a function of name and shape, a pytree like the
+                parameters, or None for the default device. Of a sharded parameter that is not
+                quantized, only the devices' slices are read.
 
         Raises:
-            InputError: a tensor that is missing, unexpected or of another shape.
+            InputError: If a tensor is missing, unexpected or of another shape.
         """
         bound = bind(self.table, self.config, self.vocab_size)
         of = {part.name: one.name for one in bound for part in one.parts}
         duplicates = {}
-        if self.config.tied_head:  # files of some have the head a second time
+        if self.config.tied_head:  # some files contain the tied head a second time
             head = next(row.stored for row in self.table.rows if row.params == ("head/kernel",))
             duplicates = {head: of["embedding/embedding"]}
         names = match(self.source, bound, self.table, duplicates, str(self.path))
@@ -111,38 +111,42 @@ def load(
     shardings: Shardings = None,
     tokenizer: bool = True,
 ) -> Pretrained:
-    """Returns the model in a Hugging Face folder of safetensors, or in a GGUF file.
+    """Loads a model from a Hugging Face folder of safetensors, or from a GGUF file.
 
-    All that can be seen from config and headers is checked before a tensor is read.
+    Config and headers are checked before any tensor is read.
 
     Args:
-        path: as in `open_checkpoint`, like `compute_dtype` and `tokenizer`.
-        dtype: as in `Checkpoint.read`, like `shardings`.
-        compute_dtype: of the computation.
-        shardings: where the parameters go.
-        tokenizer: read it too.
+        path: Path of the folder or file; "package:NAME" is the GGUF file in the installed package
+            NAME.
+        dtype: Dtype of the parameters: "float32", "bfloat16" or "float16". If None, the stored
+            dtype, or float32 for quantized tensors.
+        compute_dtype: Dtype of the computation, "float32" or "bfloat16".
+        shardings: Shardings of the parameters: a function of name and shape, a pytree like the
+            parameters, or None for the default device.
+        tokenizer: Whether to read the tokenizer.
 
     Raises:
-        InputError: as these two.
+        InputError: If there is no model at the path, it is not supported, incomplete or damaged, or
+            its settings are inconsistent.
     """
-    checkpoint = open_checkpoint(path, compute_dtype=compute_dtype, tokenizer=tokenizer)
-    return checkpoint.read(dtype=dtype, shardings=shardings)
+    source = open_pretrained(path, compute_dtype=compute_dtype, tokenizer=tokenizer)
+    return source.read(dtype=dtype, shardings=shardings)
 
 
-def open_checkpoint(
+def open_pretrained(
     path: str | Path, *, compute_dtype: str = "float32", tokenizer: bool = True
-) -> Checkpoint:
-    """Returns the model in a Hugging Face folder or a GGUF file, but for its weights.
+) -> PretrainedSource:
+    """Opens a model in a Hugging Face folder or a GGUF file without reading its weights.
 
     Args:
-        path: of the folder or of the file; "package:NAME" is the GGUF file that the installed
-            package of that name brings.
-        compute_dtype: of the computation, "float32" or "bfloat16".
-        tokenizer: read it too; False is for one that is not supported.
+        path: Path of the folder or file; "package:NAME" is the GGUF file in the installed package
+            NAME.
+        compute_dtype: Dtype of the computation, "float32" or "bfloat16".
+        tokenizer: Whether to read the tokenizer; use False if it is not supported.
 
     Raises:
-        InputError: no model at this path, one that is not supported, incomplete or damaged, or
-            settings that do not fit each other.
+        InputError: If there is no model at the path, it is not supported, incomplete or damaged, or
+            its settings are inconsistent.
     """
     path = located(path)
     if path.is_dir():
@@ -153,17 +157,17 @@ def open_checkpoint(
         begins = file.read(len(MAGIC))
     if begins != MAGIC and path.suffix != ".gguf":
         raise InputError(
-            f"{path} is neither a folder nor a GGUF file; give the folder that has its config.json "
-            "and safetensors"
+            f"{path} is neither a folder nor a GGUF file; give the folder with its config.json and "
+            "safetensors"
         )
     return _gguf(path, compute_dtype, tokenizer)
 
 
 def located(path: str | Path) -> Path:
-    """Returns the path of a checkpoint, of "package:NAME" that of the GGUF file in the package.
+    """Returns the path of a pretrained model; for "package:NAME", of the GGUF file in the package.
 
     Raises:
-        InputError: no such package is installed, or it has not one GGUF file.
+        InputError: If the package is not installed, or does not have exactly one GGUF file.
     """
     prefix, _, name = str(path).partition(":")
     if prefix != "package" or not name:
@@ -183,19 +187,23 @@ def located(path: str | Path) -> Path:
     return Path(str(found[0].locate()))
 
 
-def _folder(path: Path, compute_dtype: str, with_tokenizer: bool) -> Checkpoint:
+def _folder(path: Path, compute_dtype: str, with_tokenizer: bool) -> PretrainedSource:
     hf = read_json(path / "config.json")
     family, config, vocab_size = read_config(hf, compute_dtype)
     source = read_folder(path)
     tokenizer = tokenizers.from_folder(path, hf, vocab_size) if with_tokenizer else None
     table = SAFETENSORS[family]
-    return Checkpoint(config, vocab_size, tokenizer, family, path, "safetensors", hf, source, table)
+    return PretrainedSource(
+        config, vocab_size, tokenizer, family, path, "safetensors", hf, source, table
+    )
 
 
-def _gguf(path: Path, compute_dtype: str, with_tokenizer: bool) -> Checkpoint:
+def _gguf(path: Path, compute_dtype: str, with_tokenizer: bool) -> PretrainedSource:
     file = read_gguf(path)
     hf = hf_config(file)
     family, config, vocab_size = read_config(hf, compute_dtype)
     tokenizer = tokenizers.from_gguf(file, vocab_size) if with_tokenizer else None
-    file = dataclasses.replace(file, fields={})  # half a million small arrays, which it has read
-    return Checkpoint(config, vocab_size, tokenizer, family, path, "gguf", hf, file, GGUF[family])
+    file = dataclasses.replace(file, fields={})  # half a million small arrays, no longer needed
+    return PretrainedSource(
+        config, vocab_size, tokenizer, family, path, "gguf", hf, file, GGUF[family]
+    )

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from swe_prune import masks
 from swe_prune.errors import InputError
 from swe_prune.interop.safetensors_folder import read_json
+from swe_prune.recipe import Recipe
 from swe_prune.version import __version__
 
 FILE = "pruning.json"
@@ -19,20 +20,16 @@ FILE = "pruning.json"
 
 @dataclasses.dataclass(frozen=True)
 class PruningRecord:
-    """What pruning.json says beside the counts, which are taken from the mask.
+    """What pruning.json says besides the counts, which are taken from the mask.
 
     Attributes:
-        criterion: its registered name.
-        options: of the criterion, the pattern, the allocation and what else was chosen.
-        seed: of the run; None: nothing was random.
-        calibration: the text that was used and how; None: none was.
-        evaluation: what was measured, by the caller's names.
-        commit: of the code; None: not known.
+        recipe: How the model was pruned.
+        calibration: Text that was used and how. None: none was.
+        evaluation: Measurements, by names of the caller's choice.
+        commit: Commit of the code. None: not known.
     """
 
-    criterion: str
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    seed: int | None = None
+    recipe: Recipe
     calibration: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     commit: str | None = None

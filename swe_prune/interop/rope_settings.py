@@ -1,8 +1,8 @@
-"""How config.json writes rotary positions <-> `RopeConfig`.
+"""Conversion between the rotary positions in config.json and `RopeConfig`.
 
-Two spellings are in use: `rope_theta` beside a `rope_scaling` group, and, since transformers 5, one
-group `rope_parameters` that has the theta too. Both are read; the first, which every version of
-transformers reads, is written.
+Two formats are in use: `rope_theta` next to a `rope_scaling` group, and, since transformers 5, a
+group `rope_parameters` that includes the theta. Both are read. The first is written, since every
+version of transformers reads it.
 
 Source: https://github.com/huggingface/transformers, modeling_rope_utils.py and
 models/phi3/configuration_phi3.py.
@@ -15,9 +15,9 @@ from swe_prune.config import ModelConfig, RopeConfig
 from swe_prune.errors import InputError
 
 SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
-"""Values of `rope_type` that are supported."""
+"""Supported values of `rope_type`."""
 
-PHI3_ORIGINAL = 4096  # what transformers takes where a Phi-3 config does not say
+PHI3_ORIGINAL = 4096  # default of transformers for Phi-3
 _NUMBERS = {
     "linear": {"factor": "factor"},
     "dynamic": {"factor": "factor"},
@@ -36,7 +36,7 @@ _NUMBERS = {
     },
     "longrope": {"factor": "factor", "attention_factor": "attention_factor"},
 }
-"""For each scaling: a number's name in config.json, and in `RopeConfig`."""
+"""For each scaling, names in `RopeConfig` by name in config.json."""
 
 _NEEDED = {
     "linear": ("factor",),
@@ -48,25 +48,26 @@ _WITH_ORIGINAL = ("yarn", "llama3", "longrope")
 
 
 def read_rope(hf: Mapping[str, Any], family: str) -> RopeConfig:
-    """Returns the rotary positions that a config.json describes.
+    """Returns the rotary positions of a config.json.
 
     Args:
-        hf: the whole config.json.
-        family: its `model_type`; Phi-3 has names and defaults of its own.
+        hf: Content of config.json.
+        family: Value of `model_type`; Phi-3 has separate names and defaults.
 
     Raises:
-        InputError: a scaling that is unknown or lacks a number, or one for each kind of layer.
+        InputError: If the scaling is unknown, lacks a number, or differs between layers.
     """
     group = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    # A group per kind of layer is not supported.
     if not isinstance(group, Mapping):
-        raise InputError(f"config.json has rope settings {group!r}, which is no group; correct it")
+        raise InputError(f"the rope settings in config.json must be a mapping, got {group!r}")
     if any(isinstance(value, Mapping) for value in group.values()):
         raise InputError(
-            "config.json has rope settings for each kind of layer; supported is one for all layers"
+            "config.json has rope settings per kind of layer; only one for all layers is supported"
         )
     kind = group.get("rope_type") or group.get("type") or "default"
     if kind == "su" or (kind == "yarn" and family == "phi3"):
-        kind = "longrope"  # as early Phi-3 checkpoints called it
+        kind = "longrope"  # the name in early Phi-3 models
     if kind not in SCALINGS:
         raise InputError(
             f"config.json has the rope type {kind!r}; supported are {', '.join(SCALINGS)}"
@@ -76,12 +77,14 @@ def read_rope(hf: Mapping[str, Any], family: str) -> RopeConfig:
         "share": _share(group, hf, family),
         "scaling": "none" if kind == "default" else kind,
     }
+    # Required and optional numbers of the scaling.
     for name in _NEEDED.get(kind, ()):
         if group.get(name) is None:
             raise InputError(f"config.json has rope type {kind!r} without {name!r}; add it")
     for name, field in _NUMBERS.get(kind, {}).items():
         if group.get(name) is not None:
             found[field] = _number(group[name], name)
+    # Settings that only some scalings have.
     if kind in _WITH_ORIGINAL:
         found["original_context"] = _original(group, hf, family)
     if kind == "yarn":
@@ -90,13 +93,13 @@ def read_rope(hf: Mapping[str, Any], family: str) -> RopeConfig:
         for length in ("short", "long"):
             factors = group[f"{length}_factor"]
             if not isinstance(factors, list | tuple):
-                raise InputError(f"config.json has {length}_factor = {factors!r}; give a list")
+                raise InputError(f"{length}_factor in config.json must be a list, got {factors!r}")
             found[f"{length}_factors"] = tuple(_number(f, f"{length}_factor") for f in factors)
     return RopeConfig(**found)
 
 
 def write_rope(config: ModelConfig, family: str) -> dict[str, Any]:
-    """Returns the settings of config.json for `config.rope`; `read_rope` gives it back."""
+    """Returns the settings of config.json for `config.rope`, the inverse of `read_rope`."""
     rope = config.rope
     written: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": None}
     if rope.share != 1 or family == "phi3":
@@ -115,7 +118,7 @@ def write_rope(config: ModelConfig, family: str) -> dict[str, Any]:
     if rope.scaling in _WITH_ORIGINAL and family != "phi3":
         group["original_max_position_embeddings"] = original
     if rope.scaling == "longrope":
-        # In Phi-3's group nothing but these may stand beside the type before transformers 5.
+        # Before transformers 5, Phi-3's group may contain only the type and these.
         group |= {"short_factor": [*rope.short_factors], "long_factor": [*rope.long_factors]}
     return written | {"rope_scaling": group}
 
@@ -125,7 +128,7 @@ def _share(group: Mapping[str, Any], hf: Mapping[str, Any], family: str) -> floa
     if share != 1 and family != "phi3":
         raise InputError(
             f"config.json has partial_rotary_factor = {share}, which model_type {family!r} does "
-            "not use; supported is 1 there, and any share in phi3"
+            "not use; supported is 1, and any fraction for phi3"
         )
     return _number(share, "partial_rotary_factor")
 
@@ -134,11 +137,11 @@ def _original(group: Mapping[str, Any], hf: Mapping[str, Any], family: str) -> i
     name = "original_max_position_embeddings"
     value = hf.get(name) or group.get(name) or (PHI3_ORIGINAL if family == "phi3" else None)
     if value is not None and (not isinstance(value, int) or value < 1):
-        raise InputError(f"config.json has {name} = {value!r}; give a number of tokens")
+        raise InputError(f"{name} in config.json must be a number of tokens, got {value!r}")
     return value
 
 
 def _number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"config.json has {name} = {value!r}, which is no number; correct it")
+        raise InputError(f"{name} in config.json must be a number, got {value!r}")
     return float(value)

@@ -1,7 +1,7 @@
-"""From a table of names to the numbers: which slice of which stored tensor a parameter is.
+"""Mapping of parameters to slices of stored tensors.
 
-`bind` applies a table to one model. `Part.read` cuts a parameter, or the slice of it that a device
-holds, out of the stored tensor; `Stored.write` puts the parameters back together.
+`bind` applies a table of tensor names to one model. `ParamSlice.read` reads a parameter, or the
+slice of it for one device, from the stored tensor. `StoredTensor.write` joins the parameters again.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """A parameter as a part of a stored tensor.
+class ParamSlice:
+    """A parameter as a slice of a stored tensor.
 
     Attributes:
-        name: of the parameter, `"block_0/mlp/up/kernel"`.
-        shape: of the parameter.
-        start: where its outputs begin among those of the stored tensor.
-        layout: of the stored tensor.
-        heads: where the halves of each head lie interleaved, how many heads there are; else None.
+        name: Name of the parameter, such as `"block_0/mlp/up/kernel"`.
+        shape: Shape of the parameter.
+        start: Index of the parameter's first output in the stored tensor.
+        layout: Layout of the stored tensor.
+        heads: Number of heads if the halves of each head are interleaved, else None.
     """
 
     name: str
@@ -40,12 +40,12 @@ class Part:
     heads: int | None = None
 
     def read(self, stored: Any, index: tuple[slice, ...]) -> np.ndarray:
-        """Returns the parameter at `index`, of the dtype that is stored.
+        """Returns the parameter at `index`, in the stored dtype.
 
         Args:
-            stored: anything that takes one slice for each axis and returns a numpy array; no more
-                than what is asked is read, except of interleaved heads.
-            index: a slice for each axis of the parameter.
+            stored: Object that returns a numpy array when indexed with one slice per axis. Only the
+                requested slice is read, except for interleaved heads.
+            index: Slice for each axis of the parameter.
         """
         if self.heads is not None:
             whole = tuple(slice(0, size) for size in self.shape)
@@ -54,6 +54,7 @@ class Part:
         return self._cut(stored, tuple(slice(*part.indices(size)) for part, size in bounds))
 
     def _cut(self, stored: Any, index: tuple[slice, ...]) -> np.ndarray:
+        # Shift the slice of the outputs to the parameter's position in the stored tensor.
         outputs = 0 if self.layout == AS_IS else 1
         moved = list(index)
         moved[outputs] = slice(index[outputs].start + self.start, index[outputs].stop + self.start)
@@ -63,15 +64,21 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
-    """A stored tensor: its name and shape in the file, and the parameters in it."""
+class StoredTensor:
+    """A stored tensor and the parameters in it.
+
+    Attributes:
+        name: Name in the file.
+        shape: Shape in the file.
+        parts: Parameters in the tensor, in the order of its outputs.
+    """
 
     name: str
     shape: Shape
-    parts: tuple[Part, ...]
+    parts: tuple[ParamSlice, ...]
 
     def write(self, params: Mapping[str, Any]) -> np.ndarray:
-        """Returns what the file holds, from the parameters by name; dtype kept."""
+        """Joins parameters, given by name, to the stored tensor; preserves the dtype."""
         pieces = []
         for part in self.parts:
             piece = np.asarray(params[part.name])
@@ -83,30 +90,31 @@ class Stored:
         return np.concatenate(pieces, axis=1 if self.parts[0].layout == IN_OUT else 0)
 
 
-def bind(table: Table, config: ModelConfig, vocab_size: int) -> list[Stored]:
-    """Returns the tensors that a file of this model holds, each of the model's parameters once."""
+def bind(table: Table, config: ModelConfig, vocab_size: int) -> list[StoredTensor]:
+    """Returns the stored tensors of a model, which contain each of its parameters once."""
     shapes = param_shapes(config, vocab_size)
     bound = []
     for row in table.rows:
         for layer in range(config.layers if "{i}" in row.stored else 1):
             names = [name.format(i=layer) for name in row.params]
+            # Skip rows for parameters that this model does not have.
             if names[0] in shapes:
                 bound.append(_bound(row, layer, names, shapes, config))
     return bound
 
 
 def param_shapes(config: ModelConfig, vocab_size: int) -> dict[str, Shape]:
-    """Returns the shape of each parameter of the model by its name, without making any."""
+    """Returns the shape of each parameter of the model by name, without allocating any."""
     one = dataclasses.replace(config, layers=1, scan_layers=False, remat=False, dropout=0.0)
     shapes = {}
     for name, shape in _shapes_of_one_layer(one, vocab_size):
         layers = range(config.layers) if name.startswith("block_0/") else (0,)
-        for layer in layers:  # all alike, so one is traced
+        for layer in layers:  # all are alike, so one is traced
             shapes[name.replace("block_0/", f"block_{layer}/")] = shape
     return shapes
 
 
-@functools.lru_cache(maxsize=64)  # tracing takes longer than all the rest of a small model
+@functools.lru_cache(maxsize=64)  # tracing takes longer than everything else for a small model
 def _shapes_of_one_layer(config: ModelConfig, vocab_size: int) -> tuple[tuple[str, Shape], ...]:
     model = gpt.build(config, vocab_size)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -116,7 +124,7 @@ def _shapes_of_one_layer(config: ModelConfig, vocab_size: int) -> tuple[tuple[st
 
 
 def nested(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the nested dict of parameters given by name.
+    """Converts a mapping by parameter name to a nested dict.
 
     >>> nested({"a/b": 1, "a/c": 2})
     {'a': {'b': 1, 'c': 2}}
@@ -133,22 +141,23 @@ def nested(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def _bound(
     row: Row, layer: int, names: Sequence[str], shapes: Mapping[str, Shape], config: ModelConfig
-) -> Stored:
+) -> StoredTensor:
     parts, start = [], 0
     for name in names:
         heads = None
         if row.interleaved:
             heads = config.key_heads if "/key/" in name else config.heads
-        parts.append(Part(name, shapes[name], start, row.layout, heads))
+        parts.append(ParamSlice(name, shapes[name], start, row.layout, heads))
+        # The next parameter follows along the outputs.
         start += shapes[name][0 if row.layout == AS_IS else 1]
     first = parts[0].shape
     shape = (start, *first[1:]) if row.layout == AS_IS else (first[0], start)
     shape = shape[::-1] if row.layout == OUT_IN else shape
-    return Stored(row.stored.format(i=layer), shape, tuple(parts))
+    return StoredTensor(row.stored.format(i=layer), shape, tuple(parts))
 
 
 def _halves(x: np.ndarray, heads: int, *, back: bool = False) -> np.ndarray:
-    """Returns x with the interleaved halves of each head of its last axis one after the other.
+    """De-interleaves the halves of each head along the last axis, or interleaves them if `back`.
 
     >>> _halves(np.array([0, 3, 1, 4, 2, 5]), 1)
     array([0, 1, 2, 3, 4, 5])

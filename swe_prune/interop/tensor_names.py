@@ -1,17 +1,17 @@
-"""Which tensor of a checkpoint holds which of our parameters: one table for each kind of file.
+"""Tables of the parameters in each stored tensor, one table per kind of file.
 
-Import, export and their tests read the same rows. A row names a stored tensor, `{i}` being the
-layer, and the parameters in it, one after another along its outputs: a fused tensor (GPT-2's and
-Phi-3's query-key-value, Phi-3's gate and up) is split on import and joined again on export. A row
-whose parameters the model does not have (biases, an untied head) does not apply.
+Import, export and tests use the same rows. A row names a stored tensor, with `{i}` for the layer,
+and the parameters in it, one after another along its outputs. A fused tensor (query-key-value of
+GPT-2 and Phi-3, gate and up of Phi-3) is split on import and joined on export. A row whose
+parameters the model does not have (biases, an untied head) is skipped.
 
-Layouts of what our kernels have as inputs x outputs:
+Layouts of stored tensors, whose parameters are kernels of inputs x outputs:
 
     as_is    vectors, and embeddings V x D
     out_in   torch's Linear: outputs x inputs
-    in_out   GPT-2's Conv1D, as ours
+    in_out   GPT-2's Conv1D: inputs x outputs
 
-In a GGUF file of the architecture "llama" the rows of query and key are in another order: the two
+In GGUF files of the architecture "llama" the rows of query and key have a different order: the two
 halves of a head, whose numbers i and i + K/2 are rotated together, are interleaved.
 
 Sources: https://github.com/huggingface/transformers, models/*/modeling_*.py;
@@ -26,13 +26,13 @@ AS_IS, OUT_IN, IN_OUT = "as_is", "out_in", "in_out"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A stored tensor and the parameters in it.
+    """Names of a stored tensor and of the parameters in it.
 
     Attributes:
-        stored: its name, with `{i}` for the layer.
-        params: names of our parameters, in the order in which they lie along its outputs.
-        layout: `AS_IS`, `OUT_IN` or `IN_OUT`.
-        interleaved: the two halves of each head lie interleaved.
+        stored: Name of the stored tensor, with `{i}` for the layer.
+        params: Names of the parameters, in the order of the tensor's outputs.
+        layout: Layout of the stored tensor: `AS_IS`, `OUT_IN` or `IN_OUT`.
+        interleaved: Whether the two halves of each head are interleaved.
     """
 
     stored: str
@@ -46,9 +46,9 @@ class Table:
     """All the tensors of one kind of file.
 
     Attributes:
-        rows: each once; those with `{i}` count for every layer.
-        prefix: what files of the bare model, without its head, leave out of each name.
-        ignored: regular expressions of names that hold no parameter.
+        rows: Rows of the table; those with `{i}` apply to every layer.
+        prefix: Prefix that is missing from the names in files of the bare model, without its head.
+        ignored: Regular expressions for the names of tensors that hold no parameters.
     """
 
     rows: tuple[Row, ...]
@@ -91,7 +91,7 @@ _GPT2 = Table(
         Row("lm_head.weight", ("head/kernel",), OUT_IN),
     ),
     prefix="transformer.",
-    ignored=(r"(^|\.)h\.\d+\.attn\.(masked_)?bias$",),  # the causal mask, as a tensor
+    ignored=(r"(^|\.)h\.\d+\.attn\.(masked_)?bias$",),  # the causal mask
 )
 
 _LLAMA_ENDS = (
@@ -101,7 +101,7 @@ _LLAMA_ENDS = (
     *_norm("model.norm", "final_norm"),
     Row("lm_head.weight", ("head/kernel",), OUT_IN),
 )
-_FREQUENCIES = (r"rotary_emb\.inv_freq$",)  # which follow from the config
+_FREQUENCIES = (r"rotary_emb\.inv_freq$",)  # determined by the config
 
 _LLAMA = Table(
     (
@@ -141,7 +141,7 @@ SAFETENSORS: Mapping[str, Table] = {
     "mistral": _LLAMA,
     "phi3": _PHI3,
 }
-"""The names in a Hugging Face folder, by `model_type`."""
+"""Tables for Hugging Face folders, by `model_type`."""
 
 _GGUF_ENDS = (
     Row("token_embd.weight", ("embedding/embedding",)),
@@ -189,4 +189,4 @@ GGUF: Mapping[str, Table] = {
         ignored=_GGUF_FREQUENCIES,
     ),
 }
-"""The names in a GGUF file, by `general.architecture`; kernels are outputs x inputs in all."""
+"""Tables for GGUF files, by `general.architecture`; all kernels are outputs x inputs."""

@@ -1,7 +1,7 @@
-"""Safetensors files written one tensor at a time; the package would want all of them at once.
+"""Writing of safetensors files one tensor at a time; the package needs all of them in memory.
 
 Source: https://github.com/huggingface/safetensors (the format: eight bytes of length, a JSON header
-that says where each tensor is, the tensors).
+with the offsets of the tensors, and the tensors).
 """
 
 import json
@@ -13,29 +13,29 @@ import numpy as np
 
 from swe_prune.errors import InputError
 from swe_prune.interop.safetensors_folder import DTYPES, INDEX, WEIGHTS
-from swe_prune.interop.slices import Stored
+from swe_prune.interop.slices import StoredTensor
 
-_ALIGNED = 8  # the header's length, and so where the data begins, is a multiple of this
+_ALIGNED = 8  # the length of the header is a multiple of this
 
 
 def write_folder(
     folder: Path,
-    tensors: Sequence[Stored],
-    dtype: Callable[[Stored], np.dtype],
-    values: Callable[[Stored], np.ndarray],
+    tensors: Sequence[StoredTensor],
+    dtype: Callable[[StoredTensor], np.dtype],
+    values: Callable[[StoredTensor], np.ndarray],
     shard_bytes: int,
 ) -> None:
-    """Writes model.safetensors, or shards and their index where one file would be too large.
+    """Writes model.safetensors, or shards and their index if one file would be too large.
 
     Args:
-        folder: that is there.
-        tensors: what is to be in it, in this order.
-        dtype: gives that of one of them.
-        values: gives the numbers of one of them; asked for each once.
-        shard_bytes: of the tensors of a file at most, unless one alone has more.
+        folder: Existing folder to write to.
+        tensors: Tensors to write, in this order.
+        dtype: Function from a tensor to its dtype.
+        values: Function from a tensor to its values, called once per tensor.
+        shard_bytes: Maximal size in bytes of a shard; a larger tensor has its own shard.
 
     Raises:
-        InputError: a dtype that checkpoints do not have.
+        InputError: If safetensors does not support a dtype.
     """
     sizes = [math.prod(one.shape) * dtype(one).itemsize for one in tensors]
     shards = list(_shards(tensors, sizes, shard_bytes))
@@ -52,8 +52,8 @@ def write_folder(
 
 
 def _shards(
-    tensors: Sequence[Stored], sizes: Sequence[int], shard_bytes: int
-) -> Iterator[list[Stored]]:
+    tensors: Sequence[StoredTensor], sizes: Sequence[int], shard_bytes: int
+) -> Iterator[list[StoredTensor]]:
     shard, filled = [], 0
     for one, size in zip(tensors, sizes, strict=True):
         if shard and filled + size > shard_bytes:
@@ -66,17 +66,18 @@ def _shards(
 
 def _write(
     path: Path,
-    tensors: Sequence[Stored],
-    dtype: Callable[[Stored], np.dtype],
-    values: Callable[[Stored], np.ndarray],
+    tensors: Sequence[StoredTensor],
+    dtype: Callable[[StoredTensor], np.dtype],
+    values: Callable[[StoredTensor], np.ndarray],
 ) -> None:
+    # The header contains all offsets, so it is computed before any tensor is written.
     names = {ours: theirs for theirs, ours in DTYPES.items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for one in tensors:
         if dtype(one).name not in names:
             raise InputError(
-                f"{one.name!r} is {dtype(one).name}, which is not written; "
+                f"{one.name!r} is {dtype(one).name}, which is not supported; "
                 f"convert the parameters to one of {', '.join(names)}"
             )
         start, end = end, end + math.prod(one.shape) * dtype(one).itemsize
@@ -86,6 +87,7 @@ def _write(
             "data_offsets": [start, end],
         }
     encoded = json.dumps(header, separators=(",", ":")).encode()
+    # Pad the header, then write the tensors one at a time.
     encoded += b" " * (-len(encoded) % _ALIGNED)
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))

@@ -61,9 +61,11 @@ def keep(
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
+        if "grad" in extra:  # what a line search measures the slope by
+            extra["grad"] = masked(extra["grad"])
         updates, state = inner.update(masked(updates), state, params, **extra)
         if params is None:
-            return masked(updates), hold_moments(inner, state, mask)
+            return masked(updates), hold_moments(state, mask)
         # In the wider of the two dtypes, lest −w be rounded and a remainder stay.
         held = tree.map_leaves(
             lambda _, m, u, w: u if m is None else jnp.where(m, u, jnp.negative(w)),
@@ -71,38 +73,28 @@ def keep(
             updates,
             params,
         )
-        return held, hold_moments(inner, state, mask)
+        return held, hold_moments(state, mask)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def hold_moments(optimizer: optax.GradientTransformation, state: PyTree, mask: PyTree) -> PyTree:
+def hold_moments(opt_state: PyTree, mask: PyTree) -> PyTree:
     """Returns an optimizer's state with 0 in its moments wherever the mask is False.
 
-    Moments are the parts of the state that are laid out like the parameters. A factored statistic
-    (Adafactor's) belongs to no single weight and stays.
+    A part of the state belongs to a parameter when its path ends in the parameter's, which is so
+    in all of optax. One of another shape is a factored statistic (Adafactor's), which belongs to no
+    single weight and stays. L-BFGS keeps several moments of each parameter, along a leading axis.
 
     Args:
-        optimizer: what the state is of.
-        state: its state, whole.
-        mask: bool pytree, None where dense.
+        opt_state: State of any optax chain.
+        mask: Bool pytree like the parameters, None where dense.
     """
-    return optax.tree_utils.tree_map_params(
-        # Each part of the state as a whole: inside it, leaves may be missing or divided.
-        optimizer,
-        lambda part: _held(part, mask),
-        state,
-        is_leaf=lambda _: True,
-    )
-
-
-def _held(part: PyTree, mask: PyTree) -> PyTree:
-    masks = dict(jax.tree_util.tree_flatten_with_path(mask)[0])
+    masks = dict(jax.tree_util.tree_flatten_with_path(mask, is_leaf=tree.is_none)[0])
 
     def hold(path: Any, moment: Any) -> Any:
-        kept = masks.get(path)
-        if kept is None or jnp.shape(moment) != kept.shape:
-            return moment  # dense, or a factored statistic
+        kept = tree.by_suffix(path, masks)
+        if kept is None or jnp.shape(moment)[-kept.ndim or jnp.ndim(moment) :] != kept.shape:
+            return moment
         return jnp.where(kept, moment, jnp.zeros_like(moment))
 
-    return jax.tree_util.tree_map_with_path(hold, part)
+    return jax.tree_util.tree_map_with_path(hold, opt_state)

@@ -1,18 +1,18 @@
-"""Linen models that know nothing of pruning.
+"""Linen models, which contain no pruning code.
 
-gpt        the decoder, one for all families: `build`, and how its parameters are divided
-block      attention and MLP
-attention  the attention itself
-places     where tokens stand, and the cache of those before them
-rope       rotary positions
+gpt        one decoder for all model families: `build`, and the partition rules of its parameters
+block      decoder block: attention and MLP
+attention  causal attention
+kv_cache   positions of tokens, and the cache of keys and values
+rope       rotary position embeddings
 
-One legend for the letters that carry shapes in names (`x_BxLxD`), here and in the whole package:
+Letters that denote shapes in names (`x_BxLxD`), here and in the whole package:
 
     B  batch, sequences           V  vocabulary, symbols
     L  length, tokens             N  B * L, tokens of the whole batch as one axis
     D  model width                F  hidden width of the MLP
     H  attention heads            K  width of one head
-    G  heads of keys and values   T  tokens whose keys are there to be seen
+    G  heads of keys and values   T  tokens with keys and values to attend to
     R  inputs of a kernel         C  outputs of a kernel (a Flax Dense kernel is R x C)
-    Q  queries of one part of the attention, S those of all heads of a group, H // G * Q
+    Q  queries of one chunk of the attention, S those of all heads of a group, H // G * Q
 """

@@ -1,4 +1,4 @@
-"""Causal attention: grouped heads, padding, a sliding window, and keys that are kept."""
+"""Causal attention with grouped heads, padding, a sliding window, and a KV cache."""
 
 import functools
 import math
@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-QUERY_PARTS = (
-    4  # of the causal attention; more would save up to half of the work, in smaller pieces
-)
-MIN_QUERIES = 64  # in a part; fewer do not fill a matrix product
+QUERY_PARTS = 4  # maximal number of chunks; more save up to half the work, in smaller products
+MIN_QUERIES = 64  # in a chunk; fewer do not fill a matrix product
 
-HIDDEN = -1e30
-"""Score of a key that is not seen: its weight is exactly 0 beside any that is. Not -inf, since a
-query in the padding sees nothing, and its output must be finite, whatever it is."""
+MASKED_SCORE = -1e30
+"""Score of a masked key: its weight is exactly 0 if any key is unmasked. Not -inf, because a query
+in the padding attends to no key, and its output must still be finite."""
 
 
 def attention(
@@ -26,22 +24,23 @@ def attention(
     valid_BxT: Bool[Array, "B T"] | None = None,
     start: Int[Array, ""] | int = 0,
 ) -> Float[Array, "B L H K"]:
-    """Returns softmax(mask(q kᵀ / √K)) v, each token attending to itself and those before it.
+    """Returns softmax(mask(q kᵀ / √K)) v, where each token attends to itself and earlier tokens.
 
     Query heads share the G heads of keys and values in consecutive groups of H / G (grouped-query
     attention, Ainslie et al., 2305.13245). Scores and softmax are float32; the products are of the
-    inputs' dtype and accumulate in float32. With `start` = 0 the queries are taken in up to
-    QUERY_PARTS consecutive parts, and a part meets only the keys up to its own last token: with
-    four parts 5/8 of the products and exponentials remain. The backward pass makes the L x T
-    arrays anew: O(L) is kept of each head.
+    inputs' dtype and accumulate in float32. If L = T, the queries are split into up to QUERY_PARTS
+    consecutive chunks, and each chunk is multiplied only with the keys up to its own last token:
+    with four chunks 5/8 of the products and exponentials remain. The backward pass recomputes the
+    L x T arrays, so O(L) is stored per head.
 
     Args:
-        q_BxLxHxK: queries of the tokens start, …, start + L - 1.
-        k_BxTxGxK: keys of the tokens 0, …, T - 1.
-        v_BxTxGxK: their values.
-        window: a token sees itself and the window - 1 before it (Jiang et al., 2310.06825).
-        valid_BxT: False for keys of padding, which nothing sees.
-        start: position of the first query among the keys; may be traced.
+        q_BxLxHxK: Queries of the tokens start, …, start + L - 1.
+        k_BxTxGxK: Keys of the tokens 0, …, T - 1.
+        v_BxTxGxK: Values of the tokens 0, …, T - 1.
+        window: Number of tokens that a token attends to, itself included (Jiang et al.,
+            2310.06825). If None, all earlier tokens.
+        valid_BxT: False for keys of padding, which are masked. If None, all keys are valid.
+        start: Position of the first query among the keys; may be traced.
     """
     run = functools.partial(_in_parts, window=window)
     return jax.checkpoint(run)(q_BxLxHxK, k_BxTxGxK, v_BxTxGxK, valid_BxT, start)
@@ -57,7 +56,7 @@ def _in_parts(
     window: int | None,
 ) -> Array:
     length, width = q_BxLxHxK.shape[1], q_BxLxHxK.shape[-1]
-    whole = length == k_BxTxGxK.shape[1]  # then the queries begin where the keys do
+    whole = length == k_BxTxGxK.shape[1]  # queries and keys are of the same tokens
     q_BxHxLxK = (q_BxLxHxK / math.sqrt(width)).swapaxes(1, 2)
     k_BxGxTxK, v_BxGxTxK = k_BxTxGxK.swapaxes(1, 2), v_BxTxGxK.swapaxes(1, 2)
     wanted = max(1, min(QUERY_PARTS, length // MIN_QUERIES)) if whole else 1
@@ -80,13 +79,14 @@ def _attend(
     start: Array | int,
     window: int | None,
 ) -> Array:
-    """Returns the outputs B x H x Q x K of Q queries, of which the first is at position `start`."""
+    """Returns the outputs B x H x Q x K of Q queries, the first of which is at position `start`."""
     batch, heads, queries, width = q_BxHxQxK.shape
     groups, keys = k_BxGxTxK.shape[1:3]
-    # The heads of a group ask the same keys: their queries stand one after another, as S = H/G * Q.
+    # Heads of a group share their keys, so their queries form one axis S = H / G * Q.
     q_BxGxSxK = q_BxHxQxK.reshape(batch, groups, -1, width)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scores_BxGxSxT = dot("bgsk,bgtk->bgst", q_BxGxSxK, k_BxGxTxK)
+    # Mask later tokens, tokens outside the window, and padding.
     at_Q, at_T = start + jnp.arange(queries), jnp.arange(keys)
     seen_QxT = at_T <= at_Q[:, None]
     if window is not None:
@@ -94,11 +94,11 @@ def _attend(
     seen = jnp.tile(seen_QxT, (heads // groups, 1))
     if valid_BxT is not None:
         seen = seen & valid_BxT[:, None, None]
-    scores_BxGxSxT = jnp.where(seen, scores_BxGxSxT, HIDDEN)
-    # The maximum cancels in the quotient, so no gradient need flow through it.
+    scores_BxGxSxT = jnp.where(seen, scores_BxGxSxT, MASKED_SCORE)
+    # The maximum cancels in the quotient, so it needs no gradient.
     top_BxGxSx1 = jax.lax.stop_gradient(scores_BxGxSxT.max(-1, keepdims=True))
     weights_BxGxSxT = jnp.exp(scores_BxGxSxT - top_BxGxSx1)
-    # Divided after the product, where the array is T / K times smaller.
+    # Normalize after the product, where the array is T / K times smaller.
     y_BxGxSxK = dot("bgst,bgtk->bgsk", weights_BxGxSxT.astype(v_BxGxTxK.dtype), v_BxGxTxK)
     y_BxGxSxK = (y_BxGxSxK / weights_BxGxSxT.sum(-1, keepdims=True)).astype(v_BxGxTxK.dtype)
     return y_BxGxSxK.reshape(batch, heads, queries, width)

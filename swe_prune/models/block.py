@@ -1,4 +1,4 @@
-"""The decoder's block: attention and an MLP, each behind a norm and added to what came in."""
+"""Decoder block: attention and an MLP, each with a pre-norm and a residual connection."""
 
 import functools
 import math
@@ -13,10 +13,10 @@ from jaxtyping import Array
 from swe_prune.config import ModelConfig
 from swe_prune.models import rope
 from swe_prune.models.attention import attention
-from swe_prune.models.kv_cache import PLAIN, Places
+from swe_prune.models.kv_cache import PLAIN, Positions
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=True),  # GPT-2's, by tanh
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),  # tanh approximation, as in GPT-2
     "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
@@ -27,7 +27,7 @@ INIT_STDDEV = 0.02
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with the keys and values kept, if any are."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); updates the KV cache of the block if given."""
 
     config: ModelConfig
 
@@ -37,17 +37,17 @@ class Block(nn.Module):
         x_NxD: Array,
         batch: int,
         train: bool,
-        places: Places = PLAIN,
-        kept: tuple[Array, Array] | None = None,
+        positions: Positions = PLAIN,
+        kv: tuple[Array, Array] | None = None,
     ) -> Any:
         cfg = self.config
         drop = nn.Dropout(cfg.dropout, deterministic=not train)
         y_NxD = norm(cfg, "attention_norm")(x_NxD)
-        y_NxD, kept = Attention(cfg, name="attention")(y_NxD, batch, places, kept)
+        y_NxD, kv = Attention(cfg, name="attention")(y_NxD, batch, positions, kv)
         x_NxD = x_NxD + drop(y_NxD)
         y_NxD = norm(cfg, "mlp_norm")(x_NxD)
         x_NxD = x_NxD + drop(MLP(cfg, name="mlp")(y_NxD))
-        return x_NxD if kept is None else (x_NxD, kept)
+        return x_NxD if kv is None else (x_NxD, kv)
 
 
 class Attention(nn.Module):
@@ -60,8 +60,8 @@ class Attention(nn.Module):
         self,
         x_NxD: Array,
         batch: int,
-        places: Places = PLAIN,
-        kept: tuple[Array, Array] | None = None,
+        positions: Positions = PLAIN,
+        kv: tuple[Array, Array] | None = None,
     ) -> tuple[Array, tuple[Array, Array] | None]:
         cfg = self.config
 
@@ -71,26 +71,28 @@ class Attention(nn.Module):
 
         q_BxLxHxK = heads("query", cfg.heads)
         k_BxTxGxK, v_BxTxGxK = heads("key", cfg.key_heads), heads("value", cfg.key_heads)
-        if places.turn is not None:
-            q_BxLxHxK = rope.rotate(q_BxLxHxK, places.turn)
-            k_BxTxGxK = rope.rotate(k_BxTxGxK, places.turn)
-        start = 0 if places.start is None else places.start
-        if kept is not None:
+        # Rotate queries and keys by their positions.
+        if positions.turn is not None:
+            q_BxLxHxK = rope.rotate(q_BxLxHxK, positions.turn)
+            k_BxTxGxK = rope.rotate(k_BxTxGxK, positions.turn)
+        start = 0 if positions.start is None else positions.start
+        # Write the new keys and values to the KV cache, and attend to all of it.
+        if kv is not None:
             at = (0, start, 0, 0)
-            k_BxTxGxK, v_BxTxGxK = kept = (
-                jax.lax.dynamic_update_slice(kept[0], k_BxTxGxK.astype(kept[0].dtype), at),
-                jax.lax.dynamic_update_slice(kept[1], v_BxTxGxK.astype(kept[1].dtype), at),
+            k_BxTxGxK, v_BxTxGxK = kv = (
+                jax.lax.dynamic_update_slice(kv[0], k_BxTxGxK.astype(kv[0].dtype), at),
+                jax.lax.dynamic_update_slice(kv[1], v_BxTxGxK.astype(kv[1].dtype), at),
             )
         y_BxLxHxK = attention(
             q_BxLxHxK,
             k_BxTxGxK,
             v_BxTxGxK,
             window=cfg.window,
-            valid_BxT=places.valid_BxT,
+            valid_BxT=positions.valid_BxT,
             start=start,
         )
         y_NxC = y_BxLxHxK.reshape(len(x_NxD), -1)
-        return dense(cfg, cfg.width, "out", cfg.out_bias, residual=True)(y_NxC), kept
+        return dense(cfg, cfg.width, "out", cfg.out_bias, residual=True)(y_NxC), kv
 
 
 class MLP(nn.Module):
@@ -102,7 +104,7 @@ class MLP(nn.Module):
     def __call__(self, x_NxD: Array) -> Array:  # noqa: D102 (the class's)
         cfg = self.config
         h_NxF = dense(cfg, cfg.hidden_size, "up", cfg.mlp_bias)(x_NxD)
-        # Only its input is kept for the backward pass; what lies between is cheaper made anew.
+        # Store only the input for the backward pass; recomputing the rest is cheaper.
         activation = jax.checkpoint(ACTIVATIONS[cfg.activation])
         if cfg.gated:
             h_NxF = activation(dense(cfg, cfg.hidden_size, "gate", cfg.mlp_bias)(x_NxD)) * h_NxF
@@ -114,16 +116,16 @@ class MLP(nn.Module):
 def dense(
     cfg: ModelConfig, features: int, name: str, use_bias: bool | None, residual: bool = False
 ) -> nn.Dense:
-    """Returns a Dense layer of the decoder; `use_bias` None: as the config has it.
+    """Returns a Dense layer of the decoder.
 
     Args:
-        cfg: of the model.
-        features: outputs.
-        name: of its parameters.
-        use_bias: of its own.
-        residual: what it gives is added to the residual stream.
+        cfg: Config of the model.
+        features: Number of outputs.
+        name: Name of the layer.
+        use_bias: Whether the layer has a bias. If None, `cfg.use_bias`.
+        residual: Whether the output is added to the residual stream.
     """
-    # GPT-2 scales what is added to the residual stream by 1 / sqrt(additions), two in every layer.
+    # GPT-2 scales additions to the residual stream by 1 / sqrt(additions), two in every layer.
     stddev = INIT_STDDEV / math.sqrt(2 * cfg.layers) if residual else INIT_STDDEV
     return nn.Dense(
         features,
@@ -135,7 +137,7 @@ def dense(
 
 
 def norm(cfg: ModelConfig, name: str) -> nn.Module:
-    """Returns the norm that the config names."""
+    """Returns the normalization layer of the config."""
     if cfg.norm == "rms":
         return nn.RMSNorm(epsilon=cfg.norm_epsilon, dtype=cfg.dtype, name=name)
     return nn.LayerNorm(epsilon=cfg.norm_epsilon, use_bias=cfg.use_bias, dtype=cfg.dtype, name=name)

@@ -1,12 +1,12 @@
-"""A decoder-only Transformer: pre-norm, causal. One decoder for several families, by its config.
+"""Decoder-only Transformer with pre-norm and causal attention, for several model families.
 
-GPT-2 as nanoGPT writes it is the default: layer norm, learned positions, one MLP. Llama, Mistral
-and Phi-3 have RMS norm, rotary positions, a gated MLP, and heads of keys and values that groups of
-queries share; `interop` reads their checkpoints.
+The default is GPT-2 as in nanoGPT: layer norm, learned positions, and a plain MLP. Llama, Mistral
+and Phi-3 have RMS norm, rotary positions, a gated MLP, and grouped-query attention; `interop` reads
+their pretrained weights.
 
-The activations travel as N x D, tokens of the whole batch by width: a matrix product over two axes
-is the one shape that every backend runs at full speed. Heads exist inside `attention` only.
-Dropout acts on the embedding and on what each block adds, not on the attention's weights.
+Activations have the shape N x D, all tokens of the batch by width, because matrix products over two
+axes run at full speed on every backend. Only `attention` has a head axis. Dropout is applied to the
+embedding and to the output of each sub-layer, not to the attention weights.
 
 Sources: Vaswani et al. 2017 (attention), Radford et al. 2019 (GPT-2: pre-norm, the initialization),
 https://github.com/karpathy/nanoGPT (one flag for all biases, the 10.7 M character-level model),
@@ -26,14 +26,14 @@ from swe_prune.errors import InputError
 from swe_prune.models import rope
 from swe_prune.models.attention import attention
 from swe_prune.models.block import ACTIVATIONS, INIT_STDDEV, Block, dense, norm
-from swe_prune.models.kv_cache import Cache, Places, empty_cache, placed
+from swe_prune.models.kv_cache import Cache, Positions, empty_cache, positions_and_masks
 
 __all__ = ["ACTIVATIONS",
     "BLOCKS", "GPT", "Block", "Cache", "attention", "build", "empty_cache",
            "partition_rules"]  # fmt: skip
 
 BLOCKS = r"block_[0-9]+"
-"""Matches the paths of the blocks, which `blockwise` takes one after another."""
+"""Regular expression for the paths of the blocks, which `blockwise` prunes one by one."""
 
 Rule = tuple[str, tuple[str | None, ...]]
 
@@ -42,29 +42,29 @@ PARTITION_RULES: tuple[Rule, ...] = (
     (r"(out|down)/kernel$", ("tensor", "fsdp")),
     (r"embedding/embedding$", ("tensor", "fsdp")),
 )
-"""How each parameter is divided over a mesh: the hidden axes by "tensor", the others by "fsdp"."""
+"""Partition of the parameters over a mesh: hidden axes over "tensor", the others over "fsdp"."""
 
 POSITION_RULE: Rule = (r"position_embedding$", (None, "fsdp"))
 HEAD_RULE: Rule = (r"head/kernel$", ("fsdp", "tensor"))
-"""Of learned positions and of the output head, where there is a parameter for them."""
+"""Rules for learned positions and an untied output head, if the model has them."""
 
 
-def _as_it_is(x_NxD: Array) -> Array:
+def _identity(x_NxD: Array) -> Array:
     return x_NxD
 
 
 def build(
-    config: ModelConfig, vocab_size: int, constrain: Callable[[Array], Array] = _as_it_is
+    config: ModelConfig, vocab_size: int, constrain: Callable[[Array], Array] = _identity
 ) -> "GPT":
-    """Returns the model that `config` describes, for `vocab_size` symbols.
+    """Builds the model for a config.
 
     Args:
-        config: sizes and choices.
-        vocab_size: symbols, V.
-        constrain: applied to the activations between blocks; see `GPT`.
+        config: Sizes and choices of the model.
+        vocab_size: Size V of the vocabulary.
+        constrain: Function applied to the activations between blocks; see `GPT`.
 
     Raises:
-        InputError: A setting is not one of its choices, or widths and heads do not divide.
+        InputError: If a setting is unknown, or the heads do not divide the width.
 
     >>> model = build(ModelConfig(layers=1, heads=2, width=8, context=4), vocab_size=5)
     >>> params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
@@ -91,35 +91,35 @@ def build(
 
 
 def partition_rules(config: ModelConfig) -> tuple[Rule, ...]:
-    """Returns the partition rules of a model's parameters; see `parallel.partition`."""
+    """Returns the partition rules of the model's parameters, for `parallel.partition`."""
     learned = (POSITION_RULE,) if config.positions == "learned" else ()
     return (*learned, *PARTITION_RULES, *(() if config.tied_head else (HEAD_RULE,)))
 
 
 class GPT(nn.Module):
-    """Logits for the next symbol after each token, computed in config.dtype.
+    """Decoder that returns logits for the next symbol after each token, computed in config.dtype.
 
-    Parameters are born float32; those of a checkpoint keep their dtype.
+    Parameters are initialized as float32; pretrained parameters retain their dtype.
 
-    Two switches of the config change how this is computed, and neither the result nor the names and
-    shapes of the parameters. With `remat` the backward pass is given only what enters each block
-    and runs the block again; on a CPU that saves memory with `scan_layers` alone, since XLA may run
-    the unscanned blocks again all at once. With `scan_layers` one compiled block runs in a loop
-    over the stacked parameters of all, so compiling takes no longer for many layers than for one.
-    Then dropout draws other numbers, of the same distribution, and no block can be seen by
-    `nn.intercept_methods` or `capture_intermediates`.
+    Two switches of the config change how the model is computed, but not its result or the names
+    and shapes of its parameters. With `remat` the backward pass stores only the input of each block
+    and recomputes the block. On a CPU this saves memory only together with `scan_layers`, because
+    XLA may recompute all unscanned blocks at once. With `scan_layers` one compiled block runs in a
+    loop over the stacked parameters of all blocks, so the compilation time does not grow with the
+    number of layers. Dropout then draws different numbers from the same distribution, and
+    `nn.intercept_methods` and `capture_intermediates` cannot see the blocks.
 
     Attributes:
-        config: sizes and choices; `build` checks them.
-        vocab_size: symbols, V.
-        constrain: applied to what enters each block and leaves the last, N x D, such as
-            `parallel.constrain_rows`. Without it the partitioner may divide activations as the
-            embedding is divided, over D, and each norm then has to ask all devices.
+        config: Sizes and choices of the model, checked by `build`.
+        vocab_size: Size V of the vocabulary.
+        constrain: Function applied to the input of each block and the output of the last, N x D,
+            such as `parallel.constrain_rows`. Without it the partitioner may shard activations like
+            the embedding, over D, so that each norm needs communication.
     """
 
     config: ModelConfig
     vocab_size: int
-    constrain: Callable[[Array], Array] = _as_it_is
+    constrain: Callable[[Array], Array] = _identity
 
     def __call__(
         self,
@@ -131,13 +131,13 @@ class GPT(nn.Module):
         """Returns logits_BxLxV, float32.
 
         Args:
-            tokens_BxL: int32 in [0, vocab_size), at most config.context of them in a row.
-            train: apply dropout, which then needs the rng "dropout".
-            valid_BxL: False for padding, which nothing sees and no position counts; its own logits
-                mean nothing.
+            tokens_BxL: Int32 tokens in [0, vocab_size), at most config.context per row.
+            train: Whether to apply dropout, which needs the rng "dropout".
+            valid_BxL: False for padding, which is masked and does not count as a position; the
+                logits of padding are meaningless. If None, there is no padding.
 
         Raises:
-            InputError: L exceeds config.context (at trace time).
+            InputError: If L exceeds config.context (at trace time).
         """
         logits_BxLxV, _ = self._run(tokens_BxL, train, valid_BxL, None)
         return logits_BxLxV
@@ -148,25 +148,25 @@ class GPT(nn.Module):
         cache: Cache,
         valid_BxL: Bool[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L V"], Cache]:
-        """Returns the logits of the tokens that follow those of a cache, and the longer cache.
+        """Returns the logits of tokens that follow those in a KV cache, and the updated cache.
 
-        The first call takes the prompt, padded on the left where prompts differ in length; each
-        later one the next token. Applied with `method="decode"`.
+        The first call takes the prompts, padded on the left if they differ in length, and each
+        later call the next token. Use it with `model.apply(..., method="decode")`.
 
         Args:
-            tokens_BxL: int32; with those before them no more than the cache has room for, which a
-                traced length cannot tell: the last ones would be written over.
-            cache: of `empty_cache`, or of the call before.
-            valid_BxL: as in `__call__`.
+            tokens_BxL: Int32 tokens. Together with the cached tokens they must fit into the cache;
+                this is not checked, and otherwise the last tokens are overwritten.
+            cache: KV cache from `empty_cache` or the previous call.
+            valid_BxL: False for padding, which is masked. If None, there is no padding.
 
         Raises:
-            InputError: L alone exceeds the cache (at trace time).
+            InputError: If L alone exceeds the capacity of the cache (at trace time).
         """
         room = cache.valid_BxT.shape[1]
         if tokens_BxL.shape[1] > room:
             raise InputError(
-                f"{tokens_BxL.shape[1]} tokens exceed the cache's room for {room}; "
-                "make it larger in empty_cache"
+                f"{tokens_BxL.shape[1]} tokens exceed the cache's capacity of {room}; "
+                "increase it in empty_cache"
             )
         logits_BxLxV, cache = self._run(tokens_BxL, False, valid_BxL, cache)
         return logits_BxLxV, cache
@@ -175,6 +175,7 @@ class GPT(nn.Module):
     def _run(
         self, tokens_BxL: Array, train: bool, valid_BxL: Array | None, cache: Cache | None
     ) -> tuple[Array, Any]:
+        # 1. Embed the tokens, and add their positions if these are learned.
         cfg = self.config
         batch, length = tokens_BxL.shape
         if length > cfg.context:
@@ -187,35 +188,37 @@ class GPT(nn.Module):
             self.vocab_size, cfg.width, embedding_init=init, dtype=cfg.dtype, name="embedding"
         )
         x_BxLxD = embed(tokens_BxL)
-        positions_BxL, places = placed(cfg, batch, length, valid_BxL, cache)
+        positions_BxL, positions = positions_and_masks(cfg, batch, length, valid_BxL, cache)
         if cfg.positions == "learned":
             table = self.param("position_embedding", init, (cfg.context, cfg.width))
             learned = table[:length] if positions_BxL is None else table[positions_BxL]
             x_BxLxD = x_BxLxD + learned.astype(cfg.dtype)
         x_NxD = x_BxLxD.reshape(batch * length, cfg.width)
         x_NxD = self.constrain(nn.Dropout(cfg.dropout)(x_NxD, deterministic=not train))
+        # 2. Run the blocks: with a KV cache, scanned, or one after another.
         if cache is not None:
             keys, values = [], []
             for layer in range(cfg.layers):
-                kept = (cache.keys[layer], cache.values[layer])
+                kv = (cache.keys[layer], cache.values[layer])
                 block = Block(cfg, name=f"block_{layer}")
-                x_NxD, (k, v) = block(x_NxD, batch, train, places, kept)
+                x_NxD, (k, v) = block(x_NxD, batch, train, positions, kv)
                 keys.append(k)
                 values.append(v)
-            assert places.valid_BxT is not None
-            cache = Cache(tuple(keys), tuple(values), places.valid_BxT, cache.length + length)
+            assert positions.valid_BxT is not None
+            cache = Cache(tuple(keys), tuple(values), positions.valid_BxT, cache.length + length)
         elif cfg.scan_layers and not self.is_initializing():
             key = self.make_rng("dropout") if train and cfg.dropout else None
             params = self.variables["params"]
-            x_NxD = _scanned(cfg, params, x_NxD, batch, train, places, key, self.constrain)
+            x_NxD = _scanned(cfg, params, x_NxD, batch, train, positions, key, self.constrain)
         else:
             block = nn.remat(Block, static_argnums=(2, 3)) if cfg.remat else Block
             for layer in range(cfg.layers):
                 run = block(cfg, name=f"block_{layer}")
-                x_NxD = self.constrain(run(x_NxD, batch, train, places))
+                x_NxD = self.constrain(run(x_NxD, batch, train, positions))
+        # 3. Compute the logits with the embedding table or a separate head.
         x_NxD = norm(cfg, "final_norm")(x_NxD)
         if cfg.tied_head:
-            # Not embed.attend, whose logits would be rounded to config.dtype.
+            # Not embed.attend, which rounds the logits to config.dtype.
             table_VxD = embed.embedding.astype(cfg.dtype)
             logits_NxV = jnp.einsum(
                 "nd,vd->nv", x_NxD, table_VxD, preferred_element_type=jnp.float32
@@ -231,26 +234,26 @@ def _scanned(
     x_NxD: Array,
     batch: int,
     train: bool,
-    places: Places,
+    positions: Positions,
     key: Array | None,
     constrain: Callable[[Array], Array],
 ) -> Array:
-    """Returns what the blocks make of x_NxD, all of them run by one compiled body.
+    """Returns the output of all the blocks, computed by one compiled body in a scan.
 
     Args:
-        cfg: of the model.
-        params: of the model; those of block i under "block_i", as the unscanned model has them.
-        x_NxD: what enters the first block.
-        batch: sequences among the N tokens.
-        train: apply dropout.
-        places: of the tokens.
-        key: for dropout, a key for each layer is split off it; None where there is none.
-        constrain: applied to what leaves each block.
+        cfg: Config of the model.
+        params: Parameters of the model, with block i under "block_i" as in the unscanned model.
+        x_NxD: Input of the first block.
+        batch: Number of sequences among the N tokens.
+        train: Whether to apply dropout.
+        positions: Positions and masks of the tokens.
+        key: Random key for dropout, split into one key per layer; None without dropout.
+        constrain: Function applied to the output of each block.
     """
 
     def stack(path: Any, *leaves: Array) -> Array:
-        # Dense would make the same cast; made before, the stack takes half of the memory. A norm
-        # multiplies by its scale in float32, so that stays as it is.
+        # Dense makes the same cast; casting before stacking takes half the memory. A norm
+        # multiplies by its scale in float32, so its scale is not cast.
         if jax.tree_util.keystr(path).endswith("['kernel']"):
             return jnp.stack([leaf.astype(cfg.dtype) for leaf in leaves])
         return jnp.stack(leaves)
@@ -261,11 +264,11 @@ def _scanned(
     def run(x_NxD: Array, layer: tuple[Any, Array | None]) -> tuple[Array, None]:
         weights, key = layer
         rngs = {} if key is None else {"dropout": key}
-        y_NxD: Any = block.apply({"params": weights}, x_NxD, batch, train, places, rngs=rngs)
+        y_NxD: Any = block.apply({"params": weights}, x_NxD, batch, train, positions, rngs=rngs)
         return constrain(y_NxD), None
 
     if cfg.remat:
-        # The loop alone keeps the compiler from sharing values between the two passes.
+        # The loop already keeps the compiler from sharing values between the two passes.
         run = jax.checkpoint(run, prevent_cse=False)
     keys = None if key is None else jax.random.split(key, cfg.layers)
     x_NxD, _ = jax.lax.scan(run, x_NxD, (jax.tree.map_with_path(stack, *blocks), keys))

@@ -1,4 +1,4 @@
-"""Where tokens stand, and the keys and values of those before them that are kept."""
+"""Positions of tokens, and the cache of keys and values of earlier tokens."""
 
 import dataclasses
 
@@ -14,13 +14,13 @@ from swe_prune.models import rope
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """The keys and values of the tokens so far, to go on from without computing them again.
+    """KV cache: the keys and values of the tokens so far.
 
     Attributes:
-        keys: of each block, B x T x G x K with room for T tokens.
-        values: the same.
+        keys: Keys of each block, B x T x G x K, with room for T tokens.
+        values: Values of each block, B x T x G x K.
         valid_BxT: False for padding and for room that is not used yet.
-        length: tokens so far, padding included, int32.
+        length: Number of tokens so far, padding included, int32.
     """
 
     keys: tuple[Array, ...]
@@ -33,13 +33,13 @@ def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: str | Non
     """Returns a cache with room for `capacity` tokens of each of `batch` sequences.
 
     Args:
-        config: of the model.
-        batch: B.
-        capacity: T, the prompt's tokens and the new ones.
-        dtype: of keys and values; None: the computation's.
+        config: Config of the model.
+        batch: Number of sequences B.
+        capacity: Number of tokens T, prompt and new tokens together.
+        dtype: Dtype of keys and values. If None, the computation dtype of the config.
 
     Raises:
-        InputError: more room than the model's context.
+        InputError: If the capacity exceeds the model's context.
     """
     if capacity > config.context:
         raise InputError(
@@ -56,13 +56,13 @@ def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: str | Non
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Places:
-    """Where the tokens stand, which every block's attention asks.
+class Positions:
+    """Positions and masks of the tokens, shared by the attention of all blocks.
 
     Attributes:
-        turn: cosine and sine of `rope.rotation`, or None.
-        valid_BxT: of the keys, or None: all are valid.
-        start: position of the first token among the keys.
+        turn: Cosine and sine of `rope.rotation`, or None without rotary positions.
+        valid_BxT: False for keys of padding, or None if all keys are valid.
+        start: Position of the first token among the keys, or None for 0.
     """
 
     turn: tuple[Array, Array] | None = None
@@ -70,37 +70,39 @@ class Places:
     start: Array | None = None
 
 
-PLAIN = Places()
+PLAIN = Positions()
 """Learned positions, no padding, no cache."""
 
 
-def placed(
+def positions_and_masks(
     cfg: ModelConfig, batch: int, length: int, valid_BxL: Array | None, cache: Cache | None
-) -> tuple[Array | None, Places]:
-    """Returns the position of each token, None for 0, 1, …, and what the attention asks of it.
+) -> tuple[Array | None, Positions]:
+    """Returns the position of each token, None for 0, 1, …, and the `Positions` for attention.
 
     Args:
-        cfg: of the model.
-        batch: B.
-        length: L.
-        valid_BxL: False for padding; None: there is none.
-        cache: of the tokens before these; None: there are none.
+        cfg: Config of the model.
+        batch: Number of sequences B.
+        length: Number of tokens L.
+        valid_BxL: False for padding, or None if there is none.
+        cache: KV cache of the earlier tokens, or None if there are none.
     """
+    # Without padding and cache, the positions are 0, 1, … in every row.
     if valid_BxL is None and cache is None:
         if cfg.positions == "learned":
-            return None, Places()
+            return None, Positions()
         plain_1xL = jnp.arange(length, dtype=jnp.int32)[None]
-        return plain_1xL, Places(rope.rotation(cfg, cfg.head_size, plain_1xL))
+        return plain_1xL, Positions(rope.rotation(cfg, cfg.head_size, plain_1xL))
+    # Positions count valid tokens only, and continue after those in the cache.
     valid_BxL = jnp.ones((batch, length), bool) if valid_BxL is None else valid_BxL
     before_B, valid_BxT, start = jnp.zeros(batch, jnp.int32), valid_BxL, None
     if cache is not None:
         start = cache.length
         before_B = cache.valid_BxT.sum(-1, dtype=jnp.int32)
         valid_BxT = jax.lax.dynamic_update_slice(cache.valid_BxT, valid_BxL, (0, start))
-    # Padding stands at 0, wherever it is: it is not seen.
+    # Padding before the first token would be at -1; it is masked, so any position will do.
     positions_BxL = before_B[:, None] + jnp.cumsum(valid_BxL, axis=1, dtype=jnp.int32) - 1
     positions_BxL = jnp.maximum(positions_BxL, 0)
     turn = None
     if cfg.positions == "rope":
         turn = rope.rotation(cfg, cfg.head_size, positions_BxL)
-    return positions_BxL, Places(turn, valid_BxT, start)
+    return positions_BxL, Positions(turn, valid_BxT, start)

@@ -1,18 +1,18 @@
-"""Rotary positions, and the ways in which they are scaled to texts longer than the trained ones.
+"""Rotary position embeddings, and their scalings for texts longer than those trained on.
 
-Pair i of a head's R rotated numbers turns by position * f_i, f_i = theta^(-2i/R); the pairs are
-(x_i, x_{i + R/2}), as in GPT-NeoX and Hugging Face's checkpoints. A scaling changes f_i:
+Pair i of a head's R rotated numbers is rotated by position * f_i, f_i = theta^(-2i/R). The pairs
+are (x_i, x_{i + R/2}), as in GPT-NeoX and Hugging Face's models. A scaling changes f_i:
 
-    none      as trained
+    none      f_i
     linear    f_i / factor                                   (Chen et al., 2306.15595)
     dynamic   a larger theta once the text exceeds the original context, by its length
               ("NTK-aware")
     yarn      between f_i / factor and f_i by a ramp over i  (Peng et al., 2309.00071)
-    llama3    the same by wavelength, smoothly               (Llama 3.1's release)
+    llama3    between f_i / factor and f_i, smoothly by wavelength  (Llama 3.1's release)
     longrope  f_i / short_i, or / long_i once the text exceeds the original context
               (Ding et al., 2402.13753; Phi-3's checkpoints)
 
-Source of what each checkpoint's settings mean: https://github.com/huggingface/transformers,
+Source for the meaning of the settings: https://github.com/huggingface/transformers,
 modeling_rope_utils.py.
 """
 
@@ -27,42 +27,42 @@ from swe_prune.errors import InputError
 
 
 def check(config: ModelConfig, head_width: int) -> None:
-    """Raises InputError for settings of `config.rope` that have no meaning."""
+    """Raises InputError if the settings of `config.rope` are invalid."""
     rope = config.rope
     rotated = rotated_width(rope, head_width)
     if rotated < 2 or rotated % 2 or rotated > head_width:
         raise InputError(
             f"config.model.rope.share = {rope.share} rotates {rotated} of a head's {head_width} "
-            "numbers, which come in pairs; choose an even part of them"
+            "numbers; the number of rotated ones must be even"
         )
     for name in ("short_factors", "long_factors"):
         given = len(getattr(rope, name))
         if rope.scaling == "longrope" and given != rotated // 2:
             raise InputError(
-                f"config.model.rope.{name} has {given} numbers and {rotated // 2} pairs are "
-                "rotated; give one for each"
+                f"config.model.rope.{name} must have {rotated // 2} numbers, one per rotated pair, "
+                f"got {given}"
             )
     if rope.scaling in ("linear", "dynamic", "llama3") and rope.factor is None:
         raise InputError(
-            f"config.model.rope.factor is missing, which scaling {rope.scaling!r} needs; give it"
+            f"config.model.rope.factor is missing, which scaling {rope.scaling!r} needs; set it"
         )
 
 
 def rotated_width(rope: RopeConfig, head_width: int) -> int:
-    """Returns R, how many of a head's numbers are rotated."""
+    """Returns R, the number of rotated numbers of a head."""
     return int(head_width * rope.share)
 
 
 def rotation(
     config: ModelConfig, head_width: int, positions_BxL: Int[Array, "B L"]
 ) -> tuple[Float[Array, "B L 1 R/2"], Float[Array, "B L 1 R/2"]]:
-    """Returns the cosine and sine by which each pair turns at each position, float32.
+    """Returns the cosine and sine of the rotation of each pair at each position, float32.
 
     Args:
-        config: of the model, whose `rope` says how.
-        head_width: K.
-        positions_BxL: int32. Their largest decides for "dynamic" and "longrope", which scale by the
-            length of the text; over a batch, as in Hugging Face's implementation.
+        config: Config of the model with the settings in `rope`.
+        head_width: Width K of a head.
+        positions_BxL: Int32 positions. "dynamic" and "longrope" scale by the largest position in
+            the batch, as in Hugging Face's implementation.
     """
     frequencies_R, factor = frequencies(config, head_width, positions_BxL.max() + 1)
     angles_BxLx1xR = positions_BxL.astype(jnp.float32)[..., None, None] * frequencies_R
@@ -73,7 +73,7 @@ def rotate(
     x_BxLxHxK: Float[Array, "B L H K"],
     turn: tuple[Float[Array, "B L 1 R/2"], Float[Array, "B L 1 R/2"]],
 ) -> Float[Array, "B L H K"]:
-    """Returns x with the first R numbers of each head turned in pairs (i, i + R/2); dtype kept."""
+    """Rotates the first R numbers of each head in pairs (i, i + R/2); preserves the dtype."""
     cos, sin = turn
     half = cos.shape[-1]
     x = x_BxLxHxK.astype(jnp.float32)
@@ -85,12 +85,12 @@ def rotate(
 def frequencies(
     config: ModelConfig, head_width: int, length: Int[Array, ""] | int
 ) -> tuple[Float[Array, " R/2"], float]:
-    """Returns the frequencies of a text of so many tokens, and by what cosine and sine are scaled.
+    """Returns the frequencies for a text, and the scale of cosine and sine.
 
     Args:
-        config: of the model.
-        head_width: K.
-        length: tokens of the longest text, which may be traced.
+        config: Config of the model.
+        head_width: Width K of a head.
+        length: Number of tokens of the longest text, which may be traced.
 
     >>> values, factor = frequencies(ModelConfig(positions="rope"), 4, 10)
     >>> [round(float(f), 4) for f in values], factor
@@ -102,6 +102,7 @@ def frequencies(
     plain_R = rope.theta**-exponents_R
     original = rope.original_context or context
     factor = rope.factor if rope.factor is not None else context / original
+    # Scale the frequencies; see the module docstring for the formulas.
     if rope.scaling == "linear":
         return jnp.asarray(plain_R / factor, jnp.float32), 1.0
     if rope.scaling == "dynamic":
@@ -113,7 +114,7 @@ def frequencies(
         mixed_R = plain_R / factor * ramp_R + plain_R * (1 - ramp_R)
         return jnp.asarray(mixed_R, jnp.float32), _yarn_attention(rope, factor)
     if rope.scaling == "llama3":
-        # How far between the two: 1 where a wavelength fits high_frequency times into the context.
+        # Interpolation weight: 1 where high_frequency wavelengths fit into the original context.
         fits_R = original * plain_R / (2 * math.pi)
         smooth_R = (fits_R - rope.low_frequency) / (rope.high_frequency - rope.low_frequency)
         smooth_R = np.clip(smooth_R, 0, 1)
@@ -128,9 +129,9 @@ def frequencies(
 
 
 def _yarn_ramp(rope: RopeConfig, rotated: int, original: int) -> np.ndarray:
-    """Returns for each pair how much of its frequency is divided: 0 for fast ones, 1 for slow."""
+    """Returns the fraction of each pair's frequency to divide: 0 for fast pairs, 1 for slow."""
 
-    def pair(turns: float) -> float:  # which turns so often over the original context
+    def pair(turns: float) -> float:  # the pair that makes so many turns over the original context
         of_base = 2 * math.log(rope.theta)
         return rotated * math.log(original / (turns * 2 * math.pi)) / of_base
 

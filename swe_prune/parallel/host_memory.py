@@ -1,9 +1,9 @@
-"""Trajectory statistics in the host's memory, which visit the devices only for a snapshot.
+"""Offload of the trajectory statistics to host memory between snapshots.
 
-A train step that tracks carries the statistics through the device's memory at every step, though it
-changes them once in a cadence. Here the compiled step has none; after each step whose turn it is
-the statistics come to the devices tensor by tensor, are updated there beside their weights, and go
-back. At any moment the devices hold the statistics of one tensor at most.
+A train step that tracks keeps the statistics in device memory at every step, although it updates
+them only every `track_every` steps. Here the compiled step has no statistics. At every snapshot the
+statistics are copied to the devices tensor by tensor, updated there next to their weights, and
+copied back, so the devices hold the statistics of at most one tensor at a time.
 """
 
 import dataclasses
@@ -22,24 +22,24 @@ HOST = "pinned_host"
 
 
 def host_memory_missing(mesh: Mesh) -> str | None:
-    """Returns a sentence where the devices cannot address their host's memory, else None."""
+    """Returns a message if the devices cannot address host memory, else None."""
     device = mesh.devices.flat[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
     if HOST in kinds:
         return None
     return (
-        f"config.parallel.statistics = 'host' needs memory of the kind {HOST!r}, which "
-        f"{device.platform} has not (it has {', '.join(kinds)}); the statistics stay on the device"
+        f"config.parallel.statistics = 'host' needs memory of kind {HOST!r}, but {device.platform} "
+        f"only has {', '.join(kinds)}; the statistics stay on the device"
     )
 
 
 def to_host(stats: TrajectoryStats) -> TrajectoryStats:
-    """Returns the statistics with their buffers in the host's memory, sharded as before."""
+    """Moves the buffers of the statistics to host memory; their sharding stays the same."""
     return _with_memory(stats, HOST)
 
 
 def to_device(stats: TrajectoryStats) -> TrajectoryStats:
-    """Returns the statistics with their buffers in the devices' memory, sharded as before."""
+    """Moves the buffers of the statistics to device memory; their sharding stays the same."""
     return _with_memory(stats, "device")
 
 
@@ -56,13 +56,13 @@ def _with_memory(stats: TrajectoryStats, kind: str) -> TrajectoryStats:
 def tracking_on_host(
     step: Callable[[TrainState, Any], tuple[TrainState, Any]], track_every: int
 ) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
-    """Returns a train step whose statistics live in the host's memory.
+    """Wraps a train step to keep the statistics in host memory.
 
-    Only the first call waits for the device, to learn at which step a resumed phase goes on.
+    Only the first call waits for the device, to read the step at which a resumed phase starts.
 
     Args:
-        step: the compiled train step; the states it is given have no statistics.
-        track_every: take a snapshot after every so many steps.
+        step: Compiled train step, called with states that have no statistics.
+        track_every: Number of steps between snapshots.
     """
     number: int | None = None
 
@@ -81,11 +81,11 @@ def tracking_on_host(
 
 
 def snapshot(stats: TrajectoryStats, params: PyTree) -> TrajectoryStats:
-    """Returns host-resident statistics with one more snapshot, tensor by tensor.
+    """Updates offloaded statistics with one snapshot, tensor by tensor.
 
     Args:
-        stats: from `to_host`; their buffers are given up.
-        params: on the devices.
+        stats: Statistics in host memory, from `to_host`.
+        params: Parameters on the devices.
     """
     weights = dict(tree.named_leaves(params))
     leaves = {
@@ -95,6 +95,7 @@ def snapshot(stats: TrajectoryStats, params: PyTree) -> TrajectoryStats:
     scalars = dataclasses.replace(stats, buffers={})
     updated: dict[str, dict[str, Any]] = {name: {} for name in leaves}
     for path in next(iter(leaves.values())):
+        # Copy one tensor's buffers to the devices, update them, and copy them back.
         of_one = {name: {path: leaves[name][path]} for name in leaves}
         shardings = jax.tree.map(lambda leaf: leaf.sharding, of_one)
         one = to_device(dataclasses.replace(stats, buffers=of_one))
@@ -109,5 +110,5 @@ def snapshot(stats: TrajectoryStats, params: PyTree) -> TrajectoryStats:
     return dataclasses.replace(scalars, buffers=buffers)
 
 
-# The scalars stay: every tensor's update starts from the same.
+# Without donation, because every tensor's update starts from the same scalars.
 _update = jax.jit(trajectory.update)

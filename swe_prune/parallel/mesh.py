@@ -1,4 +1,4 @@
-"""The devices as a grid with named axes."""
+"""Mesh of all devices with named axes."""
 
 import math
 
@@ -12,15 +12,15 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def mesh(settings: ParallelConfig) -> Mesh:
-    """Returns all devices as a mesh with the axes `AXES`, of which any may have length 1.
+    """Returns a mesh of all devices with the axes `AXES`, any of which may have length 1.
 
-    The axes are of the kind Auto, whose shardings the compiler propagates: Linen fails with others.
+    The axis type is Auto, with which the compiler propagates shardings; Linen fails with others.
 
     Args:
-        settings: the lengths; `data` None takes the devices that the other two leave.
+        settings: Lengths of the axes; `data` = None uses the devices that the other axes leave.
 
     Raises:
-        InputError: the lengths do not multiply to the number of devices.
+        InputError: If the product of the lengths is not the number of devices.
     """
     devices = jax.device_count()
     data = settings.data
@@ -30,8 +30,8 @@ def mesh(settings: ParallelConfig) -> Mesh:
     if math.prod(shape) != devices:
         named = " x ".join(f"{axis} {n}" for axis, n in zip(AXES, shape, strict=True))
         raise InputError(
-            f"config.parallel gives a mesh of {named} = {math.prod(shape)} devices and there are "
-            f"{devices}; make the lengths multiply to {devices}, or leave config.parallel.data "
-            "None and let fsdp x tensor divide it"
+            f"config.parallel must give a mesh of {devices} devices, got {named} = "
+            f"{math.prod(shape)}; make the lengths multiply to {devices}, or leave "
+            "config.parallel.data None and let fsdp x tensor divide it"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -1,10 +1,9 @@
-"""The layout of a whole training state: whatever belongs to a parameter lies where it lies."""
+"""Shardings of a training state, in which everything follows its parameter."""
 
 import dataclasses
 from typing import Any
 
 import jax
-import optax
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -13,13 +12,13 @@ from swe_prune import tree
 from swe_prune.training.state import TrainState
 
 
-def laid_out(params: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
-    """Returns abstract parameters that carry their shardings.
+def with_shardings(params: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
+    """Returns abstract parameters with shardings.
 
     Args:
-        params: shapes and dtypes, as `jax.eval_shape` gives them.
-        specs: a PartitionSpec each, from `partition`.
-        mesh: the devices.
+        params: Abstract parameters from `jax.eval_shape`.
+        specs: PartitionSpec of each parameter, from `partition`.
+        mesh: Mesh of devices.
     """
     return jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(
@@ -30,21 +29,19 @@ def laid_out(params: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
-def place_state(
-    state: TrainState, optimizer: optax.GradientTransformation, params: PyTree
-) -> TrainState:
-    """Returns the state with every array laid out as the parameter that it belongs to.
+def shard_state(state: TrainState, params: PyTree) -> TrainState:
+    """Shards every array of a training state like the parameter that it belongs to.
 
-    Moments, masks and statistics take their parameter's sharding; what belongs to no parameter, as
-    counters and Adafactor's factored moments, is whole on every device. Traced arrays are
-    constrained, so that a compiled step gives the state back as it took it; abstract ones, from
-    `jax.eval_shape`, get the sharding to restore a checkpoint to.
+    Moments, masks and statistics get the sharding of their parameter. Arrays that belong to no
+    parameter, such as counters and Adafactor's factored moments, are replicated. Traced arrays are
+    constrained, so that a compiled step returns the state with the shardings of its input. Abstract
+    arrays, from `jax.eval_shape`, get the sharding for restoring a checkpoint.
 
     Args:
-        state: concrete, traced or abstract.
-        optimizer: whose state is in it.
-        params: abstract parameters with shardings, from `laid_out`.
+        state: Training state, concrete, traced or abstract.
+        params: Abstract parameters with shardings, from `with_shardings`.
     """
+    # Arrays that belong to no parameter are replicated over the mesh.
     of_params = jax.tree.map(lambda leaf: leaf.sharding, params)
     mesh = next(iter(jax.tree.leaves(of_params))).mesh
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -52,13 +49,16 @@ def place_state(
     def whole(part: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: _put(leaf, everywhere), part)
 
-    opt_state = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda leaf, like: _put(leaf, like.sharding if leaf.shape == like.shape else everywhere),
-        state.opt_state,
-        params,
-        transform_non_params=lambda leaf: _put(leaf, everywhere),
-    )
+    # Moments have the path and the shape of their parameter; factored ones only the path.
+    like_of = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+
+    def moment(path: Any, leaf: Any) -> Any:
+        like = tree.by_suffix(path, like_of)
+        if like is None or leaf.shape != like.shape:
+            return _put(leaf, everywhere)
+        return _put(leaf, like.sharding)
+
+    opt_state = jax.tree_util.tree_map_with_path(moment, state.opt_state)
     stats = state.stats
     if stats is not None:
         stats = dataclasses.replace(
@@ -66,14 +66,14 @@ def place_state(
             start=whole(stats.start),
             count=whole(stats.count),
             weight_sum=whole(stats.weight_sum),
-            buffers={name: place_like(part, params) for name, part in stats.buffers.items()},
+            buffers={name: shard_like(part, params) for name, part in stats.buffers.items()},
         )
     return dataclasses.replace(
         state,
         step=whole(state.step),
-        params=place_like(state.params, params),
+        params=shard_like(state.params, params),
         opt_state=opt_state,
-        masks=None if state.masks is None else place_like(state.masks, params),
+        masks=None if state.masks is None else shard_like(state.masks, params),
         stats=stats,
         rng=whole(state.rng),
         skipped=whole(state.skipped),
@@ -81,12 +81,12 @@ def place_state(
     )
 
 
-def place_like(part: PyTree, params: PyTree) -> PyTree:
-    """Returns a pytree like the parameters, None where dense, laid out as they are.
+def shard_like(part: PyTree, params: PyTree) -> PyTree:
+    """Shards a pytree like the parameters, None where dense, as the parameters are sharded.
 
     Args:
-        part: masks, scores or statistics; concrete, traced or abstract.
-        params: abstract parameters with shardings, from `laid_out`.
+        part: Masks, scores or statistics; concrete, traced or abstract.
+        params: Abstract parameters with shardings, from `with_shardings`.
     """
     return tree.map_leaves(
         lambda _, leaf, like: None if leaf is None else _put(leaf, like.sharding), part, params

@@ -6,9 +6,9 @@
 
 settings   what each command may be told
 texts      calibration and evaluation texts, by name or file, kept apart
-pruning    criterion, allocation and pattern to masks, block after block or at once
-judging    perplexity, distance from the dense model, and what it writes: a table
+request    settings to the recipe they ask for
+judge      perplexity, distance from the dense model, and what it writes: a table
 tracked    the trajectory that a tracked fine-tuning leaves for `prune --criterion=swe`
-tuning     fine-tuning: tracked, with masks held, by adapters, under a teacher
+finetuning fine-tuning: tracked, with masks held, by adapters, under a teacher
 commands   the three commands
 """

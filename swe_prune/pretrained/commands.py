@@ -11,14 +11,18 @@ from jaxtyping import PyTree
 from rich.console import Console
 
 from swe_prune import data as data_lib
-from swe_prune import interop, masks, tree
+from swe_prune import interop, masks, recipe, tree
 from swe_prune.errors import InputError
 from swe_prune.evaluation import gate
 from swe_prune.models import gpt
-from swe_prune.pretrained import finetuning, judge, pruning, texts, tracked
+from swe_prune.pretrained import finetuning, judge, texts, tracked
+from swe_prune.pretrained.request import check_trajectory, recipe_of
 from swe_prune.pretrained.settings import EvaluateSettings, FinetuneSettings, PruneSettings
-from swe_prune.runtime.preemption import NOTICE
+from swe_prune.recipe import Recipe
+from swe_prune.runtime.preemption import PREEMPTION
+from swe_prune.training import step
 from swe_prune.training.progress import Progress
+from swe_prune.trajectory import BUFFERS
 
 WIDTH = 110
 """Columns of what is printed where there is no terminal to ask."""
@@ -39,7 +43,7 @@ def main(command: str, given: Any) -> None:
         InputError: As each command.
     """
     run = {"prune": prune, "finetune": finetune, "evaluate": evaluate}[command]
-    with NOTICE.heeded():
+    with PREEMPTION.installed():
         run(given, Progress(), Console(width=None if sys.stdout.isatty() else WIDTH))
 
 
@@ -50,13 +54,13 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
         InputError: anything that is wrong with the settings, the model or the texts.
         RunError: a Hessian that no damping helps.
     """
-    pruning.checked(given)
+    request = recipe_of(given)
     interop.check_free(given.out)
-    checkpoint = interop.open_checkpoint(given.model, compute_dtype=given.compute_dtype)
-    pruning.check_trajectory(given, tracked.there(checkpoint.path))
+    checkpoint = interop.open_pretrained(given.model, compute_dtype=given.compute_dtype)
+    check_trajectory(request, tracked.there(checkpoint.path), given.model)
     text = texts.read(given.evaluation, checkpoint)
     batches, calibration = [], None
-    if pruning.needs_text(given):
+    if request.reads_batches:
         used = texts.read(given.calibration, checkpoint)
         texts.keep_apart(used, text)
         window = given.calibration_window or min(2048, checkpoint.config.context)
@@ -76,19 +80,36 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
         )
     model = checkpoint.read(dtype=given.dtype)
     module = gpt.build(model.config, model.vocab_size)
-    stats = tracked.read(checkpoint.path, model.params)
+    reads_trajectory = bool(request.needs & set(BUFFERS))
+    stats = tracked.read(checkpoint.path, model.params) if reads_trajectory else None
     dense = judge.judge(module, model.params, model, text, given)
     gate(dense.perplexity, uniform=model.vocab_size, at_most=given.at_most)
     begun = time.perf_counter()
     kernels = len([1 for one in jax.tree.leaves(tree.prunable(model.params)) if one])
     with progress.phase(f"pruning by {given.criterion}", kernels) as advance:
         done = iter(range(1, kernels + 1))
-        params, mask = pruning.pruned(
+        prunable = tree.prunable(model.params) if stats is None else None
+        loss = step.loss_fn(module)
+        evidence = recipe.measure(
+            [request],
             module,
             model.params,
             batches,
-            given,
+            loss=loss,
+            prunable=prunable,
             stats=stats,
+            at_once=1,
+        )
+        params, mask = recipe.prune(
+            request,
+            model.params,
+            evidence,
+            prunable=prunable,
+            model=module,
+            blocks=gpt.BLOCKS,
+            batches=batches,
+            loss=loss,
+            offload=given.offload,
             progress=lambda report: advance(next(done), {}),
         )
         jax.block_until_ready(params)
@@ -96,16 +117,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     found = judge.judge(module, params, model, text, given, dense=model.params)
     counted = masks.summary(mask)
     record = interop.PruningRecord(
-        given.criterion,
-        options={
-            "sparsity": given.sparsity,
-            "pattern": given.pattern,
-            "scope": given.scope,
-            "allocation": given.allocation,
-            "block_after_block": pruning.sequential(given),
-            **dict(pruning.options(given)),
-        },
-        seed=given.seed,
+        request,
         calibration=calibration,
         evaluation={"text": text.name, "dense": dense.as_json(), "pruned": found.as_json()},
         commit=interop.commit_of_code(),
@@ -132,7 +144,7 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     """
     finetuning.checked(given)
     interop.check_free(given.out)
-    checkpoint = interop.open_checkpoint(given.model, compute_dtype=given.compute_dtype)
+    checkpoint = interop.open_pretrained(given.model, compute_dtype=given.compute_dtype)
     text, used = (texts.read(name, checkpoint) for name in (given.evaluation, given.text))
     texts.keep_apart(used, text)
     _check_window("--train-window", given.train_window, checkpoint)
@@ -189,7 +201,7 @@ def evaluate(given: EvaluateSettings, progress: Progress, console: Console) -> d
     return rows
 
 
-def _check_window(name: str, window: int, checkpoint: interop.Checkpoint) -> None:
+def _check_window(name: str, window: int, checkpoint: interop.PretrainedSource) -> None:
     context = checkpoint.config.context
     if not 1 <= window <= context:
         raise InputError(
@@ -225,4 +237,11 @@ def _has_masks(path: Path) -> bool:
 
 def _record_of(path: Path) -> dict[str, Any]:
     before = interop.read_record(path)
-    return {key: before.get(key) for key in ("criterion", "options", "seed", "calibration")}
+    try:
+        request = Recipe(**before["recipe"])
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{path / 'pruning.json'} does not say how the model was pruned ({error}); prune it "
+            "again with this version"
+        ) from None
+    return {"recipe": request, "calibration": before.get("calibration")}

@@ -25,7 +25,7 @@ from swe_prune.errors import InputError
 from swe_prune.pretrained.settings import FinetuneSettings
 from swe_prune.pretrained.texts import Text
 from swe_prune.runtime import storage
-from swe_prune.runtime.preemption import NOTICE
+from swe_prune.runtime.preemption import PREEMPTION
 from swe_prune.training import loop, lora
 from swe_prune.training import optimizer as optimizer_lib
 from swe_prune.training import state as state_lib
@@ -96,7 +96,7 @@ def tuned(
         InputError: the text is too short, or OUT.work is of other settings.
         Preempted, RunError: as `training.loop.fit`.
     """
-    work = storage.place(f"{settings.out}.work")
+    work = storage.parse_path(f"{settings.out}.work")
     _settle(work, settings)
     phase = PhaseConfig(
         steps=settings.steps,
@@ -107,7 +107,7 @@ def tuned(
         b2=0.95,
     )
     optimizer = optimizer_lib.build(phase, settings.steps)
-    fixed = state_lib.Fixed(teacher=teacher)
+    fixed = state_lib.Frozen(teacher=teacher)
     stats = trajectory.init(params, settings.measures) if settings.track else None
     if settings.lora_rank is not None:
         key = jax.random.key(settings.seed)
@@ -148,7 +148,7 @@ def _fit(
     )
     mesh = parallel.mesh(ParallelConfig())
     parallel.check_batch(settings.batch, "--batch", mesh)
-    batches = parallel.PlacedBatches(windows, mesh, settings.batch)
+    batches = parallel.ShardedBatches(windows, mesh, settings.batch)
     run = Phase(
         name="fine-tuning",
         folder=work,
@@ -164,7 +164,7 @@ def _fit(
                 contextlib.closing(Checkpoints(work / "checkpoints", keep=1))
             )
         advance = stack.enter_context(progress.phase(run.name, run.steps))
-        stack.enter_context(NOTICE.deferred())
+        stack.enter_context(PREEMPTION.defer())
         state, _ = loop.fit(run, state, step, batches, checkpoints=checkpoints, progress=advance)
     return state
 

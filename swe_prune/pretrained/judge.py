@@ -61,7 +61,7 @@ class Verdict:
 
 
 def protocol_of(
-    model: interop.Pretrained | interop.Checkpoint, settings: JudgingSettings
+    model: interop.Pretrained | interop.PretrainedSource, settings: JudgingSettings
 ) -> Protocol:
     """Returns the protocol, its window no longer than the model's context; its name says so.
 
@@ -79,7 +79,7 @@ def protocol_of(
 def judge(
     module: nn.Module,
     params: PyTree,
-    model: interop.Pretrained | interop.Checkpoint,
+    model: interop.Pretrained | interop.PretrainedSource,
     text: Text,
     settings: JudgingSettings,
     *,

@@ -27,7 +27,7 @@ class Text:
     content: str = dataclasses.field(repr=False)
 
 
-def read(name: str, model: interop.Pretrained | interop.Checkpoint) -> Text:
+def read(name: str, model: interop.Pretrained | interop.PretrainedSource) -> Text:
     """Returns a text in a model's tokens.
 
     Raises:

@@ -17,31 +17,38 @@ from swe_prune.report.look import (
     panel,
     sparsity_axis,
 )
-from swe_prune.report.records import Results, Row
-from swe_prune.report.stats import MARGIN, Cell, Spread
-from swe_prune.report.words import rule_phrase
+from swe_prune.report.records import Results, phrase
+from swe_prune.report.stats import Cell, Spread
+from swe_prune.study.results import Row
+
+LINEAR = 0.01
+"""Nats per token around the control within which the axis of the cost is linear."""
 
 Reader = Callable[[Cell], Spread | None]
 
 
-def comparison(results: Results, cells: Sequence[Cell], rule: str) -> list[Picture]:
-    """Returns the panels of one comparison: before, after, and after minus control."""
-    own = [cell for cell in cells if cell.rule == rule]
-    rows = [row for row in results.rows if row.rule == rule]
-    names = stats.order(row.criterion for row in results.rows)
-    pictures = [_before(own, rows, rule, names)]
-    if any(cell.finetuned for cell in own):
-        pictures.append(_after(own, rows, rule, names))
-    if any(cell.minus_control for cell in own):
-        pictures.append(_against_control(own, rule, names))
+def comparison(cells: Sequence[Cell], group: str, names: Sequence[str]) -> list[Picture]:
+    """Returns the panels of one comparison: before, after, and after minus control.
+
+    Args:
+        cells: Cells of all comparisons.
+        group: Comparison to draw.
+        names: Names of all curves of the page, so that each has the same style in all figures.
+    """
+    own = [cell for cell in cells if cell.group == group]
+    pictures = [_losses(own, group, names, "pruned")]
+    if any(cell.of("finetuned_loss") for cell in own):
+        pictures.append(_losses(own, group, names, "finetuned"))
+    if any(cell.changes(recovered=True) for cell in own):
+        pictures.append(_against_control(own, group, names))
     return pictures
 
 
 def _curves(axes: Axes, cells: Sequence[Cell], names: Sequence[str], read: Reader) -> int:
-    """Draws one curve per criterion; returns how many points diverged and cannot be drawn."""
+    """Draws one curve per name; returns how many points diverged and cannot be drawn."""
     lost = 0
     for name in names:
-        found = [(cell.sparsity, read(cell)) for cell in cells if cell.criterion == name]
+        found = [(cell.sparsity, read(cell)) for cell in cells if cell.name == name]
         points = [(x, y) for x, y in found if y is not None]
         drawn = [(x, y) for x, y in points if math.isfinite(y.mean)]
         lost += len(points) - len(drawn)
@@ -67,7 +74,7 @@ def _bars(sizes: list[float]) -> list[float] | None:
     return sizes if any(size > 1e-9 for size in sizes) else None
 
 
-def _yardsticks(axes: Axes, rows: Sequence[Row]) -> None:
+def _references(axes: Axes, rows: Sequence[Row]) -> None:
     for field, label, dash in (
         ("dense_loss", "dense", (0, (1, 1.2))),
         ("control_loss", "control", "-"),
@@ -80,59 +87,53 @@ def _yardsticks(axes: Axes, rows: Sequence[Row]) -> None:
             axes.axhspan(level.low, level.high, color=INK, alpha=0.08, linewidth=0, zorder=1)
 
 
-def _before(cells: list[Cell], rows: list[Row], rule: str, names: list[str]) -> Picture:
-    figure, axes = panel()
-    lost = _curves(axes, cells, names, lambda cell: cell.pruned)
-    _yardsticks(axes, rows)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    axes.yaxis.set_minor_locator(ticker.NullLocator())
-    axes.set_ylabel("validation loss (nats/token, log axis)")
-    axes.set_title("Straight after pruning")
-    sparsity_axis(axes)
-    legend(axes)
-    _note_lost(axes, lost)
-    return Picture(f"loss_{rule}_pruned", _alt(cells, rule, "before", lambda c: c.pruned), figure)
+def _losses(cells: list[Cell], group: str, names: Sequence[str], stage: str) -> Picture:
+    def read(cell: Cell) -> Spread | None:
+        return cell.of(f"{stage}_loss")
 
-
-def _after(cells: list[Cell], rows: list[Row], rule: str, names: list[str]) -> Picture:
     figure, axes = panel()
-    lost = _curves(axes, cells, names, lambda cell: cell.finetuned)
-    _yardsticks(axes, rows)
+    lost = _curves(axes, cells, names, read)
+    _references(axes, [row for cell in cells for row in cell.rows])
     axes.set_ylabel("validation loss (nats/token)")
-    axes.set_title("After fine-tuning")
-    sparsity_axis(axes)
-    legend(axes)
-    _note_lost(axes, lost)
-    return Picture(
-        f"loss_{rule}_finetuned", _alt(cells, rule, "after", lambda c: c.finetuned), figure
-    )
+    if stage == "pruned":  # the loss explodes there
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+        axes.set_ylabel("validation loss (nats/token, log axis)")
+    when = {"pruned": "straight after pruning", "finetuned": "after fine-tuning"}[stage]
+    axes.set_title(when[0].upper() + when[1:])
+    _finish(axes, lost)
+    alt = _alt(cells, group, f"Validation loss {when}", read)
+    return Picture(f"loss_{group}_{stage}", alt, figure)
 
 
-def _against_control(cells: list[Cell], rule: str, names: list[str]) -> Picture:
+def _against_control(cells: list[Cell], group: str, names: Sequence[str]) -> Picture:
+    def read(cell: Cell) -> Spread | None:
+        return cell.change(recovered=True)
+
     figure, axes = panel()
-    axes.axhspan(-MARGIN, MARGIN, color=INK, alpha=0.08, linewidth=0)
+    axes.axhspan(-LINEAR, LINEAR, color=INK, alpha=0.08, linewidth=0)
     axes.axhline(0, color=INK, linewidth=1.1)
-    lost = _curves(axes, cells, names, lambda cell: cell.minus_control)
-    # Linear within the margin, logarithmic outside: a cost of 0.02 and one of 2 are both readable.
-    axes.set_yscale("symlog", linthresh=MARGIN, linscale=0.6)
-    decades = [sign * MARGIN * 10**k for sign in (-1, 1) for k in range(4)]
+    lost = _curves(axes, cells, names, read)
+    # Linear near the control, logarithmic outside: a cost of 0.02 and one of 2 are both readable.
+    axes.set_yscale("symlog", linthresh=LINEAR, linscale=0.6)
+    decades = [sign * LINEAR * 10**k for sign in (-1, 1) for k in range(4)]
     axes.yaxis.set_major_locator(ticker.FixedLocator(sorted([0, *decades])))
     axes.yaxis.set_major_formatter(lambda value, _: formats.signed(value, 2).removesuffix(".00"))
     axes.yaxis.set_minor_locator(ticker.NullLocator())
     low, high = axes.get_ylim()
-    axes.set_ylim(min(low, -2 * MARGIN), max(high, 4 * MARGIN))
+    axes.set_ylim(min(low, -2 * LINEAR), max(high, 4 * LINEAR))
     axes.set_ylabel("fine-tuned minus control (nats/token)")
     axes.set_title("What the mask costs")
+    _finish(axes, lost)
+    alt = _alt(cells, group, "Fine-tuned loss minus control loss", read)
+    return Picture(f"loss_{group}_against_control", alt, figure)
+
+
+def _finish(axes: Axes, lost: int) -> None:
     sparsity_axis(axes)
     legend(axes)
-    _note_lost(axes, lost)
-    alt = _alt(cells, rule, "cost", lambda cell: cell.minus_control)
-    return Picture(f"loss_{rule}_against_control", alt, figure)
-
-
-def _note_lost(axes: Axes, lost: int) -> None:
     if lost:
         text = f"{formats.plural(lost, 'point')} diverged and not drawn"
         axes.annotate(
@@ -140,15 +141,10 @@ def _note_lost(axes: Axes, lost: int) -> None:
         )
 
 
-def _alt(cells: list[Cell], rule: str, view: str, read: Reader) -> str:
-    what = {
-        "before": "Validation loss straight after pruning",
-        "after": "Validation loss after fine-tuning",
-        "cost": "Fine-tuned loss minus control loss",
-    }[view]
+def _alt(cells: list[Cell], group: str, what: str, read: Reader) -> str:
     parts = []
-    for name in stats.order(cell.criterion for cell in cells):
-        own = [(cell.sparsity.mean, read(cell)) for cell in cells if cell.criterion == name]
+    for name in stats.order(cells):
+        own = [(cell.sparsity.mean, read(cell)) for cell in cells if cell.name == name]
         ends = [(x, y.mean) for x, y in own if y is not None]
         if ends:
             (x0, y0), (x1, y1) = ends[0], ends[-1]
@@ -156,7 +152,7 @@ def _alt(cells: list[Cell], rule: str, view: str, read: Reader) -> str:
                 f"{name} from {formats.number(y0, 3)} at {formats.percent(x0)} "
                 f"to {formats.number(y1, 3)} at {formats.percent(x1)}"
             )
-    return f"{what} against achieved sparsity, {rule_phrase(rule)}: {'; '.join(parts)}."
+    return f"{what} against achieved sparsity, {phrase(group)}: {'; '.join(parts)}."
 
 
 def training(results: Results) -> Picture | None:

@@ -1,4 +1,4 @@
-"""How numbers are written in prose, tables and figures."""
+"""How numbers are written in text, tables and figures."""
 
 import math
 
@@ -10,7 +10,7 @@ DASH = "\N{EN DASH}"
 
 
 def number(value: float, digits: int = 4) -> str:
-    """Returns a decimal with a true minus sign, or the word for what is no number.
+    """Returns a decimal with a true minus sign, or "diverged" where it is not finite.
 
     >>> number(-0.00001, 3), number(float("inf"))
     ('0.000', 'diverged')
@@ -33,9 +33,9 @@ def signed(value: float, digits: int = 4) -> str:
     return f"+{text}" if math.isfinite(value) and float(f"{value:.{digits}f}") > 0 else text
 
 
-def percent(share: float, digits: int = 1) -> str:
-    """Returns a share as a percentage with a no-break space before the sign; whole ones bare."""
-    text = f"{100 * share:.{digits}f}"
+def percent(fraction: float, digits: int = 1) -> str:
+    """Returns a fraction as a percentage with a no-break space before the sign; whole ones bare."""
+    text = f"{100 * fraction:.{digits}f}"
     return f"{text.removesuffix('.' + '0' * digits) if digits else text}{NBSP}%"
 
 
@@ -50,7 +50,7 @@ def mean_sd(value: Spread | None, digits: int = 4, sign: bool = False) -> str:
 
 
 def percent_sd(value: Spread, digits: int = 1) -> str:
-    """Returns a share as `mean ± sd %`; an sd too small to print is left out."""
+    """Returns a fraction as `mean ± sd %`; an sd too small to print is left out."""
     mean = f"{100 * value.mean:.{digits}f}"
     if value.sd is None or round(100 * value.sd, digits) == 0:
         return f"{mean}{NBSP}%"
@@ -73,15 +73,6 @@ def plural(n: int, word: str) -> str:
     ('1 seed', '3 seeds')
     """
     return f"{n} {word if n == 1 else word + 's'}"
-
-
-def listing(items: list[str]) -> str:
-    """Returns items as English writes a list.
-
-    >>> listing(["a", "b", "c"])
-    'a, b and c'
-    """
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
 def seeds_of(cells_seeds: list[int]) -> str:

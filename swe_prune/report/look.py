@@ -15,8 +15,8 @@ INK = "#1f2933"
 QUIET = "#6b7480"
 GRID = "#e4e7eb"
 
-# Okabe and Ito's colours, less the yellow, which white paper swallows. Each name has its own marker
-# and dash as well, so neither a colour-blind reader nor a grey printer loses a curve.
+# Okabe and Ito's colours without the yellow, which is too light on white. Each name also has a
+# marker and a dash, so colour-blind readers and readers of grey prints can tell the curves apart.
 _KNOWN = {
     "swe": ("#0072B2", "o", "-"),
     "magnitude": ("#D55E00", "s", "--"),
@@ -35,7 +35,7 @@ _SPARE = (
     ("#117733", "d", (0, (2, 1))),
     ("#661100", "*", (0, (5, 2, 1, 2))),
 )
-_BESIDE = 6  # more names than this stand below the axes, where they cover no curve
+_INSIDE = 6  # a legend of more names goes below the axes, where it covers no curve
 
 PRUNED = "#D55E00"
 KEPT = "#0072B2"
@@ -56,7 +56,9 @@ _RC: Any = {
     "ytick.color": QUIET,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,  # a legend may lie on a grid line or on the line of the control
+    "legend.borderaxespad": 0.3,
     "legend.fontsize": 8.5,
     "lines.markersize": 5,
     "svg.fonttype": "path",
@@ -66,7 +68,7 @@ _RC: Any = {
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """One drawing with the text a reader gets who cannot see it."""
+    """A figure with its alternative text."""
 
     name: str
     alt: str
@@ -75,7 +77,7 @@ class Picture:
 
 @contextmanager
 def look() -> Iterator[None]:
-    """Draws inside in the report's look, and leaves matplotlib's settings as they were."""
+    """Sets matplotlib's style inside the block and restores it afterwards."""
     with matplotlib.rc_context(_RC):
         yield
 
@@ -85,13 +87,13 @@ def line_style(criterion: str, all_criteria: Sequence[str]) -> dict[str, Any]:
     if criterion in _KNOWN:
         colour, marker, dash = _KNOWN[criterion]
     else:
-        strangers = [name for name in all_criteria if name not in _KNOWN]
-        colour, marker, dash = _SPARE[strangers.index(criterion) % len(_SPARE)]
+        others = [name for name in all_criteria if name not in _KNOWN]
+        colour, marker, dash = _SPARE[others.index(criterion) % len(_SPARE)]
     return {"color": colour, "marker": marker, "linestyle": dash}
 
 
 def panel(width: float = 4.1, height: float = 3.4) -> tuple[Figure, Axes]:
-    """Returns an empty figure with one pair of axes, some 10 cm wide: readable on a telephone."""
+    """Returns an empty figure with one pair of axes, about 10 cm wide: readable on a phone."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(True, color=GRID, linewidth=0.7)
@@ -100,10 +102,10 @@ def panel(width: float = 4.1, height: float = 3.4) -> tuple[Figure, Axes]:
 
 
 def legend(axes: Axes) -> None:
-    """Names the curves where they leave room, or below the axes; where all diverged, none."""
+    """Adds a legend inside the axes, or below them for many curves; none without curves."""
     names = len(axes.get_legend_handles_labels()[0])
     figure = axes.get_figure()
-    if names > _BESIDE and isinstance(figure, Figure):
+    if names > _INSIDE and isinstance(figure, Figure):
         width, height = figure.get_size_inches()
         figure.set_size_inches(width, height + 0.17 * -(-names // 2))
         figure.legend(loc="outside lower center", ncols=2, columnspacing=1.0)
@@ -112,7 +114,7 @@ def legend(axes: Axes) -> None:
 
 
 def slug(name: str) -> str:
-    """Returns a name fit for a file, whatever a criterion or a tensor is called.
+    """Returns a file name made of the name of a criterion or a tensor.
 
     >>> slug("block_0/attention/qkv")
     'block_0_attention_qkv'

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from swe_prune.errors import InputError
-from swe_prune.report import findings, markdown, read
+from swe_prune.report import markdown, read
+from swe_prune.report.tables import Bold
 from swe_prune.runtime import storage
 from swe_prune.version import __version__
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from swe_prune.report.sections import Group
 
 _DPI = 180
-_FIGURES = ("heat", "paths", "histograms", "training")  # groups of figures beside the comparisons
+_FIGURES = ("heat", "paths", "histograms", "training")
+"""Groups of figures that are not losses."""
 
 
 def build(workdir: epath.PathLike) -> list[epath.Path]:
@@ -31,19 +33,21 @@ def build(workdir: epath.PathLike) -> list[epath.Path]:
         InputError: no finished cell, a malformed file, or the extra `report` is not installed.
     """
     need_extra()
-    # Only now: these import matplotlib, which the rest of the library does without.
+    # Imported here because they need matplotlib, which the rest of the library does without.
     from swe_prune.report import look, sections
 
-    workdir = storage.place(workdir, "working directory")
+    workdir = storage.parse_path(workdir, "working directory")
     results = read.load(workdir)
     with look.look():
-        content = sections.content(results, findings.find(results.rows))
-        groups: list[Group] = [*content["comparisons"], *(content[name] for name in _FIGURES)]
+        content = sections.content(results)
+        groups: list[Group] = [*content["losses"], *(content[name] for name in _FIGURES)]
         pictures = [picture for group in groups for picture in group.pictures]
         svgs = {picture.name: _svg(picture) for picture in pictures}
         pngs = {f"{picture.name}.png": _png(picture) for picture in pictures}
     html = _html(content, svgs).encode()
-    tables = {"tables.md": markdown.document(results).encode()}
+    every = [*content["compared"], *content["language"], *content["tables"]]
+    document = markdown.document(content["name"], content["headline"], every)
+    tables = {"tables.md": document.encode()}
     files = {
         workdir / "report" / name: data
         for name, data in {"report.html": html, **pngs, **tables}.items()
@@ -88,6 +92,7 @@ def _html(content: dict[str, Any], svgs: dict[str, str]) -> str:
         undefined=jinja2.StrictUndefined,
         finalize=_typographic,
     )
+    environment.tests["bold"] = lambda text: isinstance(text, Bold)
 
     def size(picture: "Picture") -> tuple[int, int]:
         width, height = picture.figure.get_size_inches()
@@ -100,5 +105,5 @@ def _html(content: dict[str, Any], svgs: dict[str, str]) -> str:
 
 
 def _typographic(value: Any) -> Any:
-    # Sentences are written with the keyboard's apostrophe; a page is set with the printer's.
+    # Text is written with the keyboard's apostrophe; the page is set with the typographic one.
     return value.replace("'", "\N{RIGHT SINGLE QUOTATION MARK}") if type(value) is str else value

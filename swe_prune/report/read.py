@@ -1,7 +1,7 @@
-"""Reads what an experiment has written so far, and refuses what is malformed by its file's name.
+"""Reads what an experiment has written so far; a malformed file is refused and named.
 
-A missing seed, cell or phase is no error here: an experiment takes hours and its report is wanted
-before the end. What is there but cannot be understood is an `InputError`.
+A missing seed, cell or phase is not an error: an experiment takes hours and its report is wanted
+before the end. A file that is there but cannot be understood is an `InputError`.
 """
 
 import csv
@@ -9,44 +9,31 @@ import dataclasses
 import json
 import math
 import re
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from etils import epath
 
+from swe_prune.config import from_dict
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.report.records import (
-    RULES,
-    USUAL,
+    GROUPS,
+    IDENTITY,
     CellKey,
     Detail,
     Histogram,
     Results,
-    Row,
     Trajectory,
-    full_name,
+    key_of,
 )
 from swe_prune.runtime import storage
+from swe_prune.study import grid
+from swe_prune.study.results import COLUMNS, Row
 
-COLUMNS = [
-    "seed", "criterion", "rule", "requested", "sparsity_prunable", "sparsity_total",
-    "nonzero_params", "dense_loss", "control_loss", "pruned_loss", "finetuned_loss", "steps",
-    "seconds",
-]  # fmt: skip
-
-ADDED = [
-    "options", "allocation", "pattern", "schedule", "recovery", "dense_train_loss",
-    "control_train_loss", "pruned_train_loss", "finetuned_train_loss", "generalisation_gap",
-    "control_gap", "pruned_kl", "finetuned_kl", "pruned_repetition", "finetuned_repetition",
-]  # fmt: skip
-"""Columns that may follow; a table from before they were there does without."""
-
-_NAMING = ("options", "allocation", "pattern")  # that become part of the criterion's name
-_OPTIONAL = ("control_loss", "finetuned_loss", *ADDED)  # empty until that phase has run
-_KINDS: dict[str, type] = {
-    "seed": int, "criterion": str, "rule": str, "nonzero_params": int, "steps": int,
-    "schedule": str, "recovery": str,
-}  # fmt: skip
+_TYPES: dict[str, Any] = typing.get_type_hints(Row)
+_SCOPES = [name for name in GROUPS if name != "rate"]
 
 
 def load(workdir: epath.PathLike) -> Results:
@@ -55,11 +42,12 @@ def load(workdir: epath.PathLike) -> Results:
     Raises:
         InputError: there is no finished cell, or a file is malformed; the file is named.
     """
-    workdir = storage.place(workdir, "working directory")
-    study, repeated = read_rows(workdir / "results.csv")
-    plain = any(row.plain for row in study)
+    workdir = storage.parse_path(workdir, "working directory")
+    rows, repeated = read_rows(workdir / "results.csv")
     config, fingerprint = _read_config(workdir / "config.json")
-    training, trajectories, dense, controls, details = {}, {}, {}, {}, {}
+    # Every seed's folder: the dense model, its controls, its cells. Each file may be missing.
+    training, trajectories, dense, details = {}, {}, {}, {}
+    controls: dict[tuple[int, str], float] = {}
     for folder in sorted(workdir.glob("seed_*")):
         if not re.fullmatch(r"seed_\d+", folder.name):
             continue
@@ -68,18 +56,25 @@ def load(workdir: epath.PathLike) -> Results:
             ("dense/metrics.jsonl", training, _read_metrics),
             ("dense/trajectory.jsonl", trajectories, _read_trajectory),
             ("dense/result.json", dense, _read_object),
-            ("control/result.json", controls, _read_object),
         ):
             if (folder / name).is_file():
                 into[seed] = reader(folder / name)
+        for path in sorted(folder.glob("control*/result.json")):
+            recovery = path.parent.name.removeprefix("control").removeprefix("-")
+            controls[seed, recovery or "finetune"] = _read_control(path)
         for path in sorted(folder.glob("cells/*/result.json")):
-            key, detail = _read_detail(path, seed)
-            if not plain or (detail.schedule, detail.recovery) == USUAL:
-                details[key] = detail
-    study = [_with_control(row, controls, workdir) for row in study]
-    rows = [row.in_full() for row in study if row.plain or not plain]
+            key, detail = _read_detail(path)
+            details[key] = detail
     return Results(
-        config, fingerprint, rows, study, repeated, training, trajectories, dense, details
+        config,
+        fingerprint,
+        _wanted(config),
+        [_with_control(row, controls) for row in rows],
+        repeated,
+        training,
+        trajectories,
+        dense,
+        details,
     )
 
 
@@ -94,13 +89,19 @@ def read_rows(path: epath.Path) -> tuple[list[Row], int]:
         lines = list(csv.reader(_text(path).splitlines()))
     except csv.Error as error:
         raise _malformed(path, str(error)) from None
-    if not lines or lines[0][: len(COLUMNS)] != COLUMNS:
+    header = lines[0] if lines else []
+    if {"rule", "requested"} <= set(header):
         raise InputError(
-            f"{str(path)!r} does not begin with the columns {','.join(COLUMNS)}; "
-            "let the experiment write it anew"
+            f"{str(path)!r} was made by an earlier version of swe_prune, whose columns differ; "
+            "run the experiment again in a new working directory"
+        )
+    if header != list(COLUMNS):
+        raise InputError(
+            f"{str(path)!r} must have the columns {','.join(COLUMNS)}; "
+            "run the experiment's command again to write it again"
         )
     rows = [
-        _row(lines[0], values, f"{str(path)!r} line {number}")
+        _row(values, f"{str(path)!r} line {number}")
         for number, values in enumerate(lines[1:], start=2)
         if values
     ]
@@ -109,56 +110,74 @@ def read_rows(path: epath.Path) -> tuple[list[Row], int]:
             f"{str(path)!r} holds no finished cell yet, so there is nothing to report; "
             "run the experiment until its first cell is done"
         )
-    by_cell = {(*row.key, row.schedule, row.recovery): row for row in rows}
+    by_cell = {key_of(row): row for row in rows}
     return list(by_cell.values()), len(rows) - len(by_cell)
 
 
-def _row(columns: list[str], values: list[str], where: str) -> Row:
-    if len(values) != len(columns):
+def _row(values: list[str], where: str) -> Row:
+    if len(values) != len(COLUMNS):
         raise InputError(
-            f"{where} has {len(values)} values and not {len(columns)}; remove or repair the line"
+            f"{where} has {len(values)} values and not {len(COLUMNS)}; remove or repair the line"
         )
-    cell = dict(zip(columns, values, strict=True))
-    if cell["rule"] not in RULES:
-        raise InputError(
-            f"{where} has the unknown rule {cell['rule']!r}; {did_you_mean(cell['rule'], RULES)}"
-        )
-    converted: dict[str, Any] = {}
-    for name in [*COLUMNS, *ADDED]:
-        text = cell.get(name, "").strip()
-        if name in _NAMING or (name in _KINDS and name in ADDED and not text):
-            continue
-        try:
-            converted[name] = (
-                None if name in _OPTIONAL and not text else _KINDS.get(name, float)(text)
-            )
-        except ValueError:
-            raise InputError(
-                f"{where} has {name} = {text!r}, which is no number; repair the line"
-            ) from None
-    converted["criterion"] = label(cell)
-    row = Row(**converted)
-    if not (0 <= row.sparsity_prunable <= 1 and math.isfinite(row.requested)):
-        raise InputError(
-            f"{where} has a sparsity outside 0 to 1 or an endless request; repair the line"
-        )
+    texts = dict(zip(COLUMNS, values, strict=True))
+    try:
+        row = Row(**{name: _converted(name, text.strip()) for name, text in texts.items()})
+        _check_identity(vars(row))
+    except ValueError as error:
+        raise InputError(f"{where} has {error}; repair the line") from None
+    if not 0 <= row.sparsity_prunable <= 1:
+        raise InputError(f"{where} has a sparsity_prunable outside 0 to 1; repair the line")
     return row
 
 
-def label(cell: Mapping[str, Any]) -> str:
-    """Returns the name of a criterion with its options, its allocation and its pattern."""
-    return " ".join([cell["criterion"], *(str(cell[name]) for name in _NAMING if cell.get(name))])
+def _converted(name: str, value: Any) -> Any:
+    """Returns a column's value, read from a table or from JSON, as the type of its field."""
+    wanted = _TYPES[name]
+    kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if value is None or value == "":
+        if str in kinds:
+            return ""
+        if types.NoneType in kinds:
+            return None
+    try:
+        return kinds[0](value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} = {value!r}, which is not a number") from None
 
 
-def _with_control(row: Row, controls: dict[int, dict[str, Any]], workdir: epath.Path) -> Row:
-    # A cell may finish before its seed's control does: the control's own file is then the newer.
-    if row.control_loss is not None or row.recovery != "finetune" or row.seed not in controls:
-        return row
-    path = workdir / f"seed_{row.seed}" / "control" / "result.json"
-    loss = controls[row.seed].get("control_loss")
+def _check_identity(values: Mapping[str, Any]) -> None:
+    """Raises ValueError where a cell cannot be placed in a comparison."""
+    scope, levels = values["scope"], [values["sparsity"], values["rate"]]
+    if scope not in _SCOPES:
+        raise ValueError(f"the unknown scope {scope!r}, {did_you_mean(scope, _SCOPES)}")
+    if not values["criterion"] and not values["method"]:
+        raise ValueError("neither a criterion nor a method")
+    known = [level for level in levels if level is not None]
+    if len(known) != 1 or not math.isfinite(known[0]):
+        raise ValueError(f"sparsity and rate = {levels}, where one must be a finite number")
+
+
+def _wanted(config: dict[str, Any] | None) -> int | None:
+    """Returns how many cells the settings ask for; None where they cannot tell."""
+    if config is None:
+        return None
+    try:
+        return len(grid.cells(from_dict(config)))
+    except InputError:  # settings of another version
+        return None
+
+
+def _read_control(path: epath.Path) -> float:
+    loss = _read_object(path).get("control_loss")
     if not isinstance(loss, int | float):
-        raise _malformed(path, "'control_loss' is no number")
-    return dataclasses.replace(row, control_loss=float(loss))
+        raise _malformed(path, "'control_loss' is not a number")
+    return float(loss)
+
+
+def _with_control(row: Row, controls: Mapping[tuple[int, str], float]) -> Row:
+    # A cell may finish before its seed's control does: the control's own file is then the newer.
+    loss = controls.get((row.seed, row.recovery))
+    return row if row.control_loss is not None else dataclasses.replace(row, control_loss=loss)
 
 
 def _malformed(path: epath.Path, reason: str) -> InputError:
@@ -178,7 +197,7 @@ def _read_object(path: epath.Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise _malformed(path, str(error)) from None
     if not isinstance(value, dict):
-        raise _malformed(path, "it is no JSON object")
+        raise _malformed(path, "it is not a JSON object")
     return value
 
 
@@ -205,7 +224,7 @@ def _read_config(path: epath.Path) -> tuple[dict[str, Any] | None, str | None]:
 
 
 def _read_metrics(path: epath.Path) -> list[dict[str, float]]:
-    # A resumed run repeats the steps after its checkpoint: of one step the later line is kept.
+    # A resumed run repeats the steps after its checkpoint: the later line of a step counts.
     merged: dict[int, dict[str, float]] = {}
     for line in _read_lines(path):
         kept = {k: v for k, v in line.items() if isinstance(v, int | float)}
@@ -231,12 +250,11 @@ def _read_trajectory(path: epath.Path) -> Trajectory:
     return Trajectory(steps, values)
 
 
-def _read_detail(path: epath.Path, seed: int) -> tuple[CellKey, Detail]:
+def _read_detail(path: epath.Path) -> tuple[CellKey, Detail]:
     value = _read_object(path)
     try:
-        names = (label(value), str(value.get("schedule") or USUAL[0]))
-        names = (*names, str(value.get("recovery") or USUAL[1]))
-        key = (seed, str(value["rule"]), full_name(*names), float(value["requested"]))
+        identity = {name: _converted(name, value.get(name)) for name in IDENTITY}
+        _check_identity(identity)
         tensors = {
             name: (int(counts["kept"]), int(counts["total"]))
             for name, counts in value.get("tensors", {}).items()
@@ -247,12 +265,9 @@ def _read_detail(path: epath.Path, seed: int) -> tuple[CellKey, Detail]:
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _malformed(path, f"{type(error).__name__}: {error}") from None
-    samples = {
-        stage: value[f"{stage}_samples"]
-        for stage in ("pruned", "finetuned")
-        if value.get(f"{stage}_samples")
-    }
-    return key, Detail(tensors, histogram, kept, *names[1:], samples=samples)
+    stages = ("pruned", "finetuned")
+    samples = {stage: value.get(f"{stage}_samples") or [] for stage in stages}
+    return tuple(identity.values()), Detail(tensors, histogram, kept, samples)
 
 
 def _histogram(value: dict[str, Any]) -> Histogram:

@@ -1,78 +1,47 @@
-"""What the report knows of an experiment: rows, trajectories, histograms, as they were written."""
+"""Everything the report reads of an experiment: rows, trajectories, histograms."""
 
 import dataclasses
 from typing import Any
 
-RULES = ("std", "tensor", "global", "row")
+from swe_prune.study.results import COLUMNS, Row
 
-USUAL = ("one-shot", "finetune")
-"""The schedule and the recovery that the comparisons of criteria are about."""
+GROUPS = {
+    "tensor": "Equal sparsity per tensor",
+    "global": "Equal global sparsity",
+    "row": "Equal sparsity per row",
+    "rate": "The paper's rule",
+}
+"""The comparisons and their titles: cells of one scope, and cells of the paper's rule."""
 
-CellKey = tuple[int, str, str, float]
-"""(seed, rule, criterion, requested): what names one cell of the study."""
+IDENTITY = COLUMNS[: COLUMNS.index("recovery") + 1]
+"""The columns that tell one cell from another: all up to the recovery."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One finished cell; losses are validation nats per token, None where not measured yet.
-
-    The criterion is called by its name with its options, its allocation and its pattern.
-    """
-
-    seed: int
-    criterion: str
-    rule: str
-    requested: float
-    sparsity_prunable: float
-    sparsity_total: float
-    nonzero_params: int
-    dense_loss: float
-    control_loss: float | None
-    pruned_loss: float
-    finetuned_loss: float | None
-    steps: int
-    seconds: float
-    schedule: str = "one-shot"
-    recovery: str = "finetune"
-    dense_train_loss: float | None = None
-    control_train_loss: float | None = None
-    pruned_train_loss: float | None = None
-    finetuned_train_loss: float | None = None
-    generalisation_gap: float | None = None
-    control_gap: float | None = None
-    pruned_kl: float | None = None
-    finetuned_kl: float | None = None
-    pruned_repetition: float | None = None
-    finetuned_repetition: float | None = None
-
-    @property
-    def key(self) -> CellKey:
-        """What names the cell among those that were pruned at once and fine-tuned."""
-        return (self.seed, self.rule, self.criterion, self.requested)
-
-    @property
-    def plain(self) -> bool:
-        """Whether it was pruned at once and fine-tuned, which the comparisons are about."""
-        return (self.schedule, self.recovery) == USUAL
-
-    def in_full(self) -> "Row":
-        """Returns the row with its schedule and recovery in the name of its criterion."""
-        return dataclasses.replace(self, criterion=full_name(*self.names))
-
-    @property
-    def names(self) -> tuple[str, str, str]:
-        """Criterion, schedule and recovery."""
-        return (self.criterion, self.schedule, self.recovery)
+CellKey = tuple[Any, ...]
+"""The values of `IDENTITY`."""
 
 
-def full_name(criterion: str, schedule: str, recovery: str) -> str:
-    """Returns a criterion's name with a schedule and a recovery that are not the usual ones.
+def key_of(row: Row) -> CellKey:
+    """Returns what tells the row's cell from all others."""
+    return tuple(getattr(row, name) for name in IDENTITY)
 
-    >>> full_name("swe", "one-shot", "finetune"), full_name("swe", "cubic", "rewind")
-    ('swe', 'swe cubic rewind')
-    """
-    usual = (schedule, recovery) == USUAL
-    return criterion if usual else f"{criterion} {schedule} {recovery}"
+
+def name_of(row: Row) -> str:
+    """Returns the criterion or method with every setting that is not the usual one."""
+    method = f"blockwise {row.method}" if row.method else ""
+    schedule = "" if row.schedule == "one_shot" else row.schedule
+    recovery = {"finetune": "", "none": "no recovery"}.get(row.recovery, row.recovery)
+    parts = [row.criterion, method, row.options, row.allocation, row.pattern, schedule, recovery]
+    return " ".join(filter(None, parts))
+
+
+def group_of(row: Row) -> str:
+    """Returns the comparison that the row belongs to, a key of `GROUPS`."""
+    return row.scope if row.rate is None else "rate"
+
+
+def phrase(group: str) -> str:
+    """Returns the title of a comparison as it stands inside a sentence."""
+    return GROUPS[group][0].lower() + GROUPS[group][1:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,29 +64,27 @@ class Histogram:
 
 @dataclasses.dataclass(frozen=True)
 class Detail:
-    """What a cell tells beyond its row."""
+    """What a cell's result.json holds beyond its row."""
 
     tensors: dict[str, tuple[int, int]]  # (kept, total)
     histogram: Histogram | None
     sample_kept: dict[str, list[bool]]
-    schedule: str = USUAL[0]
-    recovery: str = USUAL[1]
-    samples: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)  # by stage
+    samples: dict[str, list[dict[str, Any]]]  # text by stage, "pruned" or "finetuned"
 
     @property
     def total(self) -> int:
-        """How many prunable weights there are."""
+        """Number of prunable weights."""
         return sum(total for _, total in self.tensors.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """All that was found in a working directory."""
+    """Everything found in a working directory."""
 
     config: dict[str, Any] | None
     fingerprint: str | None
-    rows: list[Row]  # those pruned at once and fine-tuned, or where there are none all
-    study: list[Row]  # all
+    wanted: int | None  # number of cells that the settings ask for; None if not known
+    rows: list[Row]
     repeated: int  # rows of results.csv that a later row of the same cell replaced
     training: dict[int, list[dict[str, float]]]
     trajectories: dict[int, Trajectory]
@@ -131,5 +98,5 @@ class Results:
 
     @property
     def name(self) -> str:
-        """What the settings call the experiment."""
+        """Name of the experiment in its settings."""
         return str((self.config or {}).get("name", "experiment"))

@@ -1,34 +1,29 @@
-"""The page's content but for its layout: key numbers, groups of figures with captions, settings."""
+"""Content of the page: the sentence, key numbers, tables, figures with captions, settings."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from swe_prune.report import curves, language, missing, stats, study, tables, weights, words
-from swe_prune.report.findings import Findings
+from swe_prune.report import comparison, curves, stats, tables, weights
 from swe_prune.report.formats import DASH, NBSP, count, number, percent, plural, seeds_of, signed
 from swe_prune.report.look import Picture
-from swe_prune.report.records import RULES, Results
+from swe_prune.report.records import GROUPS, Results, phrase
+from swe_prune.report.stats import Cell, Spread
 
 QUESTIONS = {
-    "std": "Ranking and allocation together, as the paper prunes: in each tensor, away goes the "
-    "weight whose score does not exceed the standard deviation of the scores times a rate.",
-    "tensor": "Every criterion removes the same share of every tensor, so only the order in which "
-    "weights go differs: this isolates the ranking.",
-    "global": "Every criterion removes the same number of weights in all, and its scores decide "
-    "from which tensors: beside the comparison per tensor, this isolates the allocation.",
-    "row": "Every criterion removes the same share of every row, the strictest allocation.",
+    "tensor": "The same sparsity in every tensor, so only the order in which weights are removed "
+    "differs: this compares the rankings.",
+    "global": "The same number of removed weights in all, from the tensors that the scores choose: "
+    "this compares ranking and allocation.",
+    "row": "The same sparsity in every row of every tensor, the strictest allocation.",
+    "rate": "Ranking and allocation as in the paper: weights at or below a threshold are removed, "
+    "which is the standard deviation of the scores of their tensor times a rate.",
 }
-HOW_TO_READ = (
-    "Straight after pruning the loss explodes, so that axis is logarithmic. What the mask costs is "
-    "the fine-tuned loss minus the control's, paired by seed: the grey band is the margin of "
-    f"{stats.MARGIN:g} nats per token called free, inside it the axis is linear and outside "
-    "logarithmic, and a curve's knee is where it leaves the band upwards."
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One key number of the page's top."""
+    """One key number at the top of the page."""
 
     label: str
     value: str
@@ -45,154 +40,176 @@ class Group:
     question: str = ""
 
 
-def keys(results: Results, found: Findings) -> list[Key]:
+def content(results: Results) -> dict[str, Any]:
+    """Returns every variable of the template that does not need a file to be read."""
+    cells = stats.summarise(results.rows)
+    # Curves and maps show the cells pruned in one shot and fine-tuned; the tables show all.
+    shown = stats.usual(cells)
+    names = stats.order(shown)
+    present = [group for group in GROUPS if any(cell.group == group for cell in cells)]
+    groups = [group for group in present if any(cell.group == group for cell in shown)]
+    subject = _subject(shown)
+    recovered = any(cell.changes(recovered=True) for cell in cells)
+    compared = [comparison.compare(cells, group, recovered) for group in present]
+    return {
+        "name": results.name,
+        "headline": comparison.headline(cells),
+        "keys": keys(results),
+        "missing": missing(results),
+        "compared": [tables.comparison(one) for one in compared if one],
+        "linear": curves.LINEAR,
+        "losses": [_losses(shown, group, names) for group in groups],
+        "heat": _heat(results, shown, groups),
+        "paths": _paths(results, subject),
+        "histograms": _histograms(results, subject),
+        "training": _training(results),
+        "language": _language(results, cells),
+        "tables": [*(tables.cells(cells, group) for group in present), tables.seeds(results)],
+        "config": settings(results),
+        "fingerprint": (results.fingerprint or "")[:12],
+        "cost": cost(results),
+    }
+
+
+def _language(results: Results, cells: Sequence[Cell]) -> list[tables.Table]:
+    if all(row.pruned_kl is None for row in results.rows):
+        return []  # the study writes no samples
+    return [tables.perplexities(results, cells), tables.samples(results)]
+
+
+def _subject(cells: Sequence[Cell]) -> list[Cell]:
+    """Returns the cells that the figures of single weights show: one comparison, swe's if any."""
+    ranked = sorted(cells, key=lambda cell: cell.criterion != comparison.PAPER)
+    return [cell for cell in cells if cell.group == ranked[0].group]
+
+
+def missing(results: Results) -> list[str]:
+    """Returns what is not finished or not there, one line each, none if all is."""
+    rows, lines = results.rows, []
+    # 1. What is still to be computed.
+    if results.wanted is None:
+        lines.append("Cells asked for: unknown without a config.json of this version")
+    elif results.wanted > len(rows):
+        lines.append(f"Cells pruned: {len(rows)} of {results.wanted}")
+    recovered = [row for row in rows if row.recovery != "none"]
+    tuned = sum(row.finetuned_loss is not None for row in recovered)
+    if tuned < len(recovered):
+        lines.append(f"Pruned cells fine-tuned: {tuned} of {len(recovered)}")
+    controls = {(row.seed, row.recovery): row.control_loss is not None for row in recovered}
+    if not all(controls.values()):
+        lines.append(f"Controls trained: {sum(controls.values())} of {len(controls)}")
+    # 2. What the page leaves out for want of a file.
+    for there, what in (
+        (results.training, "Training curve: left out, there is no metrics.jsonl of a dense model"),
+        (results.details, "Figures of weights: left out, there is no result.json of a cell"),
+        (results.trajectories, "Paths of weights: left out, there is no trajectory.jsonl"),
+    ):
+        if not there:
+            lines.append(what)
+    if results.repeated:
+        lines.append(f"Rows of results.csv replaced by a later row: {results.repeated}")
+    return lines
+
+
+def keys(results: Results) -> list[Key]:
     """Returns the numbers a reader looks for first."""
-    dense = stats.spread(stats.per_seed(results.rows, "dense_loss").values())
-    control = stats.spread(stats.per_seed(results.rows, "control_loss").values())
+    by_seed = [stats.per_seed(results.rows, f"{name}_loss") for name in ("dense", "control")]
+    dense, control = (stats.spread(losses.values()) for losses in by_seed)
+    gained = stats.spread(
+        stats.difference(loss, by_seed[0].get(seed)) for seed, loss in by_seed[1].items()
+    )
     steps = sorted({row.steps for row in results.rows if row.steps})
-    after = f"; {count(steps[-1])} extra steps, no mask" if steps else "; no mask"
+    after = f"; {count(steps[-1])} extra steps, no mask" if len(steps) == 1 else "; no mask"
     unit = "nats per token"
-    return [
+    found = [
         Key("Dense model, validation loss", _mean(dense), f"{_sd(dense)}{unit}"),
         Key(
             "Control, validation loss",
             _mean(control),
             f"{_sd(control)}{unit}{after}" if control else "not run yet",
         ),
-        _moderate_key(found),
-        _knee_key(found),
-        *_size_key(results),
-        Key("Seeds", str(len(results.seeds)), _seed_note(found)),
     ]
+    if gained:
+        note = f"{_sd(gained)}by the extra steps alone"
+        found.append(Key("Control minus dense", signed(gained.mean, 3), note))
+    sizes = next(iter(results.dense.values()), {})
+    params, prunable = sizes.get("params"), sizes.get("prunable")
+    if isinstance(params, int) and isinstance(prunable, int) and params:
+        note = f"of {count(params)} parameters ({percent(prunable / params)})"
+        found.append(Key("Prunable weights", count(prunable), note))
+    single = len(results.seeds) == 1
+    note = "no spread can be given" if single else "numbers are mean ± standard deviation"
+    return [*found, Key("Seeds", str(len(results.seeds)), note)]
 
 
-def _mean(value: stats.Spread | None) -> str:
+def _mean(value: Spread | None) -> str:
     return DASH if value is None else number(value.mean, 3)
 
 
-def _sd(value: stats.Spread | None, digits: int = 3) -> str:
-    return "" if value is None or value.sd is None else f"±{NBSP}{number(value.sd, digits)} "
+def _sd(value: Spread | None) -> str:
+    return "" if value is None or value.sd is None else f"±{NBSP}{number(value.sd, 3)} "
 
 
-def _moderate_key(found: Findings) -> Key:
-    cell, main = found.main.moderate, found.main
-    name = f"{main.criterion}, {words.rule_phrase(main.rule)}"
-    if cell is None:
-        return Key("At moderate sparsity", DASH, f"no cell of {name} near 60{NBSP}%")
-    label = f"At {percent(cell.sparsity.mean)} sparsity, against the control"
-    if cell.minus_control is None:
-        return Key(label, DASH, f"{name}; not fine-tuned yet")
-    change = cell.minus_control
-    return Key(label, signed(change.mean), f"{_sd(change, 4)}nats per token; {name}")
-
-
-def _knee_key(found: Findings) -> Key:
-    knee, label = found.main.knee, "Knee: sparsest at no cost"
-    if knee is None:
-        return Key(label, DASH, "needs fine-tuned cells and a control")
-    if knee.free is None:
-        return Key(label, "none", "no level is within the margin of the control")
-    if knee.costly is None:
-        note = "no level tested is shown to cost"
+def _losses(cells: Sequence[Cell], group: str, names: Sequence[str]) -> Group:
+    seeds = [len(cell.rows) for cell in cells if cell.group == group]
+    text = "Lines across: dense model (dotted) and control (solid). "
+    if max(seeds) == 1:
+        text += "One seed: no spread can be given."
     else:
-        note = f"clear cost from {percent(knee.costly.sparsity.mean)} on"
-    return Key(label, percent(knee.free.sparsity.mean), note)
+        text += (
+            f"Points are means over {seeds_of(seeds)}; error bars, and the grey around the lines "
+            "across, reach one standard deviation to either side."
+        )
+    return Group(curves.comparison(cells, group, names), text, GROUPS[group], QUESTIONS[group])
 
 
-def _size_key(results: Results) -> list[Key]:
-    sizes = next(iter(results.dense.values()), {})
-    params, prunable = sizes.get("params"), sizes.get("prunable")
-    if not isinstance(params, int) or not isinstance(prunable, int) or not params:
-        return []
-    note = f"of {count(params)} parameters ({percent(prunable / params)})"
-    return [Key("Prunable weights", count(prunable), note)]
-
-
-def _seed_note(found: Findings) -> str:
-    counts = {}
-    for cell in found.cells:
-        counts.setdefault(cell.rule, []).append(len(cell.seeds))
-    if max(max(numbers) for numbers in counts.values()) == 1:
-        return "one per cell: no spread can be given"
-    return "; ".join(f"{seeds_of(n)}: {words.rule_phrase(rule)}" for rule, n in counts.items())
-
-
-def comparisons(results: Results, found: Findings) -> list[Group]:
-    """Returns one group of figures per comparison that has cells."""
-    groups = []
-    for rule in RULES:
-        if any(cell.rule == rule for cell in found.cells):
-            pictures = curves.comparison(results, found.cells, rule)
-            title = words.rule_title(rule)
-            groups.append(Group(pictures, _loss_caption(found, rule), title, QUESTIONS[rule]))
-    return groups
-
-
-def _loss_caption(found: Findings, rule: str) -> str:
-    knees = [(c.criterion, c.knee) for c in found.claims if c.rule == rule and c.knee]
-    if knees:
-        ends = [
-            f"{name} {percent(k.free.sparsity.mean) if k.free else 'none'}" for name, k in knees
-        ]
-        text = f"The sparsest free level of each criterion: {', '.join(ends)}. "
-    else:
-        text = "No fine-tuned loss can be compared with a control yet. "
-    text += "Lines across: dense model (dotted) and control (solid). "
-    counts = [len(cell.seeds) for cell in found.cells if cell.rule == rule]
-    if max(counts) == 1:
-        return f"{text}One seed: no spread can be given."
-    return (
-        f"{text}Points are means over {seeds_of(counts)}; error bars, and the grey around the "
-        "lines across, reach one standard deviation to either side."
-    )
-
-
-def heat(results: Results, found: Findings) -> Group:
-    """Returns the maps of the sparsity that each tensor got."""
-    rules = [rule for rule in ("std", "global") if any(c.rule == rule for c in found.cells)]
+def _heat(results: Results, cells: Sequence[Cell], groups: Sequence[str]) -> Group:
+    # Without an allocation, equal sparsity per tensor or row would be one number everywhere.
+    uneven = [
+        group
+        for group in groups
+        if group in ("global", "rate")
+        or any(cell.rows[0].allocation for cell in cells if cell.group == group)
+    ]
     return Group(
-        weights.heat_maps(results, found, rules or [found.main.rule]),
-        f"Share pruned of each tensor (%), at the level of each criterion nearest 60{NBSP}%; below "
-        "its name the sparsity achieved over all tensors; seeds pooled. The darker, the emptier; "
+        weights.heat_maps(results, cells, uneven),
+        f"Sparsity of each tensor (%), at the level of each criterion nearest to 60{NBSP}%; below "
+        "its name the sparsity achieved over all tensors; seeds pooled. The darker, the sparser; "
         "all maps share one range of shades.",
     )
 
 
-def paths(results: Results, found: Findings) -> Group:
-    """Returns the trajectories of sampled weights."""
-    chosen = weights.example(results, found)
+def _paths(results: Results, cells: Sequence[Cell]) -> Group:
+    own = [cell for cell in cells if cell.criterion == comparison.PAPER] or cells
+    chosen = weights.example(results, own)
     if chosen is None:
         return Group([], "")
-    (seed, rule, criterion, _), detail = chosen
-    row = next((row for row in results.rows if row.key == chosen[0]), None)
-    at = f" at {percent(row.sparsity_prunable)} sparsity" if row else ""
+    cell, row, detail = chosen
     return Group(
-        weights.trajectories(results, chosen[0], detail),
-        f"Sampled weights while the dense model of seed {seed} trains, marked by what {criterion} "
-        f"({words.rule_phrase(rule)}{at}) decides in the end. The tensors are the first, the "
-        "middle and the last of the sample, the weights the first few of each kind: none was "
-        "picked by its looks. See how far pruned paths stay from 0, and which ones cross it late.",
+        weights.trajectories(results, row.seed, detail),
+        f"Sampled weights while the dense model of seed {row.seed} trains, marked by what "
+        f"{cell.name} ({phrase(cell.group)}) at {percent(row.sparsity_prunable)} sparsity decides "
+        "in the end. The tensors are the first, the middle and the last of the sample, the weights "
+        "the first few of each kind: none was picked by its looks.",
     )
 
 
-def histograms(results: Results, found: Findings) -> Group:
-    """Returns the histograms of the weights before and after."""
+def _histograms(results: Results, cells: Sequence[Cell]) -> Group:
     return Group(
-        weights.histograms(results, found),
+        weights.histograms(results, cells),
         "All prunable weights before pruning (grey), after it (solid) and after fine-tuning "
-        f"(dashed), at the level nearest 60{NBSP}%, {words.rule_phrase(found.main.rule)}, first "
-        "seed. Exact zeros are left out after pruning, so what is missing under the grey was "
-        f"pruned. The outermost 0.5{NBSP}% of the weights lie off the axis.",
+        f"(dashed), at the level nearest to 60{NBSP}%, {phrase(cells[0].group)}, first seed. Exact "
+        "zeros are left out after pruning, so what is missing under the grey was pruned. The "
+        f"outermost 0.5{NBSP}% of the weights lie off the axis.",
     )
 
 
-def training(results: Results) -> Group:
-    """Returns the training curve."""
+def _training(results: Results) -> Group:
     picture = curves.training(results)
     return Group(
         [picture] if picture else [],
         f"Training of the dense model, {plural(len(results.training), 'seed')}. The loss of single "
-        "batches scatters; the validation loss is what the figures above start from.",
+        "batches scatters; pruning starts from the validation loss at the end.",
     )
 
 
@@ -220,44 +237,5 @@ def _setting(value: Any) -> str:
 
 def cost(results: Results) -> str:
     """Returns what the cells took, as measured."""
-    minutes = sum(row.seconds for row in results.study) / 60
-    return f"The {plural(len(results.study), 'cell')} took {minutes:.1f} minutes in all."
-
-
-def study_of(results: Results) -> dict[str, Any] | None:
-    """Returns the study's sentence and table; None where all cells are of the usual kind."""
-    if all(row.plain for row in results.study):
-        return None
-    found = study.combinations(results.study)
-    return {"answer": study.answer(found), "table": study.table(found)}
-
-
-def content(results: Results, found: Findings) -> dict[str, Any]:
-    """Returns every variable of the template that needs no file of its own."""
-    rules = dict.fromkeys(cell.rule for cell in found.cells)
-    return {
-        "name": results.name,
-        "headline": words.headline(found),
-        "keys": keys(results, found),
-        "missing": missing.missing(results),
-        "findings": words.statements(found),
-        "how_to_read": HOW_TO_READ,
-        "yardstick": words.yardstick(found),
-        "comparisons": comparisons(results, found),
-        "study": study_of(results),
-        "language": language.of(results),
-        "heat": heat(results, found),
-        "paths": paths(results, found),
-        "histograms": histograms(results, found),
-        "training": training(results),
-        "tables": [
-            tables.best(found),
-            tables.claims(found),
-            tables.contests(found),
-            *[tables.full(found, rule) for rule in rules],
-            tables.seeds(results),
-        ],
-        "config": settings(results),
-        "fingerprint": (results.fingerprint or "")[:12],
-        "cost": cost(results),
-    }
+    minutes = sum(row.seconds for row in results.rows) / 60
+    return f"The {plural(len(results.rows), 'cell')} took {minutes:.1f} minutes in all."

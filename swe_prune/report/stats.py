@@ -8,14 +8,12 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
-from swe_prune.report.records import RULES, Row
+from swe_prune.report.records import GROUPS, group_of, key_of, name_of
+from swe_prune.study.results import Row
 
-MARGIN = 0.01
-"""Nats per token that are called nothing: 1 % of perplexity. Stated wherever it decides."""
-
-Verdict = Literal["lower", "equal", "higher", "undecided"]
+MODERATE = 0.6
+"""The paper's moderate sparsity."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +38,53 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """All seeds of one (rule, criterion, requested); None where nothing was measured."""
+    """All seeds of one cell.
 
-    rule: str
-    criterion: str
-    requested: float
-    seeds: tuple[int, ...]
-    sparsity: Spread  # achieved, of the prunable weights
-    total: Spread  # achieved, of all parameters
-    nonzero: Spread
-    pruned: Spread
-    finetuned: Spread | None
-    pruned_minus_dense: Spread | None
-    minus_control: Spread | None  # fine-tuned minus control, paired by seed
-    minus_dense: Spread | None  # fine-tuned minus dense, paired by seed
+    Attributes:
+        group: Comparison it belongs to, a key of `GROUPS`.
+        name: Criterion or method with its unusual settings.
+        level: Requested sparsity, or the rate of the paper's rule.
+        rows: One row per seed, by seed.
+    """
+
+    group: str
+    name: str
+    level: float
+    rows: tuple[Row, ...]
+
+    def of(self, field: str) -> Spread | None:
+        """Returns a column over the seeds; None where nothing was measured."""
+        return spread(getattr(row, field) for row in self.rows)
+
+    @property
+    def criterion(self) -> str:
+        """Criterion without its settings; empty for a method."""
+        return self.rows[0].criterion
+
+    @property
+    def sparsity(self) -> Spread:
+        """Achieved sparsity of the prunable weights."""
+        found = self.of("sparsity_prunable")
+        assert found is not None  # every row has it
+        return found
+
+    def changes(self, recovered: bool) -> dict[int, float]:
+        """Returns the loss of each seed minus its reference.
+
+        Args:
+            recovered: Whether to take the fine-tuned loss minus the control's, or the loss straight
+                after pruning minus the dense model's.
+        """
+        stage, base = ("finetuned", "control") if recovered else ("pruned", "dense")
+        found = {
+            row.seed: difference(getattr(row, f"{stage}_loss"), getattr(row, f"{base}_loss"))
+            for row in self.rows
+        }
+        return {seed: change for seed, change in found.items() if change is not None}
+
+    def change(self, recovered: bool) -> Spread | None:
+        """Returns `changes` over the seeds; None where nothing was measured."""
+        return spread(self.changes(recovered).values())
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
@@ -81,67 +112,55 @@ def difference(value: float | None, base: float | None) -> float | None:
     return value - base if math.isfinite(value) else math.inf
 
 
-def verdict(change: Spread, margin: float = MARGIN) -> Verdict:
-    """Judges a paired change in loss by mean ± one standard deviation against a margin.
-
-    lower: mean below -margin and mean + sd below 0; equal: mean + sd within margin (from above);
-    higher: mean - sd above margin; undecided: the seeds scatter across the margin. One seed has no
-    sd, and is then judged by its value alone.
-    """
-    if change.mean < -margin and change.high < 0:
-        return "lower"
-    if change.high <= margin:
-        return "equal"
-    return "higher" if change.low > margin else "undecided"
-
-
-def _at_least_one(values: Iterable[float]) -> Spread:
-    result = spread(values)
-    assert result is not None  # a group of rows is never empty
-    return result
-
-
-def summarise(rows: Sequence[Row]) -> list[Cell]:
-    """Returns one `Cell` per (rule, criterion, requested), by rule, criterion and sparsity."""
-    groups: dict[tuple[str, str, float], list[Row]] = {}
+def summarise(rows: Iterable[Row]) -> list[Cell]:
+    """Returns one `Cell` for the seeds of each, by comparison, name and achieved sparsity."""
+    found: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.rule, row.criterion, row.requested), []).append(row)
-    cells = [_cell(key, group) for key, group in groups.items()]
-    return sorted(cells, key=lambda c: (RULES.index(c.rule), c.criterion, c.sparsity.mean))
+        found.setdefault(key_of(row)[1:], []).append(row)  # all that names it but the seed
+    cells = []
+    for same in found.values():
+        first = same[0]
+        level = first.sparsity if first.rate is None else first.rate
+        assert level is not None  # `read` refuses a row that has neither
+        by_seed = tuple(sorted(same, key=lambda row: row.seed))
+        cells.append(Cell(group_of(first), name_of(first), level, by_seed))
+    ranks = {name: rank for rank, name in enumerate(order(cells))}
+    groups = list(GROUPS)
+    return sorted(cells, key=lambda c: (groups.index(c.group), ranks[c.name], c.sparsity.mean))
 
 
-def _cell(key: tuple[str, str, float], group: list[Row]) -> Cell:
-    return Cell(
-        *key,
-        seeds=tuple(sorted(row.seed for row in group)),
-        sparsity=_at_least_one(row.sparsity_prunable for row in group),
-        total=_at_least_one(row.sparsity_total for row in group),
-        nonzero=_at_least_one(row.nonzero_params for row in group),
-        pruned=_at_least_one(row.pruned_loss for row in group),
-        finetuned=spread(row.finetuned_loss for row in group),
-        pruned_minus_dense=spread(difference(r.pruned_loss, r.dense_loss) for r in group),
-        minus_control=spread(difference(r.finetuned_loss, r.control_loss) for r in group),
-        minus_dense=spread(difference(r.finetuned_loss, r.dense_loss) for r in group),
-    )
+def usual(cells: Sequence[Cell]) -> list[Cell]:
+    """Returns the cells pruned in one shot and fine-tuned, which figures show; else all."""
+    plain = ("one_shot", "finetune")
+    found = [cell for cell in cells if (cell.rows[0].schedule, cell.rows[0].recovery) == plain]
+    return found or list(cells)
+
+
+def order(cells: Iterable[Cell]) -> list[str]:
+    """Returns the cells' names: the paper's criteria first, random, the reference, last."""
+    ranks = {"swe": 0, "swe_spread": 1, "magnitude": 2, "random": 4}
+    of = {cell.name: ranks.get(cell.criterion, 3) for cell in cells}
+    return sorted(of, key=lambda name: (of[name], name))
 
 
 def per_seed(rows: Iterable[Row], field: str) -> dict[int, float]:
-    """Returns `dense_loss` or `control_loss` once per seed, seeds without a value left out."""
+    """Returns `dense_loss` or `control_loss` once per seed, seeds without a value left out.
+
+    The control is that of plain fine-tuning where there is one: each recovery has its own.
+    """
     found: dict[int, float] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.recovery != "finetune"):
         value = getattr(row, field)
         if value is not None:
             found.setdefault(row.seed, value)
     return dict(sorted(found.items()))
 
 
-def nearest(cells: Iterable[Cell], target: float, within: float = 1.0) -> Cell | None:
-    """Returns the cell whose achieved sparsity is nearest to `target`, or None if none is near."""
-    near = [cell for cell in cells if abs(cell.sparsity.mean - target) <= within]
-    return min(near, key=lambda cell: abs(cell.sparsity.mean - target), default=None)
-
-
-def order(criteria: Iterable[str]) -> list[str]:
-    """Returns criteria with swe first, its rivals next, the rest by name."""
-    first = {name: i for i, name in enumerate(("swe", "swe_spread", "magnitude", "random"))}
-    return sorted(set(criteria), key=lambda name: (first.get(name, len(first)), name))
+def moderate(cells: Iterable[Cell]) -> list[Cell]:
+    """Returns of each name the cell whose achieved sparsity is nearest to 60 %."""
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        other = found.setdefault(cell.name, cell)
+        if abs(cell.sparsity.mean - MODERATE) < abs(other.sparsity.mean - MODERATE):
+            found[cell.name] = cell
+    return list(found.values())

@@ -1,16 +1,34 @@
-"""The tables of the page, as plain text cells; the template only lays them out."""
+"""The tables of the page and of tables.md, as text; template and Markdown only lay them out."""
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from swe_prune.report import stats
-from swe_prune.report.findings import Claims, Contest, Findings
-from swe_prune.report.formats import DASH, count, mean_sd, number, percent, percent_sd, signed
-from swe_prune.report.records import Results
-from swe_prune.report.stats import Cell, Spread, verdict
-from swe_prune.report.words import PHASES, VERDICTS, rule_phrase, standing
+from swe_prune.report.comparison import Comparison
+from swe_prune.report.formats import (
+    DASH,
+    count,
+    mean_sd,
+    number,
+    percent,
+    percent_sd,
+    plural,
+    signed,
+)
+from swe_prune.report.records import GROUPS, Results, key_of, name_of, phrase
+from swe_prune.report.stats import Cell, spread
+
+NEAR = "\N{ALMOST EQUAL TO}"
+"""Marks an entry within the margin of the best."""
+
+
+class Bold(str):
+    """An entry set in bold: the best of its column."""
+
+    __slots__ = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,162 +42,88 @@ class Table:
 
     @property
     def groups(self) -> list[list[Sequence[str]]]:
-        """The rows, those that begin alike together."""
+        """The rows, those with the same first entry together."""
         return [list(rows) for _, rows in itertools.groupby(self.rows, key=lambda row: row[0])]
 
 
-TITLES = {"std": "Paper's rule", "tensor": "Per tensor", "global": "Global", "row": "Per row"}
+def comparison(found: Comparison) -> Table:
+    """Returns criteria by sparsity, each entry the loss against the control."""
+    rows = [[name, *(_entry(found, name, at) for at in found.levels)] for name in found.names]
+    heads = [f"rate {at:g}" if found.group == "rate" else percent(at) for at in found.levels]
+    return Table(_caption(found), ["Criterion", *heads], rows)
 
 
-def requested(cell: Cell) -> str:
-    """Returns what was asked of a cell: a rate under the paper's rule, else a sparsity."""
-    return f"rate {cell.requested:g}" if cell.rule == "std" else percent(cell.requested)
+def _entry(found: Comparison, name: str, level: float) -> str:
+    cell = found.cells.get((name, level))
+    if cell is None:
+        return DASH
+    value = cell.change(found.recovered)
+    text = mean_sd(value, sign=True)
+    if value is not None and value.n < found.seeds:
+        text += f" (n={value.n})"
+    if found.group == "rate":
+        text += f" at {percent(cell.sparsity.mean)}"
+    if found.best.get(level) == name:
+        return Bold(text)
+    return f"{NEAR} {text}" if name in found.near.get(level, ()) else text
 
 
-def _verdict(change: Spread | None) -> str:
-    return VERDICTS[None if change is None else verdict(change)]
+def _caption(found: Comparison) -> str:
+    if found.recovered:
+        what = "Fine-tuned validation loss minus the control's"
+    else:
+        what = "Validation loss straight after pruning minus the dense model's"
+    text = f"{GROUPS[found.group]}. {what}, in nats per token; "
+    if found.seeds > 1:
+        text += f"mean ± standard deviation over n = {plural(found.seeds, 'seed')}, paired by seed"
+    else:
+        text += "n = 1 seed"
+    if found.group == "rate":
+        return (
+            f"{text}; then the sparsity that the rate led to. The sparsities of a column differ, "
+            "so no entry is marked as its best."
+        )
+    text += ". Bold: the best of its column"
+    if found.seeds == 1:
+        return f"{text}; with one seed no margin can be told."
+    return (
+        f"{text}. {NEAR}: within the margin of the best, so the paired difference to it is no "
+        "larger than its own standard deviation over seeds."
+    )
 
 
-def best(found: Findings) -> Table:
-    """Returns two rows per comparison: the lowest loss, and the sparsest cell that is free."""
-    rows = []
-    for one in found.bests:
-        label = "lowest loss" if one.lowest.finetuned else "lowest loss, not fine-tuned"
-        rows.append([TITLES[one.rule], label, *_summary(one.lowest)])
-        if one.sparsest_free:
-            rows.append([TITLES[one.rule], "sparsest free cell", *_summary(one.sparsest_free)])
-        elif one.lowest.minus_control:
-            rows.append([TITLES[one.rule], "sparsest free cell", "none", *[DASH] * 6])
+def cells(found: Sequence[Cell], group: str) -> Table:
+    """Returns every cell of one comparison with what it removed, lost and took."""
     head = (
-        "Comparison,Best by,Criterion,Requested,Achieved,Pruned,Fine-tuned,Minus control,"
-        "Minus dense"
+        "Criterion,Requested,Achieved,Of all parameters,Non-zero parameters,Pruned minus dense,"
+        "Fine-tuned minus control,Generalisation gap,Control's gap,Seconds,Seeds"
     )
     return Table(
-        "The best cell of each comparison. Free: fine-tuned loss within "
-        f"{stats.MARGIN:g} nats per token of the control. Losses in nats per token, "
-        "mean ± standard deviation over seeds.",
+        f"{GROUPS[group]}, all cells. Pruned: straight after pruning, with a schedule under its "
+        "final masks. Gap: validation minus training loss, on equally many fixed windows. Losses "
+        "in nats per token, mean ± standard deviation over seeds, differences paired by seed.",
         head.split(","),
-        rows,
-        words=3,
+        [_cell(cell) for cell in found if cell.group == group],
     )
 
 
-def _summary(cell: Cell) -> list[str]:
+def _cell(cell: Cell) -> list[str]:
+    nonzero, seconds, total = (
+        cell.of(name) for name in ("nonzero_params", "seconds", "sparsity_total")
+    )
     return [
-        cell.criterion,
-        requested(cell),
+        cell.name,
+        f"rate {cell.level:g}" if cell.group == "rate" else percent(cell.level),
         percent_sd(cell.sparsity),
-        mean_sd(cell.pruned),
-        mean_sd(cell.finetuned),
-        mean_sd(cell.minus_control, sign=True),
-        mean_sd(cell.minus_dense, sign=True),
+        DASH if total is None else percent_sd(total),
+        DASH if nonzero is None else count(nonzero.mean),
+        mean_sd(cell.change(recovered=False), sign=True),
+        mean_sd(cell.change(recovered=True), sign=True),
+        mean_sd(cell.of("generalisation_gap"), 3, sign=True),
+        mean_sd(cell.of("control_gap"), 3, sign=True),
+        DASH if seconds is None else number(seconds.mean, 1),
+        str(len(cell.rows)),
     ]
-
-
-def claims(found: Findings) -> Table:
-    """Returns the paper's two claims for every criterion under every comparison."""
-    head = (
-        "Comparison,Criterion,Near 60\N{NO-BREAK SPACE}%,Minus control,Verdict,Minus dense,Verdict,"
-        "Knee,Costs from,Slope per 10 points"
-    )
-    return Table(
-        "The paper's two claims for every criterion, at its cell nearest 60\N{NO-BREAK SPACE}% "
-        "achieved sparsity. Verdict: against the yardstick before it. Knee: the sparsest level "
-        "within the margin of the control. Slope: mean rise from there to the sparsest level. "
-        "Losses in nats per token.",
-        head.split(","),
-        [_claim(one) for one in found.claims],
-        words=2,
-    )
-
-
-def _claim(one: Claims) -> list[str]:
-    cell, knee = one.moderate, one.knee
-    nothing = "none" if knee else DASH
-    slope = knee.slope if knee else None
-    return [
-        TITLES[one.rule],
-        one.criterion,
-        percent_sd(cell.sparsity) if cell else DASH,
-        mean_sd(cell.minus_control if cell else None, sign=True),
-        VERDICTS[one.against_control],
-        mean_sd(cell.minus_dense if cell else None, sign=True),
-        VERDICTS[one.against_dense],
-        percent_sd(knee.free.sparsity) if knee and knee.free else nothing,
-        percent_sd(knee.costly.sparsity) if knee and knee.costly else nothing,
-        DASH if slope is None else signed(slope, 3) if math.isfinite(slope) else "diverged",
-    ]
-
-
-def contests(found: Findings) -> Table | None:
-    """Returns every contest at equal sparsity with its tally and the gap at each level."""
-    levels = sorted({bout.sparsity for one in found.contests for bout in one.bouts})
-    if not levels:
-        return None
-    head = "Comparison,Criterion,Rival,Fine-tuning,Result"
-    return Table(
-        "Who is ahead at equal sparsity: loss of the criterion minus loss of its rival (nats per "
-        "token, paired by seed, mean ± standard deviation; below 0 the criterion is better). A "
-        "level is tied when the mean is within its standard deviation, or with one seed within "
-        f"{stats.MARGIN:g}.",
-        [*head.split(","), *map(percent, levels)],
-        [_contest(one, levels) for one in found.contests],
-        words=5,
-    )
-
-
-def _contest(one: Contest, levels: list[float]) -> list[str]:
-    marks = {"win": " won", "loss": " lost", "tie": " tied"}
-    by_level = {
-        bout.sparsity: mean_sd(bout.change, 3, sign=True) + marks[bout.outcome]
-        if math.isfinite(bout.change.mean)
-        else f"diverged{marks[bout.outcome]}"
-        for bout in one.bouts
-    }
-    cells = [by_level.get(level, DASH) for level in levels]
-    return [
-        TITLES[one.rule],
-        one.criterion,
-        one.rival,
-        PHASES[one.phase].split()[0],
-        standing(one),
-        *cells,
-    ]
-
-
-def full(found: Findings, rule: str) -> Table:
-    """Returns every cell of one comparison."""
-    rows = [
-        [
-            cell.criterion,
-            requested(cell),
-            percent_sd(cell.sparsity),
-            percent_sd(cell.total),
-            count(cell.nonzero.mean),
-            mean_sd(cell.pruned),
-            mean_sd(cell.finetuned),
-            mean_sd(cell.minus_control, sign=True),
-            _verdict(cell.minus_control),
-            str(len(cell.seeds)),
-        ]
-        for cell in _ordered(found, rule)
-    ]
-    head = (
-        "Criterion,Requested,Achieved prunable,Achieved total,Non-zero parameters,Pruned,"
-        "Fine-tuned,Minus control,Verdict,Seeds"
-    )
-    return Table(
-        f"All cells, {rule_phrase(rule)}. Losses in nats per token, mean ± standard deviation over "
-        "seeds; the difference to the control is paired by seed.",
-        head.split(","),
-        rows,
-    )
-
-
-def _ordered(found: Findings, rule: str) -> list[Cell]:
-    own = [cell for cell in found.cells if cell.rule == rule]
-    names = stats.order(cell.criterion for cell in own)
-    return sorted(own, key=lambda cell: (names.index(cell.criterion), cell.sparsity.mean))
 
 
 def seeds(results: Results) -> Table:
@@ -199,8 +143,85 @@ def seeds(results: Results) -> Table:
             ]
         )
     return Table(
-        "The two yardsticks of each seed: the dense model, and the control, which is the dense "
+        "The two references of each seed: the dense model, and the control, which is the dense "
         "model trained for the same extra steps. Validation loss in nats per token.",
         ["Seed", "Dense", "Control", "Control minus dense", "Cells"],
         rows,
     )
+
+
+def perplexities(results: Results, found: Sequence[Cell]) -> Table:
+    """Returns perplexity, distance from the dense model and repetition, before and after recovery.
+
+    The perplexity is exp of the mean loss over seeds.
+    """
+    rows = []
+    before = [one["pretrained_loss"] for one in results.dense.values() if "pretrained_loss" in one]
+    dense = stats.per_seed(results.rows, "dense_loss").values()
+    control = stats.per_seed(results.rows, "control_loss").values()
+    for name, values in (("pretrained", before), ("dense", dense), ("control", control)):
+        if values:
+            rows.append([name, DASH, DASH, perplexity(spread(values)), *[DASH] * 5])
+    for cell in found:
+        rows.append(
+            [
+                cell.name,
+                phrase(cell.group),
+                percent(cell.sparsity.mean),
+                *(perplexity(cell.of(f"{stage}_loss")) for stage in ("pruned", "finetuned")),
+                *(_number(cell.of(f"{stage}_kl")) for stage in ("pruned", "finetuned")),
+                *(_percent(cell.of(f"{stage}_repetition")) for stage in ("pruned", "finetuned")),
+            ]
+        )
+    head = "Model,Comparison,Sparsity,Perplexity,recovered,KL,recovered,Repetition,recovered"
+    return Table(
+        "Perplexity on the validation windows, straight after pruning and after the recovery. KL: "
+        "divergence of the next-token probabilities from the dense model's, in nats per token. "
+        "Repetition: the share of 3-grams of the samples that occurred in them before.",
+        head.split(","),
+        rows,
+        words=2,
+    )
+
+
+def samples(results: Results) -> Table:
+    """Returns what the models of the first seed wrote, greedily, after each prompt."""
+    seed = results.seeds[0]
+    rows = []
+    for one in results.dense.get(seed, {}).get("dense_samples", []):
+        rows.append(["dense", DASH, *_shown(one), DASH])
+    for row in results.rows:
+        detail = results.details.get(key_of(row))
+        if row.seed != seed or detail is None:
+            continue
+        pruned, tuned = (detail.samples.get(stage, []) for stage in ("pruned", "finetuned"))
+        for one, two in itertools.zip_longest(pruned, tuned):
+            prompt, text = _shown(one or two)
+            last = _shown(two)[1] if two else DASH
+            shown = percent(row.sparsity_prunable)
+            rows.append([name_of(row), shown, prompt, text if one else DASH, last])
+    head = ["Model", "Sparsity", "Prompt", "Continuation, pruned", "Continuation, recovered"]
+    return Table(f"What the models of seed {seed} wrote, greedily.", head, rows, words=5)
+
+
+def _shown(sample: dict[str, Any]) -> list[str]:
+    return [" ".join(str(sample[key]).split()) for key in ("prompt", "text")]
+
+
+def perplexity(loss: stats.Spread | None) -> str:
+    """Returns exp of a mean loss as a table shows it.
+
+    >>> perplexity(spread([math.log(20)])), perplexity(None)
+    ('20.00', '\N{EN DASH}')
+    """
+    if loss is None:
+        return DASH
+    return number(math.exp(loss.mean), 2) if loss.mean < 700 else number(math.inf)
+
+
+def _number(value: stats.Spread | None) -> str:
+    return DASH if value is None else number(value.mean, 3)
+
+
+def _percent(value: stats.Spread | None) -> str:
+    return DASH if value is None else percent(value.mean)

@@ -9,16 +9,23 @@ from matplotlib import colormaps, ticker
 from matplotlib.lines import Line2D
 
 from swe_prune.report import formats, stats
-from swe_prune.report.findings import MODERATE, Findings
 from swe_prune.report.look import INK, KEPT, PRUNED, QUIET, Picture, panel, slug
-from swe_prune.report.records import CellKey, Detail, Histogram, Results, Trajectory
+from swe_prune.report.records import (
+    GROUPS,
+    Detail,
+    Histogram,
+    Results,
+    Trajectory,
+    key_of,
+    phrase,
+)
 from swe_prune.report.stats import Cell
-from swe_prune.report.words import rule_phrase, rule_title
+from swe_prune.study.results import Row
 
 Column = tuple[Cell, dict[str, float]]
-"""A cell with the share pruned of each tensor."""
+"""A cell with the sparsity of each tensor."""
 
-LINES = 14  # sampled weights drawn of each kind: more become a hatch, fewer an anecdote
+LINES = 14  # sampled weights drawn of each kind: more could not be told apart
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -27,28 +34,18 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 def short(name: str) -> str:
-    """Returns a tensor's name without the `/kernel` that all of them share."""
+    """Returns a tensor's name without the `/kernel` that all of them end in."""
     return name.removeprefix("params/").removesuffix("/kernel")
 
 
-def moderate_cells(found: Findings, rule: str) -> list[Cell]:
-    """Returns the cell nearest 60 % of every criterion under a rule."""
-    own = [cell for cell in found.cells if cell.rule == rule]
-    chosen = []
-    for name in stats.order(cell.criterion for cell in own):
-        cell = stats.nearest((c for c in own if c.criterion == name), MODERATE)
-        chosen += [cell] if cell else []
-    return chosen
-
-
-def details_of(results: Results, cell: Cell) -> list[tuple[CellKey, Detail]]:
+def details_of(results: Results, cell: Cell) -> list[tuple[Row, Detail]]:
     """Returns the details of a cell's seeds that are there."""
-    keys = [(seed, cell.rule, cell.criterion, cell.requested) for seed in cell.seeds]
-    return [(key, results.details[key]) for key in keys if key in results.details]
+    found = [(row, results.details.get(key_of(row))) for row in cell.rows]
+    return [(row, detail) for row, detail in found if detail is not None]
 
 
 def per_tensor(results: Results, cell: Cell) -> dict[str, float]:
-    """Returns the share pruned of each tensor, counts pooled over seeds."""
+    """Returns the sparsity of each tensor, counts pooled over seeds."""
     kept: dict[str, int] = {}
     total: dict[str, int] = {}
     for _, detail in details_of(results, cell):
@@ -57,64 +54,65 @@ def per_tensor(results: Results, cell: Cell) -> dict[str, float]:
     return {name: 1 - kept[name] / total[name] for name in total if total[name]}
 
 
-def heat_maps(results: Results, found: Findings, rules: Sequence[str]) -> list[Picture]:
-    """Returns tensors × criteria for each rule, each field the share pruned near 60 %."""
+def heat_maps(results: Results, cells: Sequence[Cell], groups: Sequence[str]) -> list[Picture]:
+    """Returns tensors × criteria for each comparison, each field the sparsity near 60 %."""
     maps: dict[str, list[Column]] = {}
-    for rule in rules:
-        columns = [(cell, per_tensor(results, cell)) for cell in moderate_cells(found, rule)]
-        maps[rule] = [(cell, shares) for cell, shares in columns if shares]
-    every = [v for columns in maps.values() for _, shares in columns for v in shares.values()]
+    for group in groups:
+        chosen = stats.moderate(cell for cell in cells if cell.group == group)
+        columns = [(cell, per_tensor(results, cell)) for cell in chosen]
+        maps[group] = [(cell, values) for cell, values in columns if values]
+    every = [v for columns in maps.values() for _, values in columns for v in values.values()]
     if not every:
         return []
     # One range for all maps, so they can be compared; as narrow as the numbers, so they differ.
     limits = (math.floor(10 * min(every)) / 10, math.ceil(10 * max(every)) / 10)
-    return [_heat_map(columns, rule, limits) for rule, columns in maps.items() if columns]
+    return [_heat_map(columns, group, limits) for group, columns in maps.items() if columns]
 
 
-def _heat_map(columns: list[Column], rule: str, limits: tuple[float, float]) -> Picture:
-    names = sorted({name for _, shares in columns for name in shares}, key=natural)
-    share = np.array([[shares.get(name, np.nan) for _, shares in columns] for name in names])
+def _heat_map(columns: list[Column], group: str, limits: tuple[float, float]) -> Picture:
+    names = sorted({name for _, values in columns for name in values}, key=natural)
+    table = np.array([[values.get(name, np.nan) for _, values in columns] for name in names])
     figure, axes = panel(1.9 + 0.9 * len(columns), 0.9 + 0.235 * len(names))
     axes.grid(False)
     low, high = limits if limits[1] > limits[0] else (limits[0] - 0.1, limits[0] + 0.1)
     # Light to dark in one hue reads the same in grey.
     colours = colormaps["Blues"].with_extremes(bad="white")
-    axes.imshow(share, cmap=colours, vmin=low, vmax=high, aspect="auto")
-    for (i, j), value in np.ndenumerate(share):
+    axes.imshow(table, cmap=colours, vmin=low, vmax=high, aspect="auto")
+    for (i, j), value in np.ndenumerate(table):
         if np.isfinite(value):
             colour = "white" if value > low + 0.62 * (high - low) else INK
             text = f"{100 * value:.0f}"
             axes.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
-    heads = [f"{cell.criterion}\n{100 * cell.sparsity.mean:.0f} %" for cell, _ in columns]
-    axes.set_xticks(range(len(columns)), heads)
+    wide = max(len(cell.name) for cell, _ in columns) > 11  # wider than a column
+    gap = ", " if wide else "\n"
+    heads = [f"{cell.name}{gap}{100 * cell.sparsity.mean:.0f} %" for cell, _ in columns]
+    slanted = {"rotation": 30, "ha": "left", "rotation_mode": "anchor"} if wide else {}
+    axes.set_xticks(range(len(columns)), heads, **slanted)
     axes.set_yticks(range(len(names)), [short(name) for name in names])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(rule_title(rule), pad=10)
+    axes.set_title(GROUPS[group], pad=10)
     spans = [
-        f"{cell.criterion} prunes {100 * min(s.values()):.0f} to {100 * max(s.values()):.0f} %"
+        f"{cell.name} prunes {100 * min(s.values()):.0f} to {100 * max(s.values()):.0f} %"
         for cell, s in columns
     ]
-    alt = f"Share pruned of each tensor, {rule_phrase(rule)}: {'; '.join(spans)}."
-    return Picture(f"tensors_{rule}", alt, figure)
+    alt = f"Sparsity of each tensor, {phrase(group)}: {'; '.join(spans)}."
+    return Picture(f"tensors_{group}", alt, figure)
 
 
-def example(results: Results, found: Findings) -> tuple[CellKey, Detail] | None:
-    """Returns the first seed's cell nearest 60 % of the criterion the claims are about."""
-    cells = [cell for cell in found.cells if cell.criterion == found.main.criterion]
-    for cell in sorted(
-        cells, key=lambda c: (c.rule != found.main.rule, abs(c.sparsity.mean - MODERATE))
-    ):
+def example(results: Results, cells: Sequence[Cell]) -> tuple[Cell, Row, Detail] | None:
+    """Returns the cell nearest to 60 % sparsity that has details, with its first seed's."""
+    for cell in sorted(cells, key=lambda cell: abs(cell.sparsity.mean - stats.MODERATE)):
         there = details_of(results, cell)
         if there:
-            return there[0]
+            return (cell, *there[0])
     return None
 
 
-def trajectories(results: Results, key: CellKey, detail: Detail) -> list[Picture]:
+def trajectories(results: Results, seed: int, detail: Detail) -> list[Picture]:
     """Returns the paths of sampled kept and pruned weights in up to three tensors."""
-    history = results.trajectories.get(key[0])
+    history = results.trajectories.get(seed)
     if history is None or len(history.steps) < 2:
         return []
     usable = [
@@ -123,9 +121,9 @@ def trajectories(results: Results, key: CellKey, detail: Detail) -> list[Picture
         if len(detail.sample_kept.get(name, ())) == len(history.values[name][0])
         and len(set(detail.sample_kept[name])) == 2
     ]
-    # First, middle and last: chosen by place in the network, not by how well they look.
-    places = dict.fromkeys(round(i * (len(usable) - 1) / 2) for i in range(3)) if usable else {}
-    return [_paths(history, usable[i], detail.sample_kept[usable[i]]) for i in places]
+    # First, middle and last: chosen by their order, not by how they look.
+    chosen = dict.fromkeys(round(i * (len(usable) - 1) / 2) for i in range(3)) if usable else {}
+    return [_paths(history, usable[i], detail.sample_kept[usable[i]]) for i in chosen]
 
 
 def _paths(history: Trajectory, name: str, kept: list[bool]) -> Picture:
@@ -158,10 +156,10 @@ def _paths(history: Trajectory, name: str, kept: list[bool]) -> Picture:
     return Picture(f"trajectories_{slug(short(name))}", alt, figure)
 
 
-def histograms(results: Results, found: Findings) -> list[Picture]:
+def histograms(results: Results, cells: Sequence[Cell]) -> list[Picture]:
     """Returns weights before and after, one panel per criterion, at the level nearest 60 %."""
     pictures = []
-    for cell in moderate_cells(found, found.main.rule):
+    for cell in stats.moderate(cells):
         there = [(d, d.histogram) for _, d in details_of(results, cell) if d.histogram]
         pictures += [_histogram(counts, cell, detail) for detail, counts in there[:1]]
     return pictures
@@ -180,22 +178,22 @@ def _histogram(counts: Histogram, cell: Cell, detail: Detail) -> Picture:
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: formats.count(v)))
     axes.set_xlabel("weight (no unit)")
     axes.set_ylabel("weights per bin")
-    axes.set_title(f"{cell.criterion}, {formats.percent(cell.sparsity.mean)} pruned")
+    axes.set_title(f"{cell.name}, {formats.percent(cell.sparsity.mean)} pruned")
     axes.legend(loc="upper left")
-    alt = f"Histogram of the prunable weights before and after pruning with {cell.criterion}"
+    alt = f"Histogram of the prunable weights before and after pruning with {cell.name}"
     if detail.tensors:
         zeros = sum(total - kept for kept, total in detail.tensors.values())
         alt += f": {formats.count(zeros)} of {formats.count(detail.total)} are now exactly zero"
-    return Picture(f"histogram_{slug(cell.criterion)}", f"{alt}.", figure)
+    return Picture(f"histogram_{slug(cell.name)}", f"{alt}.", figure)
 
 
-def _middle(edges: np.ndarray, counts: np.ndarray, share: float = 0.995) -> tuple[float, float]:
-    """Returns the symmetric range that holds `share` of the counts: the tails squeeze the rest."""
+def _middle(edges: np.ndarray, counts: np.ndarray, fraction: float = 0.995) -> tuple[float, float]:
+    """Returns the symmetric range that holds a fraction of the counts, without the long tails."""
     centres = (edges[1:] + edges[:-1]) / 2
     ranks = np.argsort(np.abs(centres))
     cumulated = np.cumsum(counts[ranks]) / max(counts.sum(), 1)
     reach = float(
-        np.abs(centres[ranks][np.searchsorted(cumulated, share).clip(max=len(ranks) - 1)])
+        np.abs(centres[ranks][np.searchsorted(cumulated, fraction).clip(max=len(ranks) - 1)])
     )
     width = float(edges[1] - edges[0])
     return -reach - width, reach + width

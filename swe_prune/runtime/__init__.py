@@ -1,1 +1,1 @@
-"""Processes, files, buckets, locks and signals: how a run starts, shares and ends."""
+"""How a run starts, shares its files, and ends: processes, storage, locks and signals."""

@@ -1,4 +1,4 @@
-"""Locks on folders: the operating system's on disk, a lease in a bucket."""
+"""Locks on folders: an operating-system lock on disk, a lease in a bucket."""
 
 import contextlib
 import fcntl
@@ -12,9 +12,14 @@ from swe_prune.runtime import lease, processes, storage
 
 @contextlib.contextmanager
 def lock_for_run(folder: epath.PathLike, what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Holds a folder against other runs, first waiting for the one that has it.
+    """Locks a folder for all processes of this run, waiting while another run has it locked.
 
-    The processes of one run hold it together, by the first of them. Arguments as in `lock`.
+    Process 0 holds the lock for all of them.
+
+    Args:
+        folder: Folder to lock; created if it does not exist.
+        what: Description of the work done in the folder, for the message.
+        say: Callback that receives one message when waiting starts.
     """
     with contextlib.ExitStack() as stack:
         processes.first(lambda: stack.enter_context(lock(folder, what, say)))
@@ -23,29 +28,29 @@ def lock_for_run(folder: epath.PathLike, what: str, say: Callable[[str], None]) 
 
 @contextlib.contextmanager
 def lock(folder: epath.PathLike, what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Holds a folder for this process, first waiting for the one that has it.
+    """Locks a folder for this process, waiting while another process has it locked.
 
-    The lock is the operating system's: it is gone with the process, however that ends. In a bucket
-    it is a lease.
+    The operating system releases the lock when the process ends, however it ends. In a bucket the
+    lock is a lease.
 
     Args:
-        folder: made when there is none.
-        what: what the other process is doing there, for the message.
-        say: told once that there is something to wait for.
+        folder: Folder to lock; created if it does not exist.
+        what: Description of the work done in the folder, for the message.
+        say: Callback that receives one message when waiting starts.
 
     Raises:
-        RunError: it is in a bucket that cannot be reached.
+        RunError: If the folder is in a bucket that cannot be reached.
     """
     folder = epath.Path(folder)
     if storage.in_bucket(folder):
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(lease.acquire(lease.store(folder), ".lock", what, wait=say))
+                stack.enter_context(lease.acquire(lease.store(folder), ".lock", what, on_wait=say))
             except (OSError, ValueError, RuntimeError) as error:
                 raise RunError(
-                    f"{str(folder)!r} cannot be held ({str(error).splitlines()[0]}); see that this "
-                    "machine reaches the bucket, and run the same command again, what was finished "
-                    "is kept"
+                    f"{str(folder)!r} cannot be locked ({str(error).splitlines()[0]}); check that "
+                    "this machine can reach the bucket and run the same command again; finished "
+                    "work is kept"
                 ) from error
             yield
         return

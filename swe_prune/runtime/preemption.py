@@ -1,4 +1,4 @@
-"""SIGTERM, by which schedulers say that a machine is about to be taken away."""
+"""Handling of SIGTERM, with which schedulers announce that a machine will be taken away."""
 
 import contextlib
 import signal
@@ -11,33 +11,34 @@ from jax.experimental import multihost_utils
 from swe_prune.errors import Preempted
 from swe_prune.runtime import processes
 
-MESSAGE = "preempted (SIGTERM); run the same command again to go on, what was done is saved"
+MESSAGE = "preempted (SIGTERM); run the same command again to continue, finished work is saved"
 
 
-class Notice:
-    """Whether SIGTERM has come, and what it does meanwhile.
+class PreemptionHandler:
+    """Records SIGTERM and decides when the process stops.
 
-    Within `deferred` the signal is only noted, and whoever asks `given` saves and stops; elsewhere
-    it stops at once, which every phase survives as it survives a kill. Several processes stop after
-    one and the same step, on which JAX's runtime makes them agree; they stop nowhere else.
+    Inside `defer` the signal is only recorded; the training loop polls `given`, saves and stops.
+    Elsewhere it stops the process immediately, which every phase survives as it survives a kill.
+    With several processes, all stop after the same step, on which JAX's runtime makes them agree,
+    and nowhere else.
     """
 
     def __init__(self) -> None:
-        """Starts with no notice given."""
+        """Creates a handler that has seen no signal."""
         self._given = False
         self._deferred = 0
         self._asked = 0
 
     def given(self) -> bool:
-        """Returns whether to stop now; all processes must ask after the same steps."""
+        """Returns whether to stop now; all processes must call this after the same steps."""
         if processes.count() == 1:
             return self._given
         self._asked += 1
         return multihost_utils.reached_preemption_sync_point(self._asked)
 
     @contextlib.contextmanager
-    def deferred(self) -> Iterator["Notice"]:
-        """Notes the signal without stopping."""
+    def defer(self) -> Iterator["PreemptionHandler"]:
+        """Records the signal without stopping while the context is open."""
         self._deferred += 1
         try:
             yield self
@@ -45,14 +46,14 @@ class Notice:
             self._deferred -= 1
 
     @contextlib.contextmanager
-    def heeded(self) -> Iterator[None]:
-        """Takes the signal over for a while; only the main thread of a process can.
+    def installed(self) -> Iterator[None]:
+        """Installs the signal handler while the context is open; does so only in the main thread.
 
         Raises:
-            Preempted: from wherever the signal comes, unless it is deferred there.
+            Preempted: At the point where the signal arrives, unless it is deferred there.
         """
         elsewhere = threading.current_thread() is not threading.main_thread()
-        if elsewhere or processes.count() > 1:  # of several, JAX's runtime takes the signal
+        if elsewhere or processes.count() > 1:  # with several, JAX's runtime handles it
             yield
             return
 
@@ -69,5 +70,5 @@ class Notice:
             signal.signal(signal.SIGTERM, before)
 
 
-NOTICE = Notice()
-"""Of this process, as a process has one handler of a signal."""
+PREEMPTION = PreemptionHandler()
+"""The handler of this process; a process has one handler per signal."""

@@ -1,14 +1,14 @@
-"""Several processes that do one run together: who they are, what they agree on, how they end.
+"""Coordination of the processes of one run: identity, shared decisions, and failures.
 
-Every process runs the same program. What touches files or the user is done by the first alone, and
-what it finds is told to the others, so that all of them take the same branches:
+Every process runs the same program. Process 0 alone accesses files and talks to the user, and
+broadcasts what it finds to the others, so that all of them take the same branches:
 
-    if processes.first(path.exists): ...            # process 0 looks, all know
+    if processes.first(path.exists): ...            # process 0 looks, all learn it
     processes.first(lambda: write_json(path, x))    # process 0 writes, or all raise its error
 
-The telling goes through the key-value store of JAX's own coordination service. A process that
-fails says so there before it ends; one that dies or hangs stops writing there, and the others end
-themselves, since nothing else could: they wait inside a collective operation that never returns.
+Values are broadcast through the key-value store of JAX's coordination service. A process that
+fails writes its error there before it ends. One that dies or hangs stops sending heartbeats, and
+the others then end themselves, since they wait inside a collective operation that never returns.
 """
 
 import dataclasses
@@ -31,17 +31,19 @@ from swe_prune.runtime.supervisor import FIRST_GONE, SUPERVISED, say
 Value = TypeVar("Value")
 
 ERRORS = {kind.__name__: kind for kind in (InputError, RunError, Preempted)}
-FOREVER_MS = 7 * 24 * 3600 * 1000  # the watch ends a wait for one that is gone much sooner
+FOREVER_MS = 7 * 24 * 3600 * 1000  # the monitor ends a wait for a lost process much sooner
 
 
 @dataclasses.dataclass(frozen=True)
 class Timeouts:
-    """How long, in seconds, others are waited for; of the environment, as machines differ in it.
+    """Timeouts in seconds; environment variables set them, since machines differ.
 
     Attributes:
-        join: for all processes to come up: SWE_PRUNE_JOIN_TIMEOUT.
-        lost: for a sign of life of another: SWE_PRUNE_LOST_TIMEOUT.
-        hang: for progress of any kind, compilation included: SWE_PRUNE_HANG_TIMEOUT.
+        join: Time for all processes to come up (SWE_PRUNE_JOIN_TIMEOUT).
+        lost: Time without a heartbeat after which a process counts as lost
+            (SWE_PRUNE_LOST_TIMEOUT).
+        hang: Time without progress of any process, compilation included
+            (SWE_PRUNE_HANG_TIMEOUT).
     """
 
     join: float = 300.0
@@ -50,10 +52,10 @@ class Timeouts:
 
     @classmethod
     def of_environment(cls) -> "Timeouts":
-        """Returns those that the environment gives, else the defaults.
+        """Returns the timeouts from the environment variables, or the defaults.
 
         Raises:
-            InputError: one is no number above 0.
+            InputError: If a variable is not a number above 0.
         """
         given = {}
         for field in dataclasses.fields(cls):
@@ -61,19 +63,19 @@ class Timeouts:
             text = os.environ.get(name)
             if text is not None:
                 if not re.fullmatch(r"[0-9]*\.?[0-9]+", text) or float(text) <= 0:
-                    raise InputError(f"{name}={text} is no number of seconds above 0; correct it")
+                    raise InputError(f"{name} must be a number of seconds above 0, got {text!r}")
                 given[field.name] = float(text)
         return cls(**given)
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Which process this is, of how many, and where the first one listens.
+class ProcessAddress:
+    """Index of this process, number of processes, and address of the coordinator.
 
     Attributes:
-        coordinator: HOST:PORT, None: as the cluster's environment says.
-        index: from 0; None likewise.
-        count: of all; None likewise.
+        coordinator: Address HOST:PORT of process 0, or None to detect it from the cluster.
+        index: Index of this process, from 0, or None to detect it from the cluster.
+        count: Number of processes, or None to detect it from the cluster.
     """
 
     coordinator: str | None = None
@@ -81,34 +83,42 @@ class Place:
     count: int | None = None
 
 
-def place(coordinator: str | None, process: str | None) -> Place:
-    """Returns the place that the command line says, each given or neither.
+def process_address(coordinator: str | None, process: str | None) -> ProcessAddress:
+    """Returns the process address given on the command line.
+
+    Args:
+        coordinator: Value of --coordinator, or None.
+        process: Value of --process, or None.
 
     Raises:
-        InputError: one without the other, or one that is malformed.
+        InputError: If one is given without the other, or one is malformed.
 
-    >>> place("10.0.0.1:8476", "1/4")
-    Place(coordinator='10.0.0.1:8476', index=1, count=4)
+    >>> process_address("10.0.0.1:8476", "1/4")
+    ProcessAddress(coordinator='10.0.0.1:8476', index=1, count=4)
     """
     if coordinator is None and process is None:
-        return Place()
+        return ProcessAddress()
     if coordinator is None or process is None:
         raise InputError(
             "--coordinator=HOST:PORT and --process=I/N belong together; give both, or --distributed"
         )
     if not re.fullmatch(r".+:[0-9]{1,5}", coordinator):
-        raise InputError(f"--coordinator={coordinator} is no HOST:PORT; give one of process 0")
+        raise InputError(f"--coordinator must be HOST:PORT of process 0, got {coordinator!r}")
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", process)
     if not match or int(match[1]) >= int(match[2]):
-        raise InputError(f"--process={process} is none; give I/N with I from 0 to N - 1")
-    return Place(coordinator, int(match[1]), int(match[2]))
+        raise InputError(f"--process must be I/N with I from 0 to N - 1, got {process!r}")
+    return ProcessAddress(coordinator, int(match[1]), int(match[2]))
 
 
-def start(where: Place, timeouts: Timeouts) -> None:
-    """Joins the other processes and begins to watch them; before anything else uses a device.
+def start(where: ProcessAddress, timeouts: Timeouts) -> None:
+    """Joins the other processes and starts monitoring them; call before using any device.
+
+    Args:
+        where: Address of this process in the run.
+        timeouts: Timeouts for joining and for heartbeats.
 
     Raises:
-        InputError: the environment does not say who the others are.
+        InputError: If no cluster is detected and no address is given.
     """
     try:
         jax.distributed.initialize(
@@ -117,46 +127,49 @@ def start(where: Place, timeouts: Timeouts) -> None:
             where.index,
             cluster_detection_method=None if where.coordinator is None else "deactivate",
             initialization_timeout=max(1, int(timeouts.join)),
-            # Ours comes first, with a sentence; this one aborts the process.
+            # Our own monitor acts first, with an error message; JAX's aborts the process.
             heartbeat_timeout_seconds=max(100, int(3 * timeouts.lost)),
         )
     except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"--distributed finds no cluster it knows ({str(error).splitlines()[0]}); on one that "
-            "JAX does not detect give --coordinator=HOST:PORT and --process=I/N"
+            f"--distributed detected no cluster ({str(error).splitlines()[0]}); on a cluster that "
+            "JAX does not detect, give --coordinator=HOST:PORT and --process=I/N"
         ) from error
     _watch().begin(timeouts)
 
 
 def index() -> int:
-    """Returns which process this is, from 0."""
+    """Returns the index of this process, from 0."""
     return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def count() -> int:
-    """Returns how many processes do the run together."""
+    """Returns the number of processes in the run."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def first(compute: Callable[[], Value]) -> Value:
-    """Returns on every process what process 0 computes, or raises there what it raises.
+    """Runs a function on process 0 and returns its result, or raises its error, on every process.
 
     All processes must call it, in the same order.
 
     Args:
-        compute: run by process 0 alone; gives something that JSON can hold.
+        compute: Function that only process 0 calls; its result must be JSON-serializable.
     """
     if count() == 1:
         return compute()
     watch = _watch()
     assert not watch.telling, "first within first: process 0 alone would wait for the others"
+    # Values are numbered, which is why all processes must call in the same order.
     watch.told += 1
     key = f"swe_prune/told/{watch.told}"
+    # The other processes wait for the value or the error of process 0.
     if index() > 0:
         told = json.loads(_client().blocking_key_value_get(key, FOREVER_MS))
         if "error" in told:
             raise ERRORS[told["error"]](told["says"])
         return told["value"]
+    # Process 0 broadcasts the value, or an error that all processes then raise.
     watch.telling = True
     try:
         value = compute()
@@ -176,10 +189,12 @@ def first(compute: Callable[[], Value]) -> Value:
 
 
 def gather(value: Value) -> list[Value]:
-    """Returns the values of all processes, in their order; all must call it, in the same order.
+    """Returns the values of all processes, ordered by process index.
+
+    All processes must call it, in the same order.
 
     Args:
-        value: of this process; something that JSON can hold.
+        value: JSON-serializable value of this process.
     """
     if count() == 1:
         return [value]
@@ -192,13 +207,13 @@ def gather(value: Value) -> list[Value]:
 
 
 def check_same(settings: dict[str, Any]) -> None:
-    """Checks that all processes were given the same settings.
+    """Checks that all processes were started with the same settings.
 
     Args:
-        settings: by name, as text can show them.
+        settings: Settings by name, compared by their repr.
 
     Raises:
-        InputError: on every process, naming one that differs and in what.
+        InputError: On every process, if a setting differs; the error names it and the process.
     """
     every = gather({key: repr(value) for key, value in settings.items()})
     for number, theirs in enumerate(every):
@@ -212,14 +227,18 @@ def check_same(settings: dict[str, Any]) -> None:
 
 
 def progress() -> None:
-    """Says that this process goes on: a step was dispatched, a cell was done."""
+    """Records progress of this process, such as a dispatched step or a finished cell."""
     _watch().steps += 1
 
 
 def fail(error: BaseException, code: int) -> None:
-    """Tells the others why this process ends, and ends it; in a run of one process, returns.
+    """Reports an error to the other processes and ends this one; returns if it is the only one.
 
-    Process 0 prints the sentence, its own or that of the process that failed.
+    Process 0 prints the message, whichever process failed.
+
+    Args:
+        error: Error that ends this process.
+        code: Exit code.
     """
     if count() == 1:
         return
@@ -228,22 +247,25 @@ def fail(error: BaseException, code: int) -> None:
 
 
 def await_verdict(error: Exception) -> None:
-    """Where an error may come of another process's end, waits until the watch would have noticed.
+    """Waits for the monitor if an error may be due to another process's death.
 
-    A collective operation breaks off at once when a process at its other end dies, seconds before
-    that process's silence is long enough to be called so. The watch then ends this process with
-    the sentence that names the other, and this does not return.
+    A collective operation fails as soon as a peer dies, seconds before the monitor can tell that
+    the peer is silent. If a peer did die, the monitor ends this process with a message that names
+    it, and this function does not return.
+
+    Args:
+        error: Error that was raised in this process.
     """
     if count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
         _watch().await_verdict()
 
 
 class _Watch:
-    """The thread that tells the others of this process and ends it when one of them is gone."""
+    """Threads that send heartbeats and end this process when another one is lost."""
 
     def __init__(self) -> None:
-        self.told = 0  # values that process 0 has told
-        self.gathered = 0  # times that the processes told each other
+        self.told = 0  # number of values broadcast by process 0
+        self.gathered = 0  # number of calls to `gather`
         self.telling = False
         self.steps = 0
         self._ending = threading.RLock()
@@ -259,7 +281,7 @@ class _Watch:
             self._threads[-1].start()
 
     def _watch_first(self) -> None:
-        """Ends this process when the store, which process 0 keeps, answers no more at all."""
+        """Ends this process when the key-value store, which process 0 hosts, stops answering."""
         patience = self._timeouts.lost + 10 * self._period
         while time.monotonic() - self._round < patience:
             if self._over.wait(self._period):
@@ -269,15 +291,17 @@ class _Watch:
 
     def _run(self) -> None:
         beats = 0
-        # By number, the last that a process said and when that, or its step, was new. All have
-        # joined; one that dies before its first beat must be missed as well.
+        # By process index: the last heartbeat and when it changed, and the last step count and when
+        # that changed. All processes have joined, so one that dies before its first heartbeat
+        # counts as lost too.
         silent = {"n": 0, "steps": 0, "host": None}
         seen = {number: (silent, time.monotonic()) for number in range(count())}
         moved: dict[int, tuple[int, float]] = {}
         parent = os.environ.get(SUPERVISED)
         while not self._over.is_set():
             if parent is not None and os.getppid() != int(parent):
-                os._exit(RunError.exit_code)  # the parent was killed, and nobody listens
+                os._exit(RunError.exit_code)  # the parent was killed, so nobody reads the output
+            # Send our heartbeat and read those of the others.
             beats += 1
             self._round = now = time.monotonic()
             self._publish("beat", {"n": beats, "steps": self.steps, "host": socket.gethostname()})
@@ -286,13 +310,16 @@ class _Watch:
                     seen[number] = (said, now)
                 if number not in moved or moved[number][0] != said["steps"]:
                     moved[number] = (said["steps"], now)
+            # A failure that another process reported ends this one too.
             for number, failure in self._read("failed").items():
                 if number != index():
                     self.stop(failure["says"], failure["code"], culprit=number)
+            # A process that is silent without having finished is lost.
             ended = self._read("ended")
             for number, (said, when) in seen.items():
                 if number not in ended and now - when > self._timeouts.lost:
                     self._stop_without(number, said["host"])
+            # Heartbeats continue while a collective operation hangs; step counts do not.
             still = now - max(when for _, when in moved.values()) if moved else 0.0
             if not ended and still > self._timeouts.hang:
                 least = min(steps for steps, _ in moved.values())
@@ -306,15 +333,15 @@ class _Watch:
         where = f" on {host}" if host else ""
         self.stop(
             f"process {number}{where} has given no sign of life for {self._timeouts.lost:g} s: it "
-            "died or its machine did; run the same command again to go on from the last checkpoint",
+            "or its machine died; run the same command again to continue from the last checkpoint",
             RunError.exit_code,
             culprit=None,
         )
 
     def _stop_hanging(self, furthest_behind: str) -> None:
         self.stop(
-            f"no process has gone on for {self._timeouts.hang:g} s, furthest behind: process "
-            f"{furthest_behind}; look at what it waits for, or raise SWE_PRUNE_HANG_TIMEOUT, and "
+            f"no process has made progress for {self._timeouts.hang:g} s, furthest behind: process "
+            f"{furthest_behind}; find out what it waits for, or raise SWE_PRUNE_HANG_TIMEOUT, and "
             "run the same command again",
             RunError.exit_code,
             culprit=None,
@@ -324,7 +351,7 @@ class _Watch:
         text = json.dumps(value)
         try:
             _client().key_value_set(f"swe_prune/{kind}/{index()}", text, allow_overwrite=True)
-        except Exception:  # jaxlib's own error; process 0 keeps the store, so process 0 is gone
+        except Exception:  # a jaxlib error: process 0 hosts the store, so it is gone
             self._without_first()
 
     def _read(self, kind: str) -> dict[int, Any]:
@@ -342,15 +369,16 @@ class _Watch:
 
     def stop(self, says: str, code: int, culprit: int | None) -> None:
         with self._ending:
+            # Publish the failure before ending, so that the other processes can report it.
             self._publish("failed", {"says": says, "code": code})
             deadline = time.monotonic() + 5 * self._period + 1
             if index() == 0:
                 say(says if culprit in (0, None) else f"process {culprit}: {says}")
-                # The store is gone with process 0: the others must have read it before.
+                # The store ends with process 0, so the others must read the error first.
                 while time.monotonic() < deadline and len(self._read("failed")) < count():
                     time.sleep(self._period / 5)
                 time.sleep(self._period)
-            else:  # for process 0 to read it, if it is still there
+            else:  # give process 0 time to read the error, if it is still alive
                 while time.monotonic() < deadline and 0 not in self._read("failed"):
                     time.sleep(self._period / 5)
             sys.stdout.flush()
@@ -361,10 +389,10 @@ class _Watch:
         time.sleep(self._timeouts.lost + 5 * self._period)
 
     def end(self) -> None:
-        """Says that this process has done its part, and watches until all have.
+        """Reports that this process has finished, and waits until all have.
 
-        Its threads end then: the interpreter must not shut down while one is inside the store's
-        C++, which would abort the process.
+        Then joins the monitor threads: the interpreter must not shut down while one of them is
+        inside the store's C++ code, which would abort the process.
         """
         self._publish("ended", True)
         while len(self._read("ended")) < count():
@@ -375,7 +403,7 @@ class _Watch:
 
 
 def end() -> None:
-    """Leaves the run when it is done, together with the others."""
+    """Leaves the run once all processes have finished."""
     if count() > 1:
         _watch().end()
 
@@ -386,8 +414,8 @@ def _watch() -> _Watch:
 
 
 def _client() -> Any:
-    # The one private name of JAX that is used here: orbax and others use it too, since the store
-    # has no public one.
+    # The only private JAX name used here. Orbax and others use it too, since the store has no
+    # public API.
     from jax._src import distributed
 
     return distributed.global_state.client

@@ -1,8 +1,8 @@
-"""The files of a working directory, which lies in a local folder or in a bucket of Google's.
+"""Files of a working directory in a local folder or a Google Cloud Storage bucket.
 
-A path is an `etils.epath.Path` either way. In a bucket (`gs://NAME/...`) an object appears whole
-or not at all, and is replaced as a whole: there is nothing to append to, no folder that could be
-renamed at once, and no lock. Files are read and written by gcsfs, arrays by tensorstore.
+A path is an `etils.epath.Path` in both cases. In a bucket (`gs://NAME/...`) an object is written
+atomically as a whole: there is no appending, no atomic rename of a folder, and no lock. Files are
+read and written with gcsfs, arrays with tensorstore.
 """
 
 import importlib.util
@@ -15,31 +15,31 @@ from swe_prune.errors import InputError
 SCHEME = "gs://"
 
 
-def place(path: epath.PathLike, name: str = "workdir") -> epath.Path:
-    """Returns a path by which the files of a folder or bucket can be reached.
+def parse_path(path: epath.PathLike, name: str = "workdir") -> epath.Path:
+    """Returns the path object for a local folder or a bucket address.
 
     Args:
-        path: of the folder, or its address in a bucket.
-        name: what it is, for the message.
+        path: Path of a folder, or address of a folder in a bucket.
+        name: Name of the setting, for the error message.
 
     Raises:
-        InputError: it is an address of something else than a bucket of Google's, or what reads and
-            writes one is not installed.
+        InputError: If the address is not a Google Cloud Storage bucket, or gcsfs is not installed.
 
-    >>> place("runs/demo").name
+    >>> parse_path("runs/demo").name
     'demo'
     """
     text = os.fspath(path)
     if not text.startswith(SCHEME):
         if "://" in text:
-            # A Path would make a folder named "s3:" here, which goes with the machine.
+            # A Path would create a local folder named "s3:", which is lost with the machine.
             raise InputError(
-                f"{name} {text!r} is an address that checkpoints cannot be written to, since orbax "
-                "knows gs://BUCKET/... alone; give one of those, or mount the bucket as a folder"
+                f"{name} must be a folder or gs://BUCKET/..., got {text!r}; checkpoints cannot be "
+                "written elsewhere, since orbax supports no other address; give one of these, or "
+                "mount the bucket as a folder"
             )
         return epath.Path(text)
     if not text.removeprefix(SCHEME).strip("/"):
-        raise InputError(f"{name} {text!r} names no bucket; write it as gs://BUCKET/FOLDER")
+        raise InputError(f"{name} must be gs://BUCKET/FOLDER, got {text!r}, which names no bucket")
     if importlib.util.find_spec("gcsfs") is None:
         raise InputError(
             f"{name} {text!r} needs gcsfs, which is not installed; pip install 'swe-prune[gcs]'"
@@ -51,14 +51,14 @@ def place(path: epath.PathLike, name: str = "workdir") -> epath.Path:
 def _prepare() -> None:
     import fsspec.config
 
-    # What other processes write must be seen, so listings are not kept; and one way to read and
-    # write, whether or not TensorFlow is there too.
+    # Do not cache listings, so that files of other processes are seen; and use one backend whether
+    # or not TensorFlow is installed.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     os.environ.setdefault("EPATH_USE_TF", "false")
 
 
 def in_bucket(path: epath.PathLike) -> bool:
-    """Returns whether a path lies in a bucket.
+    """Returns whether a path is in a bucket.
 
     >>> in_bucket("gs://bucket/run"), in_bucket("/tmp")
     (True, False)
@@ -67,15 +67,19 @@ def in_bucket(path: epath.PathLike) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """Returns the path that is the same from every folder."""
+    """Returns the absolute path."""
     return epath.Path(path) if in_bucket(path) else epath.Path(os.path.abspath(path))
 
 
 def write(path: epath.PathLike, content: str | bytes) -> None:
-    """Writes a file, making its folders; it is there whole or not at all, whenever we die.
+    """Writes a file atomically, creating its folders.
+
+    Args:
+        path: Path of the file.
+        content: Text or bytes to write.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: If the file cannot be written.
     """
     path = epath.Path(path)
     data = content.encode() if isinstance(content, str) else content
@@ -83,6 +87,7 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
         path.write_bytes(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Write a temporary file and rename it, which is atomic on a local disk.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -95,32 +100,33 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
 
 
 def remove(folder: epath.PathLike) -> None:
-    """Deletes a folder and all in it, if it is there."""
+    """Deletes a folder and its contents if it exists."""
     epath.Path(folder).rmtree(missing_ok=True)
 
 
 def move(folder: epath.PathLike, target: epath.PathLike) -> None:
-    """Gives a folder another name, in the place of what has it; in a bucket file by file."""
+    """Renames a folder, replacing the target if it exists; in a bucket, file by file."""
     remove(target)
     if not in_bucket(folder):
         epath.Path(folder).rename(target)
         return
+    # Objects cannot be renamed, so copy them.
     for name in files(folder):
         (epath.Path(folder) / name).copy(epath.Path(target) / name)
     remove(folder)
 
 
 def files(folder: epath.PathLike) -> list[str]:
-    """Returns the names, below a folder, of all files in it and in its folders, sorted."""
+    """Returns the sorted paths, relative to a folder, of all files in it and its subfolders."""
     top = os.fspath(folder).rstrip("/")
     found = []
     for where, _, names in epath.Path(top).walk():
-        # gcsfs names what it walks without the scheme.
+        # gcsfs returns paths without the scheme.
         below = os.fspath(where).removeprefix(SCHEME).removeprefix(top.removeprefix(SCHEME))
         found += [f"{below}/{name}".strip("/") for name in names if name]
     return sorted(found)
 
 
 def failed(error: Exception) -> bool:
-    """Returns whether an error is one of a bucket's that is no OSError: a refusal, the network."""
+    """Returns whether an error is a bucket or network error that is not an OSError."""
     return type(error).__module__.partition(".")[0] in {"gcsfs", "google", "aiohttp", "requests"}

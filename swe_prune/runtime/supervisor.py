@@ -1,8 +1,8 @@
-"""The parent of each process of a distributed run: turns how it ends into a sentence.
+"""Parent of each process of a distributed run, which reports why its child ended.
 
-JAX's runtime aborts a process whose coordinator is gone, or that waited too long for others to come
-up, in C++ where no Python can speak. So the work is done by a child, and the parent, which uses no
-JAX, passes on what the child says, and says what the child could not.
+JAX's runtime aborts, in C++, a process whose coordinator is gone or that waited too long for the
+others, so no Python code can report it. The work therefore runs in a child. The parent does not use
+JAX; it forwards the child's output and prints the message that the child could not.
 """
 
 import json
@@ -21,30 +21,31 @@ from etils import epath
 from swe_prune.runtime import storage
 
 SUPERVISED = "SWE_PRUNE_SUPERVISED"
-"""Environment variable of the child: its parent's process number."""
+"""Environment variable of the child that holds its parent's process id."""
 
 RUNTIME_NOISE = re.compile(
     r"[IWEF]\d{4} [\d:.]+ +\d+ .*(coordination_service|preemption_\w+|client\.h)"
     r"|\[Gloo\] |Additional GRPC error information|:UNKNOWN:Error received from peer"
 )
-FIRST_GONE = "process 0 is gone, and its log says why; run the same command again to go on"
+FIRST_GONE = "process 0 is gone; see its log for the reason and run the same command again"
 ABORTED = "Terminating process because the JAX distributed service detected fatal errors"
 
 
 def supervise(
     arguments: Sequence[str], workdir: epath.Path, process: str | None, join: float
 ) -> int:
-    """Runs the command in a child and returns the exit code that this process should have.
+    """Runs the command in a child and returns the exit code for this process.
 
     Args:
-        arguments: of the command line.
-        workdir: shared by all processes; each leaves a sign there that it came up.
-        process: I/N, None where the cluster's environment tells.
-        join: seconds that the processes wait for each other.
+        arguments: Arguments of the command line.
+        workdir: Folder shared by all processes, in which each leaves a file when it comes up.
+        process: Process index and count as I/N, or None if the cluster provides them.
+        join: Seconds that the processes wait for each other.
     """
     sign = _sign(workdir, process)
     command = [sys.executable, "-m", "swe_prune", *arguments]
     env = os.environ | {SUPERVISED: str(os.getpid()), "GLOG_minloglevel": "3"}
+    # Forward signals to the child, and its messages to standard error.
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as child:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: child.send_signal(number))
@@ -53,18 +54,20 @@ def supervise(
         code = child.wait()
     if sign is not None:
         sign.unlink(missing_ok=True)
+    # The runtime aborted the child: report absent processes, or that process 0 is gone.
     if fatal:
         say(_absent(workdir, sign, process, join) if "RegisterTask" in fatal else FIRST_GONE)
         return 1
+    # Use the exit code of shells for a process that was ended by a signal.
     if code < 0:
         name = signal.Signals(-code).name
-        say(f"this process was ended by {name}; run the same command again to go on")
+        say(f"this process was ended by {name}; run the same command again to continue")
         return 128 - code
     return code
 
 
 def _pass_on(stream: IO[str]) -> str:
-    """Copies a stream to standard error and returns the runtime's last words, which it keeps."""
+    """Copies a stream to standard error, except the runtime's fatal message, which it returns."""
     fatal = ""
     for line in stream:
         if fatal or ABORTED in line:
@@ -80,7 +83,7 @@ def _signs(workdir: epath.Path) -> epath.Path:
 
 
 def _sign(workdir: epath.Path, process: str | None) -> epath.Path | None:
-    """Leaves a file that says that this process came up; None where the workdir refuses."""
+    """Writes a file that says that this process came up; None if it cannot be written."""
     name = f"{socket.gethostname()}-{os.getpid()}" if process is None else process.split("/")[0]
     try:
         storage.write(
@@ -89,13 +92,14 @@ def _sign(workdir: epath.Path, process: str | None) -> epath.Path | None:
     except Exception as error:
         if not isinstance(error, OSError) and not storage.failed(error):
             raise
-        return None  # the child says so, and better
+        return None  # the child reports this in more detail
     return _signs(workdir) / name
 
 
 def _absent(workdir: epath.Path, sign: epath.Path | None, process: str | None, join: float) -> str:
-    """Returns who did not come up, as far as those who did left a sign."""
-    mend = "start it, or correct N or HOST:PORT, and run the same command again"
+    """Returns a message that names the processes that did not come up."""
+    fix = "start it, or correct N or HOST:PORT, and run the same command again"
+    # Files older than this are from earlier runs.
     since = time.time() - 2 * join
     came = {}
     for file in _signs(workdir).glob("*"):
@@ -106,20 +110,21 @@ def _absent(workdir: epath.Path, sign: epath.Path | None, process: str | None, j
         came[sign.name] = socket.gethostname()
     here = ", ".join(f"{name} on {host}" for name, host in sorted(came.items()))
     if process is None:
-        return f"not all processes came up within {join:g} s; those that did: {here}; {mend}"
+        return f"not all processes came up within {join:g} s; those that did: {here}; {fix}"
+    # The number of processes is known, so name those that are missing.
     count = int(process.split("/")[1])
     missing = [str(number) for number in range(count) if str(number) not in came]
     if not missing:
         return (
             f"the processes did not reach each other within {join:g} s, though all came up "
-            f"({here}); see that HOST:PORT is process 0's and open to the others"
+            f"({here}); check that HOST:PORT is process 0's and reachable from the others"
         )
     return (
         f"process {', '.join(missing)} of {count} did not come up within {join:g} s "
-        f"(here: {here}); {mend}"
+        f"(up: {here}); {fix}"
     )
 
 
 def say(text: str) -> None:
-    """Prints a sentence for the user on standard error."""
+    """Prints a message for the user on standard error."""
     print(f"swe_prune: {text}", file=sys.stderr, flush=True)

@@ -1,17 +1,18 @@
-"""When to prune and to what sparsity: pure functions of the step.
+"""Pruning schedules: when to prune and to what sparsity, as pure functions of the step.
 
 A schedule is a frozen dataclass with three methods:
 
-    sparsity(step)   the share of weights that is gone after the update at `step`
+    sparsity(step)   the sparsity after the update at `step`
     is_due(step)     whether masks are updated at `step`
-    due_steps()      all the steps at which they are, in order
+    due_steps()      all the steps at which masks are updated, in order
 
-A Python or numpy integer gives an exact Python float or bool; an integer array of jax, traced or
-not, gives float32 or bool of its shape, so that one compiled program serves a whole schedule.
+For a Python or numpy integer the result is an exact Python float or bool. For a JAX integer array,
+traced or not, it is float32 or bool of the same shape, so one compiled program serves a whole
+schedule.
 
-Step t comes after t optimizer steps: an update at step 0 precedes all training, and the ramp of
-`Cubic` starts at `begin` and ends at `end`. jaxpruner has the same ramp at a progress of
-(t + 1 − begin) / (end − begin), one step ahead of ours.
+Step t is after t optimizer steps: an update at step 0 precedes all training, and the ramp of
+`Cubic` starts at `begin` and ends at `end`. jaxpruner uses the same ramp with a progress of
+(t + 1 − begin) / (end − begin), one step ahead.
 """
 
 from typing import Any
@@ -45,7 +46,7 @@ _SCHEDULES: dict[str, Any] = {
 
 
 def names() -> tuple[str, ...]:
-    """Returns the names of all the schedules, sorted."""
+    """Returns the sorted names of all schedules."""
     return tuple(sorted(_SCHEDULES))
 
 
@@ -53,7 +54,7 @@ def get(name: str) -> Any:
     """Returns the class of a schedule.
 
     Raises:
-        InputError: The name is not one of the schedules.
+        InputError: If the name is unknown; the error suggests similar names.
 
     >>> get("cubic")(0.9, begin=0, end=100, every=10).sparsity(100)
     0.9

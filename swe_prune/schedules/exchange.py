@@ -1,4 +1,4 @@
-"""How much RigL and SET exchange, by the step."""
+"""Fraction of weights that RigL and SET exchange at each step."""
 
 import math
 from typing import Any
@@ -7,18 +7,20 @@ from swe_prune.schedules.steps import Step, as_float, check_share, check_step, n
 
 
 def cosine_drop_fraction(step: Step, alpha: float, end: int) -> Any:
-    """Returns RigL's share of active weights to exchange: α/2 (1 + cos(π t / end)), 0 from `end`.
+    """Returns RigL's fraction of active weights to exchange.
 
-    The paper has α = 0.3 and ends at three quarters of the training (Evci et al., ICML 2020); its
-    code's default is a constant 0.1.
+    The fraction is α/2 (1 + cos(π t / end)) before `end`, and 0 from `end` on.
+
+    The paper uses α = 0.3 and ends at three quarters of the training (Evci et al., ICML 2020); the
+    default of its code is a constant 0.1.
 
     Args:
-        step: t, as for a schedule; the result is a Python float or float32 in the same way.
-        alpha: the share at step 0, in [0, 1].
-        end: the step from which nothing is exchanged any more.
+        step: Step t. For a Python integer the result is a Python float, for an array float32.
+        alpha: Fraction at step 0, in [0, 1].
+        end: First step at which nothing is exchanged.
 
     Raises:
-        InputError: a share outside [0, 1], or an end that is no positive integer.
+        InputError: If alpha is outside [0, 1], or end is not a positive integer.
 
     >>> [cosine_drop_fraction(t, alpha=0.3, end=750) for t in (0, 375, 750)]
     [0.3, 0.15, 0.0]

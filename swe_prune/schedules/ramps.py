@@ -1,4 +1,4 @@
-"""Schedules of the sparsity: at once, along a cubic, in rounds, or one throughout."""
+"""Sparsity schedules: one-shot, cubic, iterative and constant."""
 
 import dataclasses
 import math
@@ -19,10 +19,10 @@ from swe_prune.schedules.steps import (
 
 
 class Schedule(Protocol):
-    """What the rest of the library asks of a schedule; one of your own may be given too."""
+    """Interface of a schedule; custom classes with these methods can be used too."""
 
     def sparsity(self, step: Step, /) -> Any:
-        """Returns the share of weights that is gone after the update at a step."""
+        """Returns the sparsity after the update at a step."""
         ...
 
     def is_due(self, step: Step, /) -> Any:
@@ -30,16 +30,20 @@ class Schedule(Protocol):
         ...
 
     def due_steps(self) -> tuple[int, ...]:
-        """Returns the steps at which they are, in order."""
+        """Returns the steps at which masks are updated, in order."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class OneShot:
-    """Everything at once: `final` from step `at` on, 0 before.
+    """One-shot schedule: sparsity 0 before step `at`, and `final` from `at` on.
+
+    Attributes:
+        final: Final sparsity, in [0, 1).
+        at: Step at which everything is pruned.
 
     Raises:
-        InputError: a sparsity outside [0, 1) or a negative step.
+        InputError: If the sparsity is outside [0, 1), or the step is negative.
 
     >>> OneShot(0.5, at=100).sparsity(99), OneShot(0.5, at=100).sparsity(100)
     (0.0, 0.5)
@@ -53,7 +57,7 @@ class OneShot:
         check_step("at", self.at)
 
     def sparsity(self, step: Step) -> Any:
-        """Returns 0 before `at`, `final` from there on."""
+        """Returns 0 before `at`, and `final` from `at` on."""
         xp, step = numbers(step)
         return result(xp, xp.where(step >= self.at, self.final, 0.0))
 
@@ -69,15 +73,22 @@ class OneShot:
 
 @dataclasses.dataclass(frozen=True)
 class Cubic:
-    """A ramp that is steep at first: s(t) = final + (initial − final) (1 − p)³.
+    """Cubic schedule: s(t) = final + (initial − final) (1 − p)³.
 
     p = clip((t − begin) / (end − begin), 0, 1). Masks are updated at `begin`, every `every` steps
-    from there, and at `end`, also where `every` does not lead to it, so that `final` is reached.
+    after it, and always at `end`, so that `final` is reached.
     Zhu and Gupta, "To prune, or not to prune" (arXiv 1710.01878).
 
+    Attributes:
+        final: Final sparsity, in [0, 1).
+        begin: First step of the ramp.
+        end: Last step of the ramp.
+        every: Number of steps between updates of the masks.
+        initial: Initial sparsity, in [0, 1).
+
     Raises:
-        InputError: a sparsity outside [0, 1), a final one below the initial one, an end that is
-            not after the beginning, or steps that are no positive integers.
+        InputError: If a sparsity is outside [0, 1), `final` is below `initial`, `end` is not after
+            `begin`, or a step is not a valid integer.
 
     >>> Cubic(0.9, begin=0, end=1000, every=250).sparsity(250)
     0.5203125
@@ -97,12 +108,12 @@ class Cubic:
         check_step("every", self.every, least=1)
         if self.final < self.initial:
             raise InputError(
-                f"final = {self.final!r} is below initial = {self.initial!r}, and a ramp never "
-                "gives weights back; exchange the two"
+                f"final must be at least initial = {self.initial!r}, got {self.final!r}; a ramp "
+                "never restores weights"
             )
 
     def sparsity(self, step: Step) -> Any:
-        """Returns s(t), also between the steps at which masks are updated."""
+        """Returns s(t), also at steps without an update of the masks."""
         return ramp(step, self.initial, self.final, self.begin, self.end)
 
     def is_due(self, step: Step) -> Any:
@@ -116,14 +127,21 @@ class Cubic:
 
 @dataclasses.dataclass(frozen=True)
 class Iterative:
-    """Rounds that each remove the same share of what is left: s after r is 1 − (1 − final)^(r/n).
+    """Iterative schedule: each round prunes the same fraction of the remaining weights.
 
-    The first of the n `rounds` is at step `begin` and the others follow `every` steps apart; what
-    one trains or rewinds between them is up to the loop. Han et al. (NeurIPS 2015), Frankle and
-    Carbin (ICLR 2019).
+    After round r of n the sparsity is 1 − (1 − final)^(r/n). The first round is at step `begin` and
+    the others follow every `every` steps; training or rewinding between them is up to the loop.
+    Han et al. (NeurIPS 2015), Frankle and Carbin (ICLR 2019).
+
+    Attributes:
+        final: Final sparsity, in [0, 1).
+        rounds: Number of rounds n.
+        every: Number of steps between rounds.
+        begin: Step of the first round.
 
     Raises:
-        InputError: a sparsity outside [0, 1), no round, or steps that are no positive integers.
+        InputError: If the sparsity is outside [0, 1), there is no round, or a step is not a valid
+            integer.
 
     >>> [round(Iterative(0.488, rounds=3, every=10).sparsity(t), 9) for t in (0, 10, 20)]
     [0.2, 0.36, 0.488]
@@ -146,16 +164,16 @@ class Iterative:
         return self.begin + (self.rounds - 1) * self.every
 
     def sparsity(self, step: Step) -> Any:
-        """Returns 1 − (1 − final)^(r/n) after the r rounds up to this step, exactly at r = n."""
+        """Returns 1 − (1 − final)^(r/n), r the number of rounds up to this step."""
         xp, step = numbers(step)
         since = xp.clip(step, self.begin, self._end) - self.begin
         done = xp.where(step < self.begin, 0, since // self.every + 1)
-        # expm1 and log1p, for 1 − (1 − s) loses the digits of a small s in float32.
+        # expm1 and log1p, because 1 − (1 − s) loses the digits of a small s in float32.
         share = -xp.expm1(as_float(xp, done) * (math.log1p(-self.final) / self.rounds))
         return result(xp, xp.where(done == self.rounds, self.final, share))
 
     def is_due(self, step: Step) -> Any:
-        """Returns whether a round is at this step."""
+        """Returns whether there is a round at this step."""
         return due_every(step, self.begin, self._end, self.every)
 
     def due_steps(self) -> tuple[int, ...]:
@@ -165,16 +183,16 @@ class Iterative:
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """One sparsity throughout, with masks renewed every `every` steps: for RigL, SET and STE.
+    """Constant sparsity with masks updated every `every` steps, for RigL, SET and STE.
 
-    Args:
-        final: the sparsity, also before `begin`.
-        every: how many steps apart masks are updated.
-        begin: the first step at which they are.
-        end: the last one; None: it goes on for as long as training does.
+    Attributes:
+        final: Sparsity at all steps, also before `begin`.
+        every: Number of steps between updates of the masks.
+        begin: First step at which masks are updated.
+        end: Last step at which masks may be updated. If None, there is no last step.
 
     Raises:
-        InputError: a sparsity outside [0, 1), or steps that are no positive integers.
+        InputError: If the sparsity is outside [0, 1), or a step is not a valid integer.
 
     >>> Constant(0.9, every=100, end=300).due_steps()
     (0, 100, 200, 300)
@@ -198,16 +216,20 @@ class Constant:
         return result(xp, xp.full(xp.shape(step), self.final))
 
     def is_due(self, step: Step) -> Any:
-        """Returns whether the step is a multiple of `every` after `begin`, up to `end`."""
+        """Returns whether the step is `begin` plus a multiple of `every`, up to `end`."""
         xp, step = numbers(step)
         end = LAST_STEP if self.end is None else self.end
         inside = (step >= self.begin) & (step <= end)
         return result(xp, inside & ((step - self.begin) % self.every == 0))
 
     def due_steps(self) -> tuple[int, ...]:
-        """Returns the steps; InputError where there is no end of them."""
+        """Returns the steps at which masks are updated.
+
+        Raises:
+            InputError: If `end` is None, so that there is no last step.
+        """
         if self.end is None:
             raise InputError(
-                "a Constant without an end is due for ever, which no list can hold; give end="
+                "a Constant schedule without an end has infinitely many due steps; give end="
             )
         return tuple(range(self.begin, self.end + 1, self.every))

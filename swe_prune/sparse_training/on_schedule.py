@@ -41,6 +41,7 @@ def prune_on_schedule(
     *,
     scope: str = "tensor",
     regrow: bool = False,
+    allocate: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Callable[..., PyTree]:
     """Returns `update(step, mask, params, …)`, which gives new masks at due steps, else the same.
@@ -69,6 +70,9 @@ def prune_on_schedule(
         scope: of `masks.by_sparsity`.
         regrow: False: a pruned weight stays pruned, whatever its score; True: it may return, as
             long as its value is kept somewhere, as straight-through training does.
+        allocate: Function of (scores, sparsity, *args of the call) to an `allocation.Allocation`,
+            which may give a tensor more weights than before. None: the scope distributes the
+            sparsity. Needs a Python step.
         **options: of `masks.by_sparsity`, such as `pattern`.
 
     Raises:
@@ -99,9 +103,18 @@ def prune_on_schedule(
         scores = tree.map_leaves(_fitting, mask, scored(mask, args, named))
         if regrow:
             return masks.by_sparsity(scores, share(scores), scope, **options)
+        amount = share(scores)
+        if allocate is not None:
+            amount = allocate(scores, amount, *args)
         scores = tree.map_named(lambda name, keep, s: among(s, keep, name), mask, scores)
-        made = masks.by_sparsity(scores, share(scores), scope, **options)
-        return tree.map_tracked(jnp.logical_and, mask, made)
+        made = masks.by_sparsity(scores, amount, scope, **options)
+
+        def leaf(name: str, keep: Any, new: Any) -> Any:
+            if new is None:  # a tensor that the pattern leaves as it is
+                return keep
+            return new if allocate is not None else keep & new
+
+        return tree.map_leaves(leaf, mask, made)
 
     def update(step: schedules.Step, mask: PyTree, *args: Any, **named: Any) -> PyTree:
         if not isinstance(step, Tracer):

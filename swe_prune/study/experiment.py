@@ -8,26 +8,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Integer, PyTree
 
 from swe_prune import data as data_lib
 from swe_prune import interop, parallel, trajectory, tree
-from swe_prune.config import Config, PhaseConfig, to_steps
+from swe_prune.config import CalibrationConfig, Config, PhaseConfig, to_steps
 from swe_prune.errors import InputError
 from swe_prune.evaluation import mean_loss
 from swe_prune.models import gpt
 from swe_prune.runtime import storage
 from swe_prune.study import (
-    calibration_text,
-    checks,
     from_checkpoint,
     grid,
     recovery,
-    timing,
     workdir,
 )
 from swe_prune.study.shard import Shard
@@ -69,7 +67,7 @@ class Experiment:
     config: Config
     workdir: workdir.Workdir
     data: data_lib.TextData
-    checkpoint: interop.Checkpoint | None
+    checkpoint: interop.PretrainedSource | None
     model: nn.Module
     mesh: Mesh
     host_statistics: bool
@@ -92,7 +90,7 @@ class Experiment:
         """Returns the dense phase's state at step 0, statistics included, born on its devices."""
 
         def around(params: PyTree, seed: Any) -> state_lib.TrainState:
-            return self.place(self.dense_state(params, seed), self.optimizer)
+            return self.place(self.dense_state(params, seed))
 
         def born(seed: Any) -> state_lib.TrainState:
             return around(state_lib.init_params(self.model, seed, self.config.window), seed)
@@ -106,6 +104,16 @@ class Experiment:
             state = dataclasses.replace(state, stats=parallel.to_host(state.stats))
         return state
 
+    @functools.cached_property
+    def loss(self) -> Callable[[PyTree, Any], Any]:
+        """The function of (params, batch) to nats per token, which calibration reads."""
+        return step_lib.loss_fn(self.model)
+
+    @functools.cached_property
+    def loss_gradient(self) -> Callable[[PyTree, Any], PyTree]:
+        """The compiled gradient of `loss` with respect to all weights, masked ones too."""
+        return jax.jit(jax.grad(self.loss))
+
     @property
     def everywhere(self) -> NamedSharding:
         """The sharding of arrays that every device has whole."""
@@ -117,11 +125,9 @@ class Experiment:
             return parallel.tracking_on_host(self.train_step, self.track_every)
         return self.train_step
 
-    def place(
-        self, state: state_lib.TrainState, optimizer: optax.GradientTransformation
-    ) -> state_lib.TrainState:
-        """Returns a state laid out over the devices; see `parallel.place_state`."""
-        return parallel.place_state(state, optimizer, self.abstract_params)
+    def place(self, state: state_lib.TrainState) -> state_lib.TrainState:
+        """Returns a state laid out over the devices; see `parallel.shard_state`."""
+        return parallel.shard_state(state, self.abstract_params)
 
     def dense_state(self, params: PyTree, seed: int) -> state_lib.TrainState:
         """Returns the dense phase's state around some parameters, which may be abstract."""
@@ -154,7 +160,7 @@ class Experiment:
             # A copy, since the step takes over its state and other cells start from these too.
             params = jax.tree.map(jnp.copy, params)
             state = state_lib.create(params, tuning.optimizer, seed, masks=masks)
-            return self.place(state, tuning.optimizer)
+            return self.place(state)
 
         return jax.jit(start)(params, masks)
 
@@ -172,7 +178,7 @@ class Experiment:
             seed=seed,
             rows=parallel.own_rows(settings.data.batch, self.mesh),
         )
-        return parallel.PlacedBatches(windows, self.mesh, settings.data.batch)
+        return parallel.ShardedBatches(windows, self.mesh, settings.data.batch)
 
     def validation_loss(self, params: PyTree) -> float:
         """Returns nats per token on the fixed validation windows."""
@@ -227,27 +233,27 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
         parallel.check_batch(config.data.batch // phase.accumulate, name, mesh)
     params = jax.eval_shape(lambda: state_lib.init_params(model, 0, config.window))
     specs, undivided = parallel.partition(params, _rules(config), mesh)
-    params = parallel.laid_out(params, specs, mesh)
+    params = parallel.with_shardings(params, specs, mesh)
     missing = None
     if config.parallel.statistics == "host":
         missing = parallel.host_memory_missing(mesh)
         if missing is not None:
             warnings.warn(missing, stacklevel=2)
     prunable = tree.prunable(params, config.prune.include, config.prune.exclude)
-    checks.check(grid.cells(config), params, prunable)
+    grid.check(config, params, prunable)
     epoch = max(1, len(data.train) // (config.data.batch * config.window))
     train_steps = to_steps(config.train.steps, epoch=epoch)
     track_every = to_steps(config.trajectory.every, total=train_steps)
     _check_lengths(config, train_steps, track_every)
     optimizer = optimizer_lib.build(config.train, train_steps)
-    place = functools.partial(parallel.place_state, params=params)
+    place = functools.partial(parallel.shard_state, params=params)
     tunings = {
         one: recovery.build(config, one, trained, train_steps=train_steps, epoch=epoch, place=place)
         for one in grid.recoveries(config)
     }
     for cell in grid.cells(config):
         if cell.gradual:
-            timing.schedule(cell, tunings[cell.recovery].steps)
+            recovery.check_long_enough(cell.schedule, tunings[cell.recovery].steps)
     validation, training = (
         data_lib.eval_batches(
             tokens,
@@ -259,16 +265,11 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
     )
     cells = (shard or Shard()).part(grid.cells(config))
     calibration = []
-    if any(map(calibration_text.calibrated, cells)):
-        for size in {config.calibration.batch, config.calibration.windows} - {0}:
-            parallel.check_batch(
-                min(size, config.calibration.windows), "config.calibration.batch, .windows", mesh
-            )
-        calibration = calibration_text.windows(data.train, config.window, config.calibration)
-        calibration = [parallel.place_batch(batch, mesh) for batch in calibration]
+    if any(cell.recipe.reads_batches for cell in cells):
+        calibration = _calibration(config, data, mesh)
     return Experiment(
         config=config,
-        workdir=workdir.Workdir(storage.place(path)),
+        workdir=workdir.Workdir(storage.parse_path(path)),
         data=data,
         checkpoint=checkpoint,
         model=model,
@@ -282,8 +283,8 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
         train_steps=train_steps,
         tunings=tunings,
         track_every=track_every,
-        validation=[parallel.place_batch(batch, mesh) for batch in validation],
-        training=[parallel.place_batch(batch, mesh) for batch in training],
+        validation=[parallel.shard_batch(batch, mesh) for batch in validation],
+        training=[parallel.shard_batch(batch, mesh) for batch in training],
         calibration=calibration,
         optimizer=optimizer,
         train_step=step_lib.compile_train_step(
@@ -291,10 +292,48 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
             optimizer,
             track_every,
             accumulate=config.train.accumulate,
-            place=lambda state: place(state, optimizer),
+            place=place,
         ),
         eval_step=step_lib.compile_eval_step(trained),
     )
+
+
+def _calibration(config: Config, data: data_lib.TextData, mesh: Mesh) -> list[Any]:
+    """Returns random windows of the training text in batches, sharded; none is evaluated on."""
+    settings = config.calibration
+    for size in {settings.batch, settings.windows} - {0}:
+        parallel.check_batch(
+            min(size, settings.windows), "config.calibration.batch, .windows", mesh
+        )
+    windows = calibration_windows(data.train, config.window, settings)
+    return [parallel.shard_batch(batch, mesh) for batch in windows]
+
+
+def calibration_windows(
+    tokens: Integer[np.ndarray, " N"], context: int, settings: CalibrationConfig
+) -> list[dict[str, Any]]:
+    """Returns random windows of a text in batches, the same for the same seed.
+
+    Args:
+        tokens: Tokens of the training text.
+        context: L, the tokens of a window.
+        settings: Number of windows, batch size and seed.
+
+    Returns:
+        {"inputs": int32 (B, L), "targets": int32 (B, L)} each; the last batch may be smaller.
+
+    Raises:
+        InputError: The text has fewer windows.
+    """
+    found = data_lib.random_batches(
+        tokens,
+        context=context,
+        windows=settings.windows,
+        batch=settings.batch,
+        seed=settings.seed,
+        setting="config.calibration.windows",
+    )
+    return [dict(batch) for batch in found]
 
 
 def _rules(config: Config) -> list[tuple[str, tuple[str | None, ...]]]:

@@ -1,27 +1,36 @@
 """The phase that recovers: training on with masks held, or while pruning goes on."""
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from etils import epath
 from jaxtyping import PyTree
 
 from swe_prune import masks as masks_lib
-from swe_prune import sparse_training
+from swe_prune.checkpoint import Checkpoints
 from swe_prune.errors import RunError
-from swe_prune.study import gradual, histograms, prune_phase, samples, timing
+from swe_prune.runtime.preemption import PREEMPTION
+from swe_prune.study import gradual, histograms, prune_phase, samples
 from swe_prune.study.experiment import Experiment
-from swe_prune.study.fitting import tune
 from swe_prune.study.grid import Cell
+from swe_prune.study.prune_phase import DenseModel
+from swe_prune.study.recovery import Tuning
 from swe_prune.study.saved import finite, load_masks, save, starting_values
-from swe_prune.study.scoring import Source
 from swe_prune.study.workdir import remove, result_of, write_result
+from swe_prune.training import loop
+from swe_prune.training.phase import Phase
 from swe_prune.training.progress import Progress
+from swe_prune.training.state import TrainState
+
+FINETUNE_SEED_OFFSET = 1 << 16  # added to the seed, so that fine-tuning sees another text order
 
 _revived = jax.jit(masks_lib.revived)
 
 
 def finetune_cell(
-    experiment: Experiment, cell: Cell, source: Source, progress: Progress, name: str
+    experiment: Experiment, cell: Cell, dense: DenseModel, progress: Progress, name: str
 ) -> None:
     """Trains one pruned cell by its recovery and adds what comes of it to its result.
 
@@ -33,32 +42,39 @@ def finetune_cell(
     if "finetuned_loss" in result:  # by another process, while this one waited
         return
     tuning = experiment.tunings[cell.recovery]
-    start = starting_values(experiment, source.state, cell)
-    step = None
+    start = starting_values(experiment, dense.state, cell)
     if cell.gradual:
-        masks = sparse_training.all_kept(start, experiment.prunable)
-        plan, renew = timing.schedule(cell, tuning.steps), gradual.renewal(source, cell)
-        step = gradual.pruning_step(tuning.step, plan, renew)
+        regime = gradual.regime(experiment, cell, dense, start)
+        state, seconds = recover(
+            experiment,
+            progress,
+            tuning,
+            name,
+            folder,
+            regime.state,
+            cell.seed,
+            step=regime.step,
+            weights=regime.weights,
+        )
+        params, masks = regime.finish(state)
     else:
         masks = load_masks(experiment, cell)
-    state = experiment.tuning_state(tuning, start, cell.seed, masks)
-    state, seconds = tune(experiment, progress, tuning, name, folder, state, cell.seed, step)
-    masks = state.masks  # those given to the step were donated
-    revived = int(_revived(state.params, masks))
+        state = experiment.tuning_state(tuning, start, cell.seed, masks)
+        state, seconds = recover(experiment, progress, tuning, name, folder, state, cell.seed)
+        params, masks = state.params, state.masks  # those given to the step were donated
+    revived = int(_revived(params, masks))
     if revived:
         raise RunError(f"{revived} pruned weights of {cell.name!r} are not 0 after fine-tuning")
     if cell.gradual:
-        _replace_masks(experiment, cell, source, masks, start, result)
-    result["finetuned_loss"] = finite(experiment.validation_loss(state.params), name)
-    result["finetuned_train_loss"] = experiment.training_loss(state.params)
+        _replace_masks(experiment, cell, dense, masks, start, result)
+    result["finetuned_loss"] = finite(experiment.validation_loss(params), name)
+    result["finetuned_train_loss"] = experiment.training_loss(params)
     result["seconds"] += seconds
-    result |= samples.sampled(experiment, "finetuned", state.params, source.state.params)
+    result |= samples.sampled(experiment, "finetuned", params, dense.state.params)
     edges = result["histogram"]["edges"]
-    result["histogram"]["finetuned"] = histograms.histogram(
-        state.params, masks, edges, kept_only=True
-    )
+    result["histogram"]["finetuned"] = histograms.histogram(params, masks, edges, kept_only=True)
     if experiment.config.keep_finetuned:
-        save(folder / "finetuned", state.params, cell, tuning.steps)
+        save(folder / "finetuned", params, cell, tuning.steps)
     write_result(folder / "result.json", result)
     remove(folder / "checkpoints")
     progress.say(
@@ -70,7 +86,7 @@ def finetune_cell(
 def _replace_masks(
     experiment: Experiment,
     cell: Cell,
-    source: Source,
+    dense: DenseModel,
     masks: PyTree,
     start: PyTree,
     result: dict[str, Any],
@@ -85,3 +101,72 @@ def _replace_masks(
     )
     remove(folder / "masks")
     save(folder / "masks", masks, cell)
+
+
+def recover(
+    experiment: Experiment,
+    progress: Progress,
+    tuning: Tuning,
+    name: str,
+    folder: epath.Path,
+    state: TrainState,
+    seed: int,
+    step: Callable[..., Any] | None = None,
+    weights: Callable[[PyTree, Any], PyTree] = lambda params, step: params,
+) -> tuple[TrainState, float]:
+    """Returns the state after a recovery, or its control, and the seconds it took.
+
+    Args:
+        experiment: Settings and data.
+        progress: Display of the steps.
+        tuning: Recovery to run.
+        name: Name to show.
+        folder: Folder of its metrics and checkpoints.
+        state: State at step 0; donated.
+        seed: Seed of the dense model.
+        step: Train step that also prunes. None: the recovery's own.
+        weights: Function from the trained parameters and a step to the weights to evaluate.
+    """
+    phase = experiment.phase(name, folder, tuning.settings, tuning.steps)
+    data_seed = seed + FINETUNE_SEED_OFFSET
+    return fit(
+        experiment,
+        progress,
+        phase,
+        state,
+        step or tuning.step,
+        data_seed=data_seed,
+        evaluate=lambda params: experiment.validation_loss(weights(params, tuning.steps)),
+    )
+
+
+def fit(
+    experiment: Experiment,
+    progress: Progress,
+    phase: Phase,
+    state: TrainState,
+    step: Callable[..., Any],
+    *,
+    data_seed: int,
+    sample: Callable[[PyTree], dict[str, Any]] | None = None,
+    evaluate: Callable[[PyTree], float] | None = None,
+) -> tuple[TrainState, float]:
+    """Returns the state after a phase and its seconds, resuming from its own checkpoints."""
+    with contextlib.ExitStack() as stack:
+        checkpoints = None
+        if phase.checkpoint_every:
+            folder = phase.folder / "checkpoints"
+            store = Checkpoints(folder, phase.keep_latest, phase.keep_every)
+            checkpoints = stack.enter_context(contextlib.closing(store))
+        advance = stack.enter_context(progress.phase(phase.name, phase.steps))
+        stack.enter_context(PREEMPTION.defer())
+        return loop.fit(
+            phase,
+            state,
+            step,
+            experiment.batches(data_seed),
+            checkpoints=checkpoints,
+            evaluate=evaluate or experiment.validation_loss,
+            sample=sample,
+            progress=advance,
+        )

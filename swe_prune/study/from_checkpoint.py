@@ -1,8 +1,6 @@
 """Experiments on a pretrained model: its sizes, its tokenizer, and its weights to start from."""
 
 import dataclasses
-import math
-from typing import TYPE_CHECKING
 
 from jaxtyping import PyTree
 
@@ -11,14 +9,11 @@ from swe_prune import interop, tree
 from swe_prune.config import Config, ModelConfig
 from swe_prune.errors import InputError
 
-if TYPE_CHECKING:
-    from swe_prune.study.experiment import Experiment
-
 OURS = ("pretrained", "dropout", "dtype", "remat", "scan_layers")
 """Settings of `ModelConfig` that the checkpoint leaves to the config."""
 
 
-def opened(config: Config) -> tuple[Config, interop.Checkpoint | None]:
+def opened(config: Config) -> tuple[Config, interop.PretrainedSource | None]:
     """Returns the config with the checkpoint's sizes in it, and the checkpoint, its weights unread.
 
     Raises:
@@ -35,7 +30,7 @@ def opened(config: Config) -> tuple[Config, interop.Checkpoint | None]:
                 f"config.model.{field.name} = {given!r} was given beside config.model.pretrained = "
                 f"{path!r}, which decides it; leave it out"
             )
-    checkpoint = interop.open_checkpoint(path, compute_dtype=config.model.dtype)
+    checkpoint = interop.open_pretrained(path, compute_dtype=config.model.dtype)
     if checkpoint.tokenizer is None:
         raise InputError(
             f"config.model.pretrained = {path!r} has no tokenizer, without which no text can be "
@@ -62,7 +57,7 @@ def check_texts(data: data_lib.TextData) -> None:
     data_lib.check_disjoint(*data.texts)
 
 
-def weights(checkpoint: interop.Checkpoint, abstract_params: PyTree) -> PyTree:
+def weights(checkpoint: interop.PretrainedSource, abstract_params: PyTree) -> PyTree:
     """Returns the checkpoint's weights as float32, each born on its devices.
 
     Args:
@@ -72,25 +67,3 @@ def weights(checkpoint: interop.Checkpoint, abstract_params: PyTree) -> PyTree:
     shardings = {name: leaf.sharding for name, leaf in tree.named_leaves(abstract_params)}
     read = checkpoint.read(dtype="float32", shardings=lambda name, shape: shardings[name])
     return read.params
-
-
-def gated(experiment: "Experiment", params: PyTree) -> float:
-    """Returns the loss of the checkpoint as it came, in nats per token on the validation windows.
-
-    Args:
-        experiment: of a checkpoint.
-        params: its weights.
-
-    Raises:
-        InputError: it is no better than guessing, so nothing pruned from it could be judged.
-    """
-    assert experiment.checkpoint is not None
-    guess = math.log(experiment.checkpoint.vocab_size)
-    loss = experiment.validation_loss(params)
-    if not loss < guess:
-        raise InputError(
-            f"config.model.pretrained = {experiment.config.model.pretrained!r} has a loss of "
-            f"{loss:.4g} nats per token on the validation text, and guessing among its symbols has "
-            f"{guess:.4g}; use a text of its language, or look whether its weights are whole"
-        )
-    return loss

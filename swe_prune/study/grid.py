@@ -5,12 +5,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from swe_prune import importance, trajectory
-from swe_prune.config import CellConfig, Config, Duration
-from swe_prune.errors import InputError
+from jaxtyping import PyTree
 
-BLOCKWISE = "blockwise:"
-"""A criterion that begins so prunes block after block and may change the weights that stay."""
+from swe_prune import recipe, trajectory
+from swe_prune.config import ONE_SHOT, CellConfig, Config, Duration
+from swe_prune.errors import InputError
+from swe_prune.recipe import Recipe
+
+UNAVAILABLE = {"learned": "scores that movement pruning learns; use schedule 'movement' for it"}
+"""What a study cannot provide to criteria, and what to do instead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,62 +41,50 @@ class Recovery:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One pruned and fine-tuned model.
+    """One pruned and fine-tuned model of a study.
 
     Attributes:
-        seed: of the dense model it comes from.
-        criterion: a registered name, or one that begins with `BLOCKWISE`.
-        rule: "std", the paper's rule, or the scope of equal sparsity: "tensor", "global", "row".
-        requested: the rate of "std", else the sparsity.
-        options: of the criterion, sorted by name.
-        allocation: name of the rule that shares the sparsity out, None: the scope does.
-        pattern: of `masks.by_sparsity`.
-        schedule: "one-shot", or "cubic" or "iterative" during the recovery.
-        recovery: the training that follows.
+        recipe: How the model is pruned; its seed is that of the dense model.
+        schedule: "one_shot", or another of `config.Schedule` during the recovery.
+        recovery: Training that follows.
     """
 
-    seed: int
-    criterion: str
-    rule: str
-    requested: float
-    options: tuple[tuple[str, Any], ...] = ()
-    allocation: str | None = None
-    pattern: str | None = None
-    schedule: str = "one-shot"
+    recipe: Recipe
+    schedule: str = ONE_SHOT
     recovery: Recovery = Recovery()
 
     @property
+    def seed(self) -> int:
+        """Seed of the dense model."""
+        return self.recipe.seed
+
+    @property
+    def sparsity(self) -> float:
+        """Share to remove, of a cell whose recipe has no rate."""
+        target = self.recipe.target
+        assert target is not None
+        return target
+
+    @property
     def name(self) -> str:
-        """A folder name, unique within a seed."""
-        usual = f"{self.rule}-{_plain(self.criterion)}-{self.requested:g}"
-        return "-".join([usual, *map(_plain, self.settings)])
+        """Folder name, unique within a seed."""
+        request = self.recipe
+        rule, amount = request.scope, request.target
+        if request.rate is not None:
+            rule, amount = "std", request.rate
+        return "-".join([f"{rule}-{_plain(request.name)}-{amount:g}", *map(_plain, self.settings)])
 
     @property
     def settings(self) -> list[str]:
         """What differs from a one-shot, unstructured cell that is fine-tuned, one word each."""
-        words = [self.option_text, self.allocation, self.pattern]
+        words = [self.recipe.option_text, self.recipe.allocation, self.recipe.pattern]
         words += [self.schedule if self.gradual else "", self.recovery.name]
         return [word for word in words if word]
 
     @property
-    def option_text(self) -> str:
-        """The criterion's options as `name=value`, joined by commas."""
-        return ",".join(f"{name}={_shown(value)}" for name, value in self.options)
-
-    @property
     def gradual(self) -> bool:
         """Whether pruning goes on during the recovery."""
-        return self.schedule != "one-shot"
-
-    @property
-    def blockwise(self) -> str | None:
-        """The method of block-after-block pruning, or None for a registered criterion."""
-        blockwise = self.criterion.startswith(BLOCKWISE)
-        return self.criterion.removeprefix(BLOCKWISE) if blockwise else None
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return self.schedule != ONE_SHOT
 
 
 def _plain(value: Any) -> str:
@@ -105,35 +96,34 @@ def cells(config: Config) -> list[Cell]:
     """Returns every cell in the order of the results table: the paper's rule, each scope, `cells`.
 
     Raises:
-        InputError: there is none, or two would have one name.
+        InputError: There is none, or two would have one name.
     """
     study = config.study
     grid = [
-        Cell(seed, criterion, "std", rate)
+        Cell(Recipe(criterion, rate=rate, seed=seed))
         for seed in study.std_seeds
         for criterion in study.std_criteria
         for rate in study.std_rates
     ]
     grid += [
-        Cell(seed, criterion, scope, sparsity)
+        Cell(Recipe(criterion, sparsity=sparsity, scope=scope, seed=seed))
         for scope in study.scopes
         for seed in study.seeds
         for criterion in study.criteria
         for sparsity in study.sparsities
     ]
     grid += [cell for settings in study.cells for cell in _listed(config, settings)]
-    unique = list(dict.fromkeys(grid))
-    if not unique:
-        raise InputError("config.study has no cells; give criteria, levels and seeds")
+    if not grid:
+        raise InputError("config.study has no cells; give criteria, sparsities and seeds")
     named: dict[tuple[int, str], Cell] = {}
-    for cell in unique:
+    for cell in grid:
         other = named.setdefault((cell.seed, cell.name), cell)
-        if other is not cell:
+        if other != cell:
             raise InputError(
                 f"two cells of seed {cell.seed} would both be called {cell.name!r}, {other} and "
                 f"{cell}; make their settings differ by more"
             )
-    return unique
+    return list(named.values())
 
 
 def _listed(config: Config, settings: CellConfig) -> Iterator[Cell]:
@@ -141,17 +131,31 @@ def _listed(config: Config, settings: CellConfig) -> Iterator[Cell]:
     if settings.recovery == "none" or steps == config.finetune.steps:
         steps = None
     for seed in config.study.seeds if settings.seeds is None else settings.seeds:
-        yield Cell(
-            seed,
-            settings.criterion,
-            settings.scope,
-            settings.sparsity,
-            options=tuple(sorted(settings.options.items())),
-            allocation=settings.allocation,
-            pattern=settings.pattern,
-            schedule=settings.schedule,
-            recovery=Recovery(settings.recovery, steps),
-        )
+        yield Cell(settings.recipe(seed), settings.schedule, Recovery(settings.recovery, steps))
+
+
+def check(config: Config, abstract_params: PyTree, prunable: PyTree) -> None:
+    """Checks every cell against the parameters, before any training.
+
+    Args:
+        config: Settings.
+        abstract_params: Shapes and dtypes of the parameters.
+        prunable: Bool pytree like the parameters.
+
+    Raises:
+        InputError: The first cell that cannot work, by its name.
+    """
+    checked: list[Cell] = []
+    for cell in cells(config):
+        shared = dataclasses.replace(cell, recipe=dataclasses.replace(cell.recipe, seed=0))
+        if shared in checked:
+            continue
+        unavailable = {} if cell.schedule == "movement" else UNAVAILABLE
+        try:
+            recipe.check(cell.recipe, abstract_params, prunable, unavailable=unavailable)
+        except InputError as error:
+            raise InputError(f"cell {cell.name!r}: {error}") from error
+        checked.append(shared)
 
 
 def seeds(config: Config) -> list[int]:
@@ -170,10 +174,7 @@ def measures(config: Config) -> tuple[str, ...]:
     Raises:
         InputError: an unknown criterion or measure, or a criterion whose measure is not tracked.
     """
-    study = config.study
-    criteria = [*study.std_criteria, *study.criteria]
-    criteria += [cell.criterion for cell in cells(config) if cell.blockwise is None]
-    needed = dict.fromkeys(m for name in criteria for m in importance.get(name).measures)
+    needed = dict.fromkeys(recipe.measures(cell.recipe for cell in cells(config)))
     if config.prune.values_from == "late_mean":
         needed["late_mean"] = None
     tracked = config.trajectory.measures

@@ -1,13 +1,16 @@
 """What is done, phase by phase. Each leaves a result.json and is skipped when that is there."""
 
+import math
 from typing import Any
+
+from jaxtyping import PyTree
 
 from swe_prune import masks as masks_lib
 from swe_prune import tree
+from swe_prune.errors import InputError
 from swe_prune.runtime.locks import lock_for_run
 from swe_prune.study import (
     finetune_phase,
-    from_checkpoint,
     grid,
     histograms,
     prune_phase,
@@ -15,7 +18,7 @@ from swe_prune.study import (
     samples,
 )
 from swe_prune.study.experiment import Experiment
-from swe_prune.study.fitting import fit, tune
+from swe_prune.study.finetune_phase import fit, recover
 from swe_prune.study.saved import finite, load_dense, load_finetuned, load_masks, starting_values
 from swe_prune.study.workdir import exists, remove, result_of, write_result
 from swe_prune.training.progress import Progress
@@ -48,7 +51,7 @@ def _train_seed(experiment: Experiment, seed: int, progress: Progress) -> None:
     start = experiment.fresh_state(seed)
     result: dict[str, Any] = {}
     if experiment.checkpoint is not None:
-        result["pretrained_loss"] = from_checkpoint.gated(experiment, start.params)
+        result["pretrained_loss"] = _pretrained_loss(experiment, start.params)
         progress.say(f"pretrained: validation loss {result['pretrained_loss']:.4f} nats per token")
     state, seconds = fit(
         experiment,
@@ -73,6 +76,28 @@ def _train_seed(experiment: Experiment, seed: int, progress: Progress) -> None:
     progress.say(f"dense model, seed {seed}: validation loss {loss:.4f} nats per token")
 
 
+def _pretrained_loss(experiment: Experiment, params: PyTree) -> float:
+    """Returns the loss of the checkpoint as it came, in nats per token on the validation windows.
+
+    Args:
+        experiment: of a checkpoint.
+        params: its weights.
+
+    Raises:
+        InputError: it is no better than guessing, so nothing pruned from it could be judged.
+    """
+    assert experiment.checkpoint is not None
+    guess = math.log(experiment.checkpoint.vocab_size)
+    loss = experiment.validation_loss(params)
+    if not loss < guess:
+        raise InputError(
+            f"config.model.pretrained = {experiment.config.model.pretrained!r} has a loss of "
+            f"{loss:.4g} nats per token on the validation text, and guessing among its symbols has "
+            f"{guess:.4g}; use a text of its language, or look whether its weights are whole"
+        )
+    return loss
+
+
 def control(experiment: Experiment, progress: Progress) -> None:
     """Trains the dense model of every seed on, as long and by the schedule of each recovery."""
     wanted = dict.fromkeys(
@@ -93,7 +118,7 @@ def _control(
     folder = experiment.workdir.control(seed, recovery)
     tuning = experiment.tunings[recovery]
     state = experiment.tuning_state(tuning, load_dense(experiment, seed).params, seed, None)
-    state, seconds = tune(experiment, progress, tuning, name, folder, state, seed)
+    state, seconds = recover(experiment, progress, tuning, name, folder, state, seed)
     loss = finite(experiment.validation_loss(state.params), name)
     result = {
         "control_loss": loss,
@@ -118,12 +143,13 @@ def finetune(experiment: Experiment, progress: Progress) -> None:
     todo = prune_phase.todo(experiment, "finetuned_loss")
     count, total = 0, sum(len(cells) for _, cells in todo)
     for seed, cells in todo:
-        source = prune_phase.sources(experiment, seed, [cell for cell in cells if cell.gradual])
+        gradual = [cell for cell in cells if cell.gradual]
+        dense = prune_phase.load_and_measure(experiment, seed, gradual)
         for cell in cells:
             count += 1
             name = f"cell {count}/{total} {cell.name}"
             with lock_for_run(experiment.workdir.cell(cell), name, progress.say):
-                finetune_phase.finetune_cell(experiment, cell, source, progress, name)
+                finetune_phase.finetune_cell(experiment, cell, dense, progress, name)
             results.write(experiment.workdir, grid.cells(experiment.config))
 
 

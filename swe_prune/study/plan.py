@@ -25,7 +25,9 @@ def plan(experiment: Experiment, console: Console) -> None:
     total = tree.size(params)
     prunable = experiment.prunable_weights()
     cells = grid.cells(config)
-    rules = collections.Counter(cell.rule for cell in cells)
+    rules = collections.Counter(
+        cell.recipe.scope if cell.recipe.rate is None else "std" for cell in cells
+    )
     lines = [
         f"{prunable:,} of {total:,} weights are prunable ({prunable / total:.1%}).",
         f"{memory_line(experiment)}; the weights themselves take {_bytes(4 * total)}.",
@@ -127,7 +129,7 @@ def _timed(experiment: Experiment) -> tuple[int, float, int]:
     batch = -(-batch // ways) * ways  # the devices share it
     batch = min(batch, config.data.eval_batch)
     host = jax.device_get(experiment.validation[0])
-    windows = parallel.place_batch({k: v[:batch] for k, v in host.items()}, experiment.mesh)
+    windows = parallel.shard_batch({k: v[:batch] for k, v in host.items()}, experiment.mesh)
     step = experiment.dense_step()
     state, _ = step(experiment.fresh_state(0), windows)
     jax.block_until_ready(state)

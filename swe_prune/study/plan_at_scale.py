@@ -70,7 +70,7 @@ class Cost:
 def cost(experiment: Experiment) -> Cost:
     """Returns what the dense phase's step takes on the experiment's mesh."""
     state = jax.eval_shape(lambda p: experiment.dense_state(p, 0), experiment.abstract_params)
-    state = experiment.place(state, experiment.optimizer)
+    state = experiment.place(state)
     masks = tree.map_named(
         lambda _, leaf, chosen: (
             jax.ShapeDtypeStruct(leaf.shape, jnp.bool_, sharding=leaf.sharding) if chosen else None

@@ -25,6 +25,8 @@ class Tuning:
         steps: how long.
         optimizer: an optax chain.
         step: the compiled train step.
+        compile: makes the train step of another optimizer, forward function or sharding; see
+            `training.step.compile_train_step`.
     """
 
     recovery: Recovery
@@ -32,6 +34,7 @@ class Tuning:
     steps: int
     optimizer: optax.GradientTransformation
     step: Callable[..., Any]
+    compile: Callable[..., Callable[..., Any]]
 
 
 def build(
@@ -41,9 +44,7 @@ def build(
     *,
     train_steps: int,
     epoch: int,
-    place: Callable[[TrainState, optax.GradientTransformation], TrainState] = lambda state, _: (
-        state
-    ),
+    place: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> Tuning:
     """Returns a recovery's optimizer and compiled step; see `config.CellConfig` for the kinds.
 
@@ -53,7 +54,7 @@ def build(
         model: what is trained.
         train_steps: of the dense phase.
         epoch: steps of one pass over the training text.
-        place: lays a state out over the devices, given its optimizer.
+        place: lays a state out over the devices.
 
     Raises:
         InputError: no step, or a rewinding to before the dense phase began.
@@ -76,10 +77,18 @@ def build(
         optimizer = optimizer_lib.build(settings, train_steps, start=train_steps - steps)
     else:
         optimizer = optimizer_lib.build(settings, steps)
-    step = step_lib.compile_train_step(
-        model,
-        optimizer,
-        accumulate=settings.accumulate,
-        place=lambda state: place(state, optimizer),
-    )
-    return Tuning(recovery, settings, steps, optimizer, step)
+
+    def compile(other: optax.GradientTransformation, **how: Any) -> Callable[..., Any]:
+        how = {"place": place} | how
+        return step_lib.compile_train_step(model, other, accumulate=settings.accumulate, **how)
+
+    return Tuning(recovery, settings, steps, optimizer, compile(optimizer), compile)
+
+
+def check_long_enough(schedule: str, steps: int) -> None:
+    """Raises InputError for a recovery too short to prune during it."""
+    if steps < 2:
+        raise InputError(
+            f"schedule {schedule!r} prunes during a recovery, of which {steps} step is too short; "
+            "give 2 or more"
+        )

@@ -1,6 +1,7 @@
-"""The cells' results as one table."""
+"""The results of all cells as one table, results.csv."""
 
 import csv
+import dataclasses
 import io
 from typing import Any
 
@@ -9,40 +10,81 @@ from swe_prune.runtime.locks import lock
 from swe_prune.study import grid
 from swe_prune.study.workdir import Workdir, read_json
 
-COLUMNS = (
-    "seed",
-    "criterion",
-    "rule",
-    "requested",
-    "sparsity_prunable",
-    "sparsity_total",
-    "nonzero_params",
-    "dense_loss",
-    "control_loss",
-    "pruned_loss",
-    "finetuned_loss",
-    "steps",
-    "seconds",
-    # Added later, at the end, for those who read the columns before by their place.
-    "options",
-    "allocation",
-    "pattern",
-    "schedule",
-    "recovery",
-    "dense_train_loss",
-    "control_train_loss",
-    "pruned_train_loss",
-    "finetuned_train_loss",
-    "generalisation_gap",
-    "control_gap",
-    "pruned_kl",
-    "finetuned_kl",
-    "pruned_repetition",
-    "finetuned_repetition",
-)
-"""Of results.csv. Losses are nats per token; a gap is the validation minus the training loss, of
-the model after its recovery (before it, of the pruned one) and of its control. The last four are
-there where the study writes samples; see `samples.sampled`."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One cell of the study; the fields are the columns of results.csv, in this order.
+
+    Losses are nats per token. An optional value is None, and its entry in the table empty, where it
+    does not apply or is not measured yet.
+
+    Attributes:
+        seed: Seed of the dense model.
+        criterion: Registered criterion, or empty where a method scores by itself.
+        method: Method that prunes block after block, or empty.
+        options: Options of the criterion as `name=value`, joined by commas.
+        allocation: Allocation rule, or empty where the scope decides.
+        scope: Where the sparsity is met: "tensor", "global" or "row".
+        sparsity: Share of the prunable weights to remove; None for the paper's rule.
+        rate: Multiple of the standard deviation of the scores, of the paper's rule only.
+        pattern: Shape of what is removed, or empty for single weights.
+        schedule: When to prune, such as "one_shot" or "cubic".
+        recovery: Training after pruning, such as "none", "finetune" or "rewind-200".
+        steps: Steps of that training.
+        sparsity_prunable: Achieved sparsity of the prunable weights.
+        sparsity_total: Achieved sparsity of all parameters.
+        nonzero_params: Number of parameters that are not pruned.
+        dense_loss: Validation loss of the dense model.
+        control_loss: Validation loss of the dense model after the same extra training.
+        pruned_loss: Validation loss straight after pruning.
+        finetuned_loss: Validation loss after the recovery.
+        dense_train_loss: Training loss of the dense model.
+        control_train_loss: Training loss of the control.
+        pruned_train_loss: Training loss straight after pruning.
+        finetuned_train_loss: Training loss after the recovery.
+        generalisation_gap: Validation minus training loss after the recovery, or as pruned before.
+        control_gap: Validation minus training loss of the control.
+        pruned_kl: KL divergence from the dense model straight after pruning; see `samples`.
+        finetuned_kl: KL divergence from the dense model after the recovery.
+        pruned_repetition: Repetition in the samples of the pruned model.
+        finetuned_repetition: Repetition in the samples after the recovery.
+        seconds: Time that the cell took.
+    """
+
+    seed: int
+    criterion: str = ""
+    method: str = ""
+    options: str = ""
+    allocation: str = ""
+    scope: str
+    sparsity: float | None = None
+    rate: float | None = None
+    pattern: str = ""
+    schedule: str
+    recovery: str
+    steps: int
+    sparsity_prunable: float
+    sparsity_total: float
+    nonzero_params: int
+    dense_loss: float
+    control_loss: float | None = None
+    pruned_loss: float
+    finetuned_loss: float | None = None
+    dense_train_loss: float | None = None
+    control_train_loss: float | None = None
+    pruned_train_loss: float | None = None
+    finetuned_train_loss: float | None = None
+    generalisation_gap: float | None = None
+    control_gap: float | None = None
+    pruned_kl: float | None = None
+    finetuned_kl: float | None = None
+    pruned_repetition: float | None = None
+    finetuned_repetition: float | None = None
+    seconds: float
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+"""Header of results.csv."""
 
 
 def rows(workdir: Workdir, cells: list[grid.Cell]) -> list[dict[str, Any]]:

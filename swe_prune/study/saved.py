@@ -30,7 +30,7 @@ def load_dense(experiment: Experiment, seed: int) -> TrainState:
             f"the dense model of seed {seed} is not trained yet; run the command 'train' first"
         )
     like = jax.eval_shape(lambda p: experiment.dense_state(p, seed), experiment.abstract_params)
-    like = experiment.place(like, experiment.optimizer)
+    like = experiment.place(like)
     # The last one or none: from an earlier one other masks would come.
     return restored(folder / "checkpoints", like, experiment.train_steps)
 
@@ -61,7 +61,7 @@ def starting_values(experiment: Experiment, dense: TrainState, cell: Cell | None
         dense: the dense phase's last state.
         cell: one that was pruned block after block goes on with what that left.
     """
-    if cell is not None and cell.blockwise is not None:
+    if cell is not None and cell.recipe.method is not None:
         return restored(experiment.workdir.cell(cell) / "start", experiment.abstract_params)
     if experiment.config.prune.values_from == "final":
         return dense.params

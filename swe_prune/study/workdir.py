@@ -118,7 +118,7 @@ def _leased(path: epath.Path, shard: Shard | None, say: Callable[[str], None]) -
     with contextlib.ExitStack() as stack:
         try:
             objects = lease.store(path)
-            stack.enter_context(lease.acquire(objects, name, mine, look=say))
+            stack.enter_context(lease.acquire(objects, name, mine, on_watch=say))
             others = [whole] if shard is not None else _shard_leases(path)
             holder = lease.alive(objects, others)
         except InputError:

@@ -1,7 +1,7 @@
-"""The host's side of training: feed the compiled step, watch, evaluate, save, resume.
+"""Host side of training: feeds the compiled step, logs, evaluates, saves and resumes.
 
-The device is never waited for except to evaluate and to save: metrics are fetched one step late.
-A phase that finds a checkpoint of its own goes on from it as if it had never stopped.
+The host waits for the device only to evaluate and to save; metrics are fetched one step late. A
+phase that finds its own checkpoint continues from it as if it had never stopped.
 """
 
 import time
@@ -12,7 +12,7 @@ import jax
 from jaxtyping import PyTree
 
 from swe_prune.errors import Preempted
-from swe_prune.runtime.preemption import MESSAGE, NOTICE, Notice
+from swe_prune.runtime.preemption import MESSAGE, PREEMPTION, PreemptionHandler
 from swe_prune.training import metrics as metrics_lib
 from swe_prune.training.phase import Phase
 from swe_prune.training.state import TrainState
@@ -20,34 +20,34 @@ from swe_prune.training.step import Batch, Metrics
 
 
 class BatchIterator(Protocol):
-    """Batches without end whose position can be saved: what Grain's iterators are."""
+    """Endless iterator over batches whose position can be saved, such as Grain's iterators."""
 
     def __next__(self) -> Batch:
         """Returns the next batch."""
         ...
 
     def get_state(self) -> Any:
-        """Returns the position as something JSON can hold."""
+        """Returns the position as a JSON-serializable value."""
         ...
 
     def set_state(self, state: Any) -> None:
-        """Goes to a position."""
+        """Moves to a position."""
         ...
 
 
 class Saver(Protocol):
-    """Where the states of one phase are kept: what `checkpoint.Checkpoints` is."""
+    """Storage for the states of one phase, such as `checkpoint.Checkpoints`."""
 
     def latest(self) -> int | None:
         """Returns the number of the newest checkpoint, or None."""
         ...
 
     def save(self, step: int, tree: PyTree, extra: dict[str, Any]) -> None:
-        """Writes a checkpoint, whole or not at all."""
+        """Writes a checkpoint atomically."""
         ...
 
     def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
-        """Returns the newest."""
+        """Returns the newest checkpoint."""
         ...
 
 
@@ -61,37 +61,45 @@ def fit(
     evaluate: Callable[[PyTree], float] | None = None,
     sample: Callable[[PyTree], dict[str, Any]] | None = None,
     progress: Callable[[int, dict[str, float]], None] = lambda step, shown: None,
-    notice: Notice = NOTICE,
+    preemption: PreemptionHandler = PREEMPTION,
 ) -> tuple[TrainState, float]:
-    """Returns (state after the last step, seconds of this phase over all its sessions).
+    """Runs a phase of training.
 
     Args:
-        phase: what to run and where to keep it.
-        state: at step 0; it is donated. A checkpoint of the phase takes its place.
-        step: the compiled train step.
-        batches: positioned at its start; a checkpoint's position takes its place.
-        checkpoints: of this phase; None: a phase that is killed starts again.
-        evaluate: validation loss of parameters.
-        sample: a few weights of every tensor, for the report's trajectories.
-        progress: called with the step and what is known of it.
-        notice: of preemption; when it is given, one more checkpoint is written.
+        phase: Settings of the phase.
+        state: State at step 0, which is donated. A checkpoint of the phase replaces it.
+        step: Compiled train step.
+        batches: Iterator at its start. A checkpoint of the phase sets its position.
+        checkpoints: Storage for the checkpoints of this phase. If None, a phase that is killed
+            starts again.
+        evaluate: Function from parameters to the validation loss.
+        sample: Function from parameters to a few weights of every tensor, for the report's
+            trajectories.
+        progress: Callback that receives every step and its values.
+        preemption: Handler that says whether to stop; one more checkpoint is written before
+            stopping.
+
+    Returns:
+        The state after the last step, and the seconds of this phase over all its sessions.
 
     Raises:
-        Preempted: notice was given, and the state after the step in hand is saved.
-        RunError: the loss or gradient was not finite for too many steps in a row; no later
-            checkpoint than the last good one exists.
+        Preempted: If the process was preempted; the state after the last step is saved.
+        RunError: If the loss or gradient was not finite for too many consecutive steps; the newest
+            checkpoint is the last finite one.
     """
+    # Resume from the newest checkpoint of this phase, if there is one.
     before = 0.0
     if checkpoints is not None and checkpoints.latest() is not None:
         state, extra = checkpoints.restore(state)
         batches.set_state(extra["batches"])
         before = extra["seconds"]
+    # Lines after the step to resume from are dropped when the files are opened.
     first = int(state.step)
     log = metrics_lib.JsonLines(phase.folder / "metrics.jsonl", first)
     samples = metrics_lib.JsonLines(phase.folder / "trajectory.jsonl", first) if sample else None
     if sample and samples is not None and first == 0:
         samples.write(0, {"values": jax.device_get(sample(state.params))})
-    meter = metrics_lib.Meter(phase, first, log, progress)
+    meter = metrics_lib.MetricsLogger(phase, first, log, progress)
     begun = time.perf_counter()
 
     def due(every: int, number: int) -> bool:
@@ -105,15 +113,18 @@ def fit(
         checkpoints.save(number, state, {"batches": batches.get_state(), "seconds": seconds})
 
     for number in range(first + 1, phase.steps + 1):
-        if notice.given():  # since the step before, which is saved unless it has just been
+        # Stop here if preempted, after saving the previous step unless it is saved already.
+        if preemption.given():
             meter.flush()
             saved = checkpoints is None or number - 1 == (checkpoints.latest() or 0)
-            if not saved and not meter.in_trouble:
+            if not saved and not meter.last_step_skipped:
                 save(number - 1)
             raise Preempted(MESSAGE)
+        # Dispatch the step; the metrics of the previous one are fetched while it computes.
         batch = next(batches)
         state, computed = step(state, batch)
-        meter.late(number, computed, tokens=batch["targets"].size)
+        meter.enqueue(number, computed, tokens=batch["targets"].size)
+        # Sample, evaluate and save when due; the last two wait for the device.
         if sample and samples is not None and number % phase.sample_every == 0:
             samples.write(number, {"values": jax.device_get(sample(state.params))})
         if evaluate is not None and due(phase.eval_every, number):
@@ -121,8 +132,8 @@ def fit(
             meter.evaluated(number, evaluate(state.params))
         if checkpoints is not None and due(phase.checkpoint_every, number):
             meter.flush()
-            if meter.in_trouble and number != phase.steps:
-                continue  # what it may be in trouble for must not be saved
+            if meter.last_step_skipped and number != phase.steps:
+                continue  # a state that may be diverging must not be saved
             save(number)
     meter.flush()
     for lines in filter(None, (log, samples)):

@@ -1,12 +1,12 @@
-"""Low-rank adapters of a pruned model, whose zeros stay: they are trained, the base is not.
+"""Low-rank adapters of a pruned model that preserve its zeros; only the adapters are trained.
 
-A kernel W of R inputs and C outputs gets two factors, `down` R x A and `up` A x C, A the rank:
+A kernel W of R inputs and C outputs gets two factors, `down` R x A and `up` A x C, with rank A:
 
     (W + scale · down up) · mask,  scale = alpha / rank
 
-The mask is on the product too, so a pruned weight is exactly 0 while the adapters are trained and
-after they are merged. That costs an array of W's size, which x down up would do without, but the
-zeros of that sum are not zeros of any kernel that it could be merged into.
+The mask applies to the product too, so a pruned weight is exactly 0 both during training and after
+merging. This needs an array of W's size. Computing x down up would avoid it, but then merging the
+adapters would fill the zeros of W.
 
 Source: Hu, Shen, Wallis, Allen-Zhu, Li, Wang and Chen, "LoRA: low-rank adaptation of large language
 models", 2021. Their W is (out, in), their A and B are `down` and `up` transposed.
@@ -29,12 +29,12 @@ from swe_prune.errors import InputError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-    """Factors of every adapted kernel: a pytree for any optax chain and for `TrainState.params`.
+    """Factors of all adapted kernels: a pytree for any optax chain and for `TrainState.params`.
 
     Attributes:
-        down: float32 R x A each, a pytree like the parameters, None where nothing is adapted.
-        up: float32 A x C each, likewise.
-        scale: alpha / rank, no leaf and so not trained.
+        down: Float32 factors R x A, a pytree like the parameters, None where nothing is adapted.
+        up: Float32 factors A x C, a pytree like the parameters, None where nothing is adapted.
+        scale: Constant alpha / rank, which is static and not trained.
     """
 
     down: PyTree
@@ -49,37 +49,40 @@ def init(
     key: Array,
     targets: str | Sequence[str] | None = None,
 ) -> Adapters:
-    """Returns fresh adapters: `down` is normal with variance 1 / R, `up` is 0.
+    """Returns new adapters: `down` is normal with variance 1 / R, and `up` is 0.
 
-    So at first they change nothing. What is drawn for a kernel depends on the key and its name.
+    New adapters do not change the model. The values drawn for a kernel depend only on the key and
+    the name of the kernel.
 
     Args:
-        params: of the base; arrays, or abstract ones.
-        rank: A, at least 1 and at most the smaller side of every adapted kernel as a matrix, whose
-            inputs `tree.input_axes` tells.
-        alpha: what the product is scaled by, over the rank.
-        key: a typed jax random key.
-        targets: path rules of what to adapt, pruned or dense: floating-point weights of two axes or
-            more but biases; each rule must match one. None: `tree.prunable(params)`.
+        params: Parameters of the base model, concrete or abstract.
+        rank: Rank A, from 1 to the smaller side of every adapted kernel as a matrix, with the input
+            axes of `tree.input_axes`.
+        alpha: Scale of the product, divided by the rank.
+        key: Typed JAX random key.
+        targets: Path rules of the weights to adapt, pruned or dense. Each rule must match a
+            floating-point weight with two or more axes that is not a bias. If None,
+            `tree.prunable(params)`.
 
     Raises:
-        InputError: a rule that matches nothing, or a rank or alpha that cannot be used.
+        InputError: If a rule matches nothing, or the rank or alpha is out of range.
 
     >>> adapters = init({"up": {"kernel": jnp.ones((4, 6))}}, 2, 4.0, jax.random.key(0))
     >>> adapters.down["up"]["kernel"].shape, adapters.up["up"]["kernel"].shape, adapters.scale
     ((4, 2), (2, 6), 2.0)
     """
     if rank < 1:
-        raise InputError(f"lora rank = {rank} adapts nothing; give 1 or more")
+        raise InputError(f"lora rank must be 1 or more, got {rank}")
     if not 0 < alpha < math.inf:
-        raise InputError(f"lora alpha = {alpha} cannot scale adapters; give a number above 0")
+        raise InputError(f"lora alpha must be a finite number above 0, got {alpha}")
+    # Check the rank against every adapted kernel before drawing.
     adapted = {name: leaf.shape for name, leaf in _targets(params, targets)}
     sides = {name: _sides(name, shape) for name, shape in adapted.items()}
     for name, (inputs, outputs) in sides.items():
         if rank > min(inputs, outputs):
             raise InputError(
                 f"lora rank = {rank} is more than the smaller side of {name!r}, {inputs} x "
-                f"{outputs}; lower it to {min(inputs, outputs)} or leave that out with targets="
+                f"{outputs}; lower it to {min(inputs, outputs)} or exclude {name!r} with targets="
             )
 
     def down(name: str, _: Any) -> Array | None:
@@ -95,18 +98,18 @@ def init(
 
 
 def apply(params: PyTree, adapters: Adapters, masks: PyTree | None = None) -> PyTree:
-    """Returns the weights to run the model with: adapted, and exactly 0 where a mask is False.
+    """Returns the adapted weights to run the model with, exactly 0 where a mask is False.
 
-    An adapted kernel comes in the wider dtype of base and adapters, float32 over a bf16 base, so
-    that a small change is not lost in rounding; the model casts it to what it computes in.
+    An adapted kernel has the wider dtype of base and adapters, for example float32 for a bf16 base,
+    so that small changes are not lost in rounding; the model casts it to its computation dtype.
 
     Args:
-        params: of the base, any floating dtypes; nothing of it is changed.
-        adapters: as `init` makes them.
-        masks: bool pytree, None where dense; None: nothing is pruned.
+        params: Parameters of the base model, of any floating dtypes.
+        adapters: Adapters from `init`.
+        masks: Bool pytree like `params`, None where dense. If None, nothing is pruned.
 
     Raises:
-        InputError: adapters or masks of another model.
+        InputError: If adapters or masks belong to another model.
     """
 
     def adapted(name: str, weight: Any, down_RxA: Any, up_AxC: Any) -> Any:
@@ -114,8 +117,9 @@ def apply(params: PyTree, adapters: Adapters, masks: PyTree | None = None) -> Py
             return weight
         if (down_RxA.shape[0], up_AxC.shape[1]) != _sides(name, weight.shape):
             raise InputError(
-                f"the adapters of {name!r} make {down_RxA.shape[0]} x {up_AxC.shape[1]} and the "
-                f"weight is {weight.shape}; make them with lora.init from these parameters"
+                f"the adapters of {name!r} are for a matrix of {down_RxA.shape[0]} x "
+                f"{up_AxC.shape[1]}, but the weight has shape {weight.shape}; create them with "
+                "lora.init from these parameters"
             )
         delta_RxC = adapters.scale * jnp.matmul(
             down_RxA, up_AxC, precision=jax.lax.Precision.HIGHEST
@@ -128,12 +132,17 @@ def apply(params: PyTree, adapters: Adapters, masks: PyTree | None = None) -> Py
 
 
 def merge(params: PyTree, adapters: Adapters, masks: PyTree | None = None) -> PyTree:
-    """Returns parameters of the base's dtypes that need no adapters, zeros where a mask is False.
+    """Merges adapters into parameters with the dtypes of the base, 0 where a mask is False.
 
-    Rounding to a narrower base is the only difference to `apply`.
+    Rounding to a narrower base dtype is the only difference from `apply`.
+
+    Args:
+        params: Parameters of the base model.
+        adapters: Adapters from `init`.
+        masks: Bool pytree like `params`, None where dense. If None, nothing is pruned.
 
     Raises:
-        InputError: adapters or masks of another model.
+        InputError: If adapters or masks belong to another model.
 
     >>> params = {"kernel": jnp.array([[1.0, 0.0], [0.0, 2.0]])}
     >>> mask = {"kernel": params["kernel"] != 0}
@@ -147,13 +156,15 @@ def merge(params: PyTree, adapters: Adapters, masks: PyTree | None = None) -> Py
 
 
 def _targets(params: PyTree, targets: str | Sequence[str] | None) -> list[tuple[str, Any]]:
-    """Returns the name and weight of everything to adapt."""
+    """Returns the names and weights to adapt."""
+    # By default, adapt the prunable weights.
     if targets is None:
         flags = dict(tree.named_leaves(tree.prunable(params)))
         return [(name, leaf) for name, leaf in tree.named_leaves(params) if flags[name]]
+    # Otherwise every rule must match a weight that can be adapted.
     rules = [targets] if isinstance(targets, str) else list(targets)
     if not rules:
-        raise InputError("lora targets= names no rule, so nothing is adapted; give one or None")
+        raise InputError("lora targets= names no rule, so nothing is adapted; give a rule or None")
     bias = tree.DENSE_BY_DEFAULT["bias"]
     kernels = {
         name: leaf
@@ -164,7 +175,7 @@ def _targets(params: PyTree, targets: str | Sequence[str] | None) -> list[tuple[
         if not any(tree.rule_matches(rule, name) for name in kernels):
             raise InputError(
                 f"lora target rule {rule!r} matches no weight of two axes or more; correct it to "
-                f"match one, such as {next(iter(kernels), 'none here')!r}"
+                f"match a weight, such as {next(iter(kernels), 'none here')!r}"
             )
     return [
         (name, leaf)

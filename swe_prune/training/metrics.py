@@ -1,4 +1,4 @@
-"""Metrics as JSON lines, fetched one step late, and cut back to the step a run resumes from."""
+"""Metrics as JSON lines, fetched one step late, and truncated to the step a run resumes from."""
 
 import json
 import math
@@ -18,23 +18,23 @@ BUCKET_SECONDS = 30.0
 
 
 class JsonLines:
-    """A file of JSON objects, one a line, each with its `step`.
+    """A file of JSON objects, one per line, each with its `step`.
 
-    Opening cuts off what a killed run wrote after the step that the new one resumes from, and a
-    last line that was cut short, so an interrupted run leaves the same file as an uninterrupted.
-    Of several processes the first one writes.
+    Opening the file drops the lines that a killed run wrote after the step that the new run resumes
+    from, and an incomplete last line, so an interrupted run leaves the same file as an
+    uninterrupted one. With several processes only process 0 writes.
 
-    In a bucket nothing can be appended to, so the file is kept here and written anew: at most every
-    `BUCKET_SECONDS`, and when `flush` is called. A run that dies loses lines of steps after its
-    last checkpoint, which the next run does again.
+    Files in a bucket cannot be appended to, so their text is buffered in memory and written as a
+    whole, at most every `BUCKET_SECONDS` and on `flush`. A run that dies loses only lines of steps
+    after its last checkpoint, which the next run repeats.
     """
 
     def __init__(self, path: epath.Path, resume_from: int):
-        """Opens the file for appending, keeping the lines up to a step.
+        """Opens the file for appending, retaining the lines up to a step.
 
         Args:
-            path: made when there is none.
-            resume_from: the last step whose lines stay.
+            path: Path of the file, which is created if it does not exist.
+            resume_from: Last step whose lines are retained.
         """
         self._path = path
         self._in_bucket = storage.in_bucket(path)
@@ -59,7 +59,7 @@ class JsonLines:
             self._write()
 
     def flush(self) -> None:
-        """Has every line written."""
+        """Writes all buffered lines."""
         if processes.index() == 0 and self._unwritten:
             self._write()
 
@@ -71,14 +71,14 @@ class JsonLines:
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """Returns the whole lines of a JSON-lines file; a last line cut short is left out."""
+    """Returns the lines of a JSON-lines file, without an incomplete last line."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-    """Writes JSON so that the file is there whole or not at all, whenever the process dies."""
+    """Writes a JSON file atomically."""
     storage.write(path, json.dumps(value, indent=1, default=_plain))
 
 
@@ -88,11 +88,12 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-class Meter:
-    """Takes each step's metrics while the next one computes; stops when too many are not finite.
+class MetricsLogger:
+    """Logs each step's metrics while the next step computes; stops after too many bad steps.
 
     Attributes:
-        in_trouble: the last step that was handled was skipped, so no checkpoint is worth it.
+        last_step_skipped: Whether the last logged step was skipped as non-finite, in which case the
+            state should not be saved.
     """
 
     def __init__(
@@ -105,30 +106,35 @@ class Meter:
         """Starts the clock for tokens per second.
 
         Args:
-            phase: for its name and cadence.
-            first: the step that the phase resumes from.
-            log: where lines go.
-            progress: told of every step.
+            phase: Settings of the phase.
+            first: Step that the phase resumes from.
+            log: File that the lines are written to.
+            progress: Callback that receives every step and its values.
         """
         self._phase, self._log, self._progress = phase, log, progress
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._shown: dict[str, float] = {}
         self._clock, self._tokens = time.perf_counter(), 0
         self._first = first
-        self.in_trouble = False
+        self.last_step_skipped = False
 
-    def late(self, step: int, metrics: dict[str, Any], tokens: int) -> None:
-        """Takes a step that was dispatched, and handles the one before it."""
+    def enqueue(self, step: int, metrics: dict[str, Any], tokens: int) -> None:
+        """Stores the metrics of a dispatched step, and logs the previous step.
+
+        Args:
+            step: Number of the step.
+            metrics: Metrics of the step, still on the device.
+            tokens: Number of tokens of its batch.
+        """
         self.flush()
         self._pending = (step, metrics)
         self._tokens += tokens
 
     def flush(self) -> None:
-        """Handles the step that is still pending, waiting for the device.
+        """Logs the pending step, waiting for the device.
 
         Raises:
-            RunError: it is the last of too many in a row that were not finite, or pruned weights
-                came back.
+            RunError: If too many consecutive steps were not finite, or pruned weights are not 0.
         """
         if self._pending is None:
             return
@@ -137,18 +143,18 @@ class Meter:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         skipped = int(values.pop("skipped"))
         in_row = int(values.pop("skipped_in_row"))
-        self.in_trouble = in_row > 0
+        self.last_step_skipped = in_row > 0
+        # Too many consecutive bad steps mean that training has diverged.
         if in_row >= self._phase.stop_after_skipped:
             name = next(name for name, value in values.items() if not math.isfinite(value))
             self._log.flush()
             raise RunError(
                 f"{name} is {values[name]} at step {step} of phase {self._phase.name!r}, the "
-                f"{in_row}. in a row that was skipped for not being finite, from batch "
-                f"{step - in_row} of its order of the text on: training diverged; lower the "
-                "learning rate or the clip norm; earlier checkpoints are kept in "
-                f"{self._phase.folder}"
+                f"{in_row}. in a row that was skipped as non-finite, from batch {step - in_row} "
+                "of the data order on: training diverged; lower the learning rate or the clip "
+                f"norm; earlier checkpoints are kept in {self._phase.folder}"
             )
-        # JSON has no NaN, and a curve no place for one.
+        # JSON has no NaN, and a curve cannot show one.
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         if skipped:
             values["skipped"] = skipped
@@ -157,7 +163,7 @@ class Meter:
                 f"pruned weights of phase {self._phase.name!r} are not 0 after step {step}; wrap "
                 "the optimizer in masks.keep, outermost"
             )
-        if step == self._first + 1:  # its time was spent compiling
+        if step == self._first + 1:  # exclude the compilation from the speed
             self._clock, self._tokens = time.perf_counter(), 0
         elif (seconds := time.perf_counter() - self._clock) > 0:
             self._shown["tokens/s"] = self._tokens / seconds
@@ -168,7 +174,7 @@ class Meter:
             self._log.write(step, values | {"tokens_per_second": self._shown.get("tokens/s")})
 
     def evaluated(self, step: int, loss: float) -> None:
-        """Takes a validation loss in nats per token."""
+        """Logs a validation loss in nats per token."""
         self._shown["validation"] = loss
         self._log.write(step, {"validation_loss": loss})
         self._progress(step, self._shown)

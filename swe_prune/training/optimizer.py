@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and cosine decay, from the settings of a phase."""
+"""AdamW with linear warm-up and cosine decay, built from the settings of a phase."""
 
 import jax
 import optax
@@ -9,11 +9,11 @@ from swe_prune.sparse_training import rewound_schedule
 
 
 def schedule(phase: PhaseConfig, steps: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the step: up from 0, then down a half cosine.
+    """Returns the learning rate schedule: linear warm-up from 0, then cosine decay.
 
     Args:
-        phase: settings; a warm-up longer than the phase is cut to it.
-        steps: length of the phase; the final learning rate is reached there.
+        phase: Settings of the phase; a warm-up longer than the phase is cut to its length.
+        steps: Number of steps of the phase, at which the final learning rate is reached.
     """
     warmup = min(to_steps(phase.warmup, total=steps), steps)
     return optax.warmup_cosine_decay_schedule(
@@ -28,14 +28,14 @@ def schedule(phase: PhaseConfig, steps: int) -> optax.Schedule:
 def build(
     phase: PhaseConfig, steps: int, *, start: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns clipping by the global norm, then AdamW that decays matrices only.
+    """Returns clipping by the global norm, followed by AdamW with weight decay on matrices only.
 
-    Biases and norms, which have one axis, are not decayed (GPT-2 and nanoGPT do the same).
+    Biases and norms, which have one axis, are not decayed, as in GPT-2 and nanoGPT.
 
     Args:
-        phase: settings.
-        steps: length of the phase that the learning rate belongs to.
-        start: the step of it to begin at: the learning rate, and it alone, is rewound to there.
+        phase: Settings of the phase.
+        steps: Number of steps of the phase that the learning rate belongs to.
+        start: Step of the learning rate schedule to start from; nothing else is rewound.
     """
 
     def matrices(params: PyTree) -> PyTree:

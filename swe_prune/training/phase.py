@@ -1,4 +1,4 @@
-"""The settings of one phase of training."""
+"""Settings of one phase of training."""
 
 import dataclasses
 
@@ -7,19 +7,19 @@ from etils import epath
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One phase of training and where it keeps what it makes.
+    """Settings of one phase of training.
 
     Attributes:
-        name: shown to the user.
-        folder: holds `metrics.jsonl` and, with samples, `trajectory.jsonl`.
-        steps: length.
-        log_every: steps between lines of metrics.
-        eval_every: steps between evaluations; 0: none.
-        checkpoint_every: steps between checkpoints; 0: none.
-        sample_every: steps between samples of the weights; 0: none.
-        keep_latest: how many of the newest checkpoints stay.
-        keep_every: steps between checkpoints that stay for good; 0: none.
-        stop_after_skipped: so many steps in a row that are not finite end the run.
+        name: Name shown to the user.
+        folder: Folder for `metrics.jsonl` and, with samples, `trajectory.jsonl`.
+        steps: Number of steps.
+        log_every: Number of steps between lines of metrics.
+        eval_every: Number of steps between evaluations; 0 for none.
+        checkpoint_every: Number of steps between checkpoints; 0 for none.
+        sample_every: Number of steps between samples of the weights; 0 for none.
+        keep_latest: Number of newest checkpoints to retain.
+        keep_every: Number of steps between checkpoints that are retained permanently; 0 for none.
+        stop_after_skipped: Number of consecutive non-finite steps after which the run ends.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Everything that changes while a model trains in one pytree, and beside it what does not."""
+"""Training state: one pytree of everything that changes, and one of everything that does not."""
 
 import dataclasses
 
@@ -18,14 +18,14 @@ class TrainState:
     """The carry of the train step.
 
     Attributes:
-        step: optimizer steps taken, int32.
-        params: float32 weights, or `lora.Adapters` of those in `Fixed`.
-        opt_state: of the optax chain.
-        masks: bool pytree like params with None where dense, or None: nothing is pruned.
-        stats: trajectory statistics, or None: nothing is tracked.
-        rng: a typed jax random key; the step folds its number into it.
-        skipped: steps whose loss or gradient was not finite and that changed nothing, int32.
-        skipped_in_row: how many of them were the last ones, int32.
+        step: Number of optimizer steps taken, int32.
+        params: Float32 weights, or `lora.Adapters` of the base in `Frozen`.
+        opt_state: State of the optax chain.
+        masks: Bool pytree like `params`, None where dense; or None if nothing is pruned.
+        stats: Trajectory statistics, or None if nothing is tracked.
+        rng: Typed JAX random key; each step folds its number into it.
+        skipped: Number of steps that were skipped because loss or gradient was not finite, int32.
+        skipped_in_row: Number of consecutive skipped steps up to the last step, int32.
     """
 
     step: Int[Array, ""]
@@ -40,13 +40,13 @@ class TrainState:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Fixed:
-    """What the train step may read and leaves as it is: an argument of its own, never donated.
+class Frozen:
+    """Constant inputs of the train step: a separate argument that is never donated.
 
     Attributes:
-        teacher: parameters of the dense model for `losses.Distillation`, or None.
-        base: parameters under the `lora.Adapters` that the state then has as its params, or None.
-        masks: of the base, bool, None where dense; those of the state are of its own params.
+        teacher: Parameters of the dense model for `losses.Distillation`, or None.
+        base: Base parameters if the params of the state are `lora.Adapters`, or None.
+        masks: Bool pytree like `base`, None where dense; the masks in the state are for its params.
     """
 
     teacher: PyTree | None = None
@@ -55,9 +55,15 @@ class Fixed:
 
 
 def init_params(model: nn.Module, seed: int, context: int) -> PyTree:
-    """Returns freshly initialized parameters; under `jax.eval_shape`, their shapes."""
+    """Returns newly initialized parameters.
+
+    Args:
+        model: Language model.
+        seed: Seed of the initialization.
+        context: Number of tokens to initialize with.
+    """
     tokens_BxL = jnp.zeros((1, context), jnp.int32)
-    init = jax.jit(model.init)  # op by op it would take many times as long to compile
+    init = jax.jit(model.init)  # compiling op by op takes many times as long
     return init(jax.random.key(seed), tokens_BxL)["params"]
 
 
@@ -69,7 +75,15 @@ def create(
     masks: PyTree | None = None,
     stats: TrajectoryStats | None = None,
 ) -> TrainState:
-    """Returns a state at step 0 with fresh optimizer moments; masked weights are zeroed."""
+    """Returns a state at step 0 with new optimizer moments; masked weights are set to 0.
+
+    Args:
+        params: Pytree of float32 weights.
+        optimizer: Optax chain.
+        seed: Seed of the random key.
+        masks: Bool pytree like `params`, None where dense. If None, nothing is pruned.
+        stats: Trajectory statistics. If None, nothing is tracked.
+    """
     params = params if masks is None else masks_lib.apply(params, masks)
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -1,16 +1,16 @@
-"""The compiled steps: train, evaluate, prune. Read this file first.
+"""The compiled steps: train and evaluate. Read this file first.
 
-    train_step: loss and grads at params → optax update, zeros held → apply → snapshot in its turn
+    train_step: loss and gradients -> optax update, zeros held -> apply -> snapshot when due
 
-All three are pure functions of pytrees. `compile_train_step` is the one place where the train step
+Both are pure functions of pytrees. `compile_train_step` is the one place where the train step
 is jitted: the state is donated, so masks and statistics live in place beside the parameters. With
 `masks` or `stats` None in the state those parts are not in the compiled program at all, and so it
-is with what `Fixed` lacks.
+is with what `Frozen` lacks.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,11 +19,11 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float, PyTree
 
-from swe_prune import allocation, importance, masks, trajectory
+from swe_prune import masks, trajectory
 from swe_prune.errors import InputError
 from swe_prune.training import lora, losses
 from swe_prune.training.losses import Distillation
-from swe_prune.training.state import Fixed, TrainState
+from swe_prune.training.state import Frozen, TrainState
 
 Batch = dict[str, Any]
 """{"inputs": int32 (B, L), "targets": int32 (B, L)}, and where tokens do not all count alike
@@ -35,13 +35,14 @@ Metrics = dict[str, Array]
 def train_step(
     state: TrainState,
     batch: Batch,
-    fixed: Fixed | None = None,
+    fixed: Frozen | None = None,
     *,
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     track_every: int,
     accumulate: int = 1,
     distillation: Distillation | None = None,
+    forward: Callable[[PyTree, Array], PyTree] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Returns the state after one optimizer step, and its metrics as scalars.
 
@@ -59,11 +60,13 @@ def train_step(
         accumulate: so many parts of the batch, one after another, whose gradients are averaged;
             they divide it evenly. Less memory for activations, the same step but for dropout.
         distillation: how much of the loss is the distance to the teacher; None: it is the text's.
+        forward: Function of (params, step) to the weights that the model computes with, such as
+            `sparse_training.ste_magnitude`. None: the params themselves.
 
     Raises:
         InputError: a distillation without a teacher, or a teacher without one.
     """
-    fixed = Fixed() if fixed is None else fixed
+    fixed = Frozen() if fixed is None else fixed
     _check_teacher(fixed, distillation)
     dropout = jax.random.fold_in(state.rng, state.step)
     # A part's share of the tokens that count may be another than its share of the tokens.
@@ -72,6 +75,8 @@ def train_step(
     def loss_of(params: PyTree, part: Batch, key: Array) -> Array:
         if fixed.base is not None:
             params = lora.apply(fixed.base, params, fixed.masks)
+        if forward is not None:
+            params = forward(params, state.step)
         losses_BxL = _losses_BxL(
             model, params, part, fixed.teacher, distillation, train=True, rngs={"dropout": key}
         )
@@ -147,6 +152,7 @@ def compile_train_step(
     accumulate: int = 1,
     place: Callable[[TrainState], TrainState] = lambda state: state,
     distillation: Distillation | None = None,
+    forward: Callable[[PyTree, Array], PyTree] | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the jitted train step of (state, batch), or of (state, batch, fixed).
 
@@ -159,10 +165,11 @@ def compile_train_step(
         accumulate: as in `train_step`.
         place: constrains the state that the step returns to a layout over devices.
         distillation: as in `train_step`; `fixed` then holds the teacher.
+        forward: Function of (params, step) to the weights that the model computes with.
     """
 
     def step(
-        state: TrainState, batch: Batch, fixed: Fixed | None = None
+        state: TrainState, batch: Batch, fixed: Frozen | None = None
     ) -> tuple[TrainState, Metrics]:
         state, metrics = train_step(
             state,
@@ -173,6 +180,7 @@ def compile_train_step(
             track_every=track_every,
             accumulate=accumulate,
             distillation=distillation,
+            forward=forward,
         )
         return place(state), metrics
 
@@ -201,7 +209,7 @@ def _losses_BxL(
     return (1 - distillation.weight) * losses_BxL + distillation.weight * apart_BxL
 
 
-def _check_teacher(fixed: Fixed, distillation: Distillation | None) -> None:
+def _check_teacher(fixed: Frozen, distillation: Distillation | None) -> None:
     if (fixed.teacher is None) == (distillation is None):
         return
     if distillation is None:
@@ -210,124 +218,24 @@ def _check_teacher(fixed: Fixed, distillation: Distillation | None) -> None:
             "both or neither"
         )
     raise InputError(
-        "the train step distils and was given no teacher; pass Fixed(teacher=the dense parameters) "
-        "after the batch"
+        "the train step distils and was given no teacher; pass Frozen(teacher=the dense "
+        "parameters) after the batch"
     )
+
+
+def loss_fn(model: nn.Module) -> Callable[[PyTree, Batch], Float[Array, ""]]:
+    """Returns the function of (params, batch) that gives the mean loss in nats per token.
+
+    Args:
+        model: Linen model of tokens to logits.
+    """
+
+    def loss(params: PyTree, batch: Batch) -> Array:
+        return eval_step(params, dict(batch), model=model) / batch["targets"].size
+
+    return loss
 
 
 def compile_eval_step(model: nn.Module) -> Callable[[PyTree, Batch], Float[Array, ""]]:
     """Returns the jitted evaluation step."""
     return jax.jit(functools.partial(eval_step, model=model))
-
-
-def prune_step(
-    params: PyTree,
-    stats: trajectory.TrajectoryStats | None,
-    prunable: PyTree,
-    *,
-    criterion: str,
-    rule: str,
-    level: float | allocation.Allocation,
-    seed: int,
-    opt_state: PyTree | None = None,
-    measured: Mapping[str, PyTree] | None = None,
-    options: Mapping[str, Any] | None = None,
-    pattern: str | None = None,
-) -> PyTree:
-    """Returns the masks of one cell: scores, then the rule at its level.
-
-    Scores and selection are each compiled; the checks between them (NaN, an empty model) run on
-    the host, since pruning happens once and must not go wrong in silence.
-
-    Args:
-        params: weights to score.
-        stats: what the criterion may read.
-        prunable: bool pytree like params.
-        criterion: a registered name.
-        rule: "std" for the paper's rule, else the scope of equal sparsity.
-        level: the rate, the sparsity, or an allocation of it.
-        seed: for criteria that draw random numbers.
-        opt_state: of the dense phase, for criteria that read Adam's second moment.
-        measured: what calibration gave, by need.
-        options: of the criterion.
-        pattern: of `masks.by_sparsity`.
-    """
-    scores = score_step(
-        params,
-        stats,
-        prunable,
-        criterion=criterion,
-        seed=seed,
-        opt_state=opt_state,
-        measured=measured,
-        options=options,
-    )
-    return select_step(scores, criterion=criterion, rule=rule, level=level, pattern=pattern)
-
-
-def select_step(
-    scores: PyTree, *, criterion: str, rule: str, level: Any, pattern: str | None = None
-) -> PyTree:
-    """Returns the masks that a rule makes of a criterion's scores; arguments as in `prune_step`."""
-    if rule == "std":
-        if isinstance(level, allocation.Allocation):
-            raise InputError("rule 'std' takes a rate and got an allocation; give a number")
-        return masks.by_std(scores, level, spread=importance.get(criterion).spread)
-    return masks.by_sparsity(scores, level, scope=rule, pattern=pattern)
-
-
-def score_step(
-    params: PyTree,
-    stats: trajectory.TrajectoryStats | None,
-    prunable: PyTree,
-    *,
-    criterion: str,
-    seed: int,
-    opt_state: PyTree | None = None,
-    measured: Mapping[str, PyTree] | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> PyTree:
-    """Returns the scores of a criterion, compiled: float32 like params, None where dense.
-
-    Args:
-        params: as in `prune_step`, like the others.
-        stats: trajectory statistics.
-        prunable: bool pytree like params.
-        criterion: a registered name.
-        seed: for criteria that draw random numbers.
-        opt_state: for criteria that read Adam's second moment.
-        measured: what calibration gave; only what the criterion needs is taken.
-        options: of the criterion, numbers or strings.
-    """
-    needs = importance.get(criterion).needs
-    chosen, structure = jax.tree.flatten(prunable)
-    settings = tuple(sorted((options or {}).items()))
-    score = _compile_score(criterion, structure, tuple(chosen), seed, settings)
-    given = {need: values for need, values in (measured or {}).items() if need in needs}
-    return score(params, stats, opt_state if "second_moment" in needs else None, given)
-
-
-@functools.cache
-def _compile_score(
-    criterion: str,
-    structure: Any,
-    chosen: tuple[bool, ...],
-    seed: int,
-    options: tuple[tuple[str, Any], ...],
-) -> Callable[..., PyTree]:
-    """Returns the compiled scores of a criterion; a sweep over levels compiles it once."""
-    prunable = structure.unflatten(chosen)
-
-    def score(params: PyTree, stats: Any, opt_state: PyTree, measured: Any) -> PyTree:
-        return importance.score(
-            criterion,
-            params,
-            stats=stats,
-            opt_state=opt_state,
-            measured=measured,
-            prunable=prunable,
-            seed=seed,
-            **dict(options),
-        )
-
-    return jax.jit(score)

@@ -13,7 +13,7 @@ from swe_prune.calibration import layer_inputs
 
 pytestmark = [
     pytest.mark.multidevice,
-    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see multidevice_test"),
+    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see eight_devices.py"),
 ]
 KEYS = ("input_norm", "hessian")
 
@@ -80,7 +80,7 @@ def test_statistics_are_those_of_one_device(mesh, variables, spec):
 
 def test_no_input_leaves_its_device(mesh, variables):
     wanted = {f"block_{i}/{name}/kernel": None for i in range(3) for name in ("up", "down")}
-    measure = layer_inputs.measuring(Model(), layer_inputs.applied, wanted, hessian=True)
+    measure = layer_inputs.make_measure_fn(Model(), layer_inputs.applied, wanted, hessian=True)
     batch = jax.ShapeDtypeStruct((8, 5, 8), jnp.float32, sharding=NamedSharding(mesh, P("data")))
     text = jax.jit(measure).lower(placed(variables, mesh, P()), batch).compile().as_text()
     assert "all-reduce" in text

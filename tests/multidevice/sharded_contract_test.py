@@ -13,7 +13,7 @@ from swe_prune import allocation, importance, masks, trajectory, tree
 
 pytestmark = [
     pytest.mark.multidevice,
-    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see multidevice_test"),
+    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see eight_devices.py"),
 ]
 SPECS = {"inputs": P(("x", "y"), None), "outputs": P(None, ("x", "y")), "both": P("x", "y")}
 SHAPES = {"up": (32, 64), "down": (64, 32), "query": (32, 32)}

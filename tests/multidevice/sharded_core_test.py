@@ -14,7 +14,7 @@ from swe_prune import importance, masks, select, trajectory
 
 pytestmark = [
     pytest.mark.multidevice,
-    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see multidevice_test"),
+    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see eight_devices.py"),
 ]
 SPECS = {"inputs": P("x", None), "outputs": P(None, "y"), "both": P("x", "y"),
          "one axis over all": P(("x", "y"), None), "replicated": P()}  # fmt: skip

@@ -27,7 +27,7 @@ from swe_prune.training.progress import Progress
 
 pytestmark = [
     pytest.mark.multidevice,
-    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see multidevice_test"),
+    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see eight_devices.py"),
 ]
 LAYOUTS = {
     "data": ParallelConfig(),

@@ -14,7 +14,7 @@ from swe_prune.models import gpt
 
 pytestmark = [
     pytest.mark.multidevice,
-    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see multidevice_test"),
+    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see eight_devices.py"),
 ]
 HF = {
     "model_type": "phi3",
@@ -50,14 +50,14 @@ def test_each_device_reads_its_slice(made, tmp_path, monkeypatch):
         lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P)
     )
     read = []
-    whole_part = slices.Part.read
+    whole_part = slices.ParamSlice.read
 
     def counted(part, stored, index):
         values = whole_part(part, stored, index)
         read.append((part.name, values.size))
         return values
 
-    monkeypatch.setattr(slices.Part, "read", counted)
+    monkeypatch.setattr(slices.ParamSlice, "read", counted)
     params = interop.load(tmp_path / "model", shardings=shardings).params
     for name, leaf in tree.named_leaves(params):
         assert leaf.sharding == dict(tree.named_leaves(shardings))[name]

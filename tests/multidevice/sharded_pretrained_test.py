@@ -16,7 +16,7 @@ from swe_prune.config import Config, DataConfig, ModelConfig, ParallelConfig
 
 pytestmark = [
     pytest.mark.multidevice,
-    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see multidevice_test"),
+    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see eight_devices.py"),
 ]
 
 

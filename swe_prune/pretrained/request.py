@@ -1,0 +1,64 @@
+"""From the settings of `prune --model` to the recipe that they ask for."""
+
+from collections.abc import Mapping
+
+from swe_prune import importance
+from swe_prune.blockwise import METHODS
+from swe_prune.config import literal
+from swe_prune.errors import InputError
+from swe_prune.pretrained.settings import PruneSettings
+from swe_prune.recipe import Recipe, check
+from swe_prune.trajectory import BUFFERS
+
+BLOCK_BY_BLOCK = tuple(method for method in METHODS if method != "magnitude")
+"""Names that prune block by block, as their references do, unless `--at-once` is given."""
+
+_NO_OPTIMIZER = {
+    "second_moment": "the optimizer's second moment, which a pretrained model does not come with; "
+    "use a criterion that is measured, such as wanda or sparsegpt",
+    "learned": "scores that movement pruning learns; use another criterion",
+}
+
+
+def recipe_of(settings: PruneSettings) -> Recipe:
+    """Returns the recipe of the settings, checked in all that needs no model.
+
+    Raises:
+        InputError: A name, a number or a combination that cannot work.
+    """
+    options = {}
+    for one in settings.options:
+        name, equals, value = one.partition("=")
+        if not equals:
+            raise InputError(f"--option={one} has no value; write --option=NAME=VALUE")
+        options[name] = literal(value)
+    name: str | None = settings.criterion
+    at_once = settings.at_once and name in importance.names()
+    method = name if name in BLOCK_BY_BLOCK and not at_once else None
+    request = Recipe(
+        criterion=name if method is None else None,
+        options=options,
+        allocation=settings.allocation,
+        sparsity=settings.sparsity,
+        scope=settings.scope,
+        pattern=settings.pattern,
+        method=method,
+        seed=settings.seed,
+    )
+    try:
+        check(request, unavailable=_NO_OPTIMIZER)
+    except InputError as error:
+        if method is not None and settings.scope != "tensor" and method in importance.names():
+            raise InputError(f"{error}, or give --at-once to rank the dense model") from None
+        raise
+    return request
+
+
+def check_trajectory(request: Recipe, tracked: bool, model: str) -> None:
+    """Raises InputError for a criterion of the trajectory where the model comes without one."""
+    advice = (
+        f"a trajectory, and {model} comes without one; make one with 'python -m swe_prune "
+        "finetune --track --model=… --out=DIR' and give --model=DIR"
+    )
+    missing: Mapping[str, str] = {} if tracked else dict.fromkeys(BUFFERS, advice)
+    check(request, unavailable=missing)

@@ -1,0 +1,67 @@
+"""docs/config.md says what the dataclasses of swe_prune.config say, for every setting."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from swe_prune import config
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.fixture
+def generator():
+    spec = importlib.util.spec_from_file_location("generate_config", DOCS / "generate_config.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_current(generator):
+    said = (DOCS / "config.md").read_text()
+    assert said == generator.page(), "run python docs/generate_config.py"
+
+
+def test_every_setting_is_on_it_with_a_meaning(generator):
+    lines = generator.page().splitlines()
+    for cls, _ in generator.groups():
+        for field in dataclasses.fields(cls):
+            (line,) = [
+                line
+                for line in section_of(lines, f"`{cls.__name__}`: ")
+                if line.startswith(f"| `{field.name}` |")
+            ]
+            meaning = line.rstrip(" |").rpartition("| ")[2]
+            assert meaning.endswith("."), line
+
+
+def section_of(lines, start):
+    """The lines from the one that starts so to the next heading."""
+    (begin,) = [number for number, line in enumerate(lines) if line.startswith(start)]
+    rest = lines[begin + 1 :]
+    end = next((n for n, line in enumerate(rest) if line.startswith("## ")), len(rest))
+    return rest[:end]
+
+
+def test_every_setting_of_a_flat_config_is_reached(generator):
+    grouped = {path for _, paths in generator.groups() for path in paths}
+    for setting in config.flat(config.Config()):
+        assert setting.rpartition(".")[0] in grouped, setting
+
+
+def test_a_comment_becomes_a_sentence_and_none_is_an_error(generator, monkeypatch):
+    assert generator.sentence("of the choice of windows") == "Of the choice of windows."
+    monkeypatch.setattr(generator, "MEANINGS", {})
+    with pytest.raises(SystemExit, match="has no meaning; write a comment beside it"):
+        generator.page()
+
+
+def test_a_meaning_of_no_setting_is_an_error(generator, monkeypatch):
+    meanings = generator.MEANINGS | {"ModelConfig.depth": "Number of blocks."}
+    monkeypatch.setattr(generator, "MEANINGS", meanings)
+    with pytest.raises(SystemExit, match=r"'ModelConfig\.depth', which is not a setting"):
+        generator.page()
