@@ -20,8 +20,7 @@ import tiny
 from swe_prune import cli, report, study
 from swe_prune.checkpoint import Checkpoints
 from swe_prune.errors import InputError, RunError
-from swe_prune.runtime import lease, storage
-from swe_prune.study import shard
+from swe_prune.runtime import lease, locks, storage
 from swe_prune.training import metrics
 
 TREE = {"w": jnp.arange(6.0).reshape(2, 3), "mask": jnp.array([True, False]), "dense": None}
@@ -238,7 +237,7 @@ def fails(capsys, arguments, code=2):
 @pytest.mark.parametrize(
     ("address", "said"),
     [
-        ("s3://bucket/run", "knows gs://BUCKET/... alone"),
+        ("s3://bucket/run", "must be a folder or gs://BUCKET/..."),
         ("gs://", "names no bucket"),
         ("gs://other/run", "cannot be written (NOT_FOUND"),
     ],
@@ -339,7 +338,7 @@ def test_a_bucket_that_fails_in_the_midst_is_one_sentence(names, monkeypatch):
     monkeypatch.setattr(gcs_server.Bucket, "put", refused)
     with (
         pytest.raises(RunError, match=r"^'gs://bucket/run/seed_0' cannot be locked \(PERMISSION_D"),
-        shard.locked(folder, "it", lambda _: None),
+        locks.lock(folder, "it", lambda _: None),
     ):
         pass
 

@@ -68,7 +68,7 @@ def fails(capsys, arguments):
             "train.accumulate=3",
             ("config.train.accumulate must be a divisor of data.batch = 4", "got 3"),
         ),
-        ("parallel.data=3", ("got data 3 x fsdp 1 x tensor 1 = 3; make", "leave config.parallel.data")),
+        ("parallel.data=3", ("must give a mesh of", "got data 3 x fsdp 1 x tensor 1 = 3; make")),
         ("parallel.rules=[{'pattern': 'x', 'axes': ['fsdp']}]", ("rule 'x' matches no", "correct")),
         ("train.steps=0", ("config.train.steps is 0", "at least one")),
     ],
@@ -153,7 +153,10 @@ def test_a_shard_that_is_none(text, tmp_path, plays_dir, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", "--workdir=s3://bucket/run"], "--workdir must be a folder or gs://BUCKET/..., got 's3://bucket/run'"),
+        (
+            ["run", "--workdir=s3://bucket/run"],
+            "--workdir must be a folder or gs://BUCKET/..., got 's3://bucket/run'",
+        ),
         (["plan", "--devices=0"], "--devices must be at least 1, got 0"),
         (["run", "--workdir=w", "--process=0/2"], "belong together"),
         (["run", "--workdir=w", "--coordinator=a:1", "--process=2/2"], "--process must be I/N"),
@@ -243,6 +246,16 @@ def test_help_shows_every_option_of_both_uses(command, capsys, monkeypatch):
             name = field.metadata.get("name", field.name).replace("_", "-")
             assert f"  --{name} " in model
             assert field.metadata["help"].split()[0] in model
+
+
+def test_a_wrong_command_line_is_refused_before_what_computes_is_imported():
+    code = (
+        "import sys; from swe_prune import cli; cli.main(['prune', '--workdir=w', '--sparsity=1']);"
+        "print(sorted({'orbax', 'grain', 'swe_prune.study', 'swe_prune.models'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "--sparsity is for a pretrained model" in done.stderr
+    assert done.stdout == "[]\n"
 
 
 def test_the_version_is_printed(capsys):
