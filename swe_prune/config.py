@@ -35,7 +35,7 @@ ComputeDtype = Literal["float32", "bfloat16"]
 Values = Literal["final", "late_mean"]
 Memory = Literal["device", "host"]
 Schedule = Literal["one_shot", "cubic", "iterative", "rigl", "set", "ste", "movement"]
-Recovery = Literal["none", "finetune", "rewarm", "rewind"]
+Recovery = Literal["none", "finetune", "rewarm", "rewind", "rewind_weights"]
 """Choices of the settings below; `convert` and `check_choices` refuse every other value."""
 
 Duration = int | str
@@ -227,6 +227,8 @@ class CellConfig(Recipe):
         finetune  the settings of `finetune`
         rewarm    the same, with the learning rate warmed up to the peak of `train` again
         rewind    the last steps of the learning rate of `train` once more (Renda et al., 2020)
+        rewind_weights  the same, from the values that the weights had at that step (Frankle et
+                  al., 2020); `train.keep_every` must have kept the checkpoint
 
     A schedule other than "one_shot" prunes during the recovery, whose length stays the same:
 

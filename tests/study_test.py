@@ -44,6 +44,7 @@ CELLS = sweep.chain(
         {"schedule": "set", "allocation": "erk"},
         {"schedule": "ste", "scope": "global"},
         {"schedule": "movement", "criterion": "movement"},
+        {"recovery": "rewind_weights", "recovery_steps": 8},
     ]
 )
 NAMES = [
@@ -62,6 +63,7 @@ NAMES = [
     "tensor-magnitude-0.5-erk-set",
     "global-magnitude-0.5-ste",
     "tensor-movement-0.5-movement",
+    "tensor-magnitude-0.5-rewind_weights-8",
 ]
 
 
@@ -74,6 +76,8 @@ def completed(cell):
 def config(plays_dir, cells=CELLS, seeds=(0,), **changes):
     study = from_dict({"study": {"cells": [completed(cell) for cell in cells]}}).study
     study = dataclasses.replace(study, std_criteria=(), criteria=(), seeds=seeds)
+    usual = tiny.config(plays_dir).train
+    changes = {"train": dataclasses.replace(usual, keep_every=8)} | changes
     made = tiny.config(
         plays_dir, study=study, calibration=CalibrationConfig(windows=6, batch=4), **changes
     )
@@ -125,10 +129,10 @@ def test_a_cell_without_recovery_ends_where_its_pruning_left_it(table):
 
 def test_every_recovery_has_a_control_of_its_own(done, table):
     folders = {path.name for path in (done.workdir.path / "seed_0").glob("control*")}
-    assert folders == {"control", "control-rewarm", "control-rewind-6"}
+    assert folders == {"control", "control-rewarm", "control-rewind-6", "control-rewind_weights-8"}
     by_recovery = {row["recovery"]: row["control_loss"] for row in table.values()}
-    assert set(by_recovery) == {"none", "finetune", "rewarm", "rewind-6"}
-    assert len(set(by_recovery.values())) == 4
+    assert set(by_recovery) == {"none", "finetune", "rewarm", "rewind-6", "rewind_weights-8"}
+    assert len(set(by_recovery.values())) == 5
     for cell, row in zip(done.cells, table.values(), strict=True):
         assert row["control_loss"] == by_recovery[row["recovery"]], cell.name
 
@@ -261,6 +265,29 @@ def test_calibration_is_of_the_training_text_and_the_same_for_every_seed(done):
     assert joined <= {tuple(text[at : at + 16]) for at in range(len(text) - 16)}
 
 
+def test_weights_are_rewound_to_their_early_values_under_the_late_mask(done):
+    cell = next(cell for cell in done.cells if cell.recovery.kind == "rewind_weights")
+    early = saved.load_dense(done, 0, 16).params
+    start = saved.recovery_start(done, 0, cell.recovery, saved.load_dense(done, 0).params)
+    jax.tree.map(np.testing.assert_array_equal, start, early)
+    assert done.tunings[cell.recovery].steps == 8
+
+
+def test_rigl_and_set_exchange_weights_and_keep_the_count(done):
+    for schedule in ("rigl", "set"):
+        cell = next(cell for cell in done.cells if cell.schedule == schedule)
+        dense = prune_phase.load_and_measure(done, 0, [cell])
+        _, first = prune_phase.pruned(done, cell, dense)
+        last = saved.load_masks(done, cell)
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(last), strict=True):
+            assert int(a.sum()) == int(b.sum())
+        differ = [
+            bool((a != b).any())
+            for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(last), strict=True)
+        ]
+        assert any(differ), schedule
+
+
 def test_a_gradual_cell_that_is_killed_ends_as_if_it_had_not_been(done, tmp_path):
     shutil.copytree(done.workdir.path, tmp_path / "work")
     cell = next(cell for cell in done.cells if cell.schedule == "iterative")
@@ -295,7 +322,7 @@ def test_a_gradual_cell_that_is_killed_ends_as_if_it_had_not_been(done, tmp_path
 
 def test_evaluate_computes_every_recorded_loss_again(done):
     compared = study.evaluate(done, Progress())
-    assert len(compared) == 1 + 15 + 13
+    assert len(compared) == 1 + 16 + 14
     for row in compared:
         assert row["computed"] == pytest.approx(row["recorded"], rel=1e-6), row["model"]
 
@@ -432,6 +459,8 @@ def test_rewarming_reaches_the_dense_peak_and_rewinding_the_dense_schedules_end(
         ({"pattern": "column", "scope": "row"}, "give scope 'tensor' or 'global'"),
         ({"pattern": "blok:4x4"}, "'blok:4x4'"),
         ({"schedule": "cubic", "recovery_steps": 1}, "of which 1 step is too short; give 2"),
+        ({"recovery": "rewind_weights", "recovery_steps": 3}, "step 21, which is not retained"),
+        ({"recovery": "rewind_weights", "recovery_steps": 24}, "cannot go back to step 0"),
         ({"recovery_steps": 0}, "recovery 'finetune' has 0 steps"),
     ],
 )

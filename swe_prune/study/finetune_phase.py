@@ -17,7 +17,7 @@ from swe_prune.study.experiment import Experiment
 from swe_prune.study.grid import Cell
 from swe_prune.study.prune_phase import DenseModel
 from swe_prune.study.recovery import Tuning
-from swe_prune.study.saved import finite, load_masks, save, starting_values
+from swe_prune.study.saved import finite, load_masks, recovery_start, save, starting_values
 from swe_prune.study.workdir import remove, result_of, write_result
 from swe_prune.training import loop
 from swe_prune.training.phase import Phase
@@ -43,8 +43,9 @@ def finetune_cell(
         return
     tuning = experiment.tunings[cell.recovery]
     start = starting_values(experiment, dense.state, cell)
+    begin = recovery_start(experiment, cell.seed, cell.recovery, start)
     if cell.gradual:
-        regime = gradual.regime(experiment, cell, dense, start)
+        regime = gradual.regime(experiment, cell, dense, begin)
         state, seconds = recover(
             experiment,
             progress,
@@ -59,7 +60,7 @@ def finetune_cell(
         params, masks = regime.finish(state)
     else:
         masks = load_masks(experiment, cell)
-        state = experiment.tuning_state(tuning, start, cell.seed, masks)
+        state = experiment.tuning_state(tuning, begin, cell.seed, masks)
         state, seconds = recover(experiment, progress, tuning, name, folder, state, cell.seed)
         params, masks = state.params, state.masks  # those given to the step were donated
     revived = int(_revived(params, masks))

@@ -21,7 +21,7 @@ class Recovery:
     """The training that follows pruning; each has a control of its own.
 
     Attributes:
-        kind: "none", "finetune", "rewarm" or "rewind"; see `config.CellConfig`.
+        kind: One of `config.Recovery`; see `config.CellConfig`.
         steps: how long, None for the length of fine-tuning.
     """
 

@@ -19,7 +19,14 @@ from swe_prune.study import (
 )
 from swe_prune.study.experiment import Experiment
 from swe_prune.study.finetune_phase import fit, recover
-from swe_prune.study.saved import finite, load_dense, load_finetuned, load_masks, starting_values
+from swe_prune.study.saved import (
+    finite,
+    load_dense,
+    load_finetuned,
+    load_masks,
+    recovery_start,
+    starting_values,
+)
 from swe_prune.study.workdir import exists, remove, result_of, write_result
 from swe_prune.training.progress import Progress
 
@@ -117,7 +124,8 @@ def _control(
 ) -> None:
     folder = experiment.workdir.control(seed, recovery)
     tuning = experiment.tunings[recovery]
-    state = experiment.tuning_state(tuning, load_dense(experiment, seed).params, seed, None)
+    start = recovery_start(experiment, seed, recovery, load_dense(experiment, seed).params)
+    state = experiment.tuning_state(tuning, start, seed, None)
     state, seconds = recover(experiment, progress, tuning, name, folder, state, seed)
     loss = finite(experiment.validation_loss(state.params), name)
     result = {

@@ -66,15 +66,18 @@ def build(
     settings = config.finetune
     if recovery.kind == "rewarm":
         settings = dataclasses.replace(settings, learning_rate=config.train.learning_rate)
-    if recovery.kind == "rewind":
-        if steps > train_steps:
+    early = train_steps - steps
+    if recovery.kind in ("rewind", "rewind_weights"):
+        if early < 0:
             raise InputError(
-                f"recovery 'rewind' goes back {steps} steps and the dense phase has "
+                f"recovery {recovery.kind!r} goes back {steps} steps and the dense phase has "
                 f"{train_steps}; give recovery_steps of at most as many"
             )
+        if recovery.kind == "rewind_weights":
+            _check_retained(config, early, train_steps)
         cadence = {key: getattr(settings, key) for key in ("eval_every", "checkpoint_every")}
         settings = dataclasses.replace(config.train, **cadence)
-        optimizer = optimizer_lib.build(settings, train_steps, start=train_steps - steps)
+        optimizer = optimizer_lib.build(settings, train_steps, start=early)
     else:
         optimizer = optimizer_lib.build(settings, steps)
 
@@ -83,6 +86,19 @@ def build(
         return step_lib.compile_train_step(model, other, accumulate=settings.accumulate, **how)
 
     return Tuning(recovery, settings, steps, optimizer, compile(optimizer), compile)
+
+
+def _check_retained(config: Config, early: int, train_steps: int) -> None:
+    """Raises InputError where the checkpoint to rewind the weights to is not retained."""
+    saved = to_steps(config.train.checkpoint_every, total=train_steps)
+    kept = to_steps(config.train.keep_every, total=train_steps)
+    if not kept or early == 0 or early % saved or early % kept:
+        raise InputError(
+            f"recovery 'rewind_weights' starts from the dense checkpoint of step {early}, which is "
+            f"not retained; give train.checkpoint_every and train.keep_every that divide {early}"
+            if early
+            else "recovery 'rewind_weights' cannot go back to step 0; give fewer recovery_steps"
+        )
 
 
 def check_long_enough(schedule: str, steps: int) -> None:

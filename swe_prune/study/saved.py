@@ -13,13 +13,13 @@ from swe_prune.checkpoint import Checkpoints
 from swe_prune.errors import InputError, RunError
 from swe_prune.runtime import processes
 from swe_prune.study.experiment import Experiment
-from swe_prune.study.grid import Cell
+from swe_prune.study.grid import Cell, Recovery
 from swe_prune.study.workdir import exists
 from swe_prune.training.state import TrainState
 
 
-def load_dense(experiment: Experiment, seed: int) -> TrainState:
-    """Returns the dense phase's final state.
+def load_dense(experiment: Experiment, seed: int, step: int | None = None) -> TrainState:
+    """Returns the dense phase's final state, or that of an earlier step that was retained.
 
     Raises:
         InputError: that phase has not finished.
@@ -32,7 +32,22 @@ def load_dense(experiment: Experiment, seed: int) -> TrainState:
     like = jax.eval_shape(lambda p: experiment.dense_state(p, seed), experiment.abstract_params)
     like = experiment.place(like)
     # The last one or none: from an earlier one other masks would come.
-    return restored(folder / "checkpoints", like, experiment.train_steps)
+    return restored(folder / "checkpoints", like, experiment.train_steps if step is None else step)
+
+
+def recovery_start(experiment: Experiment, seed: int, recovery: Recovery, params: PyTree) -> PyTree:
+    """Returns the weights that a recovery starts from: those given, or early ones.
+
+    Args:
+        experiment: Settings and workdir.
+        seed: Seed of the dense model.
+        recovery: Recovery that is to run.
+        params: Weights after pruning.
+    """
+    if recovery.kind != "rewind_weights":
+        return params
+    early = experiment.train_steps - experiment.tunings[recovery].steps
+    return load_dense(experiment, seed, early).params
 
 
 def load_masks(experiment: Experiment, cell: Cell) -> PyTree:
