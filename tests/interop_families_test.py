@@ -139,7 +139,7 @@ def test_what_cannot_be_computed_is_refused_in_a_sentence(case):
 
 
 def test_an_unknown_dtype_of_computation_is_refused():
-    with pytest.raises(InputError, match="float32 or bfloat16"):
+    with pytest.raises(InputError, match="one of float32, bfloat16"):
         hf_config.read_config(GPT2, "float16")
 
 
