@@ -1,14 +1,13 @@
 """Shows the doctests of docstrings as code: an extension of griffe, which mkdocstrings reads with.
 
-Our doctests stand at the end of a docstring without a heading, where Markdown would take `>>>` for a
-quotation.
+Our doctests stand at the end of a docstring without a heading, where Markdown would take `>>>` for
+a quotation.
 """
 
 import re
 from typing import Any
 
 import griffe
-
 
 LIST = re.compile(r"(\S+)? {2,}\S")
 """A line of a list in two columns, the second of which may go on in the next line."""
