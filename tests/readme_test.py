@@ -1,43 +1,69 @@
-"""The README's Python runs as it stands there, one block after the other."""
+"""Every Python example of the README and of the hand-written pages runs as it is there.
+
+The blocks of one `##` section share their names, and a section needs nothing from another.
+"""
 
 import re
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
+import pytest
 
-import swe_prune
-from swe_prune import trajectory
-from swe_prune.config import ModelConfig
-from swe_prune.models import gpt
+from swe_prune import importance
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/quickstart.md", "docs/steps.md", "docs/criterion.md", "docs/saving.md")
 
 
-def test_the_examples_run_and_do_as_they_say(capsys):
-    model = gpt.build(ModelConfig(layers=2, heads=2, width=16, context=8), vocab_size=11)
-    tokens = np.random.default_rng(0).integers(0, 11, (4, 8)).astype(np.int32)
-    variables = model.init(jax.random.key(0), tokens)
-    params = variables["params"]
-    stats = trajectory.update(trajectory.init(params), params)
-    _, opt_state = (adam := optax.adam(1e-3)).update(
-        jax.tree.map(jnp.cos, params), adam.init(params), params
-    )
-    names = {name: getattr(swe_prune, name) for name in swe_prune.__all__}
-    space = names | {
-        "swe_prune": swe_prune, "optax": optax, "model": model, "variables": variables,
-        "params": params, "stats": stats, "opt_state": opt_state,
-        "batches": [{"inputs": tokens}],
-    }  # fmt: skip
-    examples = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(examples) == 3
-    for example in examples:
-        exec(compile(example, str(README), "exec"), space)
+def sections(page):
+    """Yields (heading, Python blocks) of each section of a page that has some."""
+    for text in re.split(r"^## ", (ROOT / page).read_text(), flags=re.MULTILINE):
+        blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        if blocks:
+            yield text.splitlines()[0], blocks
+
+
+EXAMPLES = [
+    pytest.param(page, blocks, id=f"{page}: {heading}")
+    for page in PAGES
+    for heading, blocks in sections(page)
+]
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """Forgets the criteria that an example registers."""
+    monkeypatch.setattr(importance.registry, "_CRITERIA", dict(importance.registry._CRITERIA))
+
+
+@pytest.mark.parametrize(("page", "blocks"), EXAMPLES)
+def test_the_example_runs(page, blocks, registry):
+    space = {"__name__": "example"}
+    for block in blocks:
+        exec(compile(block, page, "exec"), space)
+
+
+def test_every_page_has_an_example():
+    assert {example.values[0] for example in EXAMPLES} == set(PAGES)
+    assert len([example for example in EXAMPLES if "quickstart" in example.values[0]]) == 3
+
+
+def test_the_example_of_the_readme_prunes_what_it_says(capsys):
+    ((_, blocks),) = sections("README.md")
+    space = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), space)
     printed = capsys.readouterr().out
-    assert "prunable weights (50.0 %) by 'forecast_curvature'" in printed
-    assert abs(float(printed.splitlines()[-1]) - 0.6) < 1e-3
-    kernel = space["params"]["block_1"]["mlp"]["up"]["kernel"]
-    assert 0.4 < float(jnp.mean(kernel == 0)) < 0.6
-    assert callable(space["update"])
+    assert "prunable weights (60.1 %) by 'forecast_curvature'" in printed
+    assert space["pruned"].summary.pruned == round(0.6 * (8 * 64 + 64))
+    for name, mask in space["pruned"].masks.items():
+        assert not space["params"][name][~mask].any()
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 130
+    for line in text.splitlines():
+        assert len(line) <= 100 or line.startswith("|"), line
+    links = re.findall(r"\]\((?!http|#)([^)#]+)|src=\"([^\"]+)\"", text)
+    for link in (one or other for one, other in links):
+        assert (ROOT / link).exists(), link
