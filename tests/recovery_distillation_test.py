@@ -1,5 +1,7 @@
 """Recovery under a teacher, and on batches whose tokens do not all count."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,9 +23,17 @@ MODEL = gpt.build(ModelConfig(layers=1, heads=2, width=16, context=8), SYMBOLS)
 STORING = optax.trace(0.0)
 
 
+compile_once = functools.cache(step_lib.compile_train_step)
+
+
+@functools.cache
+def initial(seed):
+    return jax.device_get(state_lib.init_params(MODEL, seed, 8))
+
+
 def params_of(seed):
     """Returns parameters that are further from one another than fresh ones."""
-    return jax.tree.map(lambda x: 5 * x, state_lib.init_params(MODEL, seed, 8))
+    return jax.tree.map(lambda x: jnp.array(5 * x), initial(seed))
 
 
 def batch_of(seed, rows=4, **more):
@@ -34,7 +44,7 @@ def batch_of(seed, rows=4, **more):
 def gradients(params, batch, fixed=None, **options):
     """Returns the loss and gradients of one train step, whose optimizer only stores them."""
     state = state_lib.create(jax.tree.map(jnp.copy, params), STORING, 0)
-    step = step_lib.compile_train_step(MODEL, STORING, **options)
+    step = compile_once(MODEL, STORING, **options)
     state, metrics = step(state, batch, fixed)
     return jax.device_get((metrics["loss"], state.opt_state.trace))
 
@@ -166,7 +176,7 @@ def test_the_teacher_is_its_own_teacher():
 def test_without_teacher_and_weights_the_program_has_nothing_of_them():
     params, batch = params_of(0), batch_of(0)
     state = state_lib.create(params, STORING, 0)
-    plain = step_lib.compile_train_step(MODEL, STORING)
+    plain = compile_once(MODEL, STORING)
     text = plain.lower(state, batch).as_text()
     assert text == plain.lower(state, batch, Frozen()).as_text()
     taught = step_lib.compile_train_step(MODEL, STORING, distillation=Distillation())
@@ -232,6 +242,6 @@ def test_a_batch_of_padding_alone_is_skipped():
     params = params_of(0)
     state = state_lib.create(params, STORING, 0)
     batch = batch_of(0, weights=np.zeros((4, 8), np.float32))
-    state, metrics = step_lib.compile_train_step(MODEL, STORING)(state, batch)
+    state, metrics = compile_once(MODEL, STORING)(state, batch)
     assert int(metrics["skipped"]) == 1
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), params_of(0))

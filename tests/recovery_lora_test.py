@@ -1,6 +1,7 @@
 """Adapters of a pruned model: trained alone, and merged without losing a zero."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,11 @@ SYMBOLS = 11
 CONFIG = ModelConfig(layers=2, heads=2, width=16, context=8, use_bias=True, tied_head=False)
 MODEL = gpt.build(CONFIG, SYMBOLS)
 EVERYTHING = ("kernel$", "embedding")
+ADAMW = optax.adamw(1e-2, weight_decay=0.1)
+compile_once = functools.cache(step_lib.compile_train_step)
 
 
+@functools.cache
 def pruned(seed=0, sparsity=0.5):
     params = jax.tree.map(lambda x: 5 * x, state_lib.init_params(MODEL, seed, 8))
     mask = masks.by_sparsity(importance.score("magnitude", params), sparsity)
@@ -59,12 +63,11 @@ def logits(params, seed=0):
     return jax.jit(MODEL.apply)({"params": params}, batch_of(seed)["inputs"])
 
 
-def train(base, mask, adapters, steps=20, optimizer=None, **options):
-    optimizer = optimizer or optax.adamw(1e-2, weight_decay=0.1)
+def train(base, mask, adapters, steps=20, optimizer=ADAMW, **options):
     teacher = options.pop("teacher", None)
     fixed = Frozen(base=base, masks=mask, teacher=teacher)
     state = state_lib.create(adapters, optimizer, 0)
-    step = step_lib.compile_train_step(MODEL, optimizer, **options)
+    step = compile_once(MODEL, optimizer, **options)
     found = []
     for _ in range(steps):
         state, metrics = step(state, batch_of(0), fixed)
