@@ -1,4 +1,4 @@
-"""What a mask does to weights and to an optimizer: exact zeros that stay."""
+"""Masks applied to weights and optimizers, so that pruned weights stay exactly 0."""
 
 from typing import Any
 
@@ -14,11 +14,15 @@ from swe_prune.errors import InputError
 def apply(params: PyTree, mask: PyTree) -> PyTree:
     """Returns the parameters with exact zeros where the mask is False; dtypes are kept.
 
-    A select rather than a product: the same cost in a compiled step, and 0 · inf is NaN, −w · 0 a
-    negative zero.
+    Computed by a select, not a product: the cost in a compiled step is the same, while 0 · inf
+    would be NaN and −w · 0 a negative zero.
+
+    Args:
+        params: Pytree of weights.
+        mask: Bool pytree, None where dense.
 
     Raises:
-        InputError: mask and parameters differ in structure, or a mask in shape from its weight.
+        InputError: The mask and the parameters differ in structure or in the shape of a leaf.
     """
 
     def leaf(name: str, keep: Any, weight: Any) -> Any:
@@ -37,23 +41,21 @@ def apply(params: PyTree, mask: PyTree) -> PyTree:
 def keep(
     optimizer: optax.GradientTransformation, mask: PyTree
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the optimizer with pruned weights held at exactly 0, and their moments too.
+    """Returns an optimizer that keeps pruned weights, and their moments, at exactly 0.
 
-    Gradients of pruned weights are zeroed before the optimizer sees them; after it, their update
-    is −w (so the sum is exactly 0 even for a weight that was not 0 yet, if it was finite:
-    `apply` the mask first to be rid of an infinity) and every part of its
-    state that is laid out like the parameters is zeroed. The state is the inner optimizer's own:
-    wrap or unwrap in the middle of a run without converting anything.
+    Gradients of pruned weights are zeroed before the inner optimizer sees them. After it, the
+    update of a pruned weight is −w, so that the weight becomes exactly 0 even if it was not 0
+    before, and its moments are zeroed (`hold_moments`). Weights must be finite: `apply` the mask
+    first to remove an infinity. The state has the structure of the inner optimizer's state, so an
+    optimizer can be wrapped or unwrapped in the middle of a run.
 
     Args:
-        optimizer: any optax chain, or anything with `init` and `update`.
-        mask: bool pytree, None where dense. It is captured: in a jit of your own, pass the mask
-            as an argument and build the optimizer inside, so that it is no constant of the program.
+        optimizer: Inner transformation: any optax chain, or anything with `init` and `update`.
+        mask: Bool pytree, None where dense. The returned functions capture it. Inside your own
+            jit, pass the mask as an argument and call `keep` there, so that the mask does not
+            become a constant of the compiled program.
     """
     inner = optax.with_extra_args_support(optimizer)
-
-    def masked(tree_of: PyTree) -> PyTree:
-        return apply(tree_of, mask)
 
     def init(params: PyTree) -> PyTree:
         return inner.init(params)
@@ -61,48 +63,54 @@ def keep(
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
-        updates, state = inner.update(masked(updates), state, params, **extra)
+        updates, state = inner.update(apply(updates, mask), state, params, **extra)
         if params is None:
-            return masked(updates), hold_moments(inner, state, mask)
-        # In the wider of the two dtypes, lest −w be rounded and a remainder stay.
+            return apply(updates, mask), hold_moments(state, mask)
+        # −w in the wider of the two dtypes: rounded, it would leave a remainder.
         held = tree.map_leaves(
             lambda _, m, u, w: u if m is None else jnp.where(m, u, jnp.negative(w)),
             mask,
             updates,
             params,
         )
-        return held, hold_moments(inner, state, mask)
+        return held, hold_moments(state, mask)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def hold_moments(optimizer: optax.GradientTransformation, state: PyTree, mask: PyTree) -> PyTree:
+def hold_moments(opt_state: PyTree, mask: PyTree) -> PyTree:
     """Returns an optimizer's state with 0 in its moments wherever the mask is False.
 
-    Moments are the parts of the state that are laid out like the parameters. A factored statistic
-    (Adafactor's) belongs to no single weight and stays.
+    A leaf of the state is the moment of a parameter when its path ends with the path of that
+    parameter, which holds throughout optax, and when it has the same shape. Of several parameters
+    whose paths fit, the longest path counts. What has another shape stays as it is: Adafactor's
+    factored statistics, the history of L-BFGS. The optimizer itself is not needed, so the state of
+    any chain, line search or `nnx.Optimizer` will do.
+
+    If the parameters are a single array, not a tree, their path is empty and every leaf of the
+    same shape counts as a moment. Name the array, as in `{"w": array}`, if the state holds other
+    arrays of that shape.
 
     Args:
-        optimizer: what the state is of.
-        state: its state, whole.
-        mask: bool pytree, None where dense.
+        opt_state: State of the optimizer.
+        mask: Bool pytree like the parameters, None where dense.
+
+    >>> state = optax.TraceState({"w": jnp.array([1.0, 2.0])})
+    >>> hold_moments(state, {"w": jnp.array([True, False])}).trace["w"].tolist()
+    [1.0, 0.0]
     """
-    return optax.tree_utils.tree_map_params(
-        # Each part of the state as a whole: inside it, leaves may be missing or divided.
-        optimizer,
-        lambda part: _held(part, mask),
-        state,
-        is_leaf=lambda _: True,
-    )
+    # Dense parameters take part: a moment of a/w must not be taken for one of w.
+    by_path = dict(jax.tree_util.tree_flatten_with_path(mask, is_leaf=tree.is_none)[0])
+
+    def hold(path: Any, leaf: Any) -> Any:
+        suffixes = (path[start:] for start in range(len(path) + 1))  # the longest first
+        kept = next((by_path[suffix] for suffix in suffixes if suffix in by_path), None)
+        if kept is None or jnp.shape(leaf) != jnp.shape(kept) or not _is_number(leaf):
+            return leaf
+        return jnp.where(kept, leaf, jnp.zeros_like(leaf))
+
+    return jax.tree_util.tree_map_with_path(hold, opt_state)
 
 
-def _held(part: PyTree, mask: PyTree) -> PyTree:
-    masks = dict(jax.tree_util.tree_flatten_with_path(mask)[0])
-
-    def hold(path: Any, moment: Any) -> Any:
-        kept = masks.get(path)
-        if kept is None or jnp.shape(moment) != kept.shape:
-            return moment  # dense, or a factored statistic
-        return jnp.where(kept, moment, jnp.zeros_like(moment))
-
-    return jax.tree_util.tree_map_with_path(hold, part)
+def _is_number(leaf: Any) -> bool:
+    return jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.number)

@@ -60,7 +60,7 @@ def drop_and_grow(
     new = tree.map_named(_grown, stay, grow_scores, n)
     # What was active and still is has a value to go on with; of the regrown only if they keep it.
     held = stay if regrown == "reset" else tree.map_tracked(jnp.logical_and, mask, new)
-    return masks.apply(params, held), new, zero_moments(opt_state, held)
+    return masks.apply(params, held), new, masks.hold_moments(opt_state, held)
 
 
 def rigl(
@@ -151,28 +151,6 @@ def exchanged(active: UInt32[Array, ""], fraction: float | Float[Array, ""]) -> 
     nearly = fraction * active.astype(jnp.float32) * (1 + 2**-22)
     rounded_off = (active < 2**22) & (n < active) & ((n + 1).astype(jnp.float32) <= nearly)
     return n + rounded_off.astype(jnp.uint32)
-
-
-def zero_moments(opt_state: PyTree, held: PyTree) -> PyTree:
-    """Returns an optimizer's state with 0 in its moments wherever `held` is False.
-
-    A part of the state belongs to a parameter when its path ends in the parameter's, which is so
-    in all of optax, and has the parameter's shape, which a factored statistic has not.
-
-    Args:
-        opt_state: of any chain; the optimizer itself is not needed.
-        held: bool pytree like the parameters, None where dense.
-    """
-    by_path = dict(jax.tree_util.tree_flatten_with_path(held, is_leaf=tree.is_none)[0])
-
-    def hold(path: Any, leaf: Any) -> Any:
-        ends = (path[start:] for start in range(len(path) + 1))  # the longest first
-        keep = next((by_path[end] for end in ends if end in by_path), None)
-        if keep is None or jnp.shape(leaf) != keep.shape:
-            return leaf
-        return jnp.where(keep, leaf, jnp.zeros_like(leaf))
-
-    return jax.tree_util.tree_map_with_path(hold, opt_state)
 
 
 def _check(params: PyTree, mask: PyTree, fraction: Any, scores: PyTree, regrown: str) -> None:

@@ -55,7 +55,7 @@ def evolve(t, params, mask, state, grads, key):
 
 def scheduled(t, params, mask, state, grads, key):
     mask = PRUNE(t, mask, params)
-    return masks.apply(params, mask), mask, masks.hold_moments(OPTIMIZER, state, mask)
+    return masks.apply(params, mask), mask, masks.hold_moments(state, mask)
 
 
 def straight(t, params, mask, state, grads, key):
