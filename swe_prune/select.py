@@ -21,7 +21,10 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from swe_prune import counting, tree
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, did_you_mean
+
+TIES = ("first", "last")
+"""Which of equal elements at the threshold are kept."""
 
 
 def sortable_bits(x: Float[Array, "..."]) -> UInt[Array, "..."]:
@@ -46,22 +49,25 @@ def top_k_mask(
     k: int | Int[Array, ""] | counting.Count,
     *,
     axes: tuple[int, ...] | None = None,
+    ties: str = "first",
     name: str = "scores",
 ) -> Bool[Array, "..."]:
     """Returns a mask of `x.shape` with exactly k True, at the k largest elements.
 
-    Ties are broken by flat index: the first ones stay. ±0 tie; +inf and −inf are ordinary values.
+    Ties are broken by flat index. +0 and −0 tie; +inf and −inf are ordinary values.
 
     Args:
-        x: floats, fewer than 2^32 of them.
-        k: how many to keep, 0 ≤ k ≤ elements; may be traced, then it is clipped to that range. A
-            `counting.Count` is clipped too; with `axes` it may hold a number for every slice.
-        axes: select within every slice along these axes, k in each; None: over all of `x`.
-        name: what an error calls the array.
+        x: Float array of fewer than 2^32 elements.
+        k: Number of elements to keep, 0 ≤ k ≤ elements. A traced number or a `counting.Count` is
+            clipped to that range. With `axes`, a `counting.Count` may hold a number per slice.
+        axes: Axes of the slices within which k elements each are selected; None selects over all
+            of `x`.
+        ties: Which of equal elements are kept at the threshold, "first" or "last" by flat index.
+        name: Name of the array in error messages.
 
     Raises:
-        InputError: k out of range, or a NaN in `x`. Neither can be seen while tracing: there NaN
-            counts as the smallest value.
+        InputError: k is out of range, `ties` is unknown, or `x` has a NaN. In a traced call
+            neither k nor NaN can be checked, and NaN counts as the smallest value.
 
     >>> top_k_mask(jnp.array([1.0, 3.0, 3.0, 2.0]), 1).tolist()
     [False, True, False, False]
@@ -71,9 +77,10 @@ def top_k_mask(
     slice_size = tree.size(x) if axes is None else math.prod(x.shape[a] for a in axes)
     check_k(k, slice_size)
     check_floats([x])
-    if _is_traced(x, k):
-        return _select([x], _count_of(k), axes)[0]
-    masks, nans = _checked_select([x], _count_of(k), axes)
+    check_ties(ties)
+    if is_traced(x, k):
+        return _select([x], _count_of(k), axes, ties)[0]
+    masks, nans = _checked_select([x], _count_of(k), axes, ties)
     reject_nan([name], nans)
     return masks[0]
 
@@ -82,6 +89,7 @@ def top_k_masks(
     xs: Sequence[Float[Array, "..."]],
     k: int | Int[Array, ""] | counting.Count,
     *,
+    ties: str = "first",
     names: Sequence[str] | None = None,
 ) -> list[Bool[Array, "..."]]:
     """Returns one mask per array with exactly k True over all of them together.
@@ -89,27 +97,30 @@ def top_k_masks(
     Ties are broken by the order of the arrays, then by flat index. See `top_k_mask`.
 
     Args:
-        xs: floats of any shapes, at most 2^16 arrays of fewer than 2^32 elements.
-        k: how many to keep in all, below 2^48.
-        names: what an error calls the arrays.
+        xs: Float arrays of any shapes, at most 2^16 arrays of fewer than 2^32 elements.
+        k: Number of elements to keep in total, below 2^48.
+        ties: Which of equal elements are kept at the threshold, "first" or "last".
+        names: Names of the arrays in error messages.
 
     Raises:
-        InputError: as `top_k_mask`.
+        InputError: As for `top_k_mask`.
     """
     check_k(k, tree.size(list(xs)))
     check_floats(xs)
+    check_ties(ties)
     if not xs:
         return []
     common = jnp.result_type(*xs)  # keys of different widths would not compare
     xs = [x if x.dtype == common else x.astype(common) for x in xs]
-    if _is_traced(xs, k):
-        return _select(xs, _count_of(k), None)
-    masks, nans = _checked_select(xs, _count_of(k), None)
+    if is_traced(xs, k):
+        return _select(xs, _count_of(k), None, ties)
+    masks, nans = _checked_select(xs, _count_of(k), None, ties)
     reject_nan(names or [f"scores[{i}]" for i in range(len(xs))], nans)
     return masks
 
 
-def _is_traced(*values: Any) -> bool:
+def is_traced(*values: Any) -> bool:
+    """Returns whether any leaf of the values is traced, so that its value is unknown."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
 
 
@@ -121,6 +132,14 @@ def check_k(k: Any, size: int) -> None:
         raise InputError(f"k = {k!r} is no integer; give how many elements to keep")
     if not isinstance(k, Tracer) and not 0 <= int(k) <= size:
         raise InputError(f"k = {k} cannot be kept of {size} elements; give 0 ≤ k ≤ {size}")
+
+
+def check_ties(ties: str) -> None:
+    """Raises InputError for an unknown way to break ties."""
+    if ties not in TIES:
+        raise InputError(
+            f"ties must be 'first' or 'last', got {ties!r}; {did_you_mean(ties, TIES)}"
+        )
 
 
 def check_floats(xs: Sequence[Any]) -> None:
@@ -149,15 +168,20 @@ def reject_nan(names: Sequence[str], nans: Sequence[Array]) -> None:
             )
 
 
-def _checked(xs: list[Array], k: counting.Count, axes: tuple[int, ...] | None):
-    return _select(xs, k, axes), [counting.count_each([jnp.isnan(x)])[0] for x in xs]
+def _checked(xs: list[Array], k: counting.Count, axes: tuple[int, ...] | None, ties: str):
+    return _select(xs, k, axes, ties), [counting.count_each([jnp.isnan(x)])[0] for x in xs]
 
 
-_checked_select = jax.jit(_checked, static_argnums=2)
+_checked_select = jax.jit(_checked, static_argnums=(2, 3))
 
 
-def _select(xs: list[Array], k: counting.Count, axes: tuple[int, ...] | None) -> list[Array]:
+def _select(
+    xs: list[Array], k: counting.Count, axes: tuple[int, ...] | None, ties: str = "first"
+) -> list[Array]:
     """Returns the masks; everything about k may be traced."""
+    if ties == "last":  # the first, seen from the other end
+        flipped = _select([jnp.flip(x, axes) for x in reversed(xs)], k, axes)
+        return [jnp.flip(mask, axes) for mask in reversed(flipped)]
     keys = [sortable_bits(x) for x in xs]
     threshold, reached = _threshold(keys, k, axes)
     surplus = reached.minus(_at_most(k, reached))

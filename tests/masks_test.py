@@ -192,6 +192,41 @@ def test_summary_counts_in_python_ints():
     assert masks.summary({"a": None}).sparsity == 0
 
 
+@pytest.mark.parametrize("scope", ["tensor", "global", "row"])
+@pytest.mark.parametrize("rounding", masks.ROUNDINGS)
+def test_the_last_of_ties_are_the_first_of_what_is_reversed(scope, rounding):
+    def reverse(tree_of):  # from the other end in every tensor, and of the tensors
+        return {
+            name: jnp.flip(leaf, 0 if scope == "row" else None)
+            for name, leaf in zip("ba", (tree_of["a"], tree_of["b"]), strict=True)
+        }
+
+    few = {
+        "a": jnp.asarray(RNG.normal(size=(9, 5)).round(), jnp.float32),
+        "b": jnp.asarray(RNG.normal(size=(6, 4)).round(), jnp.float32),
+    }
+    got = masks.by_sparsity(few, 0.4, scope, rounding=rounding, ties="last")
+    first = reverse(masks.by_sparsity(reverse(few), 0.4, scope, rounding=rounding))
+    jax.tree.map(np.testing.assert_array_equal, got, first)
+    plain = masks.by_sparsity(few, 0.4, scope, rounding=rounding)
+    assert masks.summary(got).kept == masks.summary(plain).kept
+    inside = jax.jit(lambda s: masks.by_sparsity(s, 0.4, scope, rounding=rounding, ties="last"))
+    jax.tree.map(np.testing.assert_array_equal, got, inside(few))
+
+
+def test_ties_within_a_pattern_are_broken_from_either_end():
+    equal = {"w": jnp.ones((4, 1))}
+    for ties, kept in (("first", [1, 1, 0, 0]), ("last", [0, 0, 1, 1])):
+        for pattern in ("2:4", "block:1x1"):
+            mask = masks.by_sparsity(equal, 0.5, pattern=pattern, ties=ties)
+            assert mask["w"][:, 0].tolist() == kept
+
+
+def test_an_unknown_way_to_break_ties_is_refused():
+    with pytest.raises(InputError, match="must be 'first' or 'last', got 'lats'; did you mean"):
+        masks.by_sparsity({"w": jnp.ones(3)}, 0.5, ties="lats")
+
+
 def first_half(params):
     return jax.tree.map(lambda x: jnp.arange(x.size).reshape(x.shape) % 2 == 0, params)
 
