@@ -281,3 +281,31 @@ def _without_last_ties(
         return (key > threshold) | ((key == threshold) & ((position < bound) | (n == 0)))
 
     return jax.lax.cond(jnp.any(n > 0), cut, lambda key: key >= threshold, key)
+
+
+def restrict(
+    score: Float[Array, "..."], allowed: Bool[Array, "..."], name: str
+) -> Float[Array, "..."]:
+    """Returns float32 scores, −inf where selection is not allowed and finite or +inf elsewhere.
+
+    An allowed −inf becomes the lowest finite float, so that a selection of at most as many weights
+    as are allowed never reaches the others. In a traced call so does an allowed NaN.
+
+    Args:
+        score: Float array.
+        allowed: Bool array of the same shape, True where a weight may be selected.
+        name: Name of the array in error messages.
+
+    Raises:
+        InputError: A score is NaN, which is checked outside of a jit alone.
+
+    >>> restrict(jnp.array([1.0, 2.0]), jnp.array([True, False]), "w").tolist()
+    [1.0, -inf]
+    """
+    score = score.astype(jnp.float32)
+    lowest = jnp.finfo(jnp.float32).min
+    # A NaN is not ≥ anything either.
+    ranked = jnp.where(allowed, jnp.where(score >= lowest, score, lowest), -jnp.inf)
+    if not isinstance(ranked, Tracer):  # constants of a program are traced by what is done to them
+        reject_nan([name], counting.count_each([jnp.isnan(score)]))
+    return ranked
