@@ -40,3 +40,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     guess = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
     return f"{guess}Known: {', '.join(known)}"
+
+
+def first_line(error: BaseException) -> str:
+    r"""Returns the type and the first line of an error, to quote in a sentence.
+
+    >>> first_line(ValueError("no such key\nTraceback"))
+    'ValueError: no such key'
+    """
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].strip()}"[:200] if lines else type(error).__name__

@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, first_line
 from swe_prune.interop.load_params import Entry
 from swe_prune.interop.optional import require
 
@@ -73,7 +73,7 @@ def read_gguf(path: Path) -> GgufFile:
         # The reader slices beyond the end of a short file, and fails in many ways at what it gets.
         raise InputError(
             f"{path} is truncated or damaged: after {path.stat().st_size:,} bytes its tensors or "
-            f"settings go on ({_first_line(error)}); get it again"
+            f"settings go on ({first_line(error)}); get it again"
         ) from None
     entries = {}
     for tensor in reader.tensors:
@@ -249,7 +249,3 @@ def _decimal(value: float) -> float:
     1e-05
     """
     return float(str(np.float32(value))) if math.isfinite(value) else value
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
