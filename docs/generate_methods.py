@@ -18,12 +18,12 @@ from swe_prune.trajectory import BUFFERS
 PAGE = Path(__file__).with_name("methods.md")
 FAMILIES = {
     "magnitude": "Of the final weights alone",
-    "trajectory": "Of what a weight did while it trained",
+    "from_trajectory": "Of what a weight did while it trained",
     "curvature": "Of the trajectory and the optimizer's curvature",
     "gradient": "Of gradients",
     "bezier": "Of the histogram of the weights",
     "activation": "Of the layer's inputs",
-    "reconstruction": "Of the layer's outputs",
+    "hessian": "Of the layer's outputs",
 }
 MEMORY = {
     "second_moment": "none beside the optimizer's own",

@@ -24,7 +24,7 @@ from etils import epath
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as preservation
 
-from swe_prune.errors import DamagedError, InputError, RunError
+from swe_prune.errors import DamagedError, InputError, RunError, first_line
 from swe_prune.runtime import processes, storage
 from swe_prune.tree import named_leaves
 
@@ -118,7 +118,7 @@ class Checkpoints:
 
     def _unwritten(self, step: int, error: Exception) -> RunError:
         return RunError(
-            f"checkpoint {step} in {self.folder} cannot be written: {_first_line(error)}; free "
+            f"checkpoint {step} in {self.folder} cannot be written: {first_line(error)}; free "
             "space or choose another workdir, and run the same command again; earlier "
             "checkpoints are kept"
         )
@@ -250,7 +250,7 @@ class Checkpoints:
             for file in self._checksum_files(step) or [self.folder / f"{step}.checksums"]:
                 written |= json.loads(file.read_text())
         except (OSError, ValueError) as error:
-            return f"its checksums cannot be read ({_first_line(error)})"
+            return f"its checksums cannot be read ({first_line(error)})"
         # A file may be missing, unexpected, or changed.
         names = sorted(written.keys() | set(storage.files(self.folder / str(step))))
         for name in names[processes.index() :: processes.count()]:
@@ -315,7 +315,3 @@ def _with_keys(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(
         lambda old, leaf: jax.random.wrap_key_data(leaf) if _is_key(old) else leaf, like, tree
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

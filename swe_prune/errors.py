@@ -69,3 +69,13 @@ def suggestion(name: object, known: Iterable[str | None]) -> str:
     names = [one for one in known if isinstance(one, str)]
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(one) for one in near)}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    r"""Returns the type and the first line of an error, to quote in a sentence.
+
+    >>> first_line(ValueError("no such key\nTraceback"))
+    'ValueError: no such key'
+    """
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].strip()}"[:200] if lines else type(error).__name__

@@ -21,7 +21,10 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from swe_prune import counting, tree
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, did_you_mean
+
+TIES = ("first", "last")
+"""Which of equal elements at the threshold are kept."""
 
 
 def sortable_bits(x: Float[Array, "..."]) -> UInt[Array, "..."]:
@@ -46,11 +49,12 @@ def top_k_mask(
     k: int | Int[Array, ""] | counting.Count,
     *,
     axes: tuple[int, ...] | None = None,
+    ties: str = "first",
     name: str = "scores",
 ) -> Bool[Array, "..."]:
     """Returns a mask of `x.shape` with exactly k True, at the k largest elements.
 
-    Ties are broken by flat index: the first ones are retained. −0 and +0 tie; +inf and −inf are
+    Ties are broken by flat index. −0 and +0 tie; +inf and −inf are
     ordinary values.
 
     Args:
@@ -59,11 +63,13 @@ def top_k_mask(
             `counting.Count` is clipped to that range; with `axes` a `Count` may hold one number
             per slice.
         axes: Axes of the slices to select k elements from each. If None, selects from all of `x`.
+        ties: Which of equal elements are retained at the threshold, "first" or "last" by flat
+            index.
         name: Name of the array in error messages.
 
     Raises:
-        InputError: If k is out of range, or `x` contains NaN. Neither is detected while tracing,
-            where NaN counts as the smallest value.
+        InputError: If k is out of range, `ties` is unknown, or `x` contains NaN. Neither k nor NaN
+            is detected while tracing, where NaN counts as the smallest value.
 
     >>> top_k_mask(jnp.array([1.0, 3.0, 3.0, 2.0]), 1).tolist()
     [False, True, False, False]
@@ -74,9 +80,10 @@ def top_k_mask(
     check_k(k, slice_size)
     check_floats([x])
     # Traced values cannot be checked; concrete ones are checked in the same program.
-    if _is_traced(x, k):
-        return _select([x], _count_of(k), axes)[0]
-    masks, nans = _checked_select([x], _count_of(k), axes)
+    check_ties(ties)
+    if is_traced(x, k):
+        return _select([x], _count_of(k), axes, ties)[0]
+    masks, nans = _checked_select([x], _count_of(k), axes, ties)
     reject_nan([name], nans)
     return masks[0]
 
@@ -85,6 +92,7 @@ def top_k_masks(
     xs: Sequence[Float[Array, "..."]],
     k: int | Int[Array, ""] | counting.Count,
     *,
+    ties: str = "first",
     names: Sequence[str] | None = None,
 ) -> list[Bool[Array, "..."]]:
     """Returns one mask per array with exactly k True over all the masks together.
@@ -94,6 +102,7 @@ def top_k_masks(
     Args:
         xs: At most 2^16 float arrays of any shapes, each of fewer than 2^32 elements.
         k: Total number of elements to retain, below 2^48.
+        ties: Which of equal elements are retained at the threshold, "first" or "last".
         names: Names of the arrays in error messages.
 
     Raises:
@@ -102,18 +111,20 @@ def top_k_masks(
     """
     check_k(k, tree.size(list(xs)))
     check_floats(xs)
+    check_ties(ties)
     if not xs:
         return []
     common = jnp.result_type(*xs)  # keys of different widths do not compare
     xs = [x if x.dtype == common else x.astype(common) for x in xs]
-    if _is_traced(xs, k):
-        return _select(xs, _count_of(k), None)
-    masks, nans = _checked_select(xs, _count_of(k), None)
+    if is_traced(xs, k):
+        return _select(xs, _count_of(k), None, ties)
+    masks, nans = _checked_select(xs, _count_of(k), None, ties)
     reject_nan(names or [f"scores[{i}]" for i in range(len(xs))], nans)
     return masks
 
 
-def _is_traced(*values: Any) -> bool:
+def is_traced(*values: Any) -> bool:
+    """Returns whether any leaf of the values is traced, so that its value is unknown."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
 
 
@@ -125,6 +136,14 @@ def check_k(k: Any, size: int) -> None:
         raise InputError(f"k must be an integer number of elements to keep, got {k!r}")
     if not isinstance(k, Tracer) and not 0 <= int(k) <= size:
         raise InputError(f"k must be between 0 and the {size} elements of the scores, got {k}")
+
+
+def check_ties(ties: str) -> None:
+    """Raises InputError for an unknown way to break ties."""
+    if ties not in TIES:
+        raise InputError(
+            f"ties must be 'first' or 'last', got {ties!r}; {did_you_mean(ties, TIES)}"
+        )
 
 
 def check_floats(xs: Sequence[Any]) -> None:
@@ -158,15 +177,20 @@ def reject_nan(names: Sequence[str], nans: Sequence[Array]) -> None:
             )
 
 
-def _checked(xs: list[Array], k: counting.Count, axes: tuple[int, ...] | None):
-    return _select(xs, k, axes), [counting.count_each([jnp.isnan(x)])[0] for x in xs]
+def _checked(xs: list[Array], k: counting.Count, axes: tuple[int, ...] | None, ties: str):
+    return _select(xs, k, axes, ties), [counting.count_each([jnp.isnan(x)])[0] for x in xs]
 
 
-_checked_select = jax.jit(_checked, static_argnums=2)
+_checked_select = jax.jit(_checked, static_argnums=(2, 3))
 
 
-def _select(xs: list[Array], k: counting.Count, axes: tuple[int, ...] | None) -> list[Array]:
-    """Returns the masks; `k` may be traced."""
+def _select(
+    xs: list[Array], k: counting.Count, axes: tuple[int, ...] | None, ties: str = "first"
+) -> list[Array]:
+    """Returns the masks; everything about k may be traced."""
+    if ties == "last":  # the first, seen from the other end
+        flipped = _select([jnp.flip(x, axes) for x in reversed(xs)], k, axes)
+        return [jnp.flip(mask, axes) for mask in reversed(flipped)]
     keys = [sortable_bits(x) for x in xs]
     threshold, reached = _threshold(keys, k, axes)
     surplus = reached.minus(_at_most(k, reached))
@@ -269,3 +293,31 @@ def _without_last_ties(
         return (key > threshold) | ((key == threshold) & ((position < bound) | (n == 0)))
 
     return jax.lax.cond(jnp.any(n > 0), cut, lambda key: key >= threshold, key)
+
+
+def restrict(
+    score: Float[Array, "..."], allowed: Bool[Array, "..."], name: str
+) -> Float[Array, "..."]:
+    """Returns float32 scores, −inf where selection is not allowed and finite or +inf elsewhere.
+
+    An allowed −inf becomes the lowest finite float, so that a selection of at most as many weights
+    as are allowed never reaches the others. In a traced call so does an allowed NaN.
+
+    Args:
+        score: Float array.
+        allowed: Bool array of the same shape, True where a weight may be selected.
+        name: Name of the array in error messages.
+
+    Raises:
+        InputError: A score is NaN, which is checked outside of a jit alone.
+
+    >>> restrict(jnp.array([1.0, 2.0]), jnp.array([True, False]), "w").tolist()
+    [1.0, -inf]
+    """
+    score = score.astype(jnp.float32)
+    lowest = jnp.finfo(jnp.float32).min
+    # A NaN is not ≥ anything either.
+    ranked = jnp.where(allowed, jnp.where(score >= lowest, score, lowest), -jnp.inf)
+    if not isinstance(ranked, Tracer):  # constants of a program are traced by what is done to them
+        reject_nan([name], counting.count_each([jnp.isnan(score)]))
+    return ranked

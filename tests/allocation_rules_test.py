@@ -429,17 +429,6 @@ def test_owl_of_half_precision_counts_in_float32():
     assert allocation.owl(half, 0.6, m=2.0) == allocation.owl(full, 0.6, m=2.0)
 
 
-@pytest.mark.parametrize(("lam", "n", "of"), [(2.0, 2, 4), (4.0, 4, 8), (9.0, 1, 4)])
-def test_owl_n_of_m_moves_n_by_the_centred_ratio(lam, n, of):
-    d = np.array(owl_ratios(SCORES, 1.5)[0])
-    r = (d - d.min()) / (d.max() - d.min()) * lam
-    kept = np.clip(n + np.round(r - r.mean()), 1, of).astype(int)
-    got = allocation.owl_n_of_m(SCORES, n, of, lam=lam, m=1.5)
-    expected = [f"{kept[i]}:{of}" for i in (0, 0, 1, 2)]
-    assert [got[name] for name in SCORE_SIZES] == expected
-    assert len(set(expected)) > 1
-
-
 @given(first=share, second=share, lam=st.floats(0, 0.5))
 @settings(max_examples=25, deadline=None)
 def test_owl_is_exact_and_monotone(first, second, lam):
@@ -466,11 +455,6 @@ def test_owl_is_exact_and_monotone(first, second, lam):
 def test_bad_input_of_owl_is_refused(scores, options, sentence):
     with pytest.raises(InputError, match=sentence):
         allocation.owl(scores, 0.5, **options)
-
-
-def test_n_beyond_its_group_is_refused():
-    with pytest.raises(InputError, match="5 of 4 weights cannot be kept"):
-        allocation.owl_n_of_m(SCORES, 5, 4)
 
 
 # ---- ECoFLaP ----

@@ -79,7 +79,9 @@ def block_after_block(model, variables, batches, paths, prune, run=apply):
 
 
 def by_wanda(weight_RxC, norm_Rx1, hessian_RxR):
-    mask_RxC = blockwise.wanda_mask(jnp.abs(weight_RxC) * norm_Rx1, 0.5)
+    mask_RxC = blockwise.wanda_mask(
+        jnp.abs(weight_RxC) * norm_Rx1, 0.5, rounding="down", ties="last"
+    )
     return jnp.where(mask_RxC, weight_RxC, 0), mask_RxC
 
 

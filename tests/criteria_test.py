@@ -50,7 +50,6 @@ PATH = np.abs(np.diff(WIDE, axis=0)).sum(0)
 MOVED = WIDE[-1] - WIDE[0]
 FORMULAS = {
     "magnitude": (np.abs(W), {}),
-    "magnitude_square": (W**2, {}),
     "swe": (np.abs(LATE), {}),
     "mean": (np.abs(MEAN), {}),
     "forecast": (np.abs(W + 0.5 * (W - LATE)), {}),

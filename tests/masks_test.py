@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from swe_prune import masks
 from swe_prune.errors import InputError
@@ -191,6 +192,41 @@ def test_summary_counts_in_python_ints():
     assert masks.summary({"a": None}).sparsity == 0
 
 
+@pytest.mark.parametrize("scope", ["tensor", "global", "row"])
+@pytest.mark.parametrize("rounding", masks.ROUNDINGS)
+def test_the_last_of_ties_are_the_first_of_what_is_reversed(scope, rounding):
+    def reverse(tree_of):  # from the other end in every tensor, and of the tensors
+        return {
+            name: jnp.flip(leaf, 0 if scope == "row" else None)
+            for name, leaf in zip("ba", (tree_of["a"], tree_of["b"]), strict=True)
+        }
+
+    few = {
+        "a": jnp.asarray(RNG.normal(size=(9, 5)).round(), jnp.float32),
+        "b": jnp.asarray(RNG.normal(size=(6, 4)).round(), jnp.float32),
+    }
+    got = masks.by_sparsity(few, 0.4, scope, rounding=rounding, ties="last")
+    first = reverse(masks.by_sparsity(reverse(few), 0.4, scope, rounding=rounding))
+    jax.tree.map(np.testing.assert_array_equal, got, first)
+    plain = masks.by_sparsity(few, 0.4, scope, rounding=rounding)
+    assert masks.summary(got).kept == masks.summary(plain).kept
+    inside = jax.jit(lambda s: masks.by_sparsity(s, 0.4, scope, rounding=rounding, ties="last"))
+    jax.tree.map(np.testing.assert_array_equal, got, inside(few))
+
+
+def test_ties_within_a_pattern_are_broken_from_either_end():
+    equal = {"w": jnp.ones((4, 1))}
+    for ties, kept in (("first", [1, 1, 0, 0]), ("last", [0, 0, 1, 1])):
+        for pattern in ("2:4", "block:1x1"):
+            mask = masks.by_sparsity(equal, 0.5, pattern=pattern, ties=ties)
+            assert mask["w"][:, 0].tolist() == kept
+
+
+def test_an_unknown_way_to_break_ties_is_refused():
+    with pytest.raises(InputError, match="must be 'first' or 'last', got 'lats'; did you mean"):
+        masks.by_sparsity({"w": jnp.ones(3)}, 0.5, ties="lats")
+
+
 def first_half(params):
     return jax.tree.map(lambda x: jnp.arange(x.size).reshape(x.shape) % 2 == 0, params)
 
@@ -273,6 +309,87 @@ def test_pruned_weights_and_moments_are_0_after_every_step(name):
     for t in range(5):
         params, state = step(params, state, gradients(t))
         assert_held(params, state)
+
+
+def squares(params):
+    return sum(jnp.sum((leaf - 2.0) ** 2) for leaf in jax.tree.leaves(params))
+
+
+SEARCHES = {
+    "lbfgs": lambda: optax.lbfgs(memory_size=3),
+    "lbfgs of a fixed step": lambda: optax.lbfgs(0.1, memory_size=3, linesearch=None),
+    "backtracking": lambda: optax.chain(
+        optax.sgd(0.1, momentum=0.9),
+        optax.scale_by_backtracking_linesearch(10, store_grad=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_line_searches_and_their_memory_are_held_too(name):
+    kept = masks.keep(SEARCHES[name](), MASK)
+
+    @jax.jit
+    def step(params, state):
+        value, grads = jax.value_and_grad(squares)(params)
+        updates, state = kept.update(
+            grads, state, params, value=value, grad=grads, value_fn=squares
+        )
+        return optax.apply_updates(params, updates), state, value
+
+    params, state = masks.apply(PARAMS, MASK), kept.init(PARAMS)
+    values = []
+    for _ in range(4):
+        params, state, value = step(params, state)
+        values.append(float(value))
+        assert int(masks.revived(params, MASK)) == 0
+        for moment, mask in shaped_like_parameters(state):
+            assert (np.asarray(moment)[~np.asarray(mask)] == 0).all()
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < values[0]
+
+
+def test_moments_belong_to_the_parameter_with_the_longest_path():
+    ones, first = jnp.ones(4), jnp.arange(4) < 1
+    mask = {"w": first, "a": {"w": ~first}, "dense": {"w": None}}
+    moments = jax.tree.map(lambda _: ones, mask, is_leaf=lambda leaf: leaf is None)
+    state = (optax.TraceState(moments), {"count": jnp.int32(3), "w": jnp.ones(3)})
+    held = masks.hold_moments(state, mask)
+    assert held[0].trace["w"].tolist() == [1, 0, 0, 0]
+    assert held[0].trace["a"]["w"].tolist() == [0, 1, 1, 1]
+    assert held[0].trace["dense"]["w"].tolist() == [1, 1, 1, 1]
+    assert held[1]["count"] == 3
+    assert held[1]["w"].tolist() == [1, 1, 1]  # a path that ends alike, of another shape
+
+
+def test_moments_of_a_bare_array_are_held():
+    weights, mask = jnp.arange(1.0, 5.0), jnp.array([True, False, True, False])
+    kept = masks.keep(optax.adam(0.1), mask)
+    updates, state = kept.update(jnp.ones(4), kept.init(weights), weights)
+    assert optax.apply_updates(weights, updates)[~mask].tolist() == [0, 0]
+    assert state[0].count == 1
+    assert (state[0].mu != 0).tolist() == mask.tolist()
+    assert (state[0].nu != 0).tolist() == mask.tolist()
+
+
+def test_moments_in_the_state_of_an_nnx_optimizer_are_held():
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    first = jnp.arange(6).reshape(3, 2) < 2
+    mask = jax.tree.map(lambda leaf: first if leaf.ndim == 2 else None, nnx.state(model, nnx.Param))
+    held = jax.tree.leaves(masks.hold_moments(nnx.state(optimizer), mask))
+    matrices = [np.asarray(leaf) != 0 for leaf in held if jnp.ndim(leaf) == 2]
+    assert len(matrices) == 2
+    for nonzero in matrices:
+        np.testing.assert_array_equal(nonzero, first)
+    assert all((np.asarray(leaf) != 0).all() for leaf in held if jnp.ndim(leaf) < 2)
+
+
+def test_random_keys_in_a_state_stay():
+    key = jax.random.key(0)
+    held = masks.hold_moments({"noise": key, "w": jnp.ones(())}, {"noise": jnp.array(False)})
+    assert held["noise"] == key
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "MultiSteps", "masked", "multi_transform"])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from swe_prune import allocation, importance, masks, schedules, sparse_training, tree
 from swe_prune.errors import InputError
-from swe_prune.sparse_training import movement
+from swe_prune.sparse_training import movement, rigl_update
 from swe_prune.sparse_training.drop_and_grow import exchanged
 
 SHAPES = {"a": (12, 8), "b": (5, 3, 4), "dense": (6,)}
@@ -95,7 +95,7 @@ def test_rigl_exchanges_what_numpy_does(exchanges, fraction, ties, regrown):
     inside = exchanges["rigl", regrown](params, mask, state, fraction, grads)
     assert_exchanged(inside, expected, params, moments)
     assert exchanges["rigl", regrown]._cache_size() == 1  # one program for all fractions
-    outside = sparse_training.rigl(params, mask, state, fraction, grads, regrown=regrown)
+    outside = sparse_training.rigl_update(params, mask, state, fraction, grads, regrown=regrown)
     assert_exchanged(outside, expected, params, moments)
     assert int(outside[2][0].count) == 9
 
@@ -108,7 +108,7 @@ def test_set_drops_the_smallest_and_grows_at_random(exchanges, fraction):
     for seed in range(20):
         key = jax.random.key(seed)
         new_params, new, _ = exchanges["set", "keep"](params, mask, None, fraction, key)
-        eager = sparse_training.set(params, mask, None, fraction, key)
+        eager = sparse_training.set_update(params, mask, None, fraction, key)
         jax.tree.map(np.testing.assert_array_equal, new, eager[1])
         for name in "ab":
             stay, _ = exchange_in_numpy(params[name], mask[name], -np.ones(mask[name].shape), 0, "")
@@ -130,7 +130,7 @@ def test_set_drops_the_smallest_and_grows_at_random(exchanges, fraction):
 def test_set_draws_for_every_tensor_from_its_own_stream():
     params = {n: jnp.ones((8, 8)) for n in "ab"}
     mask = {n: jnp.arange(64).reshape(8, 8) < 20 for n in "ab"}
-    _, new, _ = sparse_training.set(params, mask, None, 0.5, jax.random.key(0))
+    _, new, _ = sparse_training.set_update(params, mask, None, 0.5, jax.random.key(0))
     assert (new["a"] != new["b"]).any()
 
 
@@ -223,7 +223,7 @@ def test_moments_of_what_is_grown_are_zero_in_any_chain(name):
     params = masks.apply(drawn(0), mask)
     state = jax.jit(optimizer.init)(params)
     state = jax.tree.map(lambda x: x + np.ones_like(x), state)
-    _, new, after = sparse_training.rigl(params, mask, state, 0.5, drawn(1), regrown="reset")
+    _, new, after = sparse_training.rigl_update(params, mask, state, 0.5, drawn(1), regrown="reset")
     held = {
         n: exchange_in_numpy(params[n], mask[n], np.abs(drawn(1)[n]), 0.5, "reset")[1] for n in "ab"
     }
@@ -240,17 +240,22 @@ def test_moments_of_what_is_grown_are_zero_in_any_chain(name):
     assert seen >= 2
 
 
+def test_the_short_names_are_the_same_functions():
+    assert sparse_training.rigl is sparse_training.rigl_update
+    assert sparse_training.set is sparse_training.set_update
+
+
 def test_moments_are_found_by_the_longest_path():
     shape = (4, 4)
     params = {"a": jnp.ones(shape), "in": {"a": jnp.ones(shape), "b": jnp.ones(shape)}}
     mask = {"a": jnp.eye(4, dtype=bool), "in": {"a": None, "b": jnp.ones(shape, bool)}}
     state = jax.tree.map(jnp.ones_like, optax.sgd(1.0, momentum=0.9).init(params))
-    _, _, after = sparse_training.rigl(params, mask, state, 0.0, params)
+    _, _, after = sparse_training.rigl_update(params, mask, state, 0.0, params)
     trace = after[0].trace
     np.testing.assert_array_equal(trace["a"], np.eye(4))
     assert (trace["in"]["a"] == 1).all()
     assert (trace["in"]["b"] == 1).all()
-    bare = sparse_training.rigl(params["a"], mask["a"], optax.TraceState(jnp.ones(shape)),
+    bare = sparse_training.rigl_update(params["a"], mask["a"], optax.TraceState(jnp.ones(shape)),
                                 0.0, params["a"])  # fmt: skip
     np.testing.assert_array_equal(bare[2].trace, np.eye(4))
 
@@ -287,7 +292,7 @@ def test_every_tree_and_width_goes_through_every_function(kind, dtype):
     def step(t, params, mask, state):
         mask = prune(t, mask, params)
         grads = jax.grad(lambda p: summed(sparse_training.straight_through(p, mask)))(params)
-        params, mask, state = sparse_training.rigl(params, mask, state, 0.25, grads)
+        params, mask, state = sparse_training.rigl_update(params, mask, state, 0.25, grads)
         after = sparse_training.rewind(params, params, mask)
         return after, mask, state, masks.revived(after, mask)
 
@@ -322,7 +327,7 @@ def test_no_zero_comes_back_while_rigl_trains(name):
         fraction = schedules.cosine_drop_fraction(t, 0.5, 12)
         params, mask, state = jax.lax.cond(
             every.is_due(t),
-            lambda *given: sparse_training.rigl(*given, fraction, grads),
+            lambda *given: sparse_training.rigl_update(*given, fraction, grads),
             lambda *given: given,
             params, mask, state,
         )  # fmt: skip
@@ -787,16 +792,16 @@ def on_schedule(**options):
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: sparse_training.rigl(W, M, None, 1.5, W), "fraction = 1.5 is no share"),
-        (lambda: sparse_training.rigl(W, M, None, float("nan"), W), "fraction = nan is no share"),
-        (lambda: sparse_training.rigl(W, M, None, 0.5, W, regrown="kept"), "did you mean 'keep'"),
-        (lambda: sparse_training.rigl(W, {"w": None}, None, 0.5, W), "no tensor has a mask"),
-        (lambda: sparse_training.rigl(W, W, None, 0.5, W), "mask of 'w' is of float32, not bool"),
-        (lambda: sparse_training.rigl(W, M, None, 0.5, {"w": None}), "growth score is none"),
-        (lambda: sparse_training.rigl(W, M, None, 0.5, {"w": jnp.ones(2)}), r"of shape \(2,\)"),
-        (lambda: sparse_training.rigl(W, M, None, 0.5, NAN), "'w' have 1 NaN"),
-        (lambda: sparse_training.rigl(NAN, M, None, 0.5, W), "'w' have 1 NaN"),
-        (lambda: sparse_training.rigl(W, M, None, 0.5, {"v": W["w"]}), "differ in structure"),
+        (lambda: rigl_update(W, M, None, 1.5, W), "fraction = 1.5 is no share"),
+        (lambda: rigl_update(W, M, None, float("nan"), W), "fraction = nan is no share"),
+        (lambda: rigl_update(W, M, None, 0.5, W, regrown="kept"), "did you mean 'keep'"),
+        (lambda: rigl_update(W, {"w": None}, None, 0.5, W), "no tensor has a mask"),
+        (lambda: rigl_update(W, W, None, 0.5, W), "mask of 'w' is of float32, not bool"),
+        (lambda: rigl_update(W, M, None, 0.5, {"w": None}), "growth score is none"),
+        (lambda: rigl_update(W, M, None, 0.5, {"w": jnp.ones(2)}), r"of shape \(2,\)"),
+        (lambda: rigl_update(W, M, None, 0.5, NAN), "'w' have 1 NaN"),
+        (lambda: rigl_update(NAN, M, None, 0.5, W), "'w' have 1 NaN"),
+        (lambda: rigl_update(W, M, None, 0.5, {"v": W["w"]}), "differ in structure"),
         (lambda: sparse_training.straight_through(W, {"w": jnp.ones(3, bool)}), "the weight is of"),
         (lambda: sparse_training.straight_through(W, W), "not bool"),
         (lambda: sparse_training.ste_magnitude(W, None, 1.0), "sparsity = 1.0"),

@@ -11,7 +11,7 @@ from swe_prune.allocation.by_shape import erk, erk_densities, table, uniform
 from swe_prune.allocation.ecoflap import ecoflap, zeroth_order_importance
 from swe_prune.allocation.filling import water_fill
 from swe_prune.allocation.groups import GROUPINGS, Groups, grouped
-from swe_prune.allocation.owl import owl, owl_n_of_m, owl_sparsities
+from swe_prune.allocation.owl import owl, owl_sparsities
 from swe_prune.allocation.registry import NEEDS, Rule, allocate, get, names
 from swe_prune.allocation.rounding import Allocation, apportion, check_sparsity, removed_count
 from swe_prune.allocation.std_rule import (
@@ -46,7 +46,6 @@ __all__ = [
     "hill_alpha",
     "names",
     "owl",
-    "owl_n_of_m",
     "owl_sparsities",
     "rate_for_sparsity",
     "reject_no_spread",

@@ -71,42 +71,6 @@ def owl_sparsities(outliers: Sequence[float], sparsity: float, lam: float = 0.08
     return [sparsity - r for r in _centred(outliers, 2 * lam)]
 
 
-def owl_n_of_m(
-    scores: PyTree,
-    n: int,
-    of: int,
-    *,
-    lam: float = 2.0,
-    m: float = 5.0,
-    groups: Groups = "block",
-) -> dict[str, str]:
-    """Returns OWL's n:m pattern of each tensor: n kept of `of`, more in blocks of more outliers.
-
-    r_g = (D_g − min D) / (max D − min D) · lam, and block g keeps n + round(r_g − mean(r)), halves
-    to even, at least one and at most `of`. As n is whole, the total follows from the blocks; it is
-    the only rule here that does not meet one.
-
-    Args:
-        scores: as in `owl`.
-        n: how many of each group of inputs are kept on average, 1 ≤ n ≤ of.
-        of: inputs in a group.
-        lam: the spread in weights of a group: at 2 the extremes may differ by two. The references
-            have no default for n:m, and at `owl`'s 0.08 every block would round to n.
-        m: as in `owl`.
-        groups: as in `owl`.
-
-    Raises:
-        InputError: as `owl`, or an n outside [1, of].
-    """
-    if not 1 <= n <= of:
-        raise InputError(f"{n} of {of} weights cannot be kept; give 1 ≤ n ≤ of, such as 2 of 4")
-    _check_positive("lam", lam)
-    ratios, members = _outlier_ratios(scores, m, groups)
-    kept = [min(max(n + round(r), 1), of) for r in _centred(list(ratios.values()), lam)]
-    by_group = dict(zip(members, kept, strict=True))
-    return {name: f"{by_group[g]}:{of}" for g, names in members.items() for name in names}
-
-
 def _centred(outliers: Sequence[float], spread: float) -> list[float]:
     """Returns the ratios moved linearly onto a spread around 0."""
     ratios = np.asarray(outliers, np.float64)

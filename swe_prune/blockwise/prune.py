@@ -490,5 +490,6 @@ def _ranked(name: str, score_RxC: Array, share: float, plan: _Plan) -> Array:
         return patterns.n_of_m_mask(score_RxC, *patterns.parse_n_of_m(plan.pattern), name)
     if plan.method == "magnitude":
         return select.top_k_mask(score_RxC, score_RxC.size - int(score_RxC.size * share), name=name)
-    make = wanda.wanda_mask if plan.method == "wanda" else wanda.wanda_variant_mask
-    return make(score_RxC, share)
+    if plan.method == "wanda":  # rounded and with its ties broken as in the reference
+        return wanda.wanda_mask(score_RxC, share, rounding="down", ties="last")
+    return wanda.wanda_variant_mask(score_RxC, share)

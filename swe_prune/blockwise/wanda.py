@@ -1,4 +1,4 @@
-"""Wanda's masks: what goes of each output, by scores |w| ‖X‖ or any others.
+"""Wanda's masks: the lowest scores of each output are removed, by |w| ‖X‖ or any other score.
 
 Source: Sun, Liu, Bair and Kolter, "A simple and effective pruning approach for large language
 models", ICLR 2024; https://github.com/locuslab/wanda. Their weight is (out, in) and a row is an
@@ -7,53 +7,68 @@ output; here scores are (in, out) and an output is a column.
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from swe_prune import allocation, counting, select
+from swe_prune import allocation, masks, select
 
 TOLERANCE = 1e-3
-"""How near the variant comes to the sparsity, and how narrow its bracket becomes."""
+"""Largest distance of the variant from the sparsity, and smallest width of its bracket."""
 
 
-def wanda_mask(score_RxC: Float[Array, "R C"], sparsity: float) -> Bool[Array, "R C"]:
-    """Returns the mask that removes the floor(R · sparsity) lowest scores of each output.
+def wanda_mask(
+    score_RxC: Float[Array, "R C"],
+    sparsity: float,
+    *,
+    rounding: str = "nearest",
+    ties: str = "first",
+) -> Bool[Array, "R C"]:
+    """Returns the mask that removes the same number of lowest scores from each output.
 
-    Of ties the first inputs go, as in the reference's stable sort; `masks.by_sparsity` with scope
-    "row" lets the first ones stay.
+    The same as `masks.by_sparsity` with scope "row", with the same defaults, so that pruning block
+    after block and pruning at once can be compared. The reference rounds down and keeps the last
+    of equal scores, as `rounding="down", ties="last"` does and `prune_blocks` passes.
+
+    Args:
+        score_RxC: Scores of a kernel, inputs by outputs.
+        sparsity: Share of each output's inputs to remove, in [0, 1).
+        rounding: Rounding of the number to remove, one of `masks.ROUNDINGS`.
+        ties: Which of equal scores are kept, "first" or "last".
 
     Raises:
-        InputError: a sparsity outside [0, 1), or NaN scores.
+        InputError: The sparsity is outside [0, 1), a name is unknown, or a score is NaN.
 
     >>> wanda_mask(jnp.array([[1.0], [1.0], [3.0]]), 0.5).ravel().tolist()
+    [False, False, True]
+    >>> reference = {"rounding": "down", "ties": "last"}
+    >>> wanda_mask(jnp.array([[1.0], [1.0], [3.0]]), 0.5, **reference).ravel().tolist()
     [False, True, True]
     """
-    allocation.check_sparsity(sparsity)
-    keep = len(score_RxC) - int(len(score_RxC) * sparsity)
-    mask_RxC, nans = _highest(score_RxC, keep)
-    if not isinstance(nans, Tracer):
-        select.reject_nan(["scores"], [nans])
-    return mask_RxC
-
-
-@jax.jit  # as one program, which takes less time to compile than each of its operations alone
-def _highest(score_RxC: Array, keep: Array) -> tuple[Array, Array]:
-    mask_RxC = select.top_k_mask(score_RxC[::-1], keep, axes=(0,))[::-1]
-    return mask_RxC, counting.count_each([jnp.isnan(score_RxC)])[0]
+    return masks.by_sparsity(
+        {"scores": score_RxC},
+        sparsity,
+        "row",
+        rounding=rounding,
+        ties=ties,
+        input_axes=lambda name, shape: (0,),
+    )["scores"]
 
 
 def wanda_variant_mask(score_RxC: Float[Array, "R C"], sparsity: float) -> Bool[Array, "R C"]:
-    """Returns the mask that removes of each output what makes up a share α of its scores.
+    """Returns the mask that removes the lowest scores of each output up to a share α of their sum.
 
-        α · Σ_j score_j ≥ Σ of the lowest, as many as fit
+        Σ of the removed scores ≤ α · Σ_j score_j
 
-    One α for all outputs, bisected in [0, 0.8] from 0.4 until the sparsity of the whole is within
-    0.001 of what is asked, or the bracket is narrower than that: the count is not exact, outputs
-    differ in it, and a sparsity beyond what α = 0.8 gives is not reached. Of ties the first inputs
-    go; the reference removes all that tie with the last to go.
+    All outputs share one α, bisected in [0, 0.8] from 0.4 until the sparsity of the matrix is
+    within 0.001 of the request, or the bracket is narrower than that. So the count is not exact,
+    outputs differ in it, and a sparsity above that of α = 0.8 is not reached. Of equal scores the
+    first inputs are removed; the reference removes all that tie with the last one removed.
+
+    Args:
+        score_RxC: Scores of a kernel, inputs by outputs.
+        sparsity: Share of the matrix to remove, in [0, 1).
 
     Raises:
-        InputError: a sparsity outside [0, 1), or NaN scores.
+        InputError: The sparsity is outside [0, 1), or a score is NaN.
 
     >>> wanda_variant_mask(jnp.array([[1.0], [2.0], [3.0], [9.0]]), 0.5).ravel().tolist()
     [False, False, True, True]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from swe_prune.config import DataConfig
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, first_line
 
 SEPARATOR = "\n\n"
 """Separator between the examples of a TFDS split: a blank line."""
@@ -136,7 +136,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
     except Exception as error:  # a malformed name, an unknown config or version, a missing package
         raise InputError(
             f"dataset {name!r} is not an existing text file, and TFDS cannot open it "
-            f"({_first_line(error)}); correct data.dataset"
+            f"({first_line(error)}); correct data.dataset"
         ) from error
     # Prepare our own dataset on first use; the user must prepare all others.
     if own and not builder.data_path.exists():
@@ -168,7 +168,7 @@ def _prepare(tfds: Any, name: str, data_dir: str | None) -> Any:
         if not builder.data_path.exists():
             raise InputError(
                 f"dataset {name!r} cannot be written to {str(builder.data_path)!r} "
-                f"({_first_line(error)}); set data.data_dir to a writable folder"
+                f"({first_line(error)}); set data.data_dir to a writable folder"
             ) from error
     return tfds.builder(name, data_dir=data_dir)
 
@@ -216,8 +216,3 @@ def _read_split(builder: Any, split: str, key: str, limit: int | None) -> str:
         if limit is not None and length - len(SEPARATOR) >= limit:
             break
     return SEPARATOR.join(texts)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__

@@ -1,6 +1,7 @@
-"""How far the predictions of a pruned model are from the dense one's, token by token.
+"""Distance of a pruned model's predictions from the dense model's, token by token.
 
-Perplexity asks only for the token that the text has next; these ask for the whole distribution.
+Perplexity depends on the probability of the next token of the text alone; these depend on the
+whole distribution.
 """
 
 import dataclasses
@@ -15,18 +16,19 @@ from jaxtyping import Array, Int, PyTree
 from swe_prune.evaluation import scored_windows as of_windows
 from swe_prune.evaluation.protocols import Protocol
 from swe_prune.evaluation.token_losses import by_rows, logits_shape
+from swe_prune.training import losses
 
 
 @dataclasses.dataclass(frozen=True)
 class Distance:
-    """From the dense model to the pruned one.
+    """Distance between the predictions of a dense model and a pruned one.
 
     Attributes:
-        nats_per_token: mean of KL(dense ‖ pruned) = Σ_v p_v (log p_v - log q_v).
-        standard_error: of it, over the windows; None with one window.
-        agreement: share of the tokens for which both have the same likeliest next token.
-        tokens: that the means are over.
-        protocol: which tokens those are.
+        nats_per_token: Mean of KL(dense ‖ pruned) = Σ_v p_v (log p_v - log q_v).
+        standard_error: Standard error of that mean over the windows; None with one window.
+        agreement: Share of the tokens for which both models have the same most likely next token.
+        tokens: Number of tokens in the means.
+        protocol: Protocol that says which tokens those are.
     """
 
     nats_per_token: float
@@ -53,17 +55,17 @@ def kl_to_dense(
     windows' logits at a time, and summed in float64.
 
     Args:
-        model: a Flax Linen module, called with {"params": params} and int32 tokens_BxL.
-        dense_params: its weights before pruning.
-        pruned_params: and after.
-        tokens: of the whole text, without special tokens.
-        protocol: which windows are cut and which tokens scored.
-        batch: windows at a time.
-        bos_id: of the tokenizer; needed where the protocol has a BOS.
-        pruned_model: the module of pruned_params where units were cut out of it; None: `model`.
+        model: Flax Linen module, called with {"params": params} and int32 tokens_BxL.
+        dense_params: Weights before pruning.
+        pruned_params: Weights after pruning.
+        tokens: Token ids of the whole text, without special tokens.
+        protocol: Protocol that says how windows are cut and which tokens are scored.
+        batch: Number of windows per forward pass.
+        bos_id: Id of the tokenizer's BOS token; needed if the protocol has a BOS.
+        pruned_model: Module of `pruned_params` if units were cut out of it; None means `model`.
 
     Raises:
-        InputError: as `perplexity` does.
+        InputError: As for `perplexity`.
     """
     windows = of_windows.of_text(model, tokens, protocol, bos_id)
     pruned_model = model if pruned_model is None else pruned_model
@@ -88,15 +90,10 @@ def _compared(
     """Returns the divergence and whether the likeliest agree, B x (L - 1) both."""
 
     def of_rows(tokens_RxL: Array) -> tuple[Array, Array]:
-        def log_p(model: Any, params: PyTree) -> Array:
-            logits_RxMxV = model.apply({"params": params}, tokens_RxL)[:, :-1]
-            return jax.nn.log_softmax(logits_RxMxV.astype(jnp.float32), axis=-1)
-
-        dense_RxMxV = log_p(model, dense_params)
-        pruned_RxMxV = log_p(pruned_model, pruned_params)
-        terms_RxMxV = jnp.exp(dense_RxMxV) * (dense_RxMxV - pruned_RxMxV)
+        dense_RxMxV = model.apply({"params": dense_params}, tokens_RxL)[:, :-1]
+        pruned_RxMxV = pruned_model.apply({"params": pruned_params}, tokens_RxL)[:, :-1]
         same_RxM = jnp.argmax(dense_RxMxV, axis=-1) == jnp.argmax(pruned_RxMxV, axis=-1)
-        return terms_RxMxV.sum(axis=-1), same_RxM
+        return losses.divergence(pruned_RxMxV, dense_RxMxV), same_RxM
 
     shape = logits_shape(model, dense_params, tokens_BxL.shape)
     return by_rows(of_rows, tokens_BxL, shape, copies=2)

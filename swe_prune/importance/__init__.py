@@ -17,10 +17,10 @@ from swe_prune.importance import (
     activation,
     bezier,
     curvature,
+    from_trajectory,
     gradient,
     hessian,
     magnitude,
-    trajectory,
 )
 from swe_prune.importance.registry import MEASURED, Criterion, get, names, register
 from swe_prune.importance.second_moment import has_second_moment, second_moment
@@ -32,6 +32,7 @@ __all__ = [
     "activation",
     "bezier",
     "curvature",
+    "from_trajectory",
     "get",
     "gradient",
     "has_second_moment",
@@ -41,7 +42,6 @@ __all__ = [
     "register",
     "score",
     "second_moment",
-    "trajectory",
 ]
 
 

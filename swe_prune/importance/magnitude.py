@@ -27,16 +27,6 @@ def random(key: Array, weight: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.random.uniform(key, weight.shape)
 
 
-@register("magnitude_square")
-def magnitude_square(weight: Float[Array, "..."]) -> Float[Array, "..."]:
-    """w²: ranks weights as `magnitude` does, and groups of them by their L2 norm when summed.
-
-    When: for units of weights, by their L2 norm.
-    Source: `magnitude` squared.
-    """
-    return weight**2
-
-
 @register("lamp", sorts=True)
 def lamp(weight: Float[Array, "..."]) -> Float[Array, "..."]:
     """w² / Σ of the squares that are not smaller: layer-adaptive magnitude for global selection.

@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, first_line
 from swe_prune.interop.load_params import Entry
 from swe_prune.interop.optional import require
 
@@ -75,7 +75,7 @@ def read_gguf(path: Path) -> GgufFile:
         # The reader slices beyond the end of a truncated file, which fails in many ways.
         raise InputError(
             f"{path} is truncated or damaged: its tensors or settings continue after its "
-            f"{path.stat().st_size:,} bytes ({_first_line(error)}); download it again"
+            f"{path.stat().st_size:,} bytes ({first_line(error)}); download it again"
         ) from None
     # Reject unsupported quantizations before any tensor is read.
     entries = {}
@@ -255,7 +255,3 @@ def _decimal(value: float) -> float:
     1e-05
     """
     return float(str(np.float32(value))) if math.isfinite(value) else value
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

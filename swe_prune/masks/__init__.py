@@ -4,8 +4,8 @@ A mask is a bool pytree like the parameters, True where a weight stays, None whe
 dense. Masks made eagerly are checked (NaN, ranges); inside a jit the same code runs unchecked.
 
 rules     masks from scores: the paper's rule, and an exact sparsity by scope and pattern
-holding   apply a mask to weights, keep an optimizer from reviving them
-counts    how many are kept
+holding   apply a mask to weights; an optimizer that keeps pruned weights at 0
+counts    how many weights a mask keeps
 """
 
 from swe_prune.masks.counts import Summary, Tally, revived, summary

@@ -1,4 +1,4 @@
-"""What a mask does to weights and to an optimizer: exact zeros that stay."""
+"""Masks applied to weights and optimizers, so that pruned weights stay exactly 0."""
 
 from typing import Any
 
@@ -14,11 +14,15 @@ from swe_prune.errors import InputError
 def apply(params: PyTree, mask: PyTree) -> PyTree:
     """Returns the parameters with exact zeros where the mask is False; dtypes are kept.
 
-    A select rather than a product: the same cost in a compiled step, and 0 · inf is NaN, −w · 0 a
-    negative zero.
+    Computed by a select, not a product: the cost in a compiled step is the same, while 0 · inf
+    would be NaN and −w · 0 a negative zero.
+
+    Args:
+        params: Pytree of weights.
+        mask: Bool pytree, None where dense.
 
     Raises:
-        InputError: mask and parameters differ in structure, or a mask in shape from its weight.
+        InputError: The mask and the parameters differ in structure or in the shape of a leaf.
     """
 
     def leaf(name: str, keep: Any, weight: Any) -> Any:
@@ -37,23 +41,21 @@ def apply(params: PyTree, mask: PyTree) -> PyTree:
 def keep(
     optimizer: optax.GradientTransformation, mask: PyTree
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the optimizer with pruned weights held at exactly 0, and their moments too.
+    """Returns an optimizer that keeps pruned weights, and their moments, at exactly 0.
 
-    Gradients of pruned weights are zeroed before the optimizer sees them; after it, their update
-    is −w (so the sum is exactly 0 even for a weight that was not 0 yet, if it was finite:
-    `apply` the mask first to be rid of an infinity) and every part of its
-    state that is laid out like the parameters is zeroed. The state is the inner optimizer's own:
-    wrap or unwrap in the middle of a run without converting anything.
+    Gradients of pruned weights are zeroed before the inner optimizer sees them. After it, the
+    update of a pruned weight is −w, so that the weight becomes exactly 0 even if it was not 0
+    before, and its moments are zeroed (`hold_moments`). Weights must be finite: `apply` the mask
+    first to remove an infinity. The state has the structure of the inner optimizer's state, so an
+    optimizer can be wrapped or unwrapped in the middle of a run.
 
     Args:
-        optimizer: any optax chain, or anything with `init` and `update`.
-        mask: bool pytree, None where dense. It is captured: in a jit of your own, pass the mask
-            as an argument and build the optimizer inside, so that it is no constant of the program.
+        optimizer: Inner transformation: any optax chain, or anything with `init` and `update`.
+        mask: Bool pytree, None where dense. The returned functions capture it. Inside your own
+            jit, pass the mask as an argument and call `keep` there, so that the mask does not
+            become a constant of the compiled program.
     """
     inner = optax.with_extra_args_support(optimizer)
-
-    def masked(tree_of: PyTree) -> PyTree:
-        return apply(tree_of, mask)
 
     def init(params: PyTree) -> PyTree:
         return inner.init(params)
@@ -62,10 +64,10 @@ def keep(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
         if "grad" in extra:  # what a line search measures the slope by
-            extra["grad"] = masked(extra["grad"])
-        updates, state = inner.update(masked(updates), state, params, **extra)
+            extra["grad"] = apply(extra["grad"], mask)
+        updates, state = inner.update(apply(updates, mask), state, params, **extra)
         if params is None:
-            return masked(updates), hold_moments(state, mask)
+            return apply(updates, mask), hold_moments(state, mask)
         # In the wider of the two dtypes, lest −w be rounded and a remainder stay.
         held = tree.map_leaves(
             lambda _, m, u, w: u if m is None else jnp.where(m, u, jnp.negative(w)),
@@ -81,20 +83,38 @@ def keep(
 def hold_moments(opt_state: PyTree, mask: PyTree) -> PyTree:
     """Returns an optimizer's state with 0 in its moments wherever the mask is False.
 
-    A part of the state belongs to a parameter when its path ends in the parameter's, which is so
-    in all of optax. One of another shape is a factored statistic (Adafactor's), which belongs to no
-    single weight and stays. L-BFGS keeps several moments of each parameter, along a leading axis.
+    A leaf of the state is the moment of a parameter when its path ends with the path of that
+    parameter, which holds throughout optax, and when it has the same shape, or several of that
+    shape along a leading axis, as the history of L-BFGS. Of several parameters whose paths fit, the
+    longest path counts. What has another shape stays as it is, such as Adafactor's factored
+    statistics. The optimizer itself is not needed, so the state of any chain, line search or
+    `nnx.Optimizer` will do.
+
+    If the parameters are a single array, not a tree, their path is empty and every leaf of the
+    same shape counts as a moment. Name the array, as in `{"w": array}`, if the state holds other
+    arrays of that shape.
 
     Args:
-        opt_state: State of any optax chain.
+        opt_state: State of the optimizer.
         mask: Bool pytree like the parameters, None where dense.
-    """
-    masks = dict(jax.tree_util.tree_flatten_with_path(mask, is_leaf=tree.is_none)[0])
 
-    def hold(path: Any, moment: Any) -> Any:
-        kept = tree.by_suffix(path, masks)
-        if kept is None or jnp.shape(moment)[-kept.ndim or jnp.ndim(moment) :] != kept.shape:
-            return moment
-        return jnp.where(kept, moment, jnp.zeros_like(moment))
+    >>> state = optax.TraceState({"w": jnp.array([1.0, 2.0])})
+    >>> hold_moments(state, {"w": jnp.array([True, False])}).trace["w"].tolist()
+    [1.0, 0.0]
+    """
+    # Dense parameters take part: a moment of a/w must not be taken for one of w.
+    by_path = dict(jax.tree_util.tree_flatten_with_path(mask, is_leaf=tree.is_none)[0])
+
+    def hold(path: Any, leaf: Any) -> Any:
+        kept = tree.by_suffix(path, by_path)
+        if kept is None or not _is_number(leaf):
+            return leaf
+        if jnp.shape(leaf)[jnp.ndim(leaf) - kept.ndim :] != kept.shape:
+            return leaf
+        return jnp.where(kept, leaf, jnp.zeros_like(leaf))
 
     return jax.tree_util.tree_map_with_path(hold, opt_state)
+
+
+def _is_number(leaf: Any) -> bool:
+    return jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.number)

@@ -20,28 +20,28 @@ InputAxes = Callable[[str, tuple[int, ...]], tuple[int, ...]]
 
 
 def by_std(scores: PyTree, rate: float | Array, *, spread: float | None = None) -> PyTree:
-    """Returns the masks of the paper's rule, score > std(score) · rate in every tensor.
+    """Returns masks by the paper's rule, score > std(score) · rate in every tensor.
 
     The standard deviation is the unbiased one over the whole tensor. The rate is a multiplier: see
     `allocation.gaussian_sparsity` for the sparsity to expect.
 
     Args:
-        scores: float32 pytree, None where dense.
-        rate: multiple of the standard deviation, 0 or more.
-        spread: compare with this instead of the tensor's std(score); 1.0 for `swe_spread`, whose
-            scores come in units of their threshold (`importance.get(name).spread`).
+        scores: Float32 pytree, None where dense.
+        rate: Multiple of the standard deviation, 0 or more.
+        spread: Value to use in place of the tensor's std(score); 1.0 for `swe_spread`, whose
+            scores are in units of their threshold (`importance.get(name).spread`).
 
     Raises:
-        InputError: a negative or non-finite rate, NaN scores, infinite ones (which have no
-            standard deviation), or a rate that keeps no weight.
+        InputError: The rate is negative, not finite or removes every weight, or a score is NaN or
+            infinite, which leaves no standard deviation.
 
     >>> by_std({"w": jnp.array([0.0, 1.0, 5.0])}, 1.0)["w"].tolist()
     [False, False, True]
     """
-    if not _is_traced([rate]) and not 0 <= float(rate) <= _LARGEST:
+    if not select.is_traced(rate) and not 0 <= float(rate) <= _LARGEST:
         raise InputError(f"rate = {rate!r} is no multiple of a standard deviation; give 0 or more")
     named = _scored(scores)
-    traced = _is_traced([*named.values(), rate])
+    traced = select.is_traced(list(named.values()), rate)
     kept, nans, undefined = (_std_masks if traced else _std_masks_jit)(
         list(named.values()), jnp.asarray(rate, jnp.float32), spread
     )
@@ -72,6 +72,7 @@ def by_sparsity(
     *,
     pattern: str | None = None,
     rounding: str = "nearest",
+    ties: str = "first",
     reduce: str = "sum",
     across: str = "sum",
     couplings: Mapping[str, str] | None = None,
@@ -79,36 +80,41 @@ def by_sparsity(
 ) -> PyTree:
     """Returns masks that remove exactly the requested share of the lowest scores.
 
-    With a pattern, units of weights stay or go together and the share is met in units. Sparsity
-    counts what goes, n:m what stays. The count is exact: of equal scores at the threshold the
-    first by flat index stay. References differ on ties: the magnitude baseline of Wanda's code
-    removes everything up to the int(n · s)-th smallest, one more than asked and all its ties;
-    Wanda's own stable sort removes the first of them (`blockwise.wanda_mask` does so too);
-    jaxpruner's n:m ranks keep the last.
+    With a pattern, weights are removed in units and the sparsity is met in units. Sparsity is the
+    share removed, while n:m names the number kept. The count is exact, also when scores tie.
+
+    The reference implementations count differently. Wanda and SparseGPT remove int(n · s) weights
+    of each output, and Wanda's stable sort removes the first of equal scores: `rounding="down"`
+    and `ties="last"` repeat that. The magnitude baseline in Wanda's code removes everything up to
+    the int(n · s)-th smallest, one more than requested and all its ties. jaxpruner's n:m keeps the
+    last of equal scores.
 
     Args:
-        scores: float32 pytree, None where dense.
-        sparsity: share to remove, in [0, 1); or an `allocation.Allocation`, which says how many
-            weights go of each tensor. A traced share (float32, clipped to [0, 1]) does not
+        scores: Float32 pytree, None where dense.
+        sparsity: Share to remove, in [0, 1), or an `allocation.Allocation` with the number to
+            remove from each tensor. A traced share (float32, clipped to [0, 1]) does not
             recompile when it changes; with n:m it must be concrete.
-        scope: where the share is met: "tensor", in each tensor; "global", over all together,
-            which ranks tensors against each other; "row", in each output of a kernel, over its
-            inputs (the rows of a PyTorch weight, the columns of a Flax kernel). An allocation's
-            count that the rows do not divide takes one more from each of the first of them.
-        pattern: None, single weights; "n:m" keeps n of every m consecutive inputs, and the
-            sparsity must be 1 − n/m; "block:RxC", R inputs by C outputs; "row", all the inputs of
-            an output; "column", all the outputs of an input; "neuron", a hidden unit in all its
-            coupled tensors, while tensors that no coupling names stay dense.
-        rounding: of the count: "nearest", halves up; "down", as Wanda and SparseGPT do.
-        reduce: how a unit's scores in one tensor become one, of `patterns.REDUCTIONS`.
-        across: how a neuron's become one over its tensors, of `patterns.ACROSS`.
-        couplings: of neurons; None: `patterns.FEED_FORWARD`.
-        input_axes: along which axes the inputs of a kernel run; the default knows Flax.
+        scope: Set of weights that meets the sparsity and is ranked together: "tensor", each
+            tensor; "global", all tensors; "row", the inputs of each output of a kernel (the rows
+            of a PyTorch weight, the columns of a Flax kernel). If an allocation's count is not
+            divisible by the number of rows, each of the first rows loses one weight more.
+        pattern: Units in which weights are removed. None, single weights; "n:m" keeps n of every
+            m consecutive inputs, and the sparsity must be 1 − n/m; "block:RxC", R inputs by C
+            outputs; "row", all the inputs of an output; "column", all the outputs of an input;
+            "neuron", a hidden unit in all its coupled tensors, where tensors without a coupling
+            stay dense.
+        rounding: Rounding of the number of weights to remove: "nearest", halves up, or "down".
+        ties: Which of equal scores at the threshold are kept, "first" or "last" by flat index.
+        reduce: Reduction of a unit's scores within one tensor, one of `patterns.REDUCTIONS`.
+        across: Reduction of a neuron's scores over its tensors, one of `patterns.ACROSS`.
+        couplings: Couplings of neurons; None means `patterns.FEED_FORWARD`.
+        input_axes: Function from a name and a shape to the axes of a kernel's inputs; the default
+            knows Flax.
 
     Raises:
-        InputError: sparsity outside [0, 1), an unknown name, a pattern that the shapes or the
-            sparsity do not admit or that would empty a tensor, an allocation of other tensors,
-            NaN scores, or no scores at all.
+        InputError: The sparsity is outside [0, 1), a name is unknown, the pattern does not fit
+            the shapes or the sparsity or would empty a tensor, the allocation is for other
+            tensors, a score is NaN, or there are no scores.
 
     >>> by_sparsity({"w": jnp.array([3.0, 1.0, 2.0, 4.0])}, 0.5)["w"].tolist()
     [True, False, False, True]
@@ -118,14 +124,16 @@ def by_sparsity(
             raise InputError(
                 f"{kind} {name!r} is none of {', '.join(names)}; {did_you_mean(name, names)}"
             )
+    select.check_ties(ties)
     named = _scored(scores)
     if isinstance(sparsity, allocation.Allocation):
         _check_allocation(sparsity, named, scope)
     elif not isinstance(sparsity, Tracer):
         sparsity = _concrete(sparsity)
         allocation.check_sparsity(sparsity)
+    # n:m and rows rank the inputs of each output, so they need the axes, not units.
     if pattern is not None and patterns.is_n_of_m(pattern):
-        return _like(scores, named, _n_of_m(named, sparsity, pattern, input_axes))
+        return _like(scores, named, _n_of_m(named, sparsity, pattern, ties, input_axes))
     if scope == "row":
         if pattern is not None:
             raise InputError(
@@ -133,7 +141,7 @@ def by_sparsity(
                 "together; give scope 'tensor' or 'global'"
             )
         kept = {
-            name: _by_row(name, score, sparsity, rounding, input_axes)
+            name: _by_row(name, score, sparsity, rounding, ties, input_axes)
             for name, score in named.items()
         }
         return _like(scores, named, kept)
@@ -141,13 +149,15 @@ def by_sparsity(
     def axes_of(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return _normal_axes(name, shape, input_axes)
 
+    # Everything else is ranked in units, of one weight each without a pattern.
     units = patterns.units(
         pattern, named, axes_of, reduce=reduce, across=across, couplings=couplings
     )
     if scope == "global":
-        kept_units = _global(units, sparsity, rounding)
+        kept_units = _global(units, sparsity, rounding, ties)
     else:
-        kept_units = [_of_units(one, sparsity, rounding) for one in units]
+        kept_units = [_of_units(one, sparsity, rounding, ties) for one in units]
+    # Each weight gets the fate of its unit.
     kept = {}
     for one, mask in zip(units, kept_units, strict=True):
         kept |= one.spread(mask)
@@ -166,7 +176,7 @@ def _gone(size: int, sparsity: float, rounding: str) -> int:
     return int(size * sparsity) if rounding == "down" else allocation.removed_count(size, sparsity)
 
 
-def _of_units(one: patterns.Units, sparsity: Any, rounding: str) -> Array:
+def _of_units(one: patterns.Units, sparsity: Any, rounding: str, ties: str) -> Array:
     size = tree.size(one.score)
     if isinstance(sparsity, allocation.Allocation):
         gone = sum(sparsity.removed[name] for name in one.tensors)
@@ -174,7 +184,7 @@ def _of_units(one: patterns.Units, sparsity: Any, rounding: str) -> Array:
     else:
         keep = _keep(size, sparsity, rounding)
     _check_some_stay(one, keep, size, sparsity)
-    return select.top_k_mask(one.score, keep, name=one.name)
+    return select.top_k_mask(one.score, keep, ties=ties, name=one.name)
 
 
 def _check_some_stay(one: patterns.Units, keep: Any, size: int, sparsity: Any) -> None:
@@ -191,7 +201,7 @@ def _shown(sparsity: Any, one: patterns.Units) -> str:
     return f"{sparsity:g}"
 
 
-def _global(units: list[patterns.Units], sparsity: Any, rounding: str) -> list[Array]:
+def _global(units: list[patterns.Units], sparsity: Any, rounding: str, ties: str) -> list[Array]:
     weights = {one.weights for one in units}
     if len(weights) > 1:
         told = ", ".join(f"{one.name!r} of {one.weights}" for one in units[:6])
@@ -201,17 +211,20 @@ def _global(units: list[patterns.Units], sparsity: Any, rounding: str) -> list[A
         )
     size = sum(tree.size(one.score) for one in units)
     keep = _keep(size, sparsity, rounding)
-    return select.top_k_masks([one.score for one in units], keep, names=[one.name for one in units])
+    names = [one.name for one in units]
+    return select.top_k_masks([one.score for one in units], keep, ties=ties, names=names)
 
 
-def _by_row(name: str, score: Array, sparsity: Any, rounding: str, input_axes: InputAxes) -> Array:
+def _by_row(
+    name: str, score: Array, sparsity: Any, rounding: str, ties: str, input_axes: InputAxes
+) -> Array:
     axes = _normal_axes(name, score.shape, input_axes)
     inputs = math.prod(score.shape[axis] for axis in axes)
     if isinstance(sparsity, allocation.Allocation):
         keep = _shared_out(sparsity.removed[name], score.shape, axes)
     else:
         keep = _keep(inputs, sparsity, rounding)
-    return select.top_k_mask(score, keep, axes=axes, name=name)
+    return select.top_k_mask(score, keep, axes=axes, ties=ties, name=name)
 
 
 def _shared_out(gone: int, shape: tuple[int, ...], axes: tuple[int, ...]) -> counting.Count:
@@ -225,7 +238,7 @@ def _shared_out(gone: int, shape: tuple[int, ...], axes: tuple[int, ...]) -> cou
 
 
 def _n_of_m(
-    named: dict[str, Array], sparsity: Any, pattern: str, input_axes: InputAxes
+    named: dict[str, Array], sparsity: Any, pattern: str, ties: str, input_axes: InputAxes
 ) -> dict[str, Array]:
     n, m = patterns.parse_n_of_m(pattern)
     if isinstance(sparsity, Tracer | allocation.Allocation):
@@ -242,14 +255,19 @@ def _n_of_m(
     matrices, axes = {}, {}
     for name, score in named.items():
         axes[name] = _normal_axes(name, score.shape, input_axes)
-        matrices[name] = patterns.as_matrix(score, axes[name])
+        matrices[name] = _flipped(patterns.as_matrix(score, axes[name]), ties)
         patterns.check_divides(name, matrices[name].shape[0], m)
     return {
         name: patterns.from_matrix(
-            patterns.n_of_m_mask(matrix, n, m, name), named[name].shape, axes[name]
+            _flipped(patterns.n_of_m_mask(matrix, n, m, name), ties), named[name].shape, axes[name]
         )
         for name, matrix in matrices.items()
     }
+
+
+def _flipped(matrix_RxC: Array, ties: str) -> Array:
+    """Returns the matrix with its inputs in reverse if the last of ties are to be kept."""
+    return matrix_RxC[::-1] if ties == "last" else matrix_RxC
 
 
 def _check_allocation(given: allocation.Allocation, named: dict[str, Array], scope: str) -> None:
@@ -281,10 +299,6 @@ def _normal_axes(
             f"input_axes gave {axes} for {name!r} of shape {shape}; give axes that it has"
         )
     return tuple(sorted({axis % len(shape) for axis in axes}))
-
-
-def _is_traced(values: list[Any]) -> bool:
-    return any(isinstance(value, Tracer) for value in values)
 
 
 def _scored(scores: PyTree) -> dict[str, Array]:

@@ -19,9 +19,9 @@ from typing import Any
 
 from swe_prune.errors import check_choice
 from swe_prune.schedules.exchange import cosine_drop_fraction
-from swe_prune.schedules.movement import MovementSchedule
 from swe_prune.schedules.ramps import Constant, Cubic, Iterative, OneShot, Schedule
 from swe_prune.schedules.steps import Step
+from swe_prune.schedules.warmup_ramp import MovementSchedule
 
 __all__ = [
     "Constant",

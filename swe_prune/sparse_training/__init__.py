@@ -11,7 +11,14 @@ rewind            back to early values, or to an early learning rate
 """
 
 from swe_prune.sparse_training import movement
-from swe_prune.sparse_training.drop_and_grow import REGROWN, drop_and_grow, rigl, set
+from swe_prune.sparse_training.drop_and_grow import (
+    REGROWN,
+    drop_and_grow,
+    rigl,
+    rigl_update,
+    set,
+    set_update,
+)
 from swe_prune.sparse_training.on_schedule import all_kept, prune_on_schedule
 from swe_prune.sparse_training.rewind import rewind, rewound_schedule
 from swe_prune.sparse_training.straight_through import ste_magnitude, straight_through
@@ -25,7 +32,9 @@ __all__ = [
     "rewind",
     "rewound_schedule",
     "rigl",
+    "rigl_update",
     "set",
+    "set_update",
     "ste_magnitude",
     "straight_through",
 ]

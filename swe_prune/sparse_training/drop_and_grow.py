@@ -18,11 +18,10 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt32
 
 from swe_prune import counting, masks, select, tree
 from swe_prune.errors import InputError, did_you_mean
-from swe_prune.sparse_training.checks import check_fits
-from swe_prune.sparse_training.ranking import among
+from swe_prune.sparse_training.masked import check_fits
 
 REGROWN = ("keep", "reset")
-"""What becomes of a weight that is dropped and grown in one update: as it was, or 0 and new."""
+"""Value of a weight that is dropped and grown in one update: "keep" its own, or "reset" to 0."""
 
 
 def drop_and_grow(
@@ -34,25 +33,25 @@ def drop_and_grow(
     *,
     regrown: str = "keep",
 ) -> tuple[PyTree, PyTree, PyTree]:
-    """Returns parameters, masks and optimizer state after one exchange, counts unchanged.
+    """Returns parameters, mask and optimizer state after one exchange, counts unchanged.
 
-    A newly grown weight is 0, and so are its moments: the parts of the optimizer's state that are
-    laid out like the parameters, whatever the chain. What is dropped becomes 0 in both as well.
+    Newly grown weights start at 0, and their moments too (`masks.hold_moments`). Dropped weights
+    and their moments become 0 as well.
 
     Args:
-        params: pytree of weights.
-        mask: bool pytree, None where dense.
-        opt_state: of any optax optimizer, or None.
-        fraction: share of each tensor's active weights to exchange, in [0, 1]; may be traced. It
-            is read as float32 with no loss from that: 0.7 of 10 is 7.
-        grow_scores: float pytree like the parameters; only its masked leaves are read.
-        regrown: "keep" leaves a weight that is dropped and grown at once as it was, "reset" makes
-            it 0 and its moments too.
+        params: Pytree of weights.
+        mask: Bool pytree, None where dense.
+        opt_state: State of any optax optimizer, or None.
+        fraction: Share of each tensor's active weights to exchange, in [0, 1]; may be traced. It
+            is read as float32 without loss: 0.7 of 10 is 7.
+        grow_scores: Float pytree like the parameters; only its masked leaves are read.
+        regrown: Value of a weight that is dropped and grown in the same update: "keep" leaves the
+            weight and its moments as they were, "reset" makes them 0.
 
     Raises:
-        InputError: a fraction outside [0, 1], an unknown `regrown`, masks that are not bool or fit
-            neither weights nor scores, no mask at all, or a NaN (unless traced; there a NaN is
-            the first to be dropped and the last to be grown).
+        InputError: The fraction is outside [0, 1], `regrown` is unknown, a mask is not bool or
+            does not fit its weight or score, there is no mask at all, or a value is NaN (in a
+            traced call a NaN is the first to be dropped and the last to be grown).
     """
     _check(params, mask, fraction, grow_scores, regrown)
     n = tree.map_tracked(lambda keep: exchanged(counting.count_each([keep])[0], fraction), mask)
@@ -63,7 +62,7 @@ def drop_and_grow(
     return masks.apply(params, held), new, masks.hold_moments(opt_state, held)
 
 
-def rigl(
+def rigl_update(
     params: PyTree,
     mask: PyTree,
     opt_state: PyTree,
@@ -72,25 +71,24 @@ def rigl(
     *,
     regrown: str = "keep",
 ) -> tuple[PyTree, PyTree, PyTree]:
-    """Returns `drop_and_grow` by the magnitude of the dense gradient.
+    """Returns the result of `drop_and_grow` by the magnitude of the dense gradient: RigL.
 
-    `grads` is the gradient at the masked weights before any masking of its own: what `jax.grad`
-    gives, since zeros are weights like any other to it. `schedules.Constant(…).is_due(step)` says
-    when, `schedules.cosine_drop_fraction` how much; `jax.lax.cond` skips the work in between.
+    Use `schedules.Constant(…).is_due(step)` for when to update, `schedules.cosine_drop_fraction`
+    for the fraction, and `jax.lax.cond` to skip the work between updates.
 
     Args:
-        params: pytree of weights.
-        mask: bool pytree, None where dense.
-        opt_state: of any optax optimizer, or None.
-        fraction: share of each tensor's active weights to exchange; may be traced.
-        grads: pytree like the parameters.
-        regrown: of `REGROWN`.
+        params: Pytree of weights.
+        mask: Bool pytree, None where dense.
+        opt_state: State of any optax optimizer, or None.
+        fraction: Share of each tensor's active weights to exchange; may be traced.
+        grads: Dense gradient at the masked weights, as `jax.grad` gives it.
+        regrown: One of `REGROWN`.
 
     Raises:
-        InputError: as `drop_and_grow`.
+        InputError: As for `drop_and_grow`.
 
     >>> w, m = {"w": jnp.array([3.0, 1.0, 0.0])}, {"w": jnp.array([True, True, False])}
-    >>> w, m, _ = rigl(w, m, None, 0.5, {"w": jnp.array([0.0, 1.0, -2.0])})
+    >>> w, m, _ = rigl_update(w, m, None, 0.5, {"w": jnp.array([0.0, 1.0, -2.0])})
     >>> w["w"].tolist(), m["w"].tolist()
     ([3.0, 0.0, 0.0], [True, False, True])
     """
@@ -100,7 +98,7 @@ def rigl(
     return drop_and_grow(params, mask, opt_state, fraction, scores, regrown=regrown)
 
 
-def set(
+def set_update(
     params: PyTree,
     mask: PyTree,
     opt_state: PyTree,
@@ -109,18 +107,19 @@ def set(
     *,
     regrown: str = "keep",
 ) -> tuple[PyTree, PyTree, PyTree]:
-    """Returns `drop_and_grow` with growth at random: sparse evolutionary training.
+    """Returns the result of `drop_and_grow` with random growth: sparse evolutionary training.
 
     Args:
-        params: pytree of weights.
-        mask: bool pytree, None where dense.
-        opt_state: of any optax optimizer, or None.
-        fraction: share of each tensor's active weights to exchange; may be traced.
-        key: a new one for every update; each tensor draws from its own stream, named by its path.
-        regrown: of `REGROWN`.
+        params: Pytree of weights.
+        mask: Bool pytree, None where dense.
+        opt_state: State of any optax optimizer, or None.
+        fraction: Share of each tensor's active weights to exchange; may be traced.
+        key: Random key, a new one for every update; each tensor draws from its own stream, named
+            by its path.
+        regrown: One of `REGROWN`.
 
     Raises:
-        InputError: as `drop_and_grow`.
+        InputError: As for `drop_and_grow`.
     """
     scores = tree.map_named(
         lambda name, keep: jax.random.uniform(tree.named_key(key, name), keep.shape),
@@ -129,13 +128,19 @@ def set(
     return drop_and_grow(params, mask, opt_state, fraction, scores, regrown=regrown)
 
 
+rigl = rigl_update
+"""Same as `rigl_update`."""
+set = set_update
+"""Same as `set_update`."""
+
+
 def _stay(name: str, keep: Array, weight: Array, n: Array) -> Array:
     active = counting.count_each([keep])[0]
-    return select.top_k_mask(among(jnp.abs(weight), keep, name), active - n, name=name)
+    return select.top_k_mask(select.restrict(jnp.abs(weight), keep, name), active - n, name=name)
 
 
 def _grown(name: str, stay: Array, score: Array, n: Array) -> Array:
-    return stay | select.top_k_mask(among(score, ~stay, name), n, name=name)
+    return stay | select.top_k_mask(select.restrict(score, ~stay, name), n, name=name)
 
 
 def exchanged(active: UInt32[Array, ""], fraction: float | Float[Array, ""]) -> UInt32[Array, ""]:

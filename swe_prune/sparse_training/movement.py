@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from swe_prune import counting, masks, select, tree
 from swe_prune.errors import InputError, did_you_mean
-from swe_prune.sparse_training.checks import check_fits
+from swe_prune.sparse_training.masked import check_fits, masked
 
 LEAST_KEPT = 0.005
 """The share of a tensor that a threshold always leaves."""
@@ -80,24 +80,9 @@ def forward(params: PyTree, scores: PyTree, mask: PyTree) -> PyTree:
             return weight
         check_fits(name, keep, weight)
         check_fits(name, keep, score, "score")
-        return _masked(weight, score, keep)
+        return masked(weight, keep, score)
 
     return tree.map_leaves(leaf, mask, params, scores)
-
-
-@jax.custom_jvp
-def _masked(weight: Array, score: Array, keep: Array) -> Array:
-    return jnp.where(keep, weight, 0)
-
-
-@_masked.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    weight, score, keep = primals
-    moved, rescored, _ = tangents
-    # ∂W' = M ⊙ ∂W + W ⊙ ∂S, of which the two gradients are the transpose.
-    return _masked(weight, score, keep), jnp.where(keep, moved, 0) + weight * rescored.astype(
-        weight.dtype
-    )
 
 
 def hard_masks(

@@ -9,10 +9,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from swe_prune import importance, masks, schedules, tree
+from swe_prune import importance, masks, schedules, select, tree
 from swe_prune.errors import InputError
-from swe_prune.sparse_training.checks import check_fits
-from swe_prune.sparse_training.ranking import among
+from swe_prune.sparse_training.masked import check_fits
 
 _NOT_MONOTONE = {"reduce": ("l2", "abs_sum"), "across": ("prod",)}
 
@@ -106,7 +105,7 @@ def prune_on_schedule(
         amount = share(scores)
         if allocate is not None:
             amount = allocate(scores, amount, *args)
-        scores = tree.map_named(lambda name, keep, s: among(s, keep, name), mask, scores)
+        scores = tree.map_named(lambda name, keep, s: select.restrict(s, keep, name), mask, scores)
         made = masks.by_sparsity(scores, amount, scope, **options)
 
         def leaf(name: str, keep: Any, new: Any) -> Any:

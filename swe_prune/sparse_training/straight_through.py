@@ -3,11 +3,10 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from swe_prune import importance, masks, tree
-from swe_prune.sparse_training.checks import check_fits
+from swe_prune.sparse_training.masked import check_fits, masked
 
 
 def straight_through(params: PyTree, mask: PyTree) -> PyTree:
@@ -32,21 +31,9 @@ def straight_through(params: PyTree, mask: PyTree) -> PyTree:
         if keep is None:
             return weight
         check_fits(name, keep, weight)
-        return _masked(weight, keep)
+        return masked(weight, keep, None)
 
     return tree.map_leaves(leaf, mask, params)
-
-
-# A rule of its own for derivatives: w + stop_gradient(w · m − w) would make NaN of an infinity, and
-# custom_vjp has no forward mode, which Hessian-vector products need.
-@jax.custom_jvp
-def _masked(weight: Float[Array, "..."], keep: Bool[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.where(keep, weight, 0)
-
-
-@_masked.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    return _masked(*primals), tangents[0]
 
 
 def ste_magnitude(
@@ -56,21 +43,21 @@ def ste_magnitude(
     *,
     scope: str = "tensor",
 ) -> PyTree:
-    """Returns the weights as a forward pass sees them when their smallest |w| are pruned anew.
+    """Returns the weights with the smallest |w| pruned, and a straight-through gradient.
 
-    Call it on the dense weights inside the loss, in every step; gradients go straight to them and
-    no update is masked (jaxpruner's STE magnitude pruning). After training the sparse weights are
-    what it returns for the last ones.
+    Call it on the dense weights inside the loss, in every step. Gradients go straight to the dense
+    weights and no update is masked (jaxpruner's STE magnitude pruning). After training, call it on
+    the final dense weights to get the sparse ones.
 
     Args:
-        params: pytree of dense weights.
-        prunable: bool pytree; None: `tree.prunable(params)`.
-        sparsity: share of the weights that the forward pass does without; traced, so that a
-            schedule's `sparsity(step)` compiles once, or a number.
-        scope: of `masks.by_sparsity`: "tensor", "global" or "row".
+        params: Pytree of dense weights.
+        prunable: Bool pytree; None means `tree.prunable(params)`.
+        sparsity: Share of the weights to prune; a number, or traced, so that a schedule's
+            `sparsity(step)` compiles once.
+        scope: Scope of `masks.by_sparsity`: "tensor", "global" or "row".
 
     Raises:
-        InputError: as `importance.score` and `masks.by_sparsity`.
+        InputError: As for `importance.score` and `masks.by_sparsity`.
 
     >>> ste_magnitude({"w": jnp.array([[1.0, -3.0]])}, None, 0.5)["w"].tolist()
     [[0.0, -3.0]]

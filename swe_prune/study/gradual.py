@@ -34,8 +34,8 @@ EXCHANGE = 0.75  # share of the recovery in which RigL and SET exchange weights,
 DROP_FRACTION = 0.3  # share of the active weights exchanged at first, RigL's alpha
 SCORE_RATE = 1e-2  # learning rate of movement pruning's scores, as in the paper
 
-_rigl = jax.jit(sparse_training.rigl)
-_set = jax.jit(sparse_training.set)
+_rigl = jax.jit(sparse_training.rigl_update)
+_set = jax.jit(sparse_training.set_update)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,11 +46,11 @@ def placed(arrays, mesh, spec):
 
 
 def rigl(t, params, mask, state, grads, key):
-    return sparse_training.rigl(params, mask, state, 0.1 * t, grads)
+    return sparse_training.rigl_update(params, mask, state, 0.1 * t, grads)
 
 
 def evolve(t, params, mask, state, grads, key):
-    return sparse_training.set(params, mask, state, 0.1 * t, key, regrown="reset")
+    return sparse_training.set_update(params, mask, state, 0.1 * t, key, regrown="reset")
 
 
 def scheduled(t, params, mask, state, grads, key):
