@@ -22,6 +22,7 @@ def straight_through(params: PyTree, mask: PyTree) -> PyTree:
     Raises:
         InputError: mask and parameters differ in structure or shape.
 
+    >>> import jax.numpy as jnp
     >>> loss = lambda p: (straight_through(p, {"w": jnp.array([True, False])})["w"] * 3).sum()
     >>> jax.grad(loss)({"w": jnp.array([1.0, 2.0])})["w"].tolist()
     [3.0, 3.0]
@@ -59,6 +60,7 @@ def ste_magnitude(
     Raises:
         InputError: As for `importance.score` and `masks.by_sparsity`.
 
+    >>> import jax.numpy as jnp
     >>> ste_magnitude({"w": jnp.array([[1.0, -3.0]])}, None, 0.5)["w"].tolist()
     [[0.0, -3.0]]
     """
