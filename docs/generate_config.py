@@ -3,19 +3,18 @@
 python docs/generate_config.py            writes the file
 python docs/generate_config.py --check    fails if the file says something else
 
-The meaning of a field is its entry in docs/config_meanings.toml; else the comment beside the field,
-with the comment lines under it. A field with neither is an error, and so is an entry for a field
-that is not there.
+The meaning of a field is the comment beside it, with the comment lines under it, or its entry in the
+docstring's Attributes. A field with neither is an error.
 """
 
 import ast
 import dataclasses
 import inspect
 import io
+import re
 import sys
 import textwrap
 import tokenize
-import tomllib
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,14 +34,6 @@ A duration or interval is a number of steps (`500`), a fraction of the phase (`"
 the training text (`"2 epochs"`).
 """
 
-MEANINGS: dict[str, str] = {
-    f"{group}.{name}": meaning
-    for group, entries in tomllib.loads(
-        Path(__file__).with_name("config_meanings.toml").read_text(encoding="utf-8")
-    ).items()
-    for name, meaning in entries.items()
-}
-
 
 def page() -> str:
     """Returns the whole page."""
@@ -54,11 +45,6 @@ def page() -> str:
     sections = list(groups())
     for cls, paths in sections:
         parts.append(section(cls, paths, {c.__name__: p for c, p in sections}))
-    known = {f"{cls.__name__}.{f.name}" for cls, _ in sections for f in dataclasses.fields(cls)}
-    if stale := sorted(set(MEANINGS) - known):
-        raise SystemExit(
-            f"config_meanings.toml has {stale[0]!r}, which is not a setting; remove the entry"
-        )
     return "\n".join(parts)
 
 
@@ -82,13 +68,13 @@ def groups() -> Iterator[tuple[type, list[str]]]:
 
 def section(cls: type, paths: list[str], known: dict[str, list[str]]) -> str:
     """Returns the heading, the docstring and the table of one dataclass."""
-    comments = {name: said for base in bases(cls) for name, said in comments_of(base).items()}
+    comments = {name: said for base in bases(cls) for name, said in meanings_of(base).items()}
     types = annotations(cls)
     rows = ["| setting | type | default | meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(cls):
         annotation = types[field.name]
         name = f"{cls.__name__}.{field.name}"
-        meaning = MEANINGS.get(name) or sentence(comments.get(field.name, ""))
+        meaning = sentence(comments.get(field.name, ""))
         if not meaning:
             raise SystemExit(f"{name} has no meaning; write a comment beside it")
         links = [
@@ -127,6 +113,13 @@ def bases(cls: type) -> list[type]:
 def tree_of(cls: type) -> ast.Module:
     """Returns the parsed source of a class."""
     return ast.parse(textwrap.dedent(inspect.getsource(cls)))
+
+
+def meanings_of(cls: type) -> dict[str, str]:
+    """Returns the meanings of a class's own fields: Attributes of the docstring, then comments."""
+    _, _, attributes = (inspect.getdoc(cls) or "").partition("Attributes:\n")
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes, flags=re.MULTILINE)
+    return {name: " ".join(said.split()) for name, said in entries} | comments_of(cls)
 
 
 def comments_of(cls: type) -> dict[str, str]:

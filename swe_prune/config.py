@@ -96,9 +96,9 @@ class ModelConfig:
     positions: Positions = "learned"  # position encoding: learned embeddings or rotary
     rope: RopeConfig = RopeConfig()  # settings of rotary positions
     window: int | None = None  # length of the attention window, the token included; None: all
-    # pretrained model whose sizes replace the ones above: a Hugging Face folder, a GGUF file, or
-    # "package:NAME" for the GGUF file in an installed package; None: random initialization
-    pretrained: str | None = None
+    pretrained: str | None = None  # pretrained model whose sizes replace the ones above: a
+    # Hugging Face folder, a GGUF file, or "package:NAME" for the GGUF file in an installed package;
+    # None: random initialization
 
     @property
     def head_size(self) -> int:
@@ -158,8 +158,9 @@ class PhaseConfig:
 class TrajectoryConfig:
     """What is recorded of every prunable weight; see `trajectory.py`."""
 
-    # names of the measures to track; None: the ones that the criteria of the study need
-    measures: tuple[str, ...] | None = None
+    measures: tuple[str, ...] | None = (
+        None  # names of the measures to track; None: the ones that the criteria of the study need
+    )
     every: Duration = "5%"  # interval between snapshots
     power: float = 0.5  # exponent of a snapshot's number in its weight for late_mean
     window_start: int = 1  # number of the first snapshot that counts for late_mean, from 1
@@ -240,10 +241,10 @@ class CellConfig(Recipe):
         movement          scores are learned and pick the masks (Sanh et al., 2020)
     """
 
-    schedule: Schedule = ONE_SHOT  # When the weights are removed.
-    recovery: Recovery = "finetune"  # Training that follows.
-    recovery_steps: Duration | None = None  # Length of the recovery; None: `finetune.steps`.
-    seeds: tuple[int, ...] | None = None  # Seeds of the dense models; None: those of the study.
+    schedule: Schedule = ONE_SHOT  # when the weights are removed
+    recovery: Recovery = "finetune"  # training that follows
+    recovery_steps: Duration | None = None  # length of the recovery; None: `finetune.steps`
+    seeds: tuple[int, ...] | None = None  # seeds of the dense models; None: those of the study
 
     def recipe(self, seed: int) -> Recipe:
         """Returns how the model of a seed is pruned."""
@@ -260,14 +261,14 @@ class StudyConfig:
     `cells` follow the grid, as a sweep lists them.
     """
 
-    std_criteria: tuple[str, ...] = ("swe", "swe_spread", "magnitude")
-    std_rates: tuple[float, ...] = (0.5, 1.0, 1.4, 2.0, 3.0)
-    std_seeds: tuple[int, ...] = (0,)
-    criteria: tuple[str, ...] = ("swe", "magnitude", "random")
-    sparsities: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
-    scopes: tuple[str, ...] = ("tensor", "global")
-    seeds: tuple[int, ...] = (0, 1)
-    cells: tuple[CellConfig, ...] = ()
+    std_criteria: tuple[str, ...] = ("swe", "swe_spread", "magnitude")  # criteria pruned by a rate
+    std_rates: tuple[float, ...] = (0.5, 1.0, 1.4, 2.0, 3.0)  # rates for each of them
+    std_seeds: tuple[int, ...] = (0,)  # seeds of the dense models pruned by a rate
+    criteria: tuple[str, ...] = ("swe", "magnitude", "random")  # criteria pruned to equal sparsity
+    sparsities: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)  # sparsities for each of them
+    scopes: tuple[str, ...] = ("tensor", "global")  # scopes for each of them
+    seeds: tuple[int, ...] = (0, 1)  # seeds of the dense models pruned to equal sparsity
+    cells: tuple[CellConfig, ...] = ()  # further cells, as `sweep` lists them
 
 
 @dataclasses.dataclass(frozen=True)
