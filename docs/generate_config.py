@@ -3,8 +3,8 @@
 python docs/generate_config.py            writes the file
 python docs/generate_config.py --check    fails if the file says something else
 
-The meaning of a field is the comment beside it, with the comment lines under it, or its entry in the
-docstring's Attributes. A field with neither is an error.
+The meaning of a field is the comment beside it, with the comment lines under it, or its entry in
+the docstring's Attributes. A field with neither is an error.
 """
 
 import ast
@@ -119,7 +119,8 @@ def meanings_of(cls: type) -> dict[str, str]:
     """Returns the meanings of a class's own fields: Attributes of the docstring, then comments."""
     _, _, attributes = (inspect.getdoc(cls) or "").partition("Attributes:\n")
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes, flags=re.MULTILINE)
-    return {name: " ".join(said.split()) for name, said in entries} | comments_of(cls)
+    comments = {name: said for name, said in comments_of(cls).items() if said}
+    return {name: " ".join(said.split()) for name, said in entries} | comments
 
 
 def comments_of(cls: type) -> dict[str, str]:

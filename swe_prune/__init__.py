@@ -32,12 +32,10 @@ from swe_prune import (
     tree,
 )
 from swe_prune.pruning import Pruned, prune
-from swe_prune.recipe import Recipe
 from swe_prune.version import __version__
 
 __all__ = [
     "Pruned",
-    "Recipe",
     "__version__",
     "allocation",
     "blockwise",

@@ -16,11 +16,10 @@ from swe_prune import interop, masks, tree
 from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError
 from swe_prune.interop.hf_config import read_config
+from swe_prune.recipe import Recipe
 
 RECORD = interop.PruningRecord(
-    "magnitude",
-    options={"scope": "tensor"},
-    seed=3,
+    Recipe("magnitude", sparsity=0.5, seed=3),
     calibration={"text": "plays", "windows": 8},
     evaluation={"perplexity": {"dense": 10.5, "pruned": 11.0}},
     commit="0123abc",
@@ -177,7 +176,7 @@ def test_a_mask_needs_a_record_and_must_fit(tmp_path):
     refused(tmp_path / "out", "belong together", made, record=RECORD)
     wrong = tree.map_tracked(lambda keep: keep[1:], mask)
     refused(tmp_path / "out", "mask of .* the weight's shape", made, mask=wrong, record=RECORD)
-    odd = interop.PruningRecord("magnitude", evaluation={"loss": float("nan")})
+    odd = interop.PruningRecord(RECORD.recipe, evaluation={"loss": float("nan")})
     refused(tmp_path / "out", "PruningRecord is no JSON", made, mask=mask, record=odd)
     assert list(tmp_path.iterdir()) == []
 

@@ -10,7 +10,7 @@ import tiny
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from swe_prune import parallel, trajectory
+from swe_prune import parallel, study, trajectory
 from swe_prune.config import ModelConfig, ParallelConfig
 from swe_prune.errors import InputError
 from swe_prune.models import gpt
@@ -95,8 +95,8 @@ def test_an_experiment_tracks_in_host_memory_what_it_tracks_on_the_device(
 ):
     """Through a checkpoint in the middle, for two seeds, and on to the masks."""
     settings = tiny.config(plays_dir)
-    study = dataclasses.replace(settings.study, std_criteria=(), criteria=("swe",))
-    settings = dataclasses.replace(settings, study=study)
+    cells = dataclasses.replace(settings.study, std_criteria=(), criteria=("swe",))
+    settings = dataclasses.replace(settings, study=cells)
     host = dataclasses.replace(settings, parallel=ParallelConfig(statistics="host"))
     masks = []
     for name, config in (("device", settings), ("host", host)):
