@@ -28,6 +28,8 @@ FIRST = (
     "distributed_test.py",
     "bucket_test.py",
     "resume_test.py",
+    "study_test.py",
+    "contract_test.py",
 )
 
 
