@@ -48,10 +48,10 @@ def forecast_curvature(
 ) -> Float[Array, "..."]:
     """(w + horizon · (w − late mean))² v^power: where the weight is heading, and the curvature.
 
-    A larger horizon costs more before fine-tuning and less after it; see the README's table.
+    A larger horizon costs more before fine-tuning and less after it; see docs/results.md.
 
     When: first choice for tracked weights that Adam trained, when fine-tuning follows.
-    Source: this project; measured in the README.
+    Source: this project; measured in docs/results.md.
     """
     return (weight + horizon * (weight - late_mean)) ** 2 * second_moment**power
 

@@ -32,7 +32,7 @@ def forecast(
 
     When: as the ablation of `forecast_curvature`; alone it beats `magnitude` only after
         fine-tuning, and only where the loss was still falling.
-    Source: this project; measured in the README.
+    Source: this project; measured in docs/results.md.
     """
     return jnp.abs(weight + horizon * (weight - late_mean))
 
