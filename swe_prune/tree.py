@@ -155,6 +155,25 @@ def prunable(
     return map_named(lambda name, _: chosen.get(name, False), params)
 
 
+def prunable_leaves(params: PyTree, prunable_tree: PyTree | None, what: str) -> dict[str, Any]:
+    """Returns the prunable weights by name.
+
+    Args:
+        params: Pytree of weights.
+        prunable_tree: Bool pytree like `params`. If None, `prunable(params)`.
+        what: What is to be done with the weights, for the error.
+
+    Raises:
+        InputError: If no weight is prunable.
+    """
+    marks = prunable(params) if prunable_tree is None else prunable_tree
+    kept = map_named(lambda _, weight, mark: weight if mark else None, params, marks)
+    found = {name: leaf for name, leaf in named_leaves(kept) if leaf is not None}
+    if not found:
+        raise InputError(f"no weight is prunable, so there is nothing to {what}; widen the rules")
+    return found
+
+
 def dense_reason(
     name: str, leaf: Any, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
 ) -> str:

@@ -406,7 +406,7 @@ X = np.ones((2, 4), np.float32)
         ({"blocks": r"block_\d"}, r"names 'block_\\\\d', which holds no weight"),
         ({"blocks": ["layers_0", "layer_1"]}, "'layer_1', which holds no weight; did you mean"),
         ({"blocks": ["layers_0", "layers_0/up"]}, "which share weights"),
-        ({"method": "wandb"}, "unknown method 'wandb'; did you mean 'wanda'"),
+        ({"method": "wandb"}, "method must be one of .* got 'wandb'; did you mean 'wanda'"),
         ({"sparsity": None}, "neither a sparsity nor a pattern"),
         ({"sparsity": {"layers_0/up/kernel": 0.5}}, "no sparsity is given for 'layers_0/attention"),
         ({"sparsity": {"layers_0/upp/kernel": 0.5}}, "did you mean 'layers_0/up/kernel'"),

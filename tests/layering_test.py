@@ -12,7 +12,8 @@ HOUSE = [
     "version", "errors", "runtime", "tree", "counting", "trajectory", "select",
     "schedules", "importance", "allocation", "patterns", "masks", "sparse_training", "calibration",
     "blockwise", "recipe", "pruning", "config", "sweep", "models", "data", "training", "parallel",
-    "checkpoint", "evaluation", "interop", "pretrained", "study", "report", "cli", "__main__",
+    "checkpoint", "resumable", "evaluation", "interop", "pretrained", "study", "report", "cli",
+    "__main__",
 ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 
 from swe_prune import tree
 from swe_prune.allocation import rounding
-from swe_prune.allocation.groups import Groups, chosen, grouped
+from swe_prune.allocation.groups import Groups, grouped
 from swe_prune.allocation.rounding import Allocation
 from swe_prune.errors import InputError
 
@@ -55,7 +55,10 @@ def alpha_pruning(
     rounding.check_sparsity(sparsity)
     if not 0 <= epsilon < 1:
         raise InputError(f"epsilon must be in [0, 1), such as 0.3, got {epsilon}")
-    sizes = {name: tree.size(leaf) for name, leaf in chosen(params, prunable).items()}
+    sizes = {
+        name: tree.size(leaf)
+        for name, leaf in tree.prunable_leaves(params, prunable, "allocate").items()
+    }
     members = grouped(sizes, groups)
     alphas = tail_exponents(params, tail=tail, prunable=prunable, input_axes=input_axes)
     # Average the exponents of each group, then scale the group sparsities to the total.
@@ -141,7 +144,7 @@ def tail_exponents(
     if not 0 < tail <= 1:
         raise InputError(f"tail must be in (0, 1], such as 0.5, got {tail}")
     exponents = {}
-    for name, weight in chosen(params, prunable).items():
+    for name, weight in tree.prunable_leaves(params, prunable, "allocate").items():
         # Compute the smaller Gram matrix on the device, and its eigenvalues on the host.
         axes = tuple(input_axes(name, weight.shape))
         sharding = _mesh_sharding(weight)

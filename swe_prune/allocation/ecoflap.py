@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 from swe_prune import tree
 from swe_prune.allocation import rounding
 from swe_prune.allocation.filling import water_fill, within_groups
-from swe_prune.allocation.groups import Groups, chosen, grouped
+from swe_prune.allocation.groups import Groups, grouped
 from swe_prune.allocation.rounding import Allocation
 from swe_prune.errors import InputError, check_choice
 
@@ -65,7 +65,10 @@ def ecoflap(
     """
     rounding.check_sparsity(sparsity)
     check_choice(reduce, REDUCTIONS, "reduce")
-    sizes = {name: tree.size(leaf) for name, leaf in chosen(params, prunable).items()}
+    sizes = {
+        name: tree.size(leaf)
+        for name, leaf in tree.prunable_leaves(params, prunable, "allocate").items()
+    }
     members = grouped(sizes, groups)
     whole = [sum(sizes[name] for name in names) for names in members.values()]
     water_fill([0.0] * len(whole), whole, sparsity, max_sparsity)  # bad input shows before work
@@ -115,7 +118,7 @@ def zeroth_order_importance(
     check_choice(measure, MEASURES, "measure")
     if not 0 < epsilon < math.inf:
         raise InputError(f"epsilon = {epsilon} is not positive and finite; give one such as 1e-3")
-    probed = chosen(params, prunable)
+    probed = tree.prunable_leaves(params, prunable, "allocate")
     names = [name for name, _ in tree.named_leaves(params)]
     leaves, treedef = jax.tree.flatten(params, is_leaf=tree.is_none)
     loss = jax.jit(loss)

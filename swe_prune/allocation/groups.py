@@ -75,24 +75,6 @@ def scored(scores: PyTree) -> dict[str, jax.Array]:
     return named
 
 
-def chosen(params: PyTree, prunable: PyTree | None) -> dict[str, Any]:
-    """Returns the prunable weights by name.
-
-    Args:
-        params: Pytree of weights.
-        prunable: Bool pytree like `params`. If None, `tree.prunable(params)`.
-
-    Raises:
-        InputError: If no weight is prunable.
-    """
-    marks = tree.prunable(params) if prunable is None else prunable
-    kept = tree.map_named(lambda _, weight, mark: weight if mark else None, params, marks)
-    found = {name: leaf for name, leaf in tree.named_leaves(kept) if leaf is not None}
-    if not found:
-        raise InputError("no weight is prunable, so there is nothing to allocate; widen the rules")
-    return found
-
-
 def grouped(names: Iterable[str], groups: Groups = "block") -> dict[str, list[str]]:
     """Returns the names of the tensors in each group, in the order of the groups' first tensors.
 

@@ -16,7 +16,6 @@ from swe_prune.allocation.alpha_pruning import alpha_pruning
 from swe_prune.allocation.by_score import by_scores
 from swe_prune.allocation.by_shape import erk, table, uniform
 from swe_prune.allocation.ecoflap import ecoflap
-from swe_prune.allocation.groups import chosen
 from swe_prune.allocation.owl import owl
 from swe_prune.allocation.rounding import Allocation
 from swe_prune.allocation.std_rule import std
@@ -150,7 +149,9 @@ def allocate(
     # Shapes come from the scores, or from the prunable weights if there are none.
     given["shapes"] = scores
     if scores is None and params is not None:
-        given["shapes"] = chosen(params, prunable) if "shapes" in rule.needs else None
+        given["shapes"] = (
+            tree.prunable_leaves(params, prunable, "allocate") if "shapes" in rule.needs else None
+        )
     for need in rule.needs:
         if given[need] is None:
             raise InputError(f"allocation {name!r} needs {need}; {NEEDS[need]}")

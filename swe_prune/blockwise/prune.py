@@ -22,7 +22,7 @@ from swe_prune.blockwise import block_graph, wanda
 from swe_prune.blockwise.sparsegpt import BLOCK, SolverReport, check_sparsity, sparsegpt
 from swe_prune.calibration import batching as of_batches
 from swe_prune.calibration import layer_inputs as measuring
-from swe_prune.errors import InputError, did_you_mean
+from swe_prune.errors import InputError, check_choice, did_you_mean
 
 METHODS = ("wanda", "wanda_variant", "sparsegpt", "magnitude")
 
@@ -127,13 +127,10 @@ def prune_blocks(
 
     Sources: as in `solver` and `ranking`, whose references both go block after block.
     """
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        raise InputError("variables= holds no 'params'; give {'params': params} as model.apply has")
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}; {did_you_mean(method, METHODS)}")
-    params = variables["params"]
+    params = measuring.params_of(variables)
+    check_choice(method, METHODS, "method")
     paths = block_graph.find([name for name, _ in tree.named_leaves(params)], blocks)
-    chosen = measuring.chosen(params, tree.prunable(params) if prunable is None else prunable)
+    chosen = measuring.wanted_shapes(params, prunable)
     shapes = {
         name: shape
         for name, shape in chosen.items()

@@ -66,11 +66,8 @@ def inputs(
     >>> (norm["input_norm"]["kernel"] ** 2).ravel().tolist()
     [12.5, 0.0]
     """
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        raise InputError("variables= holds no 'params'; give {'params': params}, as to model.apply")
-    params = variables["params"]
-    prunable = tree.prunable(params) if prunable is None else prunable
-    wanted = chosen(params, prunable)
+    params = params_of(variables)
+    wanted = wanted_shapes(params, prunable)
     # Accumulate sums over the batches, then normalize them.
     step = make_measure_fn(model, call or applied, wanted, hessian=hessian, dense_like=dense_like)
     sums, n = accumulate(step, variables, batches)
@@ -84,18 +81,25 @@ def applied(model: nn.Module, variables: Any, batch: Any) -> Any:
     return model.apply(variables, batch["inputs"] if has_inputs else batch)
 
 
-def chosen(params: PyTree, prunable: PyTree) -> dict[str, tuple[int, ...]]:
+def params_of(variables: Any) -> PyTree:
+    """Returns variables["params"].
+
+    Raises:
+        InputError: If there is none.
+    """
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise InputError("variables= holds no 'params'; give {'params': params}, as to model.apply")
+    return variables["params"]
+
+
+def wanted_shapes(params: PyTree, prunable: PyTree | None) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the prunable weights by name.
 
     Raises:
         InputError: If no weight is prunable.
     """
-    flags = tree.map_named(lambda _, leaf, flag: bool(flag), params, prunable)
-    named = zip(tree.named_leaves(params), tree.named_leaves(flags), strict=True)
-    wanted = {name: leaf.shape for (name, leaf), (_, flag) in named if flag}
-    if not wanted:
-        raise InputError("no weight is prunable, so there is nothing to measure; widen the rules")
-    return wanted
+    found = tree.prunable_leaves(params, prunable, "measure")
+    return {name: leaf.shape for name, leaf in found.items()}
 
 
 def make_measure_fn(

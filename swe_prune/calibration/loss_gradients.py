@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 
 from swe_prune import tree
 from swe_prune.calibration import batching
-from swe_prune.calibration.layer_inputs import chosen
+from swe_prune.calibration.layer_inputs import wanted_shapes
 from swe_prune.errors import InputError
 
 
@@ -54,7 +54,7 @@ def gradients(
     if at_once is not None and at_once < 1:
         raise InputError(f"at_once must be a number of examples of 1 or more, got {at_once}")
     flags = tree.prunable(params) if prunable is None else prunable
-    names = chosen(params, flags)
+    names = wanted_shapes(params, flags)
     weights = {name: leaf for name, leaf in tree.named_leaves(params) if name in names}
 
     def sums(weights: Any, params: Any, batch: Any) -> Any:

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from swe_prune.data.dataset import Tokenizer
 from swe_prune.errors import InputError
 from swe_prune.evaluation.generation import generate
 from swe_prune.evaluation.sampling import GREEDY, Sampling
@@ -32,26 +33,18 @@ Scored = tuple[list[int], int]
 """Tokens, and how many of them, from the end, are scored given those before."""
 
 
-class Tokenizer(Protocol):
-    """What is needed of a tokenizer; `interop.PretrainedTokenizer` is one."""
+class HarnessTokenizer(Tokenizer, Protocol):
+    """A tokenizer that knows its special tokens; `interop.PretrainedTokenizer` is one."""
 
     bos_id: int | None
 
     @property
     def eos_id(self) -> int | None:
-        """Of the token that ends a text."""
-        ...
-
-    def encode(self, text: str) -> Any:
-        """Returns the ids of a text, without special tokens."""
-        ...
-
-    def decode(self, ids: Any) -> str:
-        """Returns the text of ids."""
+        """Id of the token that ends a text."""
         ...
 
 
-def harness(model: Any, params: PyTree, tokenizer: Tokenizer, **settings: Any) -> Any:
+def harness(model: Any, params: PyTree, tokenizer: HarnessTokenizer, **settings: Any) -> Any:
     """Returns an `lm_eval.api.model.LM`; the arguments are those of `Answers`.
 
     Raises:
@@ -93,7 +86,7 @@ class Answers:
         self,
         model: Any,
         params: PyTree,
-        tokenizer: Tokenizer,
+        tokenizer: HarnessTokenizer,
         *,
         batch: int,
         add_bos: bool,

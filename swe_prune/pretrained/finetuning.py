@@ -4,7 +4,6 @@ A run keeps checkpoints in OUT.work beside the folder that it will write, and go
 when the same command is given again.
 """
 
-import contextlib
 import dataclasses
 import json
 import shutil
@@ -18,15 +17,13 @@ from flax import linen as nn
 from jaxtyping import PyTree
 
 from swe_prune import data as data_lib
-from swe_prune import parallel, trajectory, tree
-from swe_prune.checkpoint import Checkpoints
+from swe_prune import parallel, resumable, trajectory, tree
 from swe_prune.config import ParallelConfig, PhaseConfig
 from swe_prune.errors import InputError
 from swe_prune.pretrained.settings import FinetuneSettings
 from swe_prune.pretrained.texts import Text
 from swe_prune.runtime import storage
-from swe_prune.runtime.preemption import PREEMPTION
-from swe_prune.training import loop, lora
+from swe_prune.training import lora
 from swe_prune.training import optimizer as optimizer_lib
 from swe_prune.training import state as state_lib
 from swe_prune.training import step as step_lib
@@ -157,16 +154,7 @@ def _fit(
         checkpoint_every=settings.checkpoint_every,
         keep_latest=1,
     )
-    with contextlib.ExitStack() as stack:
-        checkpoints = None
-        if settings.checkpoint_every:
-            checkpoints = stack.enter_context(
-                contextlib.closing(Checkpoints(work / "checkpoints", keep=1))
-            )
-        advance = stack.enter_context(progress.phase(run.name, run.steps))
-        stack.enter_context(PREEMPTION.defer())
-        state, _ = loop.fit(run, state, step, batches, checkpoints=checkpoints, progress=advance)
-    return state
+    return resumable.fit(run, state, step, batches, progress)[0]
 
 
 def _settle(work: epath.Path, settings: FinetuneSettings) -> None:

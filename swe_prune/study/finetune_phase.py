@@ -1,6 +1,5 @@
 """The phase that recovers: training on with masks held, or while pruning goes on."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +8,8 @@ from etils import epath
 from jaxtyping import PyTree
 
 from swe_prune import masks as masks_lib
-from swe_prune.checkpoint import Checkpoints
+from swe_prune import resumable
 from swe_prune.errors import RunError
-from swe_prune.runtime.preemption import PREEMPTION
 from swe_prune.study import gradual, histograms, prune_phase, samples
 from swe_prune.study.experiment import Experiment
 from swe_prune.study.grid import Cell
@@ -19,8 +17,6 @@ from swe_prune.study.prune_phase import DenseModel
 from swe_prune.study.recovery import Tuning
 from swe_prune.study.saved import finite, load_masks, recovery_start, save, starting_values
 from swe_prune.study.workdir import remove, result_of, write_result
-from swe_prune.training import loop
-from swe_prune.training.phase import Phase
 from swe_prune.training.progress import Progress
 from swe_prune.training.state import TrainState
 
@@ -128,46 +124,11 @@ def recover(
         step: Train step that also prunes. None: the recovery's own.
         weights: Function from the trained parameters and a step to the weights to evaluate.
     """
-    phase = experiment.phase(name, folder, tuning.settings, tuning.steps)
-    data_seed = seed + FINETUNE_SEED_OFFSET
-    return fit(
-        experiment,
-        progress,
-        phase,
+    return resumable.fit(
+        experiment.phase(name, folder, tuning.settings, tuning.steps),
         state,
         step or tuning.step,
-        data_seed=data_seed,
+        experiment.batches(seed + FINETUNE_SEED_OFFSET),
+        progress,
         evaluate=lambda params: experiment.validation_loss(weights(params, tuning.steps)),
     )
-
-
-def fit(
-    experiment: Experiment,
-    progress: Progress,
-    phase: Phase,
-    state: TrainState,
-    step: Callable[..., Any],
-    *,
-    data_seed: int,
-    sample: Callable[[PyTree], dict[str, Any]] | None = None,
-    evaluate: Callable[[PyTree], float] | None = None,
-) -> tuple[TrainState, float]:
-    """Returns the state after a phase and its seconds, resuming from its own checkpoints."""
-    with contextlib.ExitStack() as stack:
-        checkpoints = None
-        if phase.checkpoint_every:
-            folder = phase.folder / "checkpoints"
-            store = Checkpoints(folder, phase.keep_latest, phase.keep_every)
-            checkpoints = stack.enter_context(contextlib.closing(store))
-        advance = stack.enter_context(progress.phase(phase.name, phase.steps))
-        stack.enter_context(PREEMPTION.defer())
-        return loop.fit(
-            phase,
-            state,
-            step,
-            experiment.batches(data_seed),
-            checkpoints=checkpoints,
-            evaluate=evaluate or experiment.validation_loss,
-            sample=sample,
-            progress=advance,
-        )

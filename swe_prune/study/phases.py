@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import PyTree
 
 from swe_prune import masks as masks_lib
-from swe_prune import tree
+from swe_prune import resumable, tree
 from swe_prune.errors import InputError
 from swe_prune.runtime.locks import lock_for_run
 from swe_prune.study import (
@@ -18,7 +18,7 @@ from swe_prune.study import (
     samples,
 )
 from swe_prune.study.experiment import Experiment
-from swe_prune.study.finetune_phase import fit, recover
+from swe_prune.study.finetune_phase import recover
 from swe_prune.study.saved import (
     finite,
     load_dense,
@@ -60,13 +60,13 @@ def _train_seed(experiment: Experiment, seed: int, progress: Progress) -> None:
     if experiment.checkpoint is not None:
         result["pretrained_loss"] = _pretrained_loss(experiment, start.params)
         progress.say(f"pretrained: validation loss {result['pretrained_loss']:.4f} nats per token")
-    state, seconds = fit(
-        experiment,
-        progress,
+    state, seconds = resumable.fit(
         phase,
         start,
         experiment.dense_step(),
-        data_seed=seed,
+        experiment.batches(seed),
+        progress,
+        evaluate=experiment.validation_loss,
         sample=histograms.sampler(experiment.prunable, experiment.everywhere),
     )
     loss = finite(experiment.validation_loss(state.params), phase.name)
