@@ -581,10 +581,6 @@ def validate(config: Config) -> None:
         if not ok:
             raise InputError(f"config.{key} must be {rule}, got {value!r}")
 
-    def need(ok: bool, key: str, value: Any, rule: str) -> None:
-        if not ok:
-            raise InputError(f"config.{key} = {value!r} cannot be used: {rule}")
-
     # Each setting by itself.
     check_choices(config)
     for key in _AT_LEAST_1.split():
@@ -619,31 +615,34 @@ def validate(config: Config) -> None:
     for scope in study.scopes:
         check_choice(scope, ("tensor", "global", "row"), "config.study.scopes")
     for number, cell in enumerate(study.cells):
-        _validate_cell(cell, f"study.cells[{number}]", need)
+        _validate_cell(cell, f"study.cells[{number}]", must)
 
 
-def _validate_cell(cell: CellConfig, path: str, need: Callable[..., None]) -> None:
-    """Checks what a cell adds to its recipe, then the recipe itself."""
-    gradual = cell.schedule != ONE_SHOT
-    need(cell.seed == 0, f"{path}.seed", cell.seed, f"give seeds = ({cell.seed},)")
-    need(cell.seeds is None or len(cell.seeds) > 0, f"{path}.seeds", cell.seeds,
-         "give at least one, or None for those of the study")  # fmt: skip
-    need(not (gradual and cell.recovery == "none"), f"{path}.schedule", cell.schedule,
-         "it prunes during the recovery; choose one that is not 'none'")  # fmt: skip
-    need(not (gradual and cell.rate is not None), f"{path}.schedule", cell.schedule,
-         "a rate is not a sparsity that can grow; give a sparsity")  # fmt: skip
+def _validate_cell(cell: CellConfig, path: str, must: Callable[..., None]) -> None:
+    """Checks the recipe of a cell, then what its schedule and recovery allow."""
     try:
         check_recipe(cell.recipe(0))
-        gradual_only = cell.method is None and not cell.n_of_m
     except InputError as error:
         raise InputError(f"config.{path}: {error}") from error
-    need(not gradual or gradual_only, f"{path}.schedule", cell.schedule,
-         "a method or an n:m pattern prunes at once; give 'one_shot'")  # fmt: skip
-    ranked_by = {"ste": "magnitude", "movement": "movement"}.get(cell.schedule)
-    need(ranked_by in (None, cell.criterion), f"{path}.criterion", cell.criterion,
-         f"schedule {cell.schedule!r} ranks by its own; give {ranked_by!r}")  # fmt: skip
-    need(cell.schedule in (ONE_SHOT, "cubic", "iterative") or cell.pattern is None,
-         f"{path}.pattern", cell.pattern,
-         f"schedule {cell.schedule!r} prunes single weights; leave it out")  # fmt: skip
-    need(ranked_by is None or cell.allocation is None, f"{path}.allocation", cell.allocation,
-         f"schedule {cell.schedule!r} distributes by scope; leave it out")  # fmt: skip
+    must(cell.seed == 0, f"{path}.seed", f"left out; give seeds = ({cell.seed},)", cell.seed)
+    rule = "at least one seed, or None for those of the study"
+    must(cell.seeds is None or len(cell.seeds) > 0, f"{path}.seeds", rule, cell.seeds)
+    if cell.schedule == ONE_SHOT:
+        return
+    # All other schedules prune during the recovery.
+    schedule = cell.schedule
+    rule = f"other than 'none', since schedule {schedule!r} prunes during it"
+    must(cell.recovery != "none", f"{path}.recovery", rule, cell.recovery)
+    at_once = cell.rate is not None or cell.method is not None or cell.n_of_m
+    rule = f"{ONE_SHOT!r}, since a rate, a method or an n:m pattern prunes at once"
+    must(not at_once, f"{path}.schedule", rule, schedule)
+    if schedule in ("cubic", "iterative"):
+        return
+    rule = f"None, since schedule {schedule!r} prunes single weights"
+    must(cell.pattern is None, f"{path}.pattern", rule, cell.pattern)
+    ranked_by = {"ste": "magnitude", "movement": "movement"}.get(schedule)
+    if ranked_by is not None:
+        rule = f"{ranked_by!r}, by which schedule {schedule!r} ranks"
+        must(cell.criterion == ranked_by, f"{path}.criterion", rule, cell.criterion)
+        rule = f"None, since schedule {schedule!r} distributes the sparsity by scope"
+        must(cell.allocation is None, f"{path}.allocation", rule, cell.allocation)

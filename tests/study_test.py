@@ -451,9 +451,18 @@ def test_rewarming_reaches_the_dense_peak_and_rewinding_the_dense_schedules_end(
         ({"allocation": "table"}, "allocation 'table' needs the option"),
         ({"pattern": "2:5"}, "'2:5'"),
         ({"pattern": "2:4", "sparsity": 0.6}, "keeps 2 of 4.*make the two agree"),
-        ({"pattern": "2:4", "schedule": "cubic"}, "n:m pattern prunes at once"),
-        ({"schedule": "ste", "criterion": "swe"}, "'ste' ranks by its own; give 'magnitude'"),
-        ({"schedule": "rigl", "pattern": "neuron"}, "'rigl' prunes single weights"),
+        (
+            {"pattern": "2:4", "schedule": "cubic"},
+            "schedule must be 'one_shot', since .* n:m pattern prunes at once",
+        ),
+        (
+            {"schedule": "ste", "criterion": "swe"},
+            "criterion must be 'magnitude', by which schedule 'ste' ranks",
+        ),
+        (
+            {"schedule": "rigl", "pattern": "neuron"},
+            "pattern must be None, since schedule 'rigl' prunes single weights",
+        ),
         ({"schedule": "rigl", "recovery_steps": 1}, "of which 1 step is too short; give 2"),
         ({"pattern": "2:4", "allocation": "erk"}, "fixes the sparsity of every tensor"),
         ({"pattern": "column", "scope": "row"}, "give scope 'tensor' or 'global'"),
