@@ -322,13 +322,13 @@ def test_one_block_its_hessians_and_the_activations_are_in_memory_at_a_time(monk
     ids=["plain", "two kinds of batch"],
 )
 def test_blocks_that_are_alike_are_traced_as_the_first(monkeypatch, model, rule):
-    traced, whole = [], blockwise.wiring.Wire.run
+    traced, whole = [], blockwise.block_graph.Wire.run
 
     def counted(self, *args):
         traced.append(self.path)
         return whole(self, *args)
 
-    monkeypatch.setattr(blockwise.wiring.Wire, "run", counted)
+    monkeypatch.setattr(blockwise.block_graph.Wire, "run", counted)
     if isinstance(model, Plain):
         variables, batches, options = made(model, rows()), [rows()] * 2, {}
     else:

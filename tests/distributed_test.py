@@ -87,18 +87,18 @@ def losses(folder):
 
 def settings(plays_dir, **changes):
     base = tiny.config(plays_dir)
-    study = StudyConfig(
+    grid = StudyConfig(
         std_criteria=(), criteria=("swe", "random"), sparsities=(0.5,), scopes=("global",),
         seeds=(0,),
         cells=(
-            CellConfig(criterion="wanda", scope="row", recovery="none"),
-            CellConfig(criterion="magnitude", schedule="cubic", recovery_steps=6),
+            CellConfig("wanda", sparsity=0.5, scope="row", recovery="none"),
+            CellConfig("magnitude", sparsity=0.5, schedule="cubic", recovery_steps=6),
         ),
     )  # fmt: skip
     data = dataclasses.replace(base.data, batch=8)
     calibration = CalibrationConfig(windows=16, batch=8)
     return dataclasses.replace(
-        base, study=study, data=data, calibration=calibration, log_every=1, **changes
+        base, study=grid, data=data, calibration=calibration, log_every=1, **changes
     )
 
 
@@ -181,7 +181,7 @@ def test_their_checkpoint_gives_one_process_their_masks(together, config, tmp_pa
     assert len(compared) == 3
     for cell in compared:
         masks = [jax.device_get(saved.load_masks(made, cell)) for made in (one, two)]
-        if cell.criterion in ("swe", "random"):
+        if cell.recipe.criterion in ("swe", "random"):
             jax.tree.map(np.testing.assert_array_equal, *masks)
         else:  # calibrated in another order of addition
             kept = [np.concatenate([m.ravel() for m in jax.tree.leaves(one)]) for one in masks]
@@ -205,8 +205,8 @@ def longer(tmp_path_factory, plays_dir):
     """A config whose dense phase is long enough to be disturbed."""
     train = PhaseConfig(steps=160, warmup=2, learning_rate=3e-3, eval_every=0, checkpoint_every=16)
     made = settings(plays_dir, train=train)
-    study = dataclasses.replace(made.study, criteria=("swe",), cells=())
-    made = dataclasses.replace(made, study=study)
+    shorter = dataclasses.replace(made.study, criteria=("swe",), cells=())
+    made = dataclasses.replace(made, study=shorter)
     return tiny.config_file(tmp_path_factory.mktemp("config"), made)
 
 

@@ -209,7 +209,7 @@ def test_sampling_is_asked_for_and_seeded(small):
         ("loglikelihood", ("the", "x" * 49), "has 49 tokens .* 1 to 48"),
         ("generate_until", ("the", {"num_beams": 4}), "'num_beams' is not supported"),
         ("generate_until", ("the", {"max_gen_toks": 48}), "48 new tokens leave no room"),
-        ("generate_until", ("the", {"do_sample": True, "temperature": 0.0}), "temperature = 0.0"),
+        ("generate_until", ("the", {"do_sample": True, "temperature": 0.0}), "got 0.0"),
     ],
 )
 def test_requests_that_cannot_be_answered_are_refused(answers, question, args, sentence):

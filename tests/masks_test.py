@@ -515,8 +515,8 @@ def test_line_searches_and_memories_of_several_steps_hold_zeros(optimizer):
 
 def test_a_moment_belongs_to_the_parameter_with_the_longest_path():
     mask = {"w": jnp.array([True, False]), "a": {"w": jnp.array([False, True])}}
-    state = optax.adam(1e-3).init(jax.tree.map(jnp.ones_like, mask))
-    state = jax.tree.map(jnp.ones_like, state)
+    weights = jax.tree.map(lambda keep: jnp.ones(keep.shape), mask)
+    state = jax.tree.map(jnp.ones_like, optax.adam(1e-3).init(weights))
     held = masks.hold_moments(state, mask)[0].mu
     assert held["w"].tolist() == [1.0, 0.0]
     assert held["a"]["w"].tolist() == [0.0, 1.0]

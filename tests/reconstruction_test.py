@@ -6,7 +6,7 @@ import pytest
 from swe_prune import importance
 from swe_prune.blockwise import sparsegpt
 from swe_prune.errors import InputError, RunError
-from swe_prune.importance import hessian
+from swe_prune.importance.hessian import inverse_factor
 
 
 def drawn(*shape, seed=0):
@@ -70,7 +70,7 @@ def sparsegpt_oracle(weight_RxC, hessian, sparsity, block, n_of_m=None):
 @pytest.mark.parametrize("r", [1, 40])
 def test_inverse_factor_is_the_cholesky_factor_of_the_inverse(r):
     hessian = hessian_of(correlated(3 * r, r))
-    factor, damping = hessian.inverse_factor(jnp.asarray(hessian, jnp.float32))
+    factor, damping = inverse_factor(jnp.asarray(hessian, jnp.float32))
     expected, _ = factor_oracle(hessian)
     # rtol and atol: a solve loses digits by the condition number, some 300 here.
     np.testing.assert_allclose(factor, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
@@ -82,7 +82,7 @@ def test_dead_inputs_are_taken_for_ones_before_the_damping():
     x = correlated(30, 6)
     x[:, [0, 4]] = 0
     hessian = hessian_of(x)
-    factor, _ = hessian.inverse_factor(jnp.asarray(hessian, jnp.float32))
+    factor, _ = inverse_factor(jnp.asarray(hessian, jnp.float32))
     np.testing.assert_allclose(factor, factor_oracle(hessian)[0], rtol=1e-4, atol=1e-5)
 
 
@@ -96,7 +96,7 @@ def indefinite(eigenvalue=-0.05):
 
 def test_a_hessian_that_cannot_be_factored_is_damped_ten_times_more_and_reported():
     hessian = indefinite()
-    factor, damping = hessian.inverse_factor(hessian, 0.01)
+    factor, damping = inverse_factor(hessian, 0.01)
     assert float(damping) == pytest.approx(0.1)
     np.testing.assert_allclose(factor, factor_oracle(hessian, 0.1)[0], rtol=1e-4, atol=1e-5)
     _, _, report = sparsegpt(jnp.asarray(drawn(8, 3)), hessian, 0.5)
@@ -112,8 +112,8 @@ def test_a_hessian_that_cannot_be_factored_is_damped_ten_times_more_and_reported
 def test_after_the_last_try_there_is_an_error_and_in_a_jit_nan_never_an_identity():
     hopeless = indefinite(-1e6)
     with pytest.raises(RunError, match="8 inputs is not positive definite even with damping 100"):
-        hessian.inverse_factor(hopeless)
-    factor, damping = jax.jit(hessian.inverse_factor)(hopeless)
+        inverse_factor(hopeless)
+    factor, damping = jax.jit(inverse_factor)(hopeless)
     assert np.isnan(factor).all()
     assert float(damping) == pytest.approx(100)
 
@@ -247,7 +247,7 @@ W, H = jnp.ones((6, 2)), jnp.eye(6)
         (lambda: sparsegpt(W * jnp.nan, H, 0.5), "the weight has NaN"),
         (lambda: sparsegpt(W, H * jnp.nan, 0.5), "the hessian has NaN"),
         (lambda: sparsegpt(W, H, 0.5, damping=-1.0), "damping = -1.0"),
-        (lambda: hessian.inverse_factor(jnp.ones((2, 3))), "no square matrix"),
+        (lambda: inverse_factor(jnp.ones((2, 3))), "no square matrix"),
         (
             lambda: importance.score("sparsegpt", {"k": W}, measured={"hessian": {"k": W}}),
             r"'hessian' of 'k' has shape \(6, 2\) and the weight 6 inputs",
@@ -266,6 +266,6 @@ def test_what_cannot_be_solved_is_refused_in_a_sentence(call, sentence):
 def test_a_hessian_of_infinities_is_refused_though_its_factor_is_finite():
     # A Cholesky factor of infinities has the inverse 0, as finite as any.
     with pytest.raises(InputError, match="hessian has NaN or inf"):
-        hessian.inverse_factor(jnp.full((4, 4), jnp.inf))
-    factor, _ = jax.jit(hessian.inverse_factor)(jnp.full((4, 4), jnp.inf))
+        inverse_factor(jnp.full((4, 4), jnp.inf))
+    factor, _ = jax.jit(inverse_factor)(jnp.full((4, 4), jnp.inf))
     assert np.isnan(factor).all()

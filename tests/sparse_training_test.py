@@ -804,7 +804,7 @@ def on_schedule(**options):
         (lambda: rigl_update(W, M, None, 0.5, {"v": W["w"]}), "differ in structure"),
         (lambda: sparse_training.straight_through(W, {"w": jnp.ones(3, bool)}), "the weight is of"),
         (lambda: sparse_training.straight_through(W, W), "not bool"),
-        (lambda: sparse_training.ste_magnitude(W, None, 1.0), "sparsity = 1.0"),
+        (lambda: sparse_training.ste_magnitude(W, None, 1.0), "got 1.0"),
         (lambda: movement.forward(W, {"w": None}, M), "the score is none"),
         (lambda: movement.penalty(W, "l2"), "unknown penalty 'l2'"),
         (lambda: movement.penalty({"w": None}), "no scores to penalize"),
