@@ -1,4 +1,4 @@
-r"""The 10.7 M-parameter model of arXiv 2502.17071's size, for one GPU; not run yet; see docs/results.md.
+r"""The 10.7 M-parameter model of arXiv 2502.17071's size, for one GPU; never run yet.
 
     python -m swe_prune run --config=configs/shakespeare_char_paper.py --workdir=runs/paper
     python -m swe_prune run --config=configs/shakespeare_char_paper.py --workdir=runs/paper-all \

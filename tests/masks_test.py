@@ -511,16 +511,3 @@ def test_line_searches_and_memories_of_several_steps_hold_zeros(optimizer):
     assert moments or not any(jnp.ndim(leaf) > 1 for leaf in jax.tree.leaves(state))
     for moment in moments:
         assert not np.asarray(moment)[..., ~np.asarray(mask["layer"]["w"])].any()
-
-
-def test_a_moment_belongs_to_the_parameter_with_the_longest_path():
-    mask = {"w": jnp.array([True, False]), "a": {"w": jnp.array([False, True])}}
-    weights = jax.tree.map(lambda keep: jnp.ones(keep.shape), mask)
-    state = jax.tree.map(jnp.ones_like, optax.adam(1e-3).init(weights))
-    held = masks.hold_moments(state, mask)[0].mu
-    assert held["w"].tolist() == [1.0, 0.0]
-    assert held["a"]["w"].tolist() == [0.0, 1.0]
-    bare = masks.hold_moments(optax.adam(1e-3).init(jnp.ones(2)), jnp.array([True, False]))
-    assert bare[0].nu.tolist() == [0.0, 0.0]
-    ones = jax.tree.map(jnp.ones_like, optax.adam(1e-3).init(jnp.ones(2)))
-    assert masks.hold_moments(ones, jnp.array([True, False]))[0].nu.tolist() == [1.0, 0.0]
