@@ -302,7 +302,7 @@ def test_preempted_they_stop_after_the_same_step_and_go_on(longer, undisturbed, 
     ("more", "said"),
     [
         ((("--config.log_every=3",), ()), "process 1 has log_every = 1 and process 0 3"),
-        ((("--config.parallel.fsdp=3",),) * 2, "= 3 devices and there are 4"),
+        ((("--config.parallel.fsdp=3",),) * 2, "a mesh of 4 devices, got data 1 x fsdp 3"),
         ((("--config.data.batch=6",),) * 2, "config.data.batch = 6 cannot be divided"),
         (((), ("--config.train.stepz=6",)), "process 1: config.train has no setting 'stepz'"),
     ],
