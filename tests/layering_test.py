@@ -27,43 +27,36 @@ def room(path, package=PACKAGE):
     return first.removesuffix(".py")
 
 
-def imported_rooms(source, path, package=PACKAGE):
-    """The names on the list that a file imports, wherever in the file it does."""
+def imported(source, path, package):
+    """The dotted names that a file imports, split at their dots, wherever in the file it does."""
     inside = ["swe_prune", *path.relative_to(package).parts[:-1]]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            targets = [alias.name.split(".") for alias in node.names]
+            yield from (alias.name.split(".") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = inside[: len(inside) - node.level + 1] if node.level else []
             base = base + (node.module.split(".") if node.module else [])
-            targets = [[*base, alias.name] for alias in node.names]
-        else:
-            continue
-        yield from (target[1] for target in targets if target[0] == "swe_prune" and target[1:])
+            yield from ([*base, alias.name] for alias in node.names)
+
+
+def imported_rooms(source, path, package=PACKAGE):
+    """The names on the list that a file imports, wherever in the file it does."""
+    targets = imported(source, path, package)
+    yield from (target[1] for target in targets if target[0] == "swe_prune" and target[1:])
 
 
 def imported_files(source, path, package=PACKAGE):
     """The files of the package that a file imports, as paths relative to it."""
-    inside = ["swe_prune", *path.relative_to(package).parts[:-1]]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            targets = [alias.name.split(".") for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = inside[: len(inside) - node.level + 1] if node.level else []
-            base = base + (node.module.split(".") if node.module else [])
-            targets = [[*base, alias.name] for alias in node.names]
-        else:
+    for target in imported(source, path, package):
+        if target[0] != "swe_prune":
             continue
-        for target in targets:
-            if target[0] != "swe_prune":
-                continue
-            # The longest part of the dotted name that is a file; the rest are names in it.
-            for end in range(len(target), 1, -1):
-                stem = package.joinpath(*target[1:end])
-                found = [stem.with_suffix(".py"), stem / "__init__.py"]
-                if exists := [file for file in found if file.is_file()]:
-                    yield exists[0].relative_to(package)
-                    break
+        # The longest part of the dotted name that is a file; the rest are names in it.
+        for end in range(len(target), 1, -1):
+            stem = package.joinpath(*target[1:end])
+            found = [stem.with_suffix(".py"), stem / "__init__.py"]
+            if exists := [file for file in found if file.is_file()]:
+                yield exists[0].relative_to(package)
+                break
 
 
 def circles(graph):

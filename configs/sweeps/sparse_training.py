@@ -5,7 +5,7 @@ Run it with
     python -m swe_prune run --config=configs/sweeps/sparse_training.py --workdir=runs/sparse
 
 The demo's model of 233,952 parameters with three seeds, pruned to 80 % and 90 % and recovered for
-200 steps: 66 cells. docs/results.md has the table and the time.
+200 steps: 66 cells. It has not been run whole yet, so no time and no table are given.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
 """Pruning by calibration, kernel by kernel and block after block.
 
-solver    SparseGPT: a kernel's mask, and the update of the weights that stay
-ranking   Wanda's masks: the lowest of each output, and its variant
-wiring    how the blocks of a Linen model are run alone
-prune     the whole: each block on the inputs that the already pruned blocks before it give
+sparsegpt    SparseGPT: a kernel's mask, and the update of the weights that stay
+wanda        Wanda's masks: the lowest of each output, and its variant
+block_graph  how the blocks of a Linen model are run alone
+prune        the whole: each block on the inputs that the already pruned blocks before it give
 """
 
 from swe_prune.blockwise.prune import METHODS, KernelReport, prune_blocks
