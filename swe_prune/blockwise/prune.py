@@ -90,7 +90,7 @@ def prune_blocks(
     """Returns the parameters pruned, the masks, and a report of each kernel in its order.
 
     For every block: measure what comes into its kernels from the pruned blocks before it, prune
-    them, and run it again for what goes into the next block. A block is run alone, as `wiring`
+    them, and run it again for what goes into the next block. A block is run alone, as `block_graph`
     says; what the model does before the first block and after the last is not touched.
 
     Args:
@@ -103,7 +103,7 @@ def prune_blocks(
             are taken in the order in which the model calls them.
         sparsity: share of each kernel to remove; or by kernel name, or an allocation; None with a
             pattern, which fixes it.
-        method: "wanda", "wanda_variant" (see `ranking`), "sparsegpt", which also updates the
+        method: "wanda", "wanda_variant" (see `wanda`), "sparsegpt", which also updates the
             weights that stay, or "magnitude", by kernel and without calibration.
         pattern: None or "n:m".
         prunable: bool pytree; None: `tree.prunable(params)`. Kernels outside of the blocks stay.
@@ -125,7 +125,7 @@ def prune_blocks(
             or a sparsity that is missing for a kernel or named for none.
         RunError: a Hessian that no damping makes positive definite.
 
-    Sources: as in `solver` and `ranking`, whose references both go block after block.
+    Sources: those of `sparsegpt` and `wanda`, whose references both go block after block.
     """
     params = measuring.params_of(variables)
     check_choice(method, METHODS, "method")

@@ -47,7 +47,7 @@ def sparsegpt(
 ) -> tuple[Float[Array, "R C"], Bool[Array, "R C"], SolverReport]:
     """Returns a kernel pruned and updated to keep its outputs, its mask, and a report.
 
-    In blocks of `block` inputs, with U of `reconstruction.inverse_factor`:
+    In blocks of `block` inputs, with U of `hessian.inverse_factor`:
 
         mask     the lowest w² / U_jj² of the whole block go, floor(block · C · sparsity) of them
         input j  q = w_j where the mask keeps it, else 0;  e = (w_j − q) / U_jj
