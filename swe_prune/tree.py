@@ -242,6 +242,20 @@ def size(values: PyTree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(values))
 
 
+def described(values: PyTree) -> str:
+    """Returns the dtypes and shapes of arrays, for error messages.
+
+    >>> import numpy as np
+    >>> described({"inputs": np.zeros((2, 3), np.int32)})
+    "{'inputs': 'int32[2, 3]'}"
+    """
+
+    def one(leaf: Any) -> str:
+        return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf)
+
+    return str(jax.tree.map(one, values))
+
+
 @jax.jit  # one program compiles faster than its operations one by one
 def all_finite(x: Float[Array, "..."]) -> Bool[Array, ""]:
     """Returns whether no element is NaN or infinite."""

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from swe_prune import tree
 from swe_prune.errors import InputError
 
 
@@ -22,7 +23,7 @@ def sequences(batch: PyTree, number: int) -> int:
     if len(lengths) != 1 or lengths == {0}:
         raise InputError(
             f"calibration batch {number} must hold arrays that share a leading axis over one or "
-            f"more sequences, got {described(batch)}"
+            f"more sequences, got {tree.described(batch)}"
         )
     return lengths.pop()
 
@@ -33,20 +34,6 @@ def nothing_given() -> InputError:
         "the calibration set is empty; give one or more batches (an exhausted generator yields "
         "none: create it again)"
     )
-
-
-def described(batch: PyTree) -> str:
-    """Returns the dtypes and shapes of a batch, for error messages.
-
-    >>> import numpy as np
-    >>> described({"inputs": np.zeros((2, 3), np.int32)})
-    "{'inputs': 'int32[2, 3]'}"
-    """
-
-    def one(leaf: Any) -> str:
-        return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf)
-
-    return str(jax.tree.map(one, batch))
 
 
 def shapes(tree: PyTree) -> PyTree:

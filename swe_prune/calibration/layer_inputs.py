@@ -198,7 +198,7 @@ def traced(run: Callable[[Any, Any], Any], variables: Any, batch: Any, number: i
         raise
     except (TypeError, ValueError, IndexError, KeyError, flax_errors.FlaxError) as error:
         raise InputError(
-            f"calibration batch {number}, {batching.described(batch)}, cannot be run through the "
+            f"calibration batch {number}, {tree.described(batch)}, cannot be run through the "
             f"model ({type(error).__name__}: {str(error).splitlines()[0]}); give batches with the "
             "shape and dtype that the model takes, or call= with a function that runs it"
         ) from error

@@ -135,7 +135,7 @@ def _check(sums: Any, weights: Any, rest: Any, batch: Any, number: int) -> None:
     except (TypeError, ValueError, IndexError, KeyError) as error:
         raise InputError(
             f"the loss cannot be differentiated on calibration batch {number}, "
-            f"{batching.described(batch)} ({type(error).__name__}: "
+            f"{tree.described(batch)} ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}); it must take (params, batch) with a batch of one and "
             "return a scalar"
         ) from error

@@ -1,0 +1,119 @@
+"""Which axes of every weight are inputs, outputs and copies, asked of the computation itself.
+
+axes   `Axes`, Flax's convention where there is no trace, and what rules do with copies
+views  which axes of a weight the dimensions of a value run over
+walk   the walk through a jaxpr that follows every weight to its products
+trace  a user's function, Linen module or NNX module as a jaxpr
+
+The shape of a kernel does not tell its inputs: Flax has (in, out), Equinox and torch (out, in),
+attention (in, heads, width), scans stack layers in front or elsewhere, experts are (E, in, out).
+`layout` traces the function and reads the roles from the products in which the weights are used.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from swe_prune import tree
+from swe_prune.layout.axes import (
+    Axes,
+    AxesOf,
+    InputAxes,
+    axes_of,
+    conventional_axes,
+    copies_of,
+    copy_labels,
+    per_copy,
+    split,
+)
+from swe_prune.layout.trace import function_of, trace
+from swe_prune.layout.walk import Cell, Walk
+
+
+def layout(fn: Any, params: PyTree, batch: PyTree) -> PyTree:
+    """Returns the `Axes` of every weight, traced from a function of the parameters.
+
+    Follows every floating-point leaf through casts, transposes, reshapes, slices, multiplications
+    by masks and scales, and through jit, remat, custom derivatives, cond, while and scan, to the
+    products in which it is used: dimensions that a product sums over are inputs, dimensions that
+    both operands share and axes that a scan runs over are copies, the others are outputs. Nothing
+    is computed, so parameters and batch may be abstract.
+
+    Args:
+        fn: Function of (params, batch), a Linen module, or an NNX module. Modules are applied to
+            the batch, or to batch["inputs"] if the batch is a mapping that has it.
+        params: Pytree of weights: of a Linen module its "params" or all its variables, of an NNX
+            module its state or the module itself.
+        batch: Pytree of arrays for one call.
+
+    Returns:
+        Pytree like `params` with `Axes`, None where the leaf is no floating-point array or the
+        function does not use it.
+
+    Raises:
+        InputError: The function cannot be traced on this batch.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"up": {"weight": jnp.ones((32, 8))}}
+    >>> found = layout(lambda p, x: x @ p["up"]["weight"].T, params, jnp.ones((4, 8)))
+    >>> found["up"]["weight"].inputs, found["up"]["weight"].outputs
+    ((1,), (0,))
+    """
+    traced = trace(function_of(fn, params), params, batch)
+    walk = Walk(traced.shapes)
+    results, _ = walk.run(traced.closed, traced.cells())
+    last = _last(results, traced.closed.out_avals)
+    found = {
+        name: _axes(walk, number, len(shape), number == last)
+        for number, (name, shape) in enumerate(zip(traced.names, traced.shapes, strict=True))
+    }
+    return tree.map_leaves(lambda name, _: found.get(name), params)
+
+
+def _axes(walk: Walk, number: int, ndim: int, last: bool) -> Axes | None:
+    """Returns what the walk found of a weight."""
+    uses = walk.uses.get(number, []) + walk.tentative.get(number, [])
+    distinct = [use for at, use in enumerate(uses) if use is not None and use not in uses[:at]]
+    every = tuple(range(ndim))
+    embedding = number in walk.looked_up
+    if None in uses or (not distinct and number in walk.opaque):
+        return Axes(outputs=every, kind="unknown")
+    if not distinct:
+        copies = tuple(sorted(walk.copies.get(number, ())))
+        others = tuple(axis for axis in every if axis not in copies)
+        return Axes((), others, copies, "embedding" if embedding else "vector")
+    kind = "router" if number in walk.ranked else "kernel"
+    also = [Axes(**use) for use in distinct[1:]]
+    if embedding:
+        also.append(Axes(outputs=every, kind="embedding"))
+    first = distinct[0]
+    if not first["inputs"] or not first["outputs"]:
+        kind = "vector"
+    return Axes(**first, kind=kind, last=last, also=tuple(also))
+
+
+def _last(results: Sequence[Cell], avals: Sequence[Any]) -> int | None:
+    """Returns the weight that alone gives the floating-point results, or None."""
+    sources = [
+        cell.sources
+        for cell, aval in zip(results, avals, strict=True)
+        if cell.data and jnp.issubdtype(aval.dtype, jnp.floating)
+    ]
+    every = frozenset().union(*sources)
+    return next(iter(every)) if len(every) == 1 else None
+
+
+__all__ = [
+    "Axes",
+    "AxesOf",
+    "InputAxes",
+    "axes_of",
+    "conventional_axes",
+    "copies_of",
+    "copy_labels",
+    "layout",
+    "per_copy",
+    "split",
+]

@@ -1,0 +1,281 @@
+"""The axes of a weight: inputs, outputs and copies, and where they come from.
+
+Three sources, in this order: `Axes` given explicitly (`layout=`, which `layout.layout` traces from
+the computation), a function of name and shape (`input_axes=`), and Flax's naming convention.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from swe_prune import tree
+from swe_prune.errors import InputError, check_choice
+
+KINDS = ("kernel", "embedding", "router", "vector", "unknown")
+
+InputAxes = Callable[[str, tuple[int, ...]], tuple[int, ...]]
+AxesOf = Callable[[str, tuple[int, ...]], "Axes"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """What each axis of a weight is in the computation that uses it.
+
+    Every axis is of exactly one sort. A leaf of pytrees, since it is no container.
+
+    Attributes:
+        inputs: Axes that a product sums over.
+        outputs: Axes that remain in its result.
+        copies: Axes over separate tensors of the same shape: the layers of a scan, the members of
+            a `vmap`, experts. Every rule treats each copy as a tensor of its own.
+        kind: What the weight does: "kernel", multiplied with activations; "embedding", only read
+            by a lookup; "router", a kernel whose result is ranked by `top_k` or `argmax`;
+            "vector", in no product; "unknown", used by an operation that the trace cannot follow.
+        last: Whether only elementwise operations and reductions lie between the result of the
+            product and the result of the function, as for an output head.
+        also: Axes of further products with another orientation, as of a tied weight.
+    """
+
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    copies: tuple[int, ...] = ()
+    kind: str = "kernel"
+    last: bool = False
+    also: tuple["Axes", ...] = ()
+
+    def __post_init__(self):
+        check_choice(self.kind, KINDS, "kind")
+        every = (*self.inputs, *self.outputs, *self.copies)
+        if len(set(every)) < len(every) or any(axis < 0 for axis in every):
+            raise InputError(
+                f"axes must be distinct and counted from 0, got inputs={self.inputs}, "
+                f"outputs={self.outputs}, copies={self.copies}; list every axis once"
+            )
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the weight."""
+        return len(self.inputs) + len(self.outputs) + len(self.copies)
+
+    @property
+    def one_copy(self) -> "Axes":
+        """Axes of one copy, counted without the axes of the copies."""
+
+        def shifted(axes: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(axis - sum(copy < axis for copy in self.copies) for axis in axes)
+
+        return dataclasses.replace(
+            self, inputs=shifted(self.inputs), outputs=shifted(self.outputs), copies=(), also=()
+        )
+
+    def moved(self, value: Array) -> Array:
+        """Returns an array like the weight with its axes in the order copies, inputs, outputs."""
+        return jnp.transpose(value, (*self.copies, *self.inputs, *self.outputs))
+
+
+def conventional_axes(name: str, shape: tuple[int, ...]) -> Axes | None:
+    """Returns the axes of a kernel by Flax's naming convention, or None if it does not say.
+
+    The convention names kernels "kernel". A `Dense` kernel is (in, out), a `Conv` kernel
+    (…, in, out) under a name with "conv", the query, key and value kernels of Flax's attention
+    (in, heads, width) and its out kernel (heads, width, out). A single axis is an input axis. A
+    kernel with more axes may as well be stacked by a scan or a `vmap`, which no name tells.
+
+    >>> conventional_axes("mlp/up/kernel", (8, 32)).inputs
+    (0,)
+    >>> conventional_axes("layers/up/kernel", (3, 8, 32)), conventional_axes("up/weight", (8, 8))
+    (None, None)
+    """
+    ndim = len(shape)
+    if ndim == 1:
+        return Axes((0,), ())
+    parts = [part for part in re.split(r"[/.]", name) if part != "value"]
+    if not parts or parts[-1] != "kernel":
+        return None
+    owner = parts[-2] if len(parts) > 1 else ""
+    inputs = None
+    if ndim == 2:
+        inputs = (0,)
+    elif "conv" in owner.lower() and ndim <= 5:
+        inputs = tuple(range(ndim - 1))
+    elif ndim == 3 and owner in ("query", "key", "value", "out") and _in_attention(parts[:-2]):
+        inputs = (0, 1) if owner == "out" else (0,)
+    if inputs is None:
+        return None
+    return Axes(inputs, tuple(axis for axis in range(ndim) if axis not in inputs))
+
+
+def _in_attention(parents: list[str]) -> bool:
+    """Returns whether a module path ends in an attention layer that is not under a stack.
+
+    "layers/attention" may be a scan over Dense projections, "layers_0/attention" is not.
+    """
+    stacked = any(re.fullmatch(r"(?i)(layer|block|stack|scan|expert)s?(_?scan)?", p) for p in parents)
+    indexed = any(re.search(r"\d", part) for part in parents)
+    return bool(parents) and (indexed or not stacked)
+
+
+def axes_of(
+    layout: PyTree | None = None, input_axes: InputAxes | None = None
+) -> AxesOf:
+    """Returns the function from a tensor's name and shape to its axes.
+
+    Args:
+        layout: Pytree of `Axes` like the parameters. None in place of a leaf, or of all: the
+            other sources say.
+        input_axes: Function from a name and a shape to the input axes; all other axes are outputs.
+
+    Raises (the function):
+        InputError: The axes are not known or do not fit the shape.
+    """
+    given = _by_name(layout)
+
+    def axes(name: str, shape: tuple[int, ...]) -> Axes:
+        found = given.get(_key(name))
+        if found is not None:
+            return _fitting(name, shape, found)
+        if input_axes is not None:
+            return _from_inputs(name, shape, input_axes(name, shape))
+        found = conventional_axes(name, shape)
+        if found is None:
+            raise InputError(
+                f"which axes of {name!r}, shape {tuple(shape)}, are its inputs is not known; pass "
+                "layout=swe_prune.layout(fn, params, batch), which traces it, or name it by "
+                "Flax's convention (a 2-D '…/kernel' is (in, out)), or give "
+                "input_axes=lambda name, shape: …"
+            )
+        return found
+
+    return axes
+
+
+def copies_of(layout: PyTree | None) -> Callable[[str, tuple[int, ...]], tuple[int, ...]]:
+    """Returns the function from a tensor's name and shape to its axes over copies.
+
+    Unlike `axes_of` it raises nothing for a tensor of unknown orientation, which has none.
+    """
+    given = _by_name(layout)
+
+    def copies(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        found = given.get(_key(name))
+        return () if found is None else _checked(name, shape, found).copies
+
+    return copies
+
+
+def per_copy(
+    function: Callable[..., Array], copies: tuple[int, ...], *arrays: Array | None
+) -> Array:
+    """Returns `function` of each copy's arrays, with the copies where they were.
+
+    Args:
+        function: Function of arrays of one copy that returns an array with the axes of the first.
+        copies: Axes over copies, of every array.
+        *arrays: Arrays that share the sizes of those axes.
+    """
+    if not copies:
+        return function(*arrays)
+    mapped = function
+    # The innermost map runs over the last copies' axis of what the outer ones leave.
+    for axis in sorted(copies, reverse=True)[::-1]:
+        mapped = jax.vmap(mapped, in_axes=axis, out_axes=axis)
+    return mapped(*arrays)
+
+
+def split(
+    named: Mapping[str, Any], layout: PyTree | None
+) -> dict[str, Any]:
+    """Returns the tensors by name with each copy as a tensor of its own, "name[i]" or "name[i,j]".
+
+    >>> axes = {"w": Axes((1,), (2,), copies=(0,))}
+    >>> list(split({"w": jnp.ones((2, 3, 4))}, axes))
+    ['w[0]', 'w[1]']
+    """
+    copies = copies_of(layout)
+    parts = {}
+    for name, leaf in named.items():
+        axes = copies(name, leaf.shape)
+        if not axes:
+            parts[name] = leaf
+            continue
+        for index, label in copy_labels(name, leaf.shape, axes):
+            parts[label] = leaf[index]
+    return parts
+
+
+def copy_labels(
+    name: str, shape: tuple[int, ...], copies: tuple[int, ...]
+) -> list[tuple[tuple[Any, ...], str]]:
+    """Returns the index expression and the name of every copy of a tensor, in row-major order."""
+    sizes = [shape[axis] for axis in copies]
+    labels = []
+    for flat in range(math.prod(sizes)):
+        at, rest = [], flat
+        for size in reversed(sizes):
+            at.insert(0, rest % size)
+            rest //= size
+        index: list[Any] = [slice(None)] * len(shape)
+        for axis, position in zip(copies, at, strict=True):
+            index[axis] = position
+        labels.append((tuple(index), f"{name}[{','.join(map(str, at))}]"))
+    return labels
+
+
+def _key(name: str) -> str:
+    return name.removesuffix("/value")
+
+
+def _by_name(layout: PyTree | None) -> dict[str, Axes]:
+    found = {}
+    for name, leaf in () if layout is None else tree.named_leaves(layout):
+        if leaf is None:
+            continue
+        if not isinstance(leaf, Axes):
+            raise InputError(
+                f"layout must hold swe_prune.Axes or None, got {type(leaf).__name__} for {name!r}; "
+                "make it by swe_prune.layout(fn, params, batch)"
+            )
+        found[_key(name)] = leaf
+    return found
+
+
+def _fitting(name: str, shape: tuple[int, ...], axes: Axes) -> Axes:
+    axes = _checked(name, shape, axes)
+    if axes.kind == "unknown" or axes.also or not axes.inputs:
+        what = {
+            "unknown": "is used by an operation that the trace cannot follow",
+            "embedding": "is only read by a lookup",
+            "vector": "is in no product",
+        }.get(axes.kind, "is used in products of different orientation")
+        raise InputError(
+            f"{name!r} {what}, so its inputs are not known; exclude it, or give its Axes "
+            "explicitly in layout="
+        )
+    return axes
+
+
+def _checked(name: str, shape: tuple[int, ...], axes: Axes) -> Axes:
+    if axes.ndim != len(shape) or any(
+        axis >= len(shape) for axis in (*axes.inputs, *axes.outputs, *axes.copies)
+    ):
+        raise InputError(
+            f"the layout of {name!r} has {axes.ndim} axes and the tensor has shape {tuple(shape)}; "
+            "trace the layout on these parameters"
+        )
+    return axes
+
+
+def _from_inputs(name: str, shape: tuple[int, ...], inputs: Any) -> Axes:
+    inputs = (inputs,) if isinstance(inputs, int) else tuple(inputs)
+    if any(not -len(shape) <= axis < len(shape) for axis in inputs):
+        raise InputError(
+            f"input_axes gave {inputs} for {name!r} of shape {tuple(shape)}; give axes that it has"
+        )
+    inside = tuple(sorted({axis % len(shape) for axis in inputs}))
+    return Axes(inside, tuple(axis for axis in range(len(shape)) if axis not in inside))

@@ -1,0 +1,136 @@
+"""Tracing a user's function of weights and a batch to a jaxpr, with one sentence when it fails."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from flax import linen as nn
+from flax import nnx
+from jaxtyping import PyTree
+
+from swe_prune import tree
+from swe_prune.errors import InputError
+from swe_prune.layout.views import of_leaf
+from swe_prune.layout.walk import Cell
+
+
+class Traced(NamedTuple):
+    """A function as a jaxpr.
+
+    Attributes:
+        closed: Closed jaxpr of the array leaves of the parameters and of the batch.
+        names: Names of the floating-point leaves of the parameters, in their order.
+        shapes: Their shapes.
+        numbers: Index in `names` of each argument; None for other arrays.
+        data: Whether each argument is of the batch.
+    """
+
+    closed: Any
+    names: list[str]
+    shapes: list[tuple[int, ...]]
+    numbers: list[int | None]
+    data: list[bool]
+
+    def cells(self, values: list[Any] | None = None) -> list[Cell]:
+        """Returns the arguments for a walk, with values or without."""
+        given = [None] * len(self.data) if values is None else values
+        return [
+            Cell(value, () if n is None else (of_leaf(n, self.shapes[n]),), data)
+            for value, n, data in zip(given, self.numbers, self.data, strict=True)
+        ]
+
+
+def function_of(fn: Any, params: PyTree) -> Callable[[PyTree, PyTree], Any]:
+    """Returns the function of (params, batch) that a module stands for, or the function itself.
+
+    Args:
+        fn: Function of (params, batch), a Linen module, or an NNX module.
+        params: Parameters that the function will be given.
+
+    Raises:
+        InputError: `fn` is none of these.
+    """
+    if isinstance(fn, nn.Module):
+        return lambda params, batch: fn.apply(_variables(params), _inputs(batch))
+    if isinstance(fn, nnx.Module):
+        if isinstance(params, nnx.Module):
+            return lambda params, batch: params(_inputs(batch))
+        return lambda params, batch: _with_state(fn, params)(_inputs(batch))
+    if not callable(fn):
+        raise InputError(
+            "fn must be a function of (params, batch), a Linen module or an NNX module, got "
+            f"{type(fn).__name__}; wrap it, such as lambda params, batch: …"
+        )
+    return fn
+
+
+def _variables(params: Any) -> Any:
+    return params if isinstance(params, Mapping) and "params" in params else {"params": params}
+
+
+def _inputs(batch: Any) -> Any:
+    return batch["inputs"] if isinstance(batch, Mapping) and "inputs" in batch else batch
+
+
+def _with_state(module: Any, params: PyTree) -> Any:
+    """Returns a copy of an NNX module with the weights of a state or a dict of them."""
+    graph, state = nnx.split(module)
+    given = {_plain(name): leaf for name, leaf in tree.named_leaves(params)}
+    filled = tree.map_leaves(lambda name, leaf: given.get(_plain(name), leaf), state)
+    return nnx.merge(graph, filled)
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix("/value")
+
+
+def trace(fn: Callable[[PyTree, PyTree], Any], params: PyTree, batch: PyTree) -> Traced:
+    """Traces a function; its arguments may be abstract, traced or concrete.
+
+    Args:
+        fn: Function of (params, batch).
+        params: Pytree of weights. Leaves that are not arrays are passed as they are.
+        batch: Pytree of arrays.
+
+    Raises:
+        InputError: The function fails on this batch.
+    """
+    named = list(tree.named_leaves(params))
+    names = [name for name, leaf in named if tree.is_weight(leaf)]
+    leaves, structure = jax.tree.flatten((params, batch))
+    weights = len(jax.tree.leaves(params))
+    arrays = [at for at, leaf in enumerate(leaves) if _is_array(leaf)]
+
+    def call(*values: Any) -> Any:
+        filled = list(leaves)
+        for at, value in zip(arrays, values, strict=True):
+            filled[at] = value
+        result = fn(*structure.unflatten(filled))
+        return [leaf for leaf in jax.tree.leaves(result) if _is_array(leaf)]
+
+    try:
+        closed = jax.make_jaxpr(call)(*(leaves[at] for at in arrays))
+    except InputError:
+        raise
+    except Exception as error:  # of the user's function, which may raise anything
+        said = (str(error).strip().splitlines() or [""])[0][:200]
+        raise InputError(
+            f"the function cannot be run on the batch {tree.described(batch)} "
+            f"({type(error).__name__}: {said}); give it as fn(params, batch) and a batch that it "
+            "takes"
+        ) from error
+    count = iter(range(len(names)))
+    numbers = [
+        next(count) if at < weights and tree.is_weight(leaves[at]) else None for at in arrays
+    ]
+    shapes = [leaf.shape for _, leaf in named if tree.is_weight(leaf)]
+    return Traced(closed, names, shapes, numbers, [at >= weights for at in arrays])
+
+
+def array_leaves(*trees: PyTree) -> list[Any]:
+    """Returns the arguments of the jaxpr that `trace` makes of (params, batch)."""
+    return [leaf for leaf in jax.tree.leaves(trees) if _is_array(leaf)]
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

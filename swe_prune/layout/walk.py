@@ -1,0 +1,607 @@
+"""A walk through the computation of a function that follows every weight to its products.
+
+The walk reads the jaxpr of `fn(params, batch)`. For each value it knows which axes of which weights
+the value is made of (`views.View`), whether it depends on the batch, and from which products it
+comes. Where a weight meets the activations in a `dot_general`, a `ragged_dot` or a convolution,
+the walk notes the roles of its axes, and hands the other operand to `measure`.
+
+With values, the walk also computes everything, so that it can be traced and compiled: this is how
+calibration measures the inputs of the products of any function, without touching the function.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from swe_prune.layout import views
+from swe_prune.layout.views import Piece, View
+
+Sums = dict[Any, Any]
+
+_CALLS = frozenset(
+    "jit pjit closed_call core_call core_closed_call remat remat2 checkpoint named_call "
+    "custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr custom_lin".split()
+)
+_INNER = ("call_jaxpr", "jaxpr", "fun_jaxpr")
+_MIXES = frozenset(
+    "cholesky lu qr eigh eig svd schur triangular_solve fft householder_product sort".split()
+)
+_PICKS = frozenset(["gather", "dynamic_slice"])
+_RANKS = frozenset("top_k approx_top_k argmax argmin sort".split())
+
+
+class Cell(NamedTuple):
+    """A value of the computation, and what is known of it.
+
+    Attributes:
+        value: Array, or None if nothing is computed.
+        views: Views of the weights that it holds.
+        data: Whether it depends on the batch.
+        sources: Weights whose products with data it comes from, with no such product in between.
+        experts: Views of weights with copies, in which the dimensions that run over the copies
+            are those of an activation that each copy gave.
+    """
+
+    value: Any = None
+    views: tuple[View, ...] = ()
+    data: bool = False
+    sources: frozenset[int] = frozenset()
+    experts: tuple[View, ...] = ()
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is a function of weights alone whose axes are known."""
+        return bool(self.views) and not self.data
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A product of a weight with activations.
+
+    Attributes:
+        view: View of the weight's operand.
+        roles: Role of each dimension of that operand: "inputs", "outputs" or "copies".
+        kind: "dot", "ragged" or "conv".
+        other: The activations: array, or None if nothing is computed.
+        contracted: Dimensions of the weight's operand and of the other one that are summed over.
+        batched: Dimensions of both that run over the same index.
+        params: Parameters of the equation.
+        groups: Group sizes of a ragged product.
+    """
+
+    view: View
+    roles: Mapping[int, str]
+    kind: str
+    other: Any
+    contracted: tuple[tuple[int, ...], tuple[int, ...]]
+    batched: tuple[tuple[int, ...], tuple[int, ...]]
+    params: Mapping[str, Any]
+    groups: Any = None
+
+
+Measure = Callable[[Product], Sums]
+
+
+class Walk:
+    """A walk; what it found is in its attributes.
+
+    Attributes:
+        uses: Roles of the axes by weight, each orientation once; None where an axis is in two.
+        tentative: The same for products of two weights.
+        looked_up: Weights that a lookup reads.
+        copies: Axes over copies by weight, of weights that meet the activations elementwise.
+        ranked: Weights whose products are ranked.
+        opaque: Operation that cannot be followed, by weight.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], measure: Measure | None = None):
+        self.shapes = shapes
+        self.measure = measure
+        self.uses: dict[int, list[Any]] = {}
+        self.tentative: dict[int, list[Any]] = {}
+        self.looked_up: set[int] = set()
+        self.copies: dict[int, set[int]] = {}
+        self.ranked: set[int] = set()
+        self.opaque: dict[int, str] = {}
+        self._sums: Sums = {}
+        self._depth = 0
+
+    def run(self, closed: Any, cells: Sequence[Cell]) -> tuple[list[Cell], Sums]:
+        """Returns the results of a closed jaxpr, and the sums over its products.
+
+        Args:
+            closed: Closed jaxpr.
+            cells: Its arguments.
+        """
+        outside, self._sums = self._sums, {}
+        constants = [Cell(value if self.measure else None) for value in closed.consts]
+        results = self._follow(closed.jaxpr, [*constants, *cells])
+        inside, self._sums = self._sums, outside
+        return results, inside
+
+    def _follow(self, jaxpr: Any, cells: Sequence[Cell]) -> list[Cell]:
+        known = dict(zip([*jaxpr.constvars, *jaxpr.invars], cells, strict=True))
+
+        def read(atom: Any) -> Cell:
+            if isinstance(atom, core.Literal):
+                return Cell(atom.val if self.measure else None)
+            return known[atom]
+
+        for eqn in jaxpr.eqns:
+            known |= zip(eqn.outvars, self._step(eqn, list(map(read, eqn.invars))), strict=True)
+        return list(map(read, jaxpr.outvars))
+
+    def _step(self, eqn: Any, cells: list[Cell]) -> list[Cell]:
+        """Returns the results of one equation."""
+        name = eqn.primitive.name
+        if name in ("scan", "while", "cond"):
+            return getattr(self, f"_{name}")(eqn, cells)
+        # Calls of other functions are followed as if they were written here.
+        if name in _CALLS:
+            inner = next(eqn.params[param] for param in _INNER if param in eqn.params)
+            return self._call(inner, cells)
+        if any(hasattr(value, "eqns") or hasattr(value, "jaxpr") for value in eqn.params.values()):
+            for cell in cells:
+                self.opaque |= {view.leaf: name for view in cell.views}
+        if name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
+            self._product(eqn, cells)
+        if name in _RANKS:
+            self.ranked |= {leaf for cell in cells if len(cell.sources) == 1 for leaf in cell.sources}
+        # Compute the values, then say what they are.
+        outputs: Sequence[Any] = [None] * len(eqn.outvars)
+        if self.measure:
+            functions, params = eqn.primitive.get_bind_params(eqn.params)
+            result = eqn.primitive.bind(*functions, *(cell.value for cell in cells), **params)
+            outputs = result if eqn.primitive.multiple_results else [result]
+        data = any(cell.data for cell in cells)
+        sources = frozenset().union(*(cell.sources for cell in cells))
+        if name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
+            leaves = [view.leaf for cell in cells if cell.is_weight for view in cell.views]
+            sources = frozenset(leaves) if leaves and data else sources
+        found = [self._views(eqn, cells, getattr(var.aval, "shape", ())) for var in eqn.outvars]
+        if name in _PICKS and any(found):
+            data = cells[0].data  # a weight that the data picks is a weight
+        experts = self._experts(eqn, cells, found)
+        return [
+            Cell(value, held, data, sources, experts)
+            for value, held in zip(outputs, found, strict=True)
+        ]
+
+    def _experts(self, eqn: Any, cells: list[Cell], found: list[Any]) -> tuple[View, ...]:
+        """Returns the dimensions of an activation that run over the copies of a weight."""
+        name = eqn.primitive.name
+        if name == "gather" or (not any(c.experts for c in cells) and name != "dot_general"):
+            return ()
+        shape = getattr(eqn.outvars[0].aval, "shape", ())
+        moved = []
+        for at, cell in enumerate(cells):
+            given = cell.experts
+            if name == "dot_general" and cell.is_weight and not any(found):
+                # Only the copies of the weight remain; its outputs are new to the activation.
+                batched = _dot_sides(eqn.params["dimension_numbers"], at)[1]
+                given += tuple(
+                    view.with_dims([d if i in batched else () for i, d in enumerate(view.dims)])
+                    for view in cell.views
+                )
+            for view in given:
+                result = self._view(eqn, cells, at, view, eqn.invars[at].aval.shape, shape)
+                if result is not None and result.wide:
+                    moved.append(dataclasses.replace(result, inner=(), whole=True))
+        return tuple(dict.fromkeys(moved))
+
+    def _call(self, inner: Any, cells: list[Cell]) -> list[Cell]:
+        closed = inner if hasattr(inner, "consts") else core.ClosedJaxpr(inner, ())
+        results, sums = self.run(closed, cells)
+        self._add(sums)
+        return results
+
+    def _add(self, sums: Sums) -> None:
+        for key, value in sums.items():
+            self._sums[key] = (
+                jax.tree.map(jnp.add, self._sums[key], value) if key in self._sums else value
+            )
+
+    # Views: what becomes of the axes of the weights.
+
+    def _views(self, eqn: Any, cells: list[Cell], shape: tuple[int, ...]) -> tuple[View, ...]:
+        """Returns the views of a result, of the equation's operands that are weights."""
+        if any(cell.data for cell in cells) and eqn.primitive.name not in _PICKS:
+            # Activations, whatever they are made of.
+            for view in (view for cell in cells for view in cell.views):
+                pieces = (*(piece for _, piece in view.scanned), *view.picked)
+                self.copies.setdefault(view.leaf, set()).update(piece.axis for piece in pieces)
+            return ()
+        found = []
+        for at, cell in enumerate(cells):
+            old = eqn.invars[at].aval.shape
+            for view in cell.views:
+                result = self._view(eqn, cells, at, view, old, shape)
+                if result is not None:
+                    found.append(result)
+        return tuple(found)
+
+    def _view(
+        self,
+        eqn: Any,
+        cells: list[Cell],
+        at: int,
+        view: View,
+        old: tuple[int, ...],
+        new: tuple[int, ...],
+    ) -> View | None:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "transpose":
+            return views.transposed(view, params["permutation"])
+        if name == "reshape":
+            return views.reshaped(view, old, new)
+        if name == "broadcast_in_dim":
+            return views.broadcast(view, new, old, params["broadcast_dimensions"])
+        if name == "squeeze":
+            return views.squeezed(view, params["dimensions"])
+        if name == "expand_dims":
+            return views.reshaped(view, old, new)
+        if name == "slice":
+            return views.sliced(view, old, new, params["start_indices"])
+        if name == "dynamic_slice" and at == 0:
+            return views.sliced(view, old, new, [cell.value for cell in cells[1 : 1 + len(old)]])
+        if name == "gather" and at == 0:
+            return self._gathered(eqn, cells, view, old)
+        if name in ("concatenate", "pad"):
+            # Next to other values: the roles stay known, the place within the dimension does not.
+            return dataclasses.replace(view, whole=False)
+        if name == "stack":
+            dims = list(view.dims)
+            dims.insert(params["axis"], ())
+            return view.with_dims(dims, whole=False)
+        if name == "dot_general":
+            return _of_product(eqn, cells, at, view)
+        if name in ("reduce_sum", "reduce_max", "reduce_min") and eqn.outvars[0].aval.shape != old:
+            if any(cell.data for cell in cells):
+                return views.squeezed(view, params["axes"])
+            return None  # a statistic of the weight, such as its norm
+        if (name.startswith("reduce_") and "axes" in params) or name in _RANKS:
+            return None
+        if old == new and name not in _MIXES:
+            return view  # elementwise
+        if old and new and not any(cell.data for cell in cells):
+            self.opaque.setdefault(view.leaf, name)
+        return None
+
+    def _gathered(
+        self, eqn: Any, cells: list[Cell], view: View, old: tuple[int, ...]
+    ) -> View | None:
+        """Returns the view of the matrices that are looked up, or None for a lookup of vectors."""
+        numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+        kept = [
+            axis
+            for axis in range(len(old))
+            if axis not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+        ]
+        wide = [axis for axis in kept if view.dims[axis] and sizes[axis] == old[axis] > 1]
+        if len(wide) < 2 or numbers.operand_batching_dims:
+            self.looked_up.add(view.leaf)
+            return None
+        out_ndim = eqn.outvars[0].aval.ndim
+        dims: list[views.Dim] = [()] * out_ndim
+        for axis, position in zip(kept, numbers.offset_dims, strict=True):
+            dims[position] = view.dims[axis] if sizes[axis] == old[axis] else ()
+        # A copy for each index; a single index is known where it has one element.
+        indices = cells[1].value
+        single = math.prod(eqn.invars[1].aval.shape) == 1
+        place = indices.reshape(()) if single and indices is not None else None
+        pieces = [piece for axis in numbers.start_index_map for piece in view.dims[axis]]
+        picked, places = (*view.picked, *pieces), (*view.places, *(place for _ in pieces))
+        return view.with_dims(dims, picked=picked, places=places, whole=view.whole and single)
+
+    # Products: where a weight meets the activations.
+
+    def _product(self, eqn: Any, cells: list[Cell]) -> None:
+        name = eqn.primitive.name
+        groups = None
+        if name == "conv_general_dilated":
+            sides = [_conv_sides(eqn, side) for side in (0, 1)]
+            kind = "conv"
+        elif name == "ragged_dot_general":
+            ragged = eqn.params["ragged_dot_dimension_numbers"]
+            sides = [_dot_sides(ragged.dot_dimension_numbers, side) for side in (0, 1)]
+            # The groups of the weight are its copies.
+            sides[1] = (sides[1][0], (*sides[1][1], *ragged.rhs_group_dimensions))
+            kind, groups = "ragged", cells[2].value
+        else:
+            sides = [_dot_sides(eqn.params["dimension_numbers"], side) for side in (0, 1)]
+            kind = "dot"
+        for side in (0, 1):
+            cell, other = cells[side], cells[1 - side]
+            if not cell.is_weight:
+                continue
+            (contracted, batched), (their, theirs) = sides[side], sides[1 - side]
+            for view in cell.views:
+                roles = _dims_roles(len(view.dims), contracted, batched)
+                roles |= self._over_experts(view, other, contracted, their)
+                found = views.roles(view, self.shapes[view.leaf], roles)
+                both = other.is_weight and not other.data
+                noted = (self.tentative if both else self.uses).setdefault(view.leaf, [])
+                if found not in noted:
+                    noted.append(found)
+                if self.measure and not both and found is not None:
+                    self._add(
+                        self.measure(
+                            Product(
+                                view, roles, kind, other.value, (contracted, their),
+                                (batched, theirs), eqn.params, groups,
+                            )  # fmt: skip
+                        )
+                    )
+
+    def _over_experts(
+        self, view: View, other: Cell, contracted: Sequence[int], their: Sequence[int]
+    ) -> dict[int, str]:
+        """Returns the dimensions that a mixture of experts sums over together with the inputs."""
+        if not self.ranked or len(contracted) < 2:
+            return {}
+        found = {}
+        for own, at in zip(contracted, their, strict=True):
+            size = math.prod(piece.size for piece in view.dims[own])
+            if any(
+                expert.dims[at] and math.prod(piece.size for piece in expert.dims[at]) == size
+                for expert in other.experts
+            ):
+                found[own] = "copies"
+        return found
+
+    # Control flow: scans, loops and branches, with the sums carried out of them.
+
+    def _scan(self, eqn: Any, cells: list[Cell]) -> list[Cell]:
+        params, body = eqn.params, eqn.params["jaxpr"]
+        consts, carried = params["num_consts"], params["num_carry"]
+        fixed, start, rows = (
+            cells[:consts], cells[consts : consts + carried], cells[consts + carried :]
+        )  # fmt: skip
+        self._depth += 1
+        depth = self._depth
+        inside = [
+            cell._replace(
+                value=None,
+                views=tuple(views.enter_scan(v, depth) for v in cell.views),
+                experts=(),
+            )
+            for cell in rows
+        ]
+        known = self._settle(
+            lambda start: self._without_values(body, [*fixed, *start, *inside]), start, carried
+        )
+        if self.measure is None:
+            results, _ = self.run(body, [*fixed, *known, *inside])
+            sums: Sums = {}
+        else:
+            results, sums = self._scan_values(params, fixed, start, known, rows, inside, depth)
+        self._depth -= 1
+        self._add(sums)
+        return [
+            # Stacked over the iterations, a weight in it is not followed any further.
+            cell if at < carried else cell._replace(views=(), experts=())
+            for at, cell in enumerate(results)
+        ]
+
+    def _scan_values(
+        self,
+        params: Mapping[str, Any],
+        fixed: list[Cell],
+        start: list[Cell],
+        known: list[Cell],
+        rows: list[Cell],
+        inside: list[Cell],
+        depth: int,
+    ) -> tuple[list[Cell], Sums]:
+        infos: list[Cell] = []
+        carried = params["num_carry"]
+
+        def iteration(carry: Any, row: Any) -> Any:
+            cells = [
+                *fixed,
+                *(cell._replace(value=v) for cell, v in zip(known, carry, strict=True)),
+                *(cell._replace(value=v) for cell, v in zip(inside, row, strict=True)),
+            ]
+            results, sums = self.run(params["jaxpr"], cells)
+            infos[:] = [cell._replace(value=None) for cell in results]
+            values = [cell.value for cell in results]
+            # The sums of a weight that the scan runs over are stacked, the others are added up.
+            stacked = {k: v for k, v in sums.items() if _level(k) == depth}
+            added = {k: v for k, v in sums.items() if _level(k) != depth}
+            return values[:carried], values[carried:], stacked, added
+
+        carry = [cell.value for cell in start]
+        xs = [cell.value for cell in rows]
+        first = jax.tree.map(lambda x: x[0], xs)
+        total = _zeros(jax.eval_shape(iteration, carry, first)[3])
+
+        def step(state: Any, row: Any) -> Any:
+            carry, total = state
+            carry, ys, stacked, added = iteration(carry, row)
+            return (carry, jax.tree.map(jnp.add, total, added)), (ys, stacked)
+
+        (carry, total), (ys, stacked) = jax.lax.scan(
+            step, (carry, total), xs, params["length"], reverse=params["reverse"]
+        )
+        sums = {_left_scan(key): _unmerged(key, value) for key, value in stacked.items()} | total
+        values = [*carry, *ys]
+        return [info._replace(value=v) for info, v in zip(infos, values, strict=True)], sums
+
+    def _while(self, eqn: Any, cells: list[Cell]) -> list[Cell]:
+        params = eqn.params
+        a, b = params["cond_nconsts"], params["body_nconsts"]
+        test, fixed, start = cells[:a], cells[a : a + b], cells[a + b :]
+        known = self._settle(
+            lambda start: self._without_values(params["body_jaxpr"], [*fixed, *start]),
+            start,
+            len(start),
+        )
+        if self.measure is None:
+            self.run(params["cond_jaxpr"], [*test, *known])
+            results, _ = self.run(params["body_jaxpr"], [*fixed, *known])
+            return results
+        infos: list[Cell] = []
+
+        def iteration(carry: Any) -> tuple[list[Any], Sums]:
+            given = [cell._replace(value=v) for cell, v in zip(known, carry, strict=True)]
+            results, sums = self.run(params["body_jaxpr"], [*fixed, *given])
+            infos[:] = [cell._replace(value=None) for cell in results]
+            return [cell.value for cell in results], sums
+
+        def more(state: Any) -> Any:
+            given = [cell._replace(value=v) for cell, v in zip(known, state[0], strict=True)]
+            return self.run(params["cond_jaxpr"], [*test, *given])[0][0].value
+
+        def step(state: Any) -> Any:
+            carry, sums = iteration(state[0])
+            return carry, jax.tree.map(jnp.add, state[1], sums)
+
+        carry = [cell.value for cell in start]
+        total = _zeros(jax.eval_shape(iteration, carry)[1])
+        carry, total = jax.lax.while_loop(more, step, (carry, total))
+        self._add(total)
+        return [info._replace(value=v) for info, v in zip(infos, carry, strict=True)]
+
+    def _cond(self, eqn: Any, cells: list[Cell]) -> list[Cell]:
+        chosen, *cells = cells
+        branches = eqn.params["branches"]
+        runs = [self._without_values(branch, cells) for branch in branches]
+        merged = [
+            Cell(
+                None,
+                tuple(dict.fromkeys(view for cell in some for view in cell.views)),
+                chosen.data or any(cell.data for cell in some),
+                frozenset().union(*(cell.sources for cell in some)),
+            )
+            for some in zip(*runs, strict=True)
+        ]
+        merged = [cell._replace(views=()) if cell.data else cell for cell in merged]
+        if self.measure is None:
+            return merged
+        operands = [cell.value for cell in cells]
+
+        def taken(branch: Any) -> Callable[..., tuple[list[Any], Sums]]:
+            def run(*operands: Any) -> tuple[list[Any], Sums]:
+                given = [c._replace(value=v) for c, v in zip(cells, operands, strict=True)]
+                results, sums = self.run(branch, given)
+                return [cell.value for cell in results], sums
+
+            return run
+
+        # Every branch returns the sums of all; those of the others are 0.
+        shapes: Sums = {}
+        for branch in branches:
+            shapes |= jax.eval_shape(taken(branch), *operands)[1]
+
+        def filled(branch: Any) -> Callable[..., tuple[list[Any], Sums]]:
+            def run(*operands: Any) -> tuple[list[Any], Sums]:
+                values, sums = taken(branch)(*operands)
+                return values, _zeros(shapes) | sums
+
+            return run
+
+        values, sums = jax.lax.switch(chosen.value, [filled(b) for b in branches], *operands)
+        self._add(sums)
+        return [cell._replace(value=v) for cell, v in zip(merged, values, strict=True)]
+
+    def _without_values(self, closed: Any, cells: Sequence[Cell]) -> list[Cell]:
+        measure, self.measure = self.measure, None
+        results, _ = self.run(closed, [cell._replace(value=None) for cell in cells])
+        self.measure = measure
+        return results
+
+    def _settle(
+        self, body: Callable[[list[Cell]], list[Cell]], start: list[Cell], carried: int
+    ) -> list[Cell]:
+        """Returns what is known of a carry in every iteration."""
+        known = [cell._replace(value=None) for cell in start]
+        while True:
+            after = body(known)[:carried]
+            merged = [
+                Cell(
+                    None,
+                    a.views if a.views == b.views and not b.data else (),
+                    a.data or b.data,
+                    a.sources | b.sources,
+                    a.experts if a.experts == b.experts else (),
+                )
+                for a, b in zip(known, after, strict=True)
+            ]
+            if merged == known:
+                return known
+            known = merged
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+class SumKey(NamedTuple):
+    """What a sum belongs to.
+
+    Attributes:
+        leaf: Index of the weight.
+        labels: Pieces of the weight's axes over which the leading axes of the sum run.
+        scanned: (depth, piece) of the scans that the sum has not left yet, outermost first.
+    """
+
+    leaf: int
+    labels: tuple[Piece, ...]
+    scanned: tuple[tuple[int, Piece], ...]
+
+
+def _level(key: SumKey) -> int:
+    return key.scanned[-1][0] if key.scanned else 0
+
+
+def _left_scan(key: SumKey) -> SumKey:
+    depth = _level(key)
+    pieces = tuple(piece for at, piece in key.scanned if at == depth)
+    outer = tuple((at, piece) for at, piece in key.scanned if at != depth)
+    return SumKey(key.leaf, (*pieces, *key.labels), outer)
+
+
+def _unmerged(key: SumKey, value: Any) -> Any:
+    """Returns sums that a scan stacked, with an axis for each piece that it runs over."""
+    sizes = [piece.size for at, piece in key.scanned if at == _level(key)]
+    return jax.tree.map(lambda leaf: leaf.reshape(*sizes, *leaf.shape[1:]), value)
+
+
+def _dot_sides(numbers: Any, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    contracted, batched = numbers
+    return tuple(contracted[side]), tuple(batched[side])
+
+
+def _conv_sides(eqn: Any, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the summed and the shared dimensions of an operand of a convolution."""
+    spec = eqn.params["dimension_numbers"]
+    if side == 1:
+        return tuple(spec.rhs_spec[1:]), ()
+    return (spec.lhs_spec[1], *spec.lhs_spec[2:]), ()
+
+
+def _dims_roles(
+    ndim: int, contracted: Sequence[int], batched: Sequence[int]
+) -> dict[int, str]:
+    return {
+        at: "inputs" if at in contracted else "copies" if at in batched else "outputs"
+        for at in range(ndim)
+    }
+
+
+def _of_product(eqn: Any, cells: list[Cell], at: int, view: View) -> View | None:
+    """Returns the view of a weight in its product with another weight, as in LoRA."""
+    (contracted, batched) = _dot_sides(eqn.params["dimension_numbers"], at)
+    (_, others) = _dot_sides(eqn.params["dimension_numbers"], 1 - at)
+    other_ndim = eqn.invars[1 - at].aval.ndim
+    free = [d for d in range(len(view.dims)) if d not in (*contracted, *batched)]
+    theirs = other_ndim - len(contracted) - len(others)
+    own, blank = [view.dims[d] for d in free], [()] * theirs
+    dims = [view.dims[d] for d in batched] + (own + blank if at == 0 else blank + own)
+    inner = view.inner + tuple(piece.axis for d in contracted for piece in view.dims[d])
+    return view.with_dims(dims, inner=inner, whole=False)
