@@ -112,6 +112,8 @@ def prunable(
     params: PyTree,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    *,
+    layout: PyTree | None = None,
 ) -> PyTree:
     """Returns a bool pytree that is True where the weight may be pruned.
 
@@ -123,6 +125,9 @@ def prunable(
         params: Pytree of arrays; only floating-point leaves can be prunable.
         include: Regular expressions, each of which must match a floating-point leaf.
         exclude: Regular expressions, each of which must match a floating-point leaf.
+        layout: Pytree of `layout.Axes` like `params`. Without `include`, only kernels are then
+            included, of two or more axes in each copy: no lookup tables, no weights that rank
+            experts, and none that no product uses.
 
     Raises:
         InputError: If a rule is not a regular expression or matches no weight, or if nothing is
@@ -144,8 +149,10 @@ def prunable(
                     f"{kind} rule {rule!r} matches no weight; correct the rule. "
                     f"Weights: {_abbreviated(list(weights))}"
                 )
+    axes = {} if layout is None else dict(named_leaves(layout))
     chosen = {
-        name: not dense_reason(name, leaf, include, exclude) for name, leaf in weights.items()
+        name: not dense_reason(name, leaf, include, exclude, axes.get(name))
+        for name, leaf in weights.items()
     }
     if not any(chosen.values()):
         raise InputError(
@@ -175,13 +182,27 @@ def prunable_leaves(params: PyTree, prunable_tree: PyTree | None, what: str) -> 
 
 
 def dense_reason(
-    name: str, leaf: Any, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+    name: str,
+    leaf: Any,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    axes: Any = None,
 ) -> str:
-    """Returns why a leaf is dense under the rules of `prunable`, or `""` if it is prunable."""
+    """Returns why a leaf is dense under the rules of `prunable`, or `""` if it is prunable.
+
+    Args:
+        name: Name of the leaf.
+        leaf: Leaf, which may be abstract.
+        include: Rules as in `prunable`.
+        exclude: Rules as in `prunable`.
+        axes: `layout.Axes` of the leaf, or None.
+    """
     if not is_weight(leaf):
         return "not a floating-point array"
     if include is None and leaf.ndim < 2:
         return "fewer than two axes"
+    if include is None and axes is not None and axes.dense_reason:
+        return axes.dense_reason
     if include is not None and not any(rule_matches(rule, name) for rule in include):
         return "no include rule matches"
     if exclude is None:

@@ -80,7 +80,6 @@ def prune_blocks(
     pattern: str | None = None,
     prunable: PyTree | None = None,
     call: Callable[[Any, Any, Any], Any] | None = None,
-    dense_like: tuple[type, ...] = (),
     block: int = BLOCK,
     damping: float = 0.01,
     offload: bool = False,
@@ -108,7 +107,6 @@ def prune_blocks(
         pattern: None or "n:m".
         prunable: bool pytree; None: `tree.prunable(params)`. Kernels outside of the blocks stay.
         call: as in `calibration.inputs`.
-        dense_like: as in `calibration.inputs`.
         block: inputs at a time, of "sparsegpt".
         damping: of "sparsegpt".
         offload: keep the activations in host memory, and one batch of them on the device.
@@ -152,7 +150,7 @@ def prune_blocks(
             if name.startswith(path + "/")
         }
         if runner is None or not runner.fits(of_kinds, wanted):
-            runner = _Runner(of_kinds, wanted, plan.hessian, dense_like)
+            runner = _Runner(of_kinds, wanted, plan.hessian)
         own = block_graph.part(variables, path)
         new, kept = _one_block(runner, path, own, states, counts, plan, reports, progress)
         if index + 1 < len(wires):
@@ -377,16 +375,9 @@ class _Runner:
         wires: list[block_graph.Wire],
         wanted: Mapping[str, Any],
         hessian: bool,
-        dense_like: tuple[type, ...],
     ) -> None:
         self.wires, self.wanted = wires, dict(wanted)
-        self.measure = measuring.make_measure_fn(
-            wires[0].module,
-            lambda _, variables, state: self._run(variables, state),
-            self.wanted,
-            hessian=hessian,
-            dense_like=dense_like,
-        )
+        self.measure = measuring.make_measure_fn(self._run, self.wanted, hessian=hessian)
         self.step = measuring.make_accumulate_step(self.measure)
         self.known: dict[str, Any] = {}
         self.forward = jax.jit(self._run)

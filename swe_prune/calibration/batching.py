@@ -1,7 +1,5 @@
 """Checks of calibration batches, whose arrays share a first axis over the sequences."""
 
-from typing import Any
-
 import jax
 from jaxtyping import PyTree
 

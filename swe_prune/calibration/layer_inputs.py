@@ -1,78 +1,128 @@
-"""Norms and Hessians of the layer inputs of a Linen model on calibration data."""
+"""Norms and Hessians of what each weight is multiplied with, on calibration data."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import errors as flax_errors
 from flax import linen as nn
 from jaxtyping import Array, PyTree
 
 from swe_prune import tree
-from swe_prune.calibration import batching, intercept
+from swe_prune.calibration import batching
+from swe_prune.calibration.products import input_sums
 from swe_prune.errors import InputError
+from swe_prune.layout import layout as trace_layout
+from swe_prune.layout.trace import function_of, one_sentence
 
 Call = Callable[[Any, Any, Any], Any]
+Run = Callable[[Any, Any], Any]
 
 
 def inputs(
-    model: nn.Module,
-    variables: Mapping[str, PyTree],
+    fn: Any,
+    params: PyTree,
     batches: Iterable[PyTree],
     *,
     hessian: bool = False,
     call: Call | None = None,
     prunable: PyTree | None = None,
-    dense_like: tuple[type, ...] = (),
 ) -> dict[str, PyTree]:
-    """Measures the layer inputs of a model on calibration batches, for `importance.score`.
+    """Measures what each weight is multiplied with on calibration batches.
 
         input_norm_j = √(Σ x_j² / n)        hessian = (2 / n) Σ x xᵀ
 
     The sums run over all tokens of all sequences, and n counts sequences, as in Wanda and
-    SparseGPT. Batches are streamed: one compiled step per batch shape accumulates the sums on the
-    device in float32. Batches may be sharded over devices along their first axis. For a layer that
-    is used several times, the sums run over all its inputs.
+    SparseGPT. The function is traced, and the other operand of every product in which a weight is
+    used is summed in the same computation, so nothing about it has to be changed: a Dense or
+    attention layer, a convolution, an einsum over experts, a scan over layers, in Linen, NNX,
+    Equinox or plain JAX. Each copy of a weight (a layer of a scan, an expert) has sums of its own,
+    over the inputs that it gets: an expert those tokens that are routed to it, where the function
+    gives it zeros, or nothing, in place of the others.
+
+    Batches are streamed: one compiled step per batch shape accumulates the sums on the device in
+    float32. Batches may be sharded over devices along their first axis. For a weight that is used
+    several times, the sums run over all its inputs.
 
     Args:
-        model: Linen module. Its Dense, DenseGeneral (and so Flax's attention) and ungrouped Conv
-            layers are measured, also inside `nn.remat`, and inside an `nn.scan` or `nn.vmap` that
-            lists "calibration" in its variable_axes.
-        variables: Variables of the model, {"params": …} and other collections.
+        fn: Function of (params, batch), whose result is ignored, a Linen module or an NNX module.
+            Modules are applied to the batch, or to batch["inputs"] if the batch is a mapping that
+            has it.
+        params: Parameters of the function; of a Linen module also its variables, {"params": …}
+            and other collections; of an NNX module its state or the module itself.
         batches: Pytrees of arrays whose first axis runs over the sequences.
         hessian: Whether to measure the Hessian too, R² numbers for a kernel of R inputs.
-        call: Function (model, variables, batch) that runs the model; its result is ignored. If
-            None, applies the model to the batch, or to batch["inputs"] if the batch is a mapping
-            that has it.
-        prunable: Bool pytree that selects the kernels to measure. If None,
-            `tree.prunable(params)`.
-        dense_like: Custom layer classes that compute x @ kernel over the last axis.
+        call: Function (module, variables, batch) that runs a Linen module in another way.
+        prunable: Bool pytree that selects the weights to measure. If None, `tree.prunable` of the
+            parameters and their traced layout.
 
     Returns:
-        Pytrees like the parameters, None where nothing was measured. "input_norm": float32, with
-        the kernel's shape along its inputs and 1 along its outputs. With `hessian`, "hessian":
-        float32, R x R over the kernel's inputs in their order.
+        Pytrees like the parameters (of a Linen module without other collections), None where
+        nothing was measured. "input_norm": float32, with the weight's shape along its copies and
+        inputs and 1 along its outputs. With `hessian`, "hessian": float32, copies x R x R over the
+        weight's inputs in their order.
 
     Raises:
-        InputError: If there is no batch, the model cannot be run on a batch, a layer input has NaN
-            or inf, or no layer used a kernel to be measured.
+        InputError: If there is no batch, the function cannot be run on a batch, an input has NaN or
+            inf, or no product used a weight to be measured.
 
     Sources: Sun et al., "A simple and effective pruning approach for large language models", 2024;
     Frantar and Alistarh, "SparseGPT", 2023.
 
-    >>> variables = {"params": {"kernel": jnp.ones((2, 1))}}
-    >>> norm = inputs(nn.Dense(1, use_bias=False), variables, [jnp.array([[3.0, 0], [4, 0]])])
-    >>> (norm["input_norm"]["kernel"] ** 2).ravel().tolist()
+    >>> norm = inputs(lambda w, x: x @ w, jnp.ones((2, 1)), [jnp.array([[3.0, 0], [4, 0]])])
+    >>> (norm["input_norm"] ** 2).ravel().tolist()
     [12.5, 0.0]
     """
-    params = params_of(variables)
-    wanted = wanted_shapes(params, prunable)
+    weights, variables, run = _separated(fn, params, call)
+    first, batches = _peeked(batches)
+    if prunable is None:
+        with one_sentence("calibration batch 0", first):
+            found = trace_layout(lambda own, batch: run(own, batch), variables, first)
+        prunable = tree.prunable(weights, layout=_of_weights(found["params"], weights))
+    wanted = wanted_shapes(weights, prunable)
     # Accumulate sums over the batches, then normalize them.
-    step = make_measure_fn(model, call or applied, wanted, hessian=hessian, dense_like=dense_like)
-    sums, n = accumulate(step, variables, batches)
+    measure = make_measure_fn(run, wanted, hessian=hessian)
+    sums, n = accumulate(measure, variables, batches)
     check_used(wanted, sums)
-    return normalize_sums(params, sums, n, hessian=hessian)
+    return normalize_sums(weights, sums, n, hessian=hessian)
+
+
+def _separated(fn: Any, params: PyTree, call: Call | None) -> tuple[PyTree, dict[str, Any], Run]:
+    """Returns the weights, the variables {"params": arrays, …}, and a function of them and a batch.
+
+    Only arrays are arguments of a compiled program, so the weights become a dict of arrays by name
+    where the pytree holds anything else.
+    """
+    if isinstance(fn, nn.Module):
+        variables = params if isinstance(params, Mapping) and "params" in params else None
+        variables = {"params": params} if variables is None else dict(variables)
+        model = call or applied
+        return variables["params"], variables, lambda own, batch: model(fn, own, batch)
+    if call is not None:
+        raise InputError("call= runs a Linen module in another way; give fn as that function")
+    run = function_of(fn, params)
+    arrays = {name: leaf for name, leaf in tree.named_leaves(params) if hasattr(leaf, "dtype")}
+
+    def filled(own: Mapping[str, Any]) -> PyTree:
+        return tree.map_leaves(lambda name, leaf: own["params"].get(name, leaf), params)
+
+    return params, {"params": arrays}, lambda own, batch: run(filled(own), batch)
+
+
+def _of_weights(found: PyTree, weights: PyTree) -> PyTree:
+    """Returns a layout by name in the structure of the weights."""
+    by_name = dict(tree.named_leaves(found))
+    return tree.map_leaves(lambda name, _: by_name.get(name), weights)
+
+
+def _peeked(batches: Iterable[PyTree]) -> tuple[PyTree, Iterable[PyTree]]:
+    rest = iter(batches)
+    try:
+        first = next(rest)
+    except StopIteration:
+        raise batching.nothing_given() from None
+    return first, itertools.chain([first], rest)
 
 
 def applied(model: nn.Module, variables: Any, batch: Any) -> Any:
@@ -103,18 +153,24 @@ def wanted_shapes(params: PyTree, prunable: PyTree | None) -> dict[str, tuple[in
 
 
 def make_measure_fn(
-    model: nn.Module,
-    call: Call,
-    wanted: Mapping[str, Any],
-    *,
-    hessian: bool,
-    dense_like: tuple[type, ...] = (),
+    run: Run, wanted: Mapping[str, Any], *, hessian: bool
 ) -> Callable[[Any, Any], dict[str, dict[str, Array]]]:
-    """Returns a function of (variables, batch) that computes `intercept.sums`, not yet compiled."""
+    """Returns a function of (variables, batch) that computes `input_sums`, not yet compiled.
+
+    Args:
+        run: Function of (variables, batch), with variables {"params": …} and other collections.
+        wanted: Mapping whose keys are the names of the weights to measure.
+        hessian: Whether to sum the outer products too.
+    """
 
     def measure(variables: Any, batch: Any) -> dict[str, dict[str, Array]]:
-        return intercept.sums(
-            lambda: call(model, variables, batch), wanted, hessian=hessian, dense_like=dense_like
+        rest = {name: value for name, value in variables.items() if name != "params"}
+        return input_sums(
+            lambda params, given: run({**given[0], "params": params}, given[1]),
+            variables["params"],
+            (rest, batch),
+            wanted,
+            hessian=hessian,
         )
 
     return measure
@@ -192,16 +248,8 @@ def traced(run: Callable[[Any, Any], Any], variables: Any, batch: Any, number: i
     Raises:
         InputError: If the model cannot be run on this batch.
     """
-    try:
+    with one_sentence(f"calibration batch {number}", batch):
         return jax.eval_shape(run, variables, batch)
-    except InputError:
-        raise
-    except (TypeError, ValueError, IndexError, KeyError, flax_errors.FlaxError) as error:
-        raise InputError(
-            f"calibration batch {number}, {tree.described(batch)}, cannot be run through the "
-            f"model ({type(error).__name__}: {str(error).splitlines()[0]}); give batches with the "
-            "shape and dtype that the model takes, or call= with a function that runs it"
-        ) from error
 
 
 def _zeros(new: Any) -> Any:
@@ -231,13 +279,13 @@ def _reject_not_finite(first_bad: Mapping[str, Any]) -> None:
 
 
 def check_used(wanted: Mapping[str, Any], sums: Mapping[str, Any]) -> None:
-    """Raises InputError if no layer used a wanted kernel."""
+    """Raises InputError if no product used a wanted weight."""
     missing = [name for name in wanted if name not in sums]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(
-            f"no Dense-like layer used {missing[0]!r}{more} on the calibration batches; leave it "
-            "out with prunable=, or let call= run all of the model"
+            f"no product used {missing[0]!r}{more} on the calibration batches; exclude it with "
+            "prunable=, or give a function that runs all of the model"
         )
 
 
@@ -245,19 +293,11 @@ def normalize_sums(
     params: PyTree, sums: Mapping[str, Mapping[str, Array]], n: int, *, hessian: bool
 ) -> dict[str, PyTree]:
     """Converts sums over n sequences to input norms and Hessians, pytrees like the parameters."""
-
-    def norm(name: str, weight: Any) -> Any:
-        if name not in sums:
-            return None
-        square = sums[name]["square"]
-        if weight.shape[: square.ndim] != square.shape:
-            raise InputError(
-                f"{name!r} has shape {weight.shape} and its inputs {square.shape}; scan the "
-                "parameters along axis 0, or leave it out with prunable="
-            )
-        return jnp.sqrt(square / n).reshape(square.shape + (1,) * (weight.ndim - square.ndim))
-
-    measured = {"input_norm": tree.map_named(norm, params)}
+    measured = {
+        "input_norm": tree.map_named(
+            lambda name, _: jnp.sqrt(sums[name]["square"] / n) if name in sums else None, params
+        )
+    }
     if hessian:
         measured["hessian"] = tree.map_named(
             lambda name, _: sums[name]["outer"] * (2 / n) if name in sums else None, params

@@ -28,7 +28,7 @@ from swe_prune.layout.axes import (
     per_copy,
     split,
 )
-from swe_prune.layout.trace import function_of, trace
+from swe_prune.layout.trace import function_of, one_sentence, trace
 from swe_prune.layout.walk import Cell, Walk
 
 
@@ -61,7 +61,8 @@ def layout(fn: Any, params: PyTree, batch: PyTree) -> PyTree:
     >>> found["up"]["weight"].inputs, found["up"]["weight"].outputs
     ((1,), (0,))
     """
-    traced = trace(function_of(fn, params), params, batch)
+    with one_sentence("the batch", batch):
+        traced = trace(function_of(fn, params), params, batch)
     walk = Walk(traced.shapes)
     results, _ = walk.run(traced.closed, traced.cells())
     last = _last(results, traced.closed.out_avals)

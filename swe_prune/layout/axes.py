@@ -74,6 +74,19 @@ class Axes:
             self, inputs=shifted(self.inputs), outputs=shifted(self.outputs), copies=(), also=()
         )
 
+    @property
+    def dense_reason(self) -> str:
+        """Why the weight is dense by default, or `""`."""
+        if self.kind == "embedding" or any(axes.kind == "embedding" for axes in self.also):
+            return "read by a lookup"
+        if self.kind == "router":
+            return "router"
+        if self.kind == "vector":
+            return "in no product"
+        if self.ndim - len(self.copies) < 2:
+            return "fewer than two axes in each copy"
+        return ""
+
     def moved(self, value: Array) -> Array:
         """Returns an array like the weight with its axes in the order copies, inputs, outputs."""
         return jnp.transpose(value, (*self.copies, *self.inputs, *self.outputs))
@@ -116,14 +129,14 @@ def _in_attention(parents: list[str]) -> bool:
 
     "layers/attention" may be a scan over Dense projections, "layers_0/attention" is not.
     """
-    stacked = any(re.fullmatch(r"(?i)(layer|block|stack|scan|expert)s?(_?scan)?", p) for p in parents)
+    stacked = any(
+        re.fullmatch(r"(?i)(layer|block|stack|scan|expert)s?(_?scan)?", p) for p in parents
+    )
     indexed = any(re.search(r"\d", part) for part in parents)
     return bool(parents) and (indexed or not stacked)
 
 
-def axes_of(
-    layout: PyTree | None = None, input_axes: InputAxes | None = None
-) -> AxesOf:
+def axes_of(layout: PyTree | None = None, input_axes: InputAxes | None = None) -> AxesOf:
     """Returns the function from a tensor's name and shape to its axes.
 
     Args:
@@ -188,9 +201,7 @@ def per_copy(
     return mapped(*arrays)
 
 
-def split(
-    named: Mapping[str, Any], layout: PyTree | None
-) -> dict[str, Any]:
+def split(named: Mapping[str, Any], layout: PyTree | None) -> dict[str, Any]:
     """Returns the tensors by name with each copy as a tensor of its own, "name[i]" or "name[i,j]".
 
     >>> axes = {"w": Axes((1,), (2,), copies=(0,))}
@@ -247,7 +258,8 @@ def _by_name(layout: PyTree | None) -> dict[str, Axes]:
 
 def _fitting(name: str, shape: tuple[int, ...], axes: Axes) -> Axes:
     axes = _checked(name, shape, axes)
-    if axes.kind == "unknown" or axes.also or not axes.inputs:
+    two_ways = any(other.kind == "kernel" for other in axes.also)
+    if axes.kind == "unknown" or two_ways or not axes.inputs:
         what = {
             "unknown": "is used by an operation that the trace cannot follow",
             "embedding": "is only read by a lookup",

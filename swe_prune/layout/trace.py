@@ -1,6 +1,7 @@
 """Tracing a user's function of weights and a batch to a jaxpr, with one sentence when it fails."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -92,8 +93,7 @@ def trace(fn: Callable[[PyTree, PyTree], Any], params: PyTree, batch: PyTree) ->
         params: Pytree of weights. Leaves that are not arrays are passed as they are.
         batch: Pytree of arrays.
 
-    Raises:
-        InputError: The function fails on this batch.
+    Raises whatever the function raises; see `one_sentence`.
     """
     named = list(tree.named_leaves(params))
     names = [name for name, leaf in named if tree.is_weight(leaf)]
@@ -108,23 +108,34 @@ def trace(fn: Callable[[PyTree, PyTree], Any], params: PyTree, batch: PyTree) ->
         result = fn(*structure.unflatten(filled))
         return [leaf for leaf in jax.tree.leaves(result) if _is_array(leaf)]
 
-    try:
-        closed = jax.make_jaxpr(call)(*(leaves[at] for at in arrays))
-    except InputError:
-        raise
-    except Exception as error:  # of the user's function, which may raise anything
-        said = (str(error).strip().splitlines() or [""])[0][:200]
-        raise InputError(
-            f"the function cannot be run on the batch {tree.described(batch)} "
-            f"({type(error).__name__}: {said}); give it as fn(params, batch) and a batch that it "
-            "takes"
-        ) from error
+    closed = jax.make_jaxpr(call)(*(leaves[at] for at in arrays))
     count = iter(range(len(names)))
     numbers = [
         next(count) if at < weights and tree.is_weight(leaves[at]) else None for at in arrays
     ]
     shapes = [leaf.shape for _, leaf in named if tree.is_weight(leaf)]
     return Traced(closed, names, shapes, numbers, [at >= weights for at in arrays])
+
+
+@contextlib.contextmanager
+def one_sentence(what: str, batch: PyTree) -> Iterator[None]:
+    """Turns whatever a user's function raises on a batch into an InputError of one sentence.
+
+    Args:
+        what: Name of the batch, such as "calibration batch 0".
+        batch: Batch that the function is run on.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # the function is the user's and may raise anything
+        said = (str(error).strip().splitlines() or ["no message"])[0][:200]
+        raise InputError(
+            f"{what}, {tree.described(batch)}, cannot be run through the function "
+            f"({type(error).__name__}: {said}); give a function of (params, batch) and a batch "
+            "with the shapes and dtypes that it takes"
+        ) from error
 
 
 def array_leaves(*trees: PyTree) -> list[Any]:

@@ -46,6 +46,7 @@ class View:
     whole: bool = True
 
     def with_dims(self, dims: Sequence[Dim], **changes: Any) -> "View":
+        """Returns the view with other dimensions."""
         return dataclasses.replace(self, dims=tuple(dims), **changes)
 
     @property
@@ -60,6 +61,7 @@ def of_leaf(leaf: int, shape: Sequence[int]) -> View:
 
 
 def transposed(view: View, permutation: Sequence[int]) -> View:
+    """Returns the view with its dimensions permuted."""
     return view.with_dims([view.dims[axis] for axis in permutation])
 
 
@@ -145,9 +147,7 @@ def _regrouped(dims: Sequence[Dim], old: Sequence[int], new: Sequence[int]) -> l
     return found
 
 
-def sliced(
-    view: View, old: Sequence[int], new: Sequence[int], starts: Sequence[Any]
-) -> View:
+def sliced(view: View, old: Sequence[int], new: Sequence[int], starts: Sequence[Any]) -> View:
     """Returns the view of a slice; a single position of an axis is a copy that was picked."""
     dims, picked, places = list(view.dims), list(view.picked), list(view.places)
     for at, (before, after) in enumerate(zip(old, new, strict=True)):

@@ -23,16 +23,19 @@ from swe_prune.layout.views import Piece, View
 
 Sums = dict[Any, Any]
 
-_CALLS = frozenset(
-    "jit pjit closed_call core_call core_closed_call remat remat2 checkpoint named_call "
-    "custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr custom_lin".split()
+_CALLS = (
+    *("jit", "pjit", "closed_call", "core_call", "core_closed_call", "named_call", "custom_lin"),
+    *("remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"),
+    "custom_vjp_call_jaxpr",
 )
 _INNER = ("call_jaxpr", "jaxpr", "fun_jaxpr")
-_MIXES = frozenset(
-    "cholesky lu qr eigh eig svd schur triangular_solve fft householder_product sort".split()
+_MIXES = (
+    *("cholesky", "lu", "qr", "eigh", "eig", "svd", "schur", "triangular_solve", "fft"),
+    *("householder_product", "sort"),
 )
-_PICKS = frozenset(["gather", "dynamic_slice"])
-_RANKS = frozenset("top_k approx_top_k argmax argmin sort".split())
+_PICKS = ("gather", "dynamic_slice")
+_RANKS = ("top_k", "approx_top_k", "argmax", "argmin", "sort")
+_PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 
 
 class Cell(NamedTuple):
@@ -72,6 +75,7 @@ class Product:
         batched: Dimensions of both that run over the same index.
         params: Parameters of the equation.
         groups: Group sizes of a ragged product.
+        shape: Shape of the weight.
     """
 
     view: View
@@ -81,7 +85,8 @@ class Product:
     contracted: tuple[tuple[int, ...], tuple[int, ...]]
     batched: tuple[tuple[int, ...], tuple[int, ...]]
     params: Mapping[str, Any]
-    groups: Any = None
+    groups: Any
+    shape: tuple[int, ...]
 
 
 Measure = Callable[[Product], Sums]
@@ -148,19 +153,21 @@ class Walk:
         if any(hasattr(value, "eqns") or hasattr(value, "jaxpr") for value in eqn.params.values()):
             for cell in cells:
                 self.opaque |= {view.leaf: name for view in cell.views}
-        if name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
+        if name in _PRODUCTS:
             self._product(eqn, cells)
         if name in _RANKS:
-            self.ranked |= {leaf for cell in cells if len(cell.sources) == 1 for leaf in cell.sources}
+            self.ranked |= {
+                leaf for cell in cells if len(cell.sources) == 1 for leaf in cell.sources
+            }
         # Compute the values, then say what they are.
         outputs: Sequence[Any] = [None] * len(eqn.outvars)
         if self.measure:
-            functions, params = eqn.primitive.get_bind_params(eqn.params)
-            result = eqn.primitive.bind(*functions, *(cell.value for cell in cells), **params)
+            params = eqn.primitive.get_bind_params(eqn.params)
+            result = eqn.primitive.bind(*(cell.value for cell in cells), **params)
             outputs = result if eqn.primitive.multiple_results else [result]
         data = any(cell.data for cell in cells)
         sources = frozenset().union(*(cell.sources for cell in cells))
-        if name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
+        if name in _PRODUCTS:
             leaves = [view.leaf for cell in cells if cell.is_weight for view in cell.views]
             sources = frozenset(leaves) if leaves and data else sources
         found = [self._views(eqn, cells, getattr(var.aval, "shape", ())) for var in eqn.outvars]
@@ -251,8 +258,8 @@ class Walk:
             return views.sliced(view, old, new, [cell.value for cell in cells[1 : 1 + len(old)]])
         if name == "gather" and at == 0:
             return self._gathered(eqn, cells, view, old)
-        if name in ("concatenate", "pad"):
-            # Next to other values: the roles stay known, the place within the dimension does not.
+        if name in ("concatenate", "pad", "rev"):
+            # The roles stay known, the place within the dimension does not.
             return dataclasses.replace(view, whole=False)
         if name == "stack":
             dims = list(view.dims)
@@ -329,14 +336,18 @@ class Walk:
                 if found not in noted:
                     noted.append(found)
                 if self.measure and not both and found is not None:
-                    self._add(
-                        self.measure(
-                            Product(
-                                view, roles, kind, other.value, (contracted, their),
-                                (batched, theirs), eqn.params, groups,
-                            )  # fmt: skip
-                        )
+                    product = Product(
+                        view=view,
+                        roles=roles,
+                        kind=kind,
+                        other=other.value,
+                        contracted=(contracted, their),
+                        batched=(batched, theirs),
+                        params=eqn.params,
+                        groups=groups,
+                        shape=self.shapes[view.leaf],
                     )
+                    self._add(self.measure(product))
 
     def _over_experts(
         self, view: View, other: Cell, contracted: Sequence[int], their: Sequence[int]
@@ -359,9 +370,8 @@ class Walk:
     def _scan(self, eqn: Any, cells: list[Cell]) -> list[Cell]:
         params, body = eqn.params, eqn.params["jaxpr"]
         consts, carried = params["num_consts"], params["num_carry"]
-        fixed, start, rows = (
-            cells[:consts], cells[consts : consts + carried], cells[consts + carried :]
-        )  # fmt: skip
+        fixed, start = cells[:consts], cells[consts : consts + carried]
+        rows = cells[consts + carried :]
         self._depth += 1
         depth = self._depth
         inside = [
@@ -548,11 +558,13 @@ class SumKey(NamedTuple):
         leaf: Index of the weight.
         labels: Pieces of the weight's axes over which the leading axes of the sum run.
         scanned: (depth, piece) of the scans that the sum has not left yet, outermost first.
+        rest: What else tells sums apart that cannot be added.
     """
 
     leaf: int
     labels: tuple[Piece, ...]
     scanned: tuple[tuple[int, Piece], ...]
+    rest: Any = ()
 
 
 def _level(key: SumKey) -> int:
@@ -563,7 +575,7 @@ def _left_scan(key: SumKey) -> SumKey:
     depth = _level(key)
     pieces = tuple(piece for at, piece in key.scanned if at == depth)
     outer = tuple((at, piece) for at, piece in key.scanned if at != depth)
-    return SumKey(key.leaf, (*pieces, *key.labels), outer)
+    return SumKey(key.leaf, (*pieces, *key.labels), outer, key.rest)
 
 
 def _unmerged(key: SumKey, value: Any) -> Any:
@@ -585,9 +597,7 @@ def _conv_sides(eqn: Any, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (spec.lhs_spec[1], *spec.lhs_spec[2:]), ()
 
 
-def _dims_roles(
-    ndim: int, contracted: Sequence[int], batched: Sequence[int]
-) -> dict[int, str]:
+def _dims_roles(ndim: int, contracted: Sequence[int], batched: Sequence[int]) -> dict[int, str]:
     return {
         at: "inputs" if at in contracted else "copies" if at in batched else "outputs"
         for at in range(ndim)

@@ -1,0 +1,254 @@
+"""Sums over the activations that each weight is multiplied with, in any function.
+
+`layout.walk` follows every weight to its products and hands over the other operand; here it is
+brought into the form (copies, N, R), with R in the order of the weight's input axes, and summed.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from swe_prune.errors import InputError
+from swe_prune.layout.trace import array_leaves, trace
+from swe_prune.layout.views import Piece
+from swe_prune.layout.walk import Product, SumKey, Sums, Walk
+
+PRECISION = jax.lax.Precision.HIGHEST  # accelerators round the factors of a product by default
+
+
+def input_sums(
+    call: Callable[[PyTree, PyTree], Any],
+    params: PyTree,
+    batch: PyTree,
+    wanted: Mapping[str, Any],
+    *,
+    hessian: bool,
+) -> dict[str, dict[str, Array]]:
+    """Returns sums over the inputs of each wanted weight in one call of a function.
+
+    Traces the function and computes it again with the sums next to it, so it belongs inside a jit;
+    what the sums do not need is not computed.
+
+    Args:
+        call: Function of (params, batch).
+        params: Pytree of weights.
+        batch: Pytree of arrays.
+        wanted: Mapping whose keys are the names of the weights to measure.
+        hessian: Whether to sum the outer products too.
+
+    Returns:
+        Sums by name, float32: "square", Σ x², with the weight's shape along its copies and inputs
+        and 1 along its outputs; with `hessian` also "outer", Σ x xᵀ, copies x R x R.
+
+    Raises:
+        InputError: A wanted weight is used in a way that cannot be measured.
+    """
+    traced = trace(call, params, batch)
+
+    def measure(product: Product) -> Sums:
+        name = traced.names[product.view.leaf]
+        return _sums(name, product, hessian) if name in wanted else {}
+
+    walk = Walk(traced.shapes, measure)
+    _, sums = walk.run(traced.closed, traced.cells(array_leaves(params, batch)))
+    by_leaf: dict[int, list[tuple[SumKey, Any]]] = {}
+    for key, value in sums.items():
+        by_leaf.setdefault(key.leaf, []).append((key, value))
+    return {
+        traced.names[leaf]: _assembled(traced.shapes[leaf], parts)
+        for leaf, parts in by_leaf.items()
+    }
+
+
+def _sums(name: str, product: Product, hessian: bool) -> Sums:
+    """Returns the sums of one product."""
+    view = product.view
+    if not view.whole:
+        raise InputError(
+            f"{name!r} is reversed, looked up, or joined with other values before its product, "
+            "where its inputs cannot be told apart; exclude it with prunable="
+        )
+    x, inputs, copies = {"dot": _of_dot, "ragged": _of_ragged, "conv": _of_conv}[product.kind](
+        name, product
+    )
+    x_KxNxR = _ordered(x.astype(jnp.float32), inputs, len(copies))
+    found = _reduced(x_KxNxR, product, hessian)
+    # A part of the outputs counts as that part of a product.
+    part = _share_of_outputs(product)
+    if part != 1:
+        found = {kind: value * part for kind, value in found.items()}
+    # Put the sums of a single copy in their place; fixed places are put together at the end.
+    labels, fixed = tuple(copies), []
+    for piece, place in zip(view.picked, view.places, strict=True):
+        if isinstance(place, int):
+            fixed.append((piece, place))
+            continue
+        found = {
+            kind: jnp.zeros((piece.size, *value.shape), value.dtype).at[place].set(value)
+            for kind, value in found.items()
+        }
+        labels = (piece, *labels)
+    key = SumKey(view.leaf, labels, view.scanned, (tuple(sorted(inputs)), tuple(fixed)))
+    return {key: found}
+
+
+def _of_dot(name: str, product: Product) -> tuple[Array, list[Piece], list[Piece]]:
+    """Returns the activations as (copies…, N…, inputs…), and the pieces of the named axes."""
+    inputs, copies = _matched(product)
+    x = product.other
+    # Where the weight is repeated along a summed dimension, it multiplies the sum.
+    repeated = [at for pieces, at, role in _dims(product) if role == "inputs" and not pieces]
+    named = [at for _, at in copies + inputs]
+    rest = [at for at in range(x.ndim) if at not in (*named, *repeated)]
+    order = [*(at for _, at in copies), *rest, *(at for _, at in inputs), *repeated]
+    x = jnp.transpose(x, order)
+    if repeated:
+        x = x.sum(axis=tuple(range(x.ndim - len(repeated), x.ndim)))
+    # Expand every named dimension into its pieces.
+    own = [piece for pieces, _ in copies for piece in pieces]
+    summed = [piece for pieces, _ in inputs for piece in pieces]
+    x = x.reshape(*(p.size for p in own), -1, *(p.size for p in summed))
+    return x, summed, own
+
+
+def _dims(product: Product) -> list[tuple[tuple[Piece, ...], int, str]]:
+    """Returns the pieces, the other operand's dimension and the role of the shared dimensions."""
+    found = []
+    for own, other in (product.contracted, product.batched):
+        for at, theirs in zip(own, other, strict=True):
+            found.append((product.view.dims[at], theirs, product.roles[at]))
+    return found
+
+
+def _matched(product: Product) -> tuple[list[Any], list[Any]]:
+    dims = [dim for dim in _dims(product) if dim[0]]
+    inputs = [(pieces, at) for pieces, at, role in dims if role == "inputs"]
+    copies = [(pieces, at) for pieces, at, role in dims if role == "copies"]
+    return inputs, copies
+
+
+def _of_ragged(name: str, product: Product) -> tuple[Array, list[Piece], list[Piece]]:
+    numbers = product.params["ragged_dot_dimension_numbers"]
+    plain = (tuple(numbers.lhs_ragged_dimensions), product.other.ndim) == ((0,), 2)
+    if not plain or product.params.get("group_offset") is not None:
+        raise InputError(
+            f"{name!r} is used in a ragged product with other dimensions than (tokens, inputs); "
+            "exclude it with prunable="
+        )
+    (own,), _ = product.contracted
+    group = [at for at, role in product.roles.items() if role == "copies"]
+    copies = [piece for at in group for piece in product.view.dims[at]]
+    # The rows of a group come together; the sums separate them again.
+    return product.other, list(product.view.dims[own]), copies
+
+
+def _of_conv(name: str, product: Product) -> tuple[Array, list[Piece], list[Piece]]:
+    """Returns the patches that a convolution multiplies with its kernel, as (N, in, …)."""
+    params, spec = product.params, product.params["dimension_numbers"]
+    if params["feature_group_count"] > 1 or params["batch_group_count"] > 1:
+        raise InputError(
+            f"{name!r} belongs to a grouped convolution, which is not supported; exclude it with "
+            "prunable="
+        )
+    x = jnp.transpose(product.other, spec.lhs_spec)  # batch, in, spatial
+    kernel_dims = spec.rhs_spec[1:]  # in, spatial
+    size = [math.prod(p.size for p in product.view.dims[at]) for at in kernel_dims[1:]]
+    patches = jax.lax.conv_general_dilated_patches(
+        x,
+        filter_shape=size,
+        window_strides=params["window_strides"],
+        padding=params["padding"],
+        lhs_dilation=params["lhs_dilation"],
+        rhs_dilation=params["rhs_dilation"],
+        precision=PRECISION,  # a product with ones, which must be exact
+    )
+    pieces = [piece for at in kernel_dims for piece in product.view.dims[at]]
+    patches = jnp.moveaxis(patches, 1, -1)
+    return patches.reshape(-1, *(piece.size for piece in pieces)), pieces, []
+
+
+def _ordered(x: Array, inputs: list[Piece], copies: int) -> Array:
+    """Returns (copies…, N, R) with R in the order of the weight's axes."""
+    order = sorted(range(len(inputs)), key=lambda at: (inputs[at].axis, -inputs[at].stride))
+    first = x.ndim - len(inputs)
+    x = jnp.transpose(x, [*range(first), *(first + at for at in order)])
+    return x.reshape(*x.shape[:copies], -1, math.prod(piece.size for piece in inputs))
+
+
+def _reduced(x: Array, product: Product, hessian: bool) -> dict[str, Array]:
+    if product.groups is None:
+        sums = {"square": jnp.sum(x**2, axis=-2)}
+        if hessian:
+            sums["outer"] = jnp.matmul(jnp.swapaxes(x, -1, -2), x, precision=PRECISION)
+        return sums
+    # Ragged: the rows that belong to each group, one group after the other.
+    x_NxR = x.reshape(-1, x.shape[-1])
+    ends = jnp.cumsum(product.groups)
+    row_N = jnp.arange(len(x_NxR))
+
+    def of_group(span: tuple[Array, Array]) -> dict[str, Array]:
+        inside = (row_N >= span[0]) & (row_N < span[1])
+        own_NxR = jnp.where(inside[:, None], x_NxR, 0)
+        sums = {"square": jnp.sum(own_NxR**2, axis=0)}
+        if hessian:
+            sums["outer"] = jnp.matmul(own_NxR.T, own_NxR, precision=PRECISION)
+        return sums
+
+    return jax.lax.map(of_group, (ends - product.groups, ends))
+
+
+def _share_of_outputs(product: Product) -> float:
+    """Returns the share of the outputs that a product uses of a weight that was sliced."""
+    sizes: dict[int, int] = {}
+    for at, dim in enumerate(product.view.dims):
+        for piece in dim if product.roles[at] == "outputs" else ():
+            sizes[piece.axis] = sizes.get(piece.axis, 1) * piece.size
+    return math.prod(
+        size / product.shape[axis] for axis, size in sizes.items() if product.shape[axis]
+    )
+
+
+def _assembled(
+    shape: tuple[int, ...], parts: Sequence[tuple[SumKey, dict[str, Array]]]
+) -> dict[str, Array]:
+    """Returns the sums of one weight over all its products, in the order of its axes."""
+    total: dict[str, Array] | None = None
+    for key, value in parts:
+        inputs, fixed = key.rest
+        labels = key.labels
+        for piece, place in fixed:
+            value = {
+                kind: jnp.zeros((piece.size, *x.shape), x.dtype).at[place].set(x)
+                for kind, x in value.items()
+            }
+            labels = (piece, *labels)
+        here = _by_axis(shape, labels, inputs, value)
+        total = here if total is None else jax.tree.map(jnp.add, total, here)
+    assert total is not None
+    return total
+
+
+def _by_axis(
+    shape: tuple[int, ...],
+    labels: tuple[Piece, ...],
+    inputs: tuple[Piece, ...],
+    value: dict[str, Array],
+) -> dict[str, Array]:
+    order = sorted(range(len(labels)), key=lambda at: (labels[at].axis, -labels[at].stride))
+    copies = sorted({piece.axis for piece in labels})
+    sizes = [shape[axis] for axis in copies]
+    found = {}
+    for kind, x in value.items():
+        x = jnp.transpose(x, [*order, *range(len(labels), x.ndim)])
+        found[kind] = x.reshape(*sizes, *x.shape[len(labels) :])
+    # The squares get the weight's axes, of length 1 along its outputs.
+    summed = sorted({piece.axis for piece in inputs})
+    square = found["square"].reshape(*sizes, *(shape[axis] for axis in summed))
+    axes = [*copies, *summed]
+    square = jnp.transpose(square, sorted(range(len(axes)), key=lambda at: axes[at]))
+    found["square"] = square.reshape([n if a in axes else 1 for a, n in enumerate(shape)])
+    return found
