@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from swe_prune import select
 from swe_prune.errors import InputError, check_choice
+from swe_prune.layout import Axes, AxesOf
 
 NAMES = ("n:m", "block:RxC", "row", "column", "neuron")
 
@@ -58,6 +59,7 @@ class Units:
         weights: Number of weights per unit, over all its tensors.
         tensors: Names of the tensors that the units belong to.
         spread: Function from a bool mask of `score.shape` to the masks of those tensors by name.
+        copies: Axes of `score` over copies of the tensors, each with units of its own.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Units:
     weights: int
     tensors: tuple[str, ...]
     spread: Callable[[Array], dict[str, Array]]
+    copies: tuple[int, ...] = ()
 
 
 def parse_n_of_m(pattern: str) -> tuple[int, int]:
@@ -116,8 +119,9 @@ def is_n_of_m(pattern: str) -> bool:
 def units(
     pattern: str | None,
     scores: Mapping[str, Array],
-    input_axes: Callable[[str, tuple[int, ...]], tuple[int, ...]],
+    axes_of: AxesOf,
     *,
+    copies_of: Callable[[str, tuple[int, ...]], tuple[int, ...]] = lambda name, shape: (),
     reduce: str = "sum",
     across: str = "sum",
     couplings: Mapping[str, str] | None = None,
@@ -128,8 +132,9 @@ def units(
         pattern: Name of the pattern: "block:RxC", "row", "column" or "neuron". If None, every
             weight is a unit.
         scores: Float32 scores of the tensors by name.
-        input_axes: Function from a tensor's name and shape to its input axes; see
-            `tree.input_axes`.
+        axes_of: Function from a tensor's name and shape to its `layout.Axes`; see
+            `layout.axes_of`. Not called without a pattern.
+        copies_of: Function from a tensor's name and shape to its axes over copies, for no pattern.
         reduce: Reduction over a unit's weights in one tensor, a key of `REDUCTIONS`.
         across: Reduction over a neuron's tensors, a key of `ACROSS`.
         couplings: Sides of the coupled tensors by rule (`re.search`), for "neuron": "out" where
@@ -144,7 +149,14 @@ def units(
     # Without a pattern, every weight is a unit.
     if pattern is None:
         return [
-            Units(name, score, 1, (name,), lambda mask, name=name: {name: mask})
+            Units(
+                name,
+                score,
+                1,
+                (name,),
+                lambda mask, name=name: {name: mask},
+                copies_of(name, score.shape),
+            )
             for name, score in scores.items()
         ]
     # Neurons span several tensors, which the rules couple.
@@ -152,11 +164,11 @@ def units(
         rules = FEED_FORWARD if couplings is None else couplings
         groups = couple(scores, rules)
         return [
-            _neurons(key, members, scores, input_axes, REDUCTIONS[reduce], ACROSS[across])
+            _neurons(key, members, scores, axes_of, REDUCTIONS[reduce], ACROSS[across])
             for key, members in groups.items()
         ]
     return [
-        _of_matrix(pattern, name, score, input_axes(name, score.shape), REDUCTIONS[reduce])
+        _of_matrix(pattern, name, score, axes_of(name, score.shape), REDUCTIONS[reduce])
         for name, score in scores.items()
     ]
 
@@ -165,12 +177,12 @@ def _of_matrix(
     pattern: str,
     name: str,
     score: Array,
-    axes: tuple[int, ...],
+    axes: Axes,
     reduce: Callable[..., Array],
 ) -> Units:
     # All other patterns are blocks of r inputs by c outputs of one kernel.
     matrix = as_matrix(score, axes)
-    inputs, outputs = matrix.shape
+    *copies, inputs, outputs = matrix.shape
     r, c = {"row": (inputs, 1), "column": (1, outputs)}.get(pattern) or parse_block(pattern)
     for side, length, what in ((r, inputs, "inputs"), (c, outputs, "outputs")):
         if length % side:
@@ -178,13 +190,14 @@ def _of_matrix(
                 f"{name!r} has {length} {what}, which are not a multiple of the block's {side}; "
                 "exclude it or choose another block"
             )
-    blocks = matrix.reshape(inputs // r, r, outputs // c, c)
+    blocks = matrix.reshape(*copies, inputs // r, r, outputs // c, c)
 
     def spread(mask: Array) -> dict[str, Array]:
-        whole = jnp.broadcast_to(mask[:, None, :, None], blocks.shape).reshape(matrix.shape)
+        whole = jnp.broadcast_to(mask[..., :, None, :, None], blocks.shape).reshape(matrix.shape)
         return {name: from_matrix(whole, score.shape, axes)}
 
-    return Units(name, reduce(blocks, axis=(1, 3)), r * c, (name,), spread)
+    unit_scores = reduce(blocks, axis=(-3, -1))
+    return Units(name, unit_scores, r * c, (name,), spread, tuple(range(len(copies))))
 
 
 def couple(names: Any, rules: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
@@ -225,17 +238,22 @@ def _neurons(
     key: str,
     members: list[tuple[str, str]],
     scores: Mapping[str, Array],
-    input_axes: Callable[..., tuple[int, ...]],
+    axes_of: AxesOf,
     reduce: Callable[..., Array],
     across: Callable[[Sequence[Array]], Array],
 ) -> Units:
     # View every tensor as inputs by outputs; its neurons run along one of the two.
-    axes = {name: input_axes(name, scores[name].shape) for name, _ in members}
+    axes = {name: axes_of(name, scores[name].shape) for name, _ in members}
     matrices = {name: as_matrix(scores[name], axes[name]) for name, _ in members}
-    counts = {name: matrices[name].shape[side == "out"] for name, side in members}
+    counts = {
+        name: (*matrices[name].shape[:-2], matrices[name].shape[-1 if side == "out" else -2])
+        for name, side in members
+    }
     # All coupled tensors must have the same neurons, and both sides must be present.
     if len(set(counts.values())) > 1:
-        told = ", ".join(f"{name!r} has {count}" for name, count in counts.items())
+        told = ", ".join(
+            f"{name!r} has {' x '.join(map(str, count))}" for name, count in counts.items()
+        )
         raise InputError(
             f"coupled tensors differ in their number of neurons: {told}; correct the couplings"
         )
@@ -245,37 +263,40 @@ def _neurons(
             "a rule for the kernels before the neurons and one for the kernels after them"
         )
     # Reduce each tensor to one score per neuron.
-    parts = [reduce(matrices[name], axis=int(side == "in")) for name, side in members]
+    parts = [reduce(matrices[name], axis=-1 if side == "in" else -2) for name, side in members]
 
     def spread(mask: Array) -> dict[str, Array]:
         masks = {}
         for name, side in members:
             whole = jnp.broadcast_to(
-                mask[None, :] if side == "out" else mask[:, None], matrices[name].shape
+                mask[..., None, :] if side == "out" else mask[..., :, None], matrices[name].shape
             )
             masks[name] = from_matrix(whole, scores[name].shape, axes[name])
         return masks
 
-    weights = sum(matrix.size for matrix in matrices.values()) // next(iter(counts.values()))
-    return Units(key, across(parts), weights, tuple(name for name, _ in members), spread)
+    neurons = next(iter(counts.values()))
+    weights = sum(matrix.size for matrix in matrices.values()) // math.prod(neurons)
+    tensors = tuple(name for name, _ in members)
+    return Units(key, across(parts), weights, tensors, spread, tuple(range(len(neurons) - 1)))
 
 
 def n_of_m_mask(
-    score_RxC: Float[Array, "R C"], n: int, m: int, name: str = "scores"
-) -> Bool[Array, "R C"]:
+    score_RxC: Float[Array, "*copies R C"], n: int, m: int, name: str = "scores"
+) -> Bool[Array, "*copies R C"]:
     """Returns the mask that retains the n largest of every m consecutive inputs of each output.
 
     Ties are broken in favour of the lower input index.
 
     Args:
-        score_RxC: Scores of a kernel, with inputs along the first axis.
+        score_RxC: Scores of a kernel, or of copies of it, with inputs along the last axis but one.
         n: Number of weights to retain per group, 1 ≤ n ≤ m.
         m: Group size, which must divide R.
         name: Name of the scores in error messages.
     """
-    rows, columns = score_RxC.shape
-    grouped = score_RxC.reshape(rows // m, m, columns)
-    return select.top_k_mask(grouped, n, axes=(1,), name=name).reshape(rows, columns)
+    *copies, rows, columns = score_RxC.shape
+    grouped = score_RxC.reshape(*copies, rows // m, m, columns)
+    mask = select.top_k_mask(grouped, n, axes=(grouped.ndim - 2,), name=name)
+    return mask.reshape(score_RxC.shape)
 
 
 def check_divides(name: str, inputs: int, m: int) -> None:
@@ -287,21 +308,18 @@ def check_divides(name: str, inputs: int, m: int) -> None:
         )
 
 
-def as_matrix(score: Float[Array, "..."], inputs: tuple[int, ...]) -> Float[Array, "R C"]:
-    """Reshapes a kernel to a matrix (inputs, outputs), given its input axes."""
-    return jnp.transpose(score, _inputs_first(score.ndim, inputs)).reshape(
-        math.prod(score.shape[axis] for axis in inputs), -1
+def as_matrix(score: Float[Array, "..."], axes: Axes) -> Float[Array, "*copies R C"]:
+    """Reshapes a kernel to a matrix (inputs, outputs), or to one for each of its copies."""
+    copies, inputs, outputs = (
+        [score.shape[axis] for axis in some] for some in (axes.copies, axes.inputs, axes.outputs)
     )
+    return axes.moved(score).reshape(*copies, math.prod(inputs), math.prod(outputs))
 
 
 def from_matrix(
-    mask_RxC: Bool[Array, "R C"], shape: tuple[int, ...], inputs: tuple[int, ...]
+    mask_RxC: Bool[Array, "*copies R C"], shape: tuple[int, ...], axes: Axes
 ) -> Bool[Array, "..."]:
-    """Reshapes a matrix made by `as_matrix` back to the shape of the kernel."""
-    order = _inputs_first(len(shape), inputs)
+    """Reshapes what `as_matrix` made back to the shape of the kernel."""
+    order = (*axes.copies, *axes.inputs, *axes.outputs)
     back = [order.index(axis) for axis in range(len(shape))]
     return mask_RxC.reshape([shape[axis] for axis in order]).transpose(back)
-
-
-def _inputs_first(ndim: int, inputs: tuple[int, ...]) -> list[int]:
-    return [*inputs, *(axis for axis in range(ndim) if axis not in inputs)]

@@ -28,6 +28,7 @@ from swe_prune.blockwise import KernelReport
 from swe_prune.blockwise.sparsegpt import BLOCK, check_sparsity
 from swe_prune.calibration.measures import MEASURES
 from swe_prune.errors import InputError, check_choice
+from swe_prune.layout import axes_of
 from swe_prune.trajectory import TrajectoryStats
 
 METHOD_OPTIONS: Mapping[str, Any] = {"block": BLOCK, "damping": 0.01}
@@ -149,6 +150,7 @@ def check(
     params: PyTree | None = None,
     prunable: PyTree | None = None,
     *,
+    layout: PyTree | None = None,
     unavailable: Mapping[str, str] | None = None,
 ) -> None:
     """Refuses everything about a recipe that cannot work, before any work is done.
@@ -157,7 +159,8 @@ def check(
         recipe: Request to check.
         params: Parameters, which may be abstract, to check the shapes against. None: only names
             and values are checked.
-        prunable: Bool pytree like the parameters. None: `tree.prunable(params)`.
+        prunable: Bool pytree like the parameters. None: `tree.prunable(params, layout=layout)`.
+        layout: Pytree of `layout.Axes` like the parameters. None: Flax's naming convention.
         unavailable: Sentence on what to do instead, by need that cannot be provided.
 
     Raises:
@@ -170,8 +173,8 @@ def check(
         if need in recipe.needs:
             raise InputError(f"criterion {recipe.name!r} needs {need!r}, {reason}")
     if params is not None and recipe.rate is None:
-        prunable = tree.prunable(params) if prunable is None else prunable
-        _check_shapes(recipe, params, prunable)
+        prunable = tree.prunable(params, layout=layout) if prunable is None else prunable
+        _check_shapes(recipe, params, prunable, layout)
 
 
 def _check_ranking(recipe: Recipe) -> None:
@@ -310,7 +313,7 @@ def _trace(recipe: Recipe) -> None:
     jax.eval_shape(lambda arrays: criterion.function(**arrays, **static, **recipe.options), arrays)
 
 
-def _check_shapes(recipe: Recipe, params: PyTree, prunable: PyTree) -> None:
+def _check_shapes(recipe: Recipe, params: PyTree, prunable: PyTree, layout: PyTree) -> None:
     """Traces the selection, which refuses what the shapes and the sparsity do not admit."""
     if not any(jax.tree.leaves(prunable)):
         raise InputError("no weight is prunable, so there is nothing to prune; widen the rules")
@@ -319,19 +322,18 @@ def _check_shapes(recipe: Recipe, params: PyTree, prunable: PyTree) -> None:
         params,
         prunable,
     )
-    jax.eval_shape(lambda scores: select(recipe, scores, recipe.target), scores)
+    jax.eval_shape(lambda scores: select(recipe, scores, recipe.target, layout), scores)
     if recipe.method == "sparsegpt" and recipe.n_of_m:
         block, (_, m) = (
             recipe.options.get("block", BLOCK),
             patterns.parse_n_of_m(str(recipe.pattern)),
         )
+        axes = axes_of(layout)
         for name, leaf in tree.named_leaves(scores):
-            if (
-                leaf is not None
-                and block % m
-                and block
-                < math.prod(leaf.shape[axis] for axis in tree.input_axes(name, leaf.shape))
-            ):
+            if leaf is None or block % m == 0:
+                continue
+            inputs = math.prod(leaf.shape[axis] for axis in axes(name, leaf.shape).inputs)
+            if block < inputs:
                 raise InputError(
                     f"option block = {block} would cut groups of {m} inputs of {name!r}; give a "
                     f"multiple of {m}"
@@ -354,7 +356,8 @@ def measure(
 
     Args:
         recipes: Requests that share the calibration.
-        model: Linen module, run on the batches where inputs are measured.
+        model: Linen module, NNX module or function of (params, batch), run on the batches where
+            inputs are measured.
         params: Weights that are scored.
         batches: Calibration batches; not touched when no recipe reads them.
         loss: Function of (params, batch), for criteria that read gradients.
@@ -370,7 +373,7 @@ def measure(
     measured = calibration.measure(
         frozenset().union(*(recipe.needs for recipe in recipes)) & MEASURES,
         model,
-        {"params": params},
+        {"params": params} if isinstance(model, nn.Module) else params,
         batches,
         loss=loss,
         prunable=prunable,
@@ -386,6 +389,7 @@ def prune(
     *,
     values: PyTree | None = None,
     prunable: PyTree | None = None,
+    layout: PyTree | None = None,
     model: nn.Module | None = None,
     blocks: str | Sequence[str] | None = None,
     batches: Sequence[PyTree] = (),
@@ -402,7 +406,8 @@ def prune(
         values: Weights that the masks are applied to, or that a block-by-block method prunes and
             updates. None: `params`.
         prunable: Bool pytree like the parameters. None: the weights that the statistics track, or
-            `tree.prunable(params)` without statistics.
+            `tree.prunable(params, layout=layout)` without statistics.
+        layout: Pytree of `layout.Axes` like the parameters. None: Flax's naming convention.
         model: Linen module whose blocks a method prunes.
         blocks: Rule that matches the paths of the blocks, for a method.
         batches: Calibration batches, for a method and for allocations that read them.
@@ -427,16 +432,18 @@ def prune(
     context = {"params": values, "loss": loss, "batches": batches, "prunable": prunable}
     if recipe.method is None:
         # All tensors at once, by their scores.
-        scores = score(recipe, params, evidence, prunable)
-        amount = allocate(recipe, scores, **context | {"params": params})
-        mask = select(recipe, scores, amount)
+        scores = score(recipe, params, evidence, prunable, layout)
+        amount = allocate(recipe, scores, layout=layout, **context | {"params": params})
+        mask = select(recipe, scores, amount, layout)
         return masks.apply(values, mask), mask
     # One block after the other, each on what the pruned blocks before it give.
     if model is None or blocks is None:
         raise InputError(f"method {recipe.method!r} prunes block by block; give model= and blocks=")
     scores = None
     if recipe._allocates_by("scores"):
-        scores = importance.score("wanda", values, measured=evidence.measured, prunable=prunable)
+        scores = importance.score(
+            "wanda", values, measured=evidence.measured, prunable=prunable, layout=layout
+        )
     amount = allocate(recipe, scores, **context)
     if offload:
         values = jax.tree.map(np.asarray, values)
@@ -457,7 +464,11 @@ def prune(
 
 
 def score(
-    recipe: Recipe, params: PyTree, evidence: Evidence, prunable: PyTree | None = None
+    recipe: Recipe,
+    params: PyTree,
+    evidence: Evidence,
+    prunable: PyTree | None = None,
+    layout: PyTree | None = None,
 ) -> PyTree:
     """Returns the scores of the recipe's criterion: float32 like the parameters, None where dense.
 
@@ -469,7 +480,8 @@ def score(
         params: Weights to score.
         evidence: What the criterion reads besides the weights.
         prunable: Bool pytree like the parameters. None: the weights that the statistics track, or
-            `tree.prunable(params)` without statistics.
+            `tree.prunable(params, layout=layout)` without statistics.
+        layout: Pytree of `layout.Axes` like the parameters. None: Flax's naming convention.
 
     Raises:
         InputError: Evidence that the criterion needs and that is missing or of another shape.
@@ -481,8 +493,10 @@ def score(
     measured = {need: evidence.measured[need] for need in recipe.needs & set(evidence.measured)}
     options = tuple(sorted(recipe.options.items()))
     chosen, structure = jax.tree.flatten(prunable)
+    axes, axes_structure = jax.tree.flatten(layout, is_leaf=tree.is_none)
     make = _compile_score if _all_arrays(params, opt_state) else _score_fn
-    scored = make(str(recipe.criterion), structure, tuple(chosen), recipe.seed, options)
+    static = (structure, tuple(chosen), axes_structure, tuple(axes), recipe.seed, options)
+    scored = make(str(recipe.criterion), *static)
     return scored(params, evidence.stats, opt_state, measured)
 
 
@@ -494,10 +508,12 @@ def _score_fn(
     criterion: str,
     structure: Any,
     chosen: tuple[bool, ...],
+    axes_structure: Any,
+    axes: tuple[Any, ...],
     seed: int,
     options: tuple[tuple[str, Any], ...],
 ) -> Callable[..., PyTree]:
-    prunable = structure.unflatten(chosen)
+    prunable, layout = structure.unflatten(chosen), axes_structure.unflatten(axes)
 
     def scored(params: PyTree, stats: Any, opt_state: PyTree, measured: Any) -> PyTree:
         return importance.score(
@@ -507,6 +523,7 @@ def _score_fn(
             opt_state=opt_state,
             measured=measured,
             prunable=prunable,
+            layout=layout,
             seed=seed,
             **dict(options),
         )
@@ -528,6 +545,7 @@ def allocate(
     loss: Loss | None = None,
     batches: Sequence[PyTree] = (),
     prunable: PyTree | None = None,
+    layout: PyTree | None = None,
 ) -> float | Allocation:
     """Returns the rate, the sparsity, or the sparsity distributed by the recipe's allocation.
 
@@ -538,6 +556,7 @@ def allocate(
         loss: Function of (params, batch), for allocations that read it.
         batches: Calibration batches, for allocations that read them.
         prunable: Bool pytree like the parameters. None: the tensors that have scores.
+        layout: Pytree of `layout.Axes` like the parameters. None: Flax's naming convention.
 
     Raises:
         InputError: Something that the allocation needs and that is missing.
@@ -556,24 +575,26 @@ def allocate(
         loss=loss,
         batches=batches,
         prunable=prunable,
+        layout=layout,
     )
 
 
-def select(recipe: Recipe, scores: PyTree, amount: Any) -> PyTree:
+def select(recipe: Recipe, scores: PyTree, amount: Any, layout: PyTree | None = None) -> PyTree:
     """Returns the masks that the recipe makes of scores.
 
     Args:
         recipe: Request with a criterion.
         scores: Float32 pytree, None where dense.
         amount: Rate, sparsity or allocation, as `allocate` returns it.
+        layout: Pytree of `layout.Axes` like the scores. None: Flax's naming convention.
 
     Raises:
         InputError: NaN scores, or an amount that the shapes do not admit.
     """
     if recipe.rate is not None:
         spread = importance.get(str(recipe.criterion)).spread
-        return masks.by_std(scores, amount, spread=spread)
-    return masks.by_sparsity(scores, amount, recipe.scope, pattern=recipe.pattern)
+        return masks.by_std(scores, amount, spread=spread, layout=layout)
+    return masks.by_sparsity(scores, amount, recipe.scope, pattern=recipe.pattern, layout=layout)
 
 
 def measures(recipes: Iterable[Recipe]) -> tuple[str, ...]:

@@ -232,23 +232,6 @@ def _abbreviated(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + more
 
 
-def input_axes(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the input axes of a kernel by Flax's conventions.
-
-    A `Dense` kernel is (in, out) and a `Conv` kernel (…, in, out): all axes but the last are input
-    axes. The query, key and value projections of Flax's attention are (in, heads, width): only the
-    first axis is. Its `out` projection (heads, width, out) follows the general rule. A single axis
-    is an input axis.
-
-    >>> input_axes("mlp/up/kernel", (8, 32)), input_axes("attention/query/kernel", (8, 2, 4))
-    ((0,), (0,))
-    """
-    # In NNX every name ends in a field name, such as "attention/out/kernel/value".
-    if len(shape) == 3 and re.search(r"(^|/)(query|key|(?<!kernel/)value)(/|$)", name):
-        return (0,)
-    return tuple(range(max(len(shape) - 1, min(len(shape), 1))))
-
-
 def named_key(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
     """Returns a random key for a tensor that depends only on `key` and the tensor's name."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))

@@ -44,8 +44,8 @@ def of_units(score, pattern, sparsity, reduce=np.sum):
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.45])
 def test_units_go_whole_and_the_lowest_first(pattern, sparsity):
     score = kernel(12, 8)
-    mask = masks.by_sparsity({"w": score}, sparsity, pattern=pattern)
-    np.testing.assert_array_equal(mask["w"], of_units(score, pattern, sparsity))
+    mask = masks.by_sparsity({"kernel": score}, sparsity, pattern=pattern)
+    np.testing.assert_array_equal(mask["kernel"], of_units(score, pattern, sparsity))
 
 
 @pytest.mark.parametrize(
@@ -59,14 +59,14 @@ def test_units_go_whole_and_the_lowest_first(pattern, sparsity):
 )
 def test_a_units_score_is_reduced_as_asked(reduce, by_numpy):
     score = kernel(12, 8) - 0.5
-    mask = masks.by_sparsity({"w": score}, 0.4, pattern="block:4x2", reduce=reduce)
-    np.testing.assert_array_equal(mask["w"], of_units(score, "block:4x2", 0.4, by_numpy))
+    mask = masks.by_sparsity({"kernel": score}, 0.4, pattern="block:4x2", reduce=reduce)
+    np.testing.assert_array_equal(mask["kernel"], of_units(score, "block:4x2", 0.4, by_numpy))
 
 
 def test_a_row_is_the_inputs_of_one_output_and_a_column_the_outputs_of_one_input():
     score = jnp.array([[1.0, 9.0], [9.0, 9.0], [9.0, 9.0]])  # (inputs, outputs) of Flax
-    row = masks.by_sparsity({"w": score}, 0.5, pattern="row")["w"]
-    column = masks.by_sparsity({"w": score}, 1 / 3, pattern="column")["w"]
+    row = masks.by_sparsity({"kernel": score}, 0.5, pattern="row")["kernel"]
+    column = masks.by_sparsity({"kernel": score}, 1 / 3, pattern="column")["kernel"]
     assert np.asarray(row).tolist() == [[False, True]] * 3
     assert np.asarray(column).tolist() == [[False, False], [True, True], [True, True]]
 
@@ -80,14 +80,14 @@ def test_blocks_of_an_attention_kernel_run_along_its_own_inputs():
 
 def test_global_scope_ranks_the_units_of_all_tensors():
     a, b = kernel(4, 6), kernel(8, 2) * 0.5
-    mask = masks.by_sparsity({"a": a, "b": b}, 0.5, "global", pattern="block:2x2")
+    mask = masks.by_sparsity({"a/kernel": a, "b/kernel": b}, 0.5, "global", pattern="block:2x2")
     corners = [
         (name, i, j)
-        for name, x in (("a", a), ("b", b))
+        for name, x in (("a/kernel", a), ("b/kernel", b))
         for i in range(0, x.shape[0], 2)
         for j in range(0, x.shape[1], 2)
     ]
-    wide = {"a": np.asarray(a, np.float64), "b": np.asarray(b, np.float64)}
+    wide = {"a/kernel": np.asarray(a, np.float64), "b/kernel": np.asarray(b, np.float64)}
     kept = lowest_removed([wide[n][i : i + 2, j : j + 2].sum() for n, i, j in corners], 5)
     got = [bool(mask[n][i, j]) for n, i, j in corners]
     assert got == kept.tolist()
@@ -102,15 +102,15 @@ def feed_forward():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("across", ["sum", "mean", "max", "prod", "first"])
+@pytest.mark.parametrize("across", ["sum", "mean", "max", "prod", "first/kernel"])
 def test_neurons_go_in_all_their_coupled_tensors(across):
     scores = feed_forward()
     mask = masks.by_sparsity(scores, 0.5, pattern="neuron", across=across)
     by_numpy = {"sum": np.sum, "mean": np.mean, "max": np.max, "prod": np.prod,
-                "first": lambda x, axis: x[0]}[across]  # fmt: skip
+                "first/kernel": lambda x, axis: x[0]}[across]  # fmt: skip
     for block, names in (("block_0", ("up", "gate", "down")), ("block_1", ("up", "down"))):
         mlp = {n: np.asarray(scores[block]["mlp"][n]["kernel"], np.float64) for n in names}
-        # In the order of the leaves: down, gate, up by name; "first" is that of the couplings.
+        # In the order of the leaves: down, gate, up by name; "first/kernel" is that of the couplings.
         order = [n for n in sorted(names) if n != "down"] + ["down"]
         parts = np.stack([mlp[n].sum(int(n == "down")) for n in order])
         kept = lowest_removed(by_numpy(parts, axis=0), parts.shape[1] // 2)
@@ -123,12 +123,12 @@ def test_neurons_go_in_all_their_coupled_tensors(across):
 
 
 def test_neurons_of_a_model_of_ones_own_take_its_couplings():
-    scores = {"first": kernel(3, 5), "second": kernel(5, 2)}
+    scores = {"first/kernel": kernel(3, 5), "second": kernel(5, 2)}
     mask = masks.by_sparsity(
         scores, 0.4, pattern="neuron", couplings={"^first()$": "out", "^second()$": "in"}
     )
-    np.testing.assert_array_equal(mask["first"][0], mask["second"][:, 0])
-    assert int(mask["first"][0].sum()) == 3
+    np.testing.assert_array_equal(mask["first/kernel"][0], mask["second"][:, 0])
+    assert int(mask["first/kernel"][0].sum()) == 3
 
 
 @settings(deadline=None, max_examples=25)
@@ -143,7 +143,7 @@ def test_a_traced_sparsity_removes_what_the_same_number_does(sparsity, rounding)
         jax.tree.map(np.testing.assert_array_equal, mask, expected)
 
 
-SCORES = {"a": kernel(12, 8), "b": kernel(24, 7, ties=True)}
+SCORES = {"a/kernel": kernel(12, 8), "b/kernel": kernel(24, 7, ties=True)}
 TRACED = {
     rounding: {
         scope: jax.jit(
@@ -158,29 +158,29 @@ TRACED = {
 
 
 def test_a_traced_sparsity_compiles_once():
-    scores = {"w": kernel(16, 8)}
+    scores = {"kernel": kernel(16, 8)}
     prune = jax.jit(lambda scores, s: masks.by_sparsity(scores, s, pattern="block:2x2"))
     for sparsity in (0.0, 0.3, 0.7):
         mask = prune(scores, jnp.float32(sparsity))
-        np.testing.assert_array_equal(mask["w"], of_units(scores["w"], "block:2x2", sparsity))
+        np.testing.assert_array_equal(mask["kernel"], of_units(scores["kernel"], "block:2x2", sparsity))
     assert prune._cache_size() == 1
 
 
 @pytest.mark.parametrize("value", [0.3, np.float32(0.3), np.float64(0.3), jnp.float32(0.3)])
 def test_a_sparsity_is_any_number(value):
-    assert masks.summary(masks.by_sparsity({"w": kernel(10, 10)}, value)).pruned == 30
+    assert masks.summary(masks.by_sparsity({"kernel": kernel(10, 10)}, value)).pruned == 30
 
 
 def test_rounding_down_is_that_of_wanda():
     score = kernel(7, 3)
-    down = masks.by_sparsity({"w": score}, 0.4, "row", rounding="down")["w"]
-    near = masks.by_sparsity({"w": score}, 0.4, "row")["w"]
+    down = masks.by_sparsity({"kernel": score}, 0.4, "row", rounding="down")["kernel"]
+    near = masks.by_sparsity({"kernel": score}, 0.4, "row")["kernel"]
     assert np.asarray(~down).sum(0).tolist() == [2, 2, 2]  # ⌊2.8⌋
     assert np.asarray(~near).sum(0).tolist() == [3, 3, 3]
 
 
 def allocated(**removed):
-    return allocation.Allocation(removed, {"a": 96, "b": 168})
+    return allocation.Allocation(removed, {"a/kernel": 96, "b/kernel": 168})
 
 
 def test_an_allocation_is_met_to_the_weight_in_tensors_and_in_rows():
@@ -202,12 +202,12 @@ def test_an_allocation_is_met_to_the_weight_in_tensors_and_in_rows():
 
 
 def test_an_allocation_of_blocks_is_met_to_the_nearest_block():
-    mask = masks.by_sparsity({"a": SCORES["a"]}, allocation.Allocation({"a": 37}, {"a": 96}),
+    mask = masks.by_sparsity({"a/kernel": SCORES["a/kernel"]}, allocation.Allocation({"a/kernel": 37}, {"a/kernel": 96}),
                              pattern="block:2x2")  # fmt: skip
     assert masks.summary(mask).pruned == 36  # 9.25 blocks of 4
 
 
-W = {"w": kernel(8, 6)}
+W = {"kernel": kernel(8, 6)}
 FF = {"up": {"kernel": kernel(4, 6)}, "down": {"kernel": kernel(6, 4)}}
 
 

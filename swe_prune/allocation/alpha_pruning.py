@@ -5,7 +5,6 @@ for improved layer-wise pruning of large language models", NeurIPS 2024. It uses
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from swe_prune.allocation import rounding
 from swe_prune.allocation.groups import Groups, grouped
 from swe_prune.allocation.rounding import Allocation
 from swe_prune.errors import InputError
+from swe_prune.layout import InputAxes, axes_of
 
 
 def alpha_pruning(
@@ -29,7 +29,7 @@ def alpha_pruning(
     tail: float = 0.5,
     groups: Groups = "block",
     prunable: PyTree | None = None,
-    input_axes: Callable[[str, tuple[int, ...]], tuple[int, ...]] = tree.input_axes,
+    input_axes: InputAxes | None = None,
 ) -> Allocation:
     """Returns AlphaPruning's allocation: sparsity rises linearly with the tail exponent α.
 
@@ -118,7 +118,7 @@ def tail_exponents(
     *,
     tail: float = 0.5,
     prunable: PyTree | None = None,
-    input_axes: Callable[[str, tuple[int, ...]], tuple[int, ...]] = tree.input_axes,
+    input_axes: InputAxes | None = None,
 ) -> dict[str, float]:
     """Returns the tail exponent α of the eigenvalues of WᵀW of every prunable tensor.
 
@@ -146,7 +146,9 @@ def tail_exponents(
     exponents = {}
     for name, weight in tree.prunable_leaves(params, prunable, "allocate").items():
         # Compute the smaller Gram matrix on the device, and its eigenvalues on the host.
-        axes = tuple(input_axes(name, weight.shape))
+        # A matrix has the eigenvalues of its transpose, so its orientation does not matter.
+        plain = weight.ndim == 2 and input_axes is None
+        axes = (0,) if plain else axes_of(None, input_axes)(name, weight.shape).inputs
         sharding = _mesh_sharding(weight)
         matrix_LxS = _matrix(weight, axes, sharding.mesh.size if sharding else 1)
         gram_SxS = np.asarray(_gram(matrix_LxS, sharding), np.float64)

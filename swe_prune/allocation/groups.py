@@ -19,6 +19,9 @@ GROUPINGS = ("block", "tensor")
 # A component such as "block_0", "layers_11" or "3", but not a model named "gpt2".
 _BLOCK = re.compile(r"^(?:[^/]*/)*?(?:(?:\w*_)?|blocks?|layers?|stage|h)\d+(?=/)")
 
+# A copy of a stacked tensor, such as "layers/mlp/up/kernel[3]", whose block is "layers[3]".
+_COPY = re.compile(r"^([^/]+)/.*\[(\d+)[,\]]")
+
 
 def shapes_of(tensors: PyTree) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every tensor by its name.
@@ -81,7 +84,8 @@ def grouped(names: Iterable[str], groups: Groups = "block") -> dict[str, list[st
     Args:
         names: Names of the tensors.
         groups: Grouping of the tensors. "block" groups the tensors under the first numbered
-            component of the path ("block_0", "layers/3") and leaves every other tensor alone.
+            component of the path ("block_0", "layers/3"), copies of stacked tensors by their
+            index, and leaves every other tensor alone.
             "tensor" leaves every tensor alone. A mapping gives a regular expression (`re.search`)
             for each group, of which the first match wins. A function maps names to groups.
 
@@ -109,6 +113,9 @@ def _group_of(name: str, groups: Groups) -> str:
     if isinstance(groups, str):
         check_choice(groups, GROUPINGS, "groups")
         block = _BLOCK.match(name) if groups == "block" else None
+        copy = _COPY.match(name) if groups == "block" else None
+        if block is None and copy is not None:
+            return f"{copy[1]}[{copy[2]}]"
         return block.group() if block else name
     if not isinstance(groups, Mapping):
         return groups(name)

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from swe_prune import tree
@@ -20,6 +21,7 @@ from swe_prune.allocation.owl import owl
 from swe_prune.allocation.rounding import Allocation
 from swe_prune.allocation.std_rule import std
 from swe_prune.errors import InputError, check_choice
+from swe_prune.layout import copies_of, copy_labels, split
 
 NEEDS: Mapping[str, str] = {
     "shapes": "pass scores=, or params= with the weights",
@@ -121,6 +123,7 @@ def allocate(
     loss: Callable[[PyTree, PyTree], Any] | None = None,
     batches: Iterable[PyTree] | None = None,
     prunable: PyTree | None = None,
+    layout: PyTree | None = None,
     **options: Any,
 ) -> Allocation:
     """Returns the allocation of a rule; arguments that the rule does not need are ignored.
@@ -135,6 +138,8 @@ def allocate(
         batches: Calibration batches for the loss.
         prunable: Bool pytree like the parameters. If None, the tensors that have scores, or
             `tree.prunable(params)` if there are no scores.
+        layout: Pytree of `layout.Axes` like the parameters. Each copy of a stacked tensor is then
+            a tensor of its own, named "name[i]"; give `masks.by_sparsity` the same layout.
         **options: Options of the rule, such as `lam`.
 
     Raises:
@@ -145,6 +150,11 @@ def allocate(
     """
     rule = get(name)
     rule.check_options(options)
+    if layout is not None:
+        # Every rule sees the copies as tensors; the loss sees the parameters as they are.
+        if prunable is None and params is not None and scores is None:
+            prunable = tree.prunable(params, layout=layout)
+        scores, params, prunable, loss = _in_copies(scores, params, prunable, loss, layout)
     given = {"scores": scores, "params": params, "loss": loss, "batches": batches}
     # Shapes come from the scores, or from the prunable weights if there are none.
     given["shapes"] = scores
@@ -161,3 +171,42 @@ def allocate(
             prunable = tree.map_leaves(lambda _, weight, score: score is not None, params, scores)
         options["prunable"] = prunable
     return rule.function(**{need: given[need] for need in rule.needs}, sparsity=sparsity, **options)
+
+
+def _in_copies(
+    scores: PyTree | None,
+    params: PyTree | None,
+    prunable: PyTree | None,
+    loss: Callable[[PyTree, PyTree], Any] | None,
+    layout: PyTree,
+) -> tuple[Any, Any, Any, Any]:
+    """Returns the arguments of a rule as dicts by name, with each copy as a tensor of its own."""
+    copies = copies_of(layout)
+    parts = None if params is None else split(dict(tree.named_leaves(params)), layout)
+    marks = None
+    if prunable is not None and parts is not None:
+        marked = dict(tree.named_leaves(prunable))
+        marks = {label: bool(marked[label.partition("[")[0]]) for label in parts}
+    split_scores = None
+    if scores is not None:
+        named = {name: leaf for name, leaf in tree.named_leaves(scores) if leaf is not None}
+        split_scores = split(named, layout)
+        if parts is not None:
+            split_scores = {label: split_scores.get(label) for label in parts}
+    of_parts = None
+    if loss is not None and params is not None:
+
+        def of_parts(given: Any, batch: Any) -> Any:
+            def joined(name: str, leaf: Any) -> Any:
+                axes = copies(name, leaf.shape) if hasattr(leaf, "shape") else ()
+                if not axes:
+                    return given[name]
+                labels = copy_labels(name, leaf.shape, axes)
+                sizes = [leaf.shape[axis] for axis in axes]
+                stacked = jnp.stack([given[label] for _, label in labels])
+                stacked = stacked.reshape(*sizes, *stacked.shape[1:])
+                return jnp.moveaxis(stacked, range(len(axes)), axes)
+
+            return loss(tree.map_named(joined, params), batch)
+
+    return split_scores, parts, marks, of_parts

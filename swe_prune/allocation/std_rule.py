@@ -47,9 +47,21 @@ def gaussian_rate(sparsity: float) -> float:
     return NormalDist().inv_cdf((1 + sparsity) / 2) / _HALF_NORMAL_STD
 
 
-def std_threshold(score: Float[Array, "..."], rate: float | Array, spread: Any = None) -> Array:
-    """Returns the threshold spread · rate of one tensor, by default with std(score, ddof=1)."""
-    if spread is None:
+def std_threshold(
+    score: Float[Array, "..."],
+    rate: float | Array,
+    spread: Any = None,
+    copies: tuple[int, ...] = (),
+) -> Array:
+    """Returns the threshold spread · rate of one tensor, by default with std(score, ddof=1).
+
+    With copies, a threshold for each, which broadcasts against the scores.
+    """
+    if spread is None and copies:
+        axes = tuple(axis for axis in range(score.ndim) if axis not in copies)
+        size = math.prod(score.shape[axis] for axis in axes)
+        spread = jnp.std(score, axis=axes, ddof=min(1, size - 1), keepdims=True)
+    elif spread is None:
         # A single element has spread 0, like any constant tensor.
         spread = jnp.std(score, ddof=min(1, score.size - 1))
     return spread * jnp.asarray(rate, jnp.float32)
@@ -71,12 +83,21 @@ def reject_no_spread(names: Sequence[str], undefined: Sequence[Array]) -> None:
 
 
 def spreads(
-    scores: Sequence[Array], spread: Any = None
+    scores: Sequence[Array], spread: Any = None, copies: Sequence[tuple[int, ...]] | None = None
 ) -> tuple[list[Array], list[Array], list[Array]]:
-    """Returns per tensor: spread, NaN count, and whether the spread is undefined."""
-    of_each = [std_threshold(score, 1.0, spread) for score in scores]
+    """Returns per tensor: spread, NaN count, and whether the spread is undefined.
+
+    Args:
+        scores: Float32 arrays.
+        spread: Spread to use for all tensors. If None, the standard deviation of each.
+        copies: Axes over copies of each tensor, each copy with a spread of its own.
+    """
+    stacked = [()] * len(scores) if copies is None else copies
+    of_each = [
+        std_threshold(score, 1.0, spread, axes) for score, axes in zip(scores, stacked, strict=True)
+    ]
     nans = [counting.count_each([jnp.isnan(score)])[0] for score in scores]
-    return of_each, nans, [~jnp.isfinite(of_one) for of_one in of_each]
+    return of_each, nans, [jnp.any(~jnp.isfinite(of_one)) for of_one in of_each]
 
 
 _spreads = jax.jit(spreads)

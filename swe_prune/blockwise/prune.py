@@ -23,6 +23,7 @@ from swe_prune.blockwise.sparsegpt import BLOCK, SolverReport, check_sparsity, s
 from swe_prune.calibration import batching as of_batches
 from swe_prune.calibration import layer_inputs as measuring
 from swe_prune.errors import InputError, check_choice, did_you_mean
+from swe_prune.layout import Axes, axes_of, conventional_axes, layout
 
 METHODS = ("wanda", "wanda_variant", "sparsegpt", "magnitude")
 
@@ -173,12 +174,15 @@ def _one_block(
     """Returns by name a block's pruned kernels and their masks, where its weights came from."""
     part = jax.tree.map(jnp.asarray, own)
     sums: dict[str, Any] = {}
+    axes = runner.axes(part, states[0])
     if runner.wanted and plan.calibrated:
         sums = runner.measured(part, states, counts)
     new, kept = {}, {}
     for name in runner.wanted:
         weight, given = (block_graph.leaf(tree_of["params"], name) for tree_of in (part, own))
-        *done, report = _kernel(f"{path}/{name}", weight, sums.pop(name, None), sum(counts), plan)
+        *done, report = _kernel(
+            f"{path}/{name}", weight, axes[name], sums.pop(name, None), sum(counts), plan
+        )
         new[name], kept[name] = jax.device_get(done) if isinstance(given, np.ndarray) else done
         if plan.donate:
             new[name] = _in_place_of(given, new[name])
@@ -234,8 +238,10 @@ def _shares(
     if not isinstance(named, Mapping):
         share, n_of_m = check_sparsity(named, pattern)
         for name, shape in shapes.items():
-            if n_of_m is not None:
-                patterns.check_divides(name, _inputs(name, shape), n_of_m[1])
+            axes = conventional_axes(name, shape)  # before any work, where the name tells
+            if n_of_m is not None and axes is not None:
+                inputs = math.prod(shape[axis] for axis in axes.inputs)
+                patterns.check_divides(name, inputs, n_of_m[1])
         return dict.fromkeys(shapes, share)
     for name in named:
         if name not in shapes:
@@ -247,10 +253,6 @@ def _shares(
         if name not in named:
             raise InputError(f"no sparsity is given for {name!r}; name it, or exclude it")
     return {name: check_sparsity(named[name], pattern)[0] for name in shapes}
-
-
-def _inputs(name: str, shape: tuple[int, ...]) -> int:
-    return math.prod(shape[axis] for axis in tree.input_axes(name, shape))
 
 
 def _captured(
@@ -381,9 +383,19 @@ class _Runner:
         self.step = measuring.make_accumulate_step(self.measure)
         self.known: dict[str, Any] = {}
         self.forward = jax.jit(self._run)
+        self.found: dict[str, Axes] | None = None
 
     def _run(self, variables: Any, state: block_graph.Activations) -> list[Array]:
         return self.wires[state.kind].run(variables, state.given, state.made)
+
+    def axes(self, part: PyTree, state: block_graph.Activations) -> dict[str, Axes]:
+        """Returns the axes of the block's kernels by name, traced once."""
+        if self.found is None:
+            given = of_batches.shapes(_on_device(state))
+            found = layout(self._run, of_batches.shapes(part), given)
+            of = axes_of(found["params"])
+            self.found = {name: of(name, shape) for name, shape in self.wanted.items()}
+        return self.found
 
     def fits(self, wires: list[block_graph.Wire], wanted: Mapping[str, Any]) -> bool:
         """Returns whether another block is like this one."""
@@ -421,19 +433,56 @@ class _Runner:
 
 
 def _kernel(
-    name: str, weight: Array, sums: dict[str, Array] | None, n: int, plan: _Plan
+    name: str,
+    weight: Array,
+    axes: Axes,
+    sums: dict[str, Array] | None,
+    n: int,
+    plan: _Plan,
 ) -> tuple[Array, Array, KernelReport]:
     """Returns a kernel pruned, its mask, and the report."""
-    if sums is None:
-        axes = tree.input_axes(name, weight.shape)
-    else:
-        axes = tuple(range(sums["square"].ndim))  # the layer itself says which its inputs are
     weight_RxC = patterns.as_matrix(weight, axes)
-    share, report = plan.shares[name], None
+    share = plan.shares[name]
+    if not axes.copies:
+        new_RxC, mask_RxC, report = _matrix(name, weight_RxC, sums, n, share, plan)
+    else:
+        # Each copy, such as an expert, is a kernel of its own.
+        copies = math.prod(weight_RxC.shape[:-2])
+        square = None if sums is None else sums["square"].reshape(copies, -1)
+        done = []
+        for at, one in enumerate(weight_RxC.reshape(copies, *weight_RxC.shape[-2:])):
+            of_one = None
+            if sums is not None:
+                of_one = {"square": square[at]}
+                if "outer" in sums:
+                    rows = weight_RxC.shape[-2]
+                    of_one["outer"] = sums["outer"].reshape(copies, rows, rows)[at]
+            done.append(_matrix(f"{name}[{at}]", one, of_one, n, share, plan))
+        new_RxC, mask_RxC = (
+            jnp.stack([one[kind] for one in done]).reshape(weight_RxC.shape) for kind in (0, 1)
+        )
+        report = _joined([one[2] for one in done if one[2] is not None])
+    removed = mask_RxC.size - int(_count_true(mask_RxC))
+    return (
+        patterns.from_matrix(new_RxC, weight.shape, axes),
+        patterns.from_matrix(mask_RxC, weight.shape, axes),
+        KernelReport(name, removed, weight.size, report),
+    )
+
+
+def _matrix(
+    name: str,
+    weight_RxC: Array,
+    sums: dict[str, Array] | None,
+    n: int,
+    share: float,
+    plan: _Plan,
+) -> tuple[Array, Array, SolverReport | None]:
+    """Returns a matrix pruned, its mask, and the solver's report."""
     if plan.pattern is not None:
         patterns.check_divides(name, len(weight_RxC), patterns.parse_n_of_m(plan.pattern)[1])
     if plan.method == "sparsegpt" and sums is not None:
-        weight_RxC, mask_RxC, report = sparsegpt(
+        return sparsegpt(
             weight_RxC,
             _scaled(sums.pop("outer"), 2 / n),
             share,
@@ -441,15 +490,18 @@ def _kernel(
             plan.block,
             plan.damping,
         )
-    else:
-        mask_RxC = _ranked(name, _scores(weight_RxC, sums and sums["square"], n), share, plan)
-        weight_RxC = _zeroed(weight_RxC, mask_RxC)
-    removed = mask_RxC.size - int(_count_true(mask_RxC))
-    return (
-        patterns.from_matrix(weight_RxC, weight.shape, axes),
-        patterns.from_matrix(mask_RxC, weight.shape, axes),
-        KernelReport(name, removed, weight.size, report),
+    mask_RxC = _ranked(name, _scores(weight_RxC, sums and sums["square"], n), share, plan)
+    return _zeroed(weight_RxC, mask_RxC), mask_RxC, None
+
+
+def _joined(reports: list[SolverReport]) -> SolverReport | None:
+    """Returns the report of all copies of a kernel, with the largest damping."""
+    if not reports:
+        return None
+    dead, removed, error = (
+        sum(getattr(report, field) for report in reports) for field in ("dead", "removed", "error")
     )
+    return SolverReport(max(report.damping for report in reports), dead, removed, error)
 
 
 @jax.jit

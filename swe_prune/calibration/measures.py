@@ -1,6 +1,6 @@
 """Measurements for a set of criteria, in as few passes over the batches as possible."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -17,8 +17,8 @@ MEASURES = OF_INPUTS | OF_GRADIENTS
 
 def measure(
     needs: Iterable[str],
-    model: nn.Module,
-    variables: Mapping[str, PyTree],
+    fn: Any,
+    params: PyTree,
     batches: Sequence[PyTree],
     *,
     loss: Callable[[PyTree, PyTree], Any],
@@ -30,8 +30,10 @@ def measure(
     Args:
         needs: Names of measurements, as listed by `importance.Criterion.measured`, of one or more
             criteria. Names outside `MEASURES` are ignored.
-        model: Linen module, run on the batches if any of `OF_INPUTS` is needed.
-        variables: Variables of the model, {"params": …} and other collections.
+        fn: Function of (params, batch) or module, run if any of `OF_INPUTS` is needed; see
+            `inputs`.
+        params: Parameters of the function; of a Linen module also {"params": …} and other
+            collections.
         batches: Pytrees of arrays whose first axis runs over the examples; iterated once for
             `OF_INPUTS` and once for `OF_GRADIENTS`.
         loss: Function (params, batch) that returns a scalar, used if any of `OF_GRADIENTS` is
@@ -54,7 +56,9 @@ def measure(
     wanted = set(needs)
     found: dict[str, PyTree] = {}
     if wanted & OF_INPUTS:
-        found |= inputs(model, variables, batches, hessian="hessian" in wanted, prunable=prunable)
+        found |= inputs(fn, params, batches, hessian="hessian" in wanted, prunable=prunable)
     if wanted & OF_GRADIENTS:
-        found |= gradients(loss, variables["params"], batches, prunable=prunable, at_once=at_once)
+        has_params = isinstance(fn, nn.Module) and "params" in params
+        weights = params["params"] if has_params else params
+        found |= gradients(loss, weights, batches, prunable=prunable, at_once=at_once)
     return found

@@ -24,6 +24,7 @@ from swe_prune.importance import (
 )
 from swe_prune.importance.registry import MEASURED, Criterion, get, names, register
 from swe_prune.importance.second_moment import has_second_moment, second_moment
+from swe_prune.layout import AxesOf, InputAxes, axes_of, copies_of
 from swe_prune.trajectory import BUFFERS, TrajectoryStats, read
 
 __all__ = [
@@ -54,7 +55,8 @@ def score(
     measured: Mapping[str, PyTree] | None = None,
     prunable: PyTree | None = None,
     seed: int = 0,
-    input_axes: Callable[[str, tuple[int, ...]], tuple[int, ...]] = tree.input_axes,
+    layout: PyTree | None = None,
+    input_axes: InputAxes | None = None,
     **options: Any,
 ) -> PyTree:
     """Returns the scores of a criterion: a float32 pytree like the parameters, None where dense.
@@ -71,7 +73,10 @@ def score(
         prunable: bool pytree; None: the weights that `stats` tracks, or without statistics
             `tree.prunable(params)`.
         seed: for random draws; each tensor draws from its own stream, named by its path.
-        input_axes: along which axes the inputs of a kernel run; the default knows Flax.
+        layout: Pytree of `layout.Axes` like the parameters, as `layout.layout` traces it. Each
+            copy of a stacked tensor is scored by itself.
+        input_axes: Function from a name and a shape to the axes of a kernel's inputs, where there
+            is no layout. None: Flax's convention for tensors named "…/kernel".
         **options: of the criterion, such as `power`.
 
     Raises:
@@ -86,23 +91,58 @@ def score(
     if prunable is not None and not any(jax.tree.leaves(prunable)):
         raise InputError("no weight is prunable, so there is nothing to score; widen the rules")
     if prunable is None:
-        prunable = _tracked(params, stats) if stats is not None else tree.prunable(params)
+        prunable = (
+            _tracked(params, stats) if stats is not None else tree.prunable(params, layout=layout)
+        )
+    axes, copies = axes_of(layout, input_axes), copies_of(layout)
 
     def leaf(path: str, weight: Any, chosen: bool, *values: Any) -> Any:
         if not chosen:
             return None
         given: dict[str, Any] = dict(zip(needed, values, strict=True))
+        stacked = copies(path, weight.shape)
+        static: dict[str, Any] = dict(options)
+        if "inputs" in criterion.needs:
+            own = axes(path, weight.shape)
+            static["inputs"] = own.one_copy.inputs
         for need, value in given.items():
-            _check_given(name, path, weight, need, value, input_axes)
+            _check_given(name, path, weight, need, value, axes)
         if "weight" in criterion.needs:
             given["weight"] = weight.astype(jnp.float32)
-        if "inputs" in criterion.needs:
-            given["inputs"] = input_axes(path, weight.shape)
         if "key" in criterion.needs:
             given["key"] = tree.named_key(jax.random.key(seed), path)
-        return criterion.function(**given, **options).astype(jnp.float32)
+        if stacked:
+            scored = _of_copies(criterion.function, weight, stacked, given, static)
+        else:
+            scored = criterion.function(**given, **static)
+        return scored.astype(jnp.float32)
 
     return tree.map_named(leaf, params, prunable, *needed.values())
+
+
+def _of_copies(
+    function: Callable[..., Any],
+    weight: Any,
+    copies: tuple[int, ...],
+    given: dict[str, Any],
+    static: dict[str, Any],
+) -> Any:
+    """Returns the scores of a stacked tensor, of which each copy is scored by itself."""
+    sizes = [weight.shape[axis] for axis in copies]
+    first = range(len(copies))
+
+    def copies_first(need: str, value: Any) -> Any:
+        if need == "key":
+            return jax.random.split(value, sizes)
+        if need != "hessian":  # which has the copies first already
+            value = jnp.moveaxis(jnp.broadcast_to(value, weight.shape), copies, first)
+        return value
+
+    mapped = lambda given: function(**given, **static)  # noqa: E731
+    for _ in copies:
+        mapped = jax.vmap(mapped)
+    scored = mapped({need: copies_first(need, value) for need, value in given.items()})
+    return jnp.moveaxis(scored, first, copies)
 
 
 def _gather(
@@ -135,7 +175,7 @@ def _check_given(
     weight: Any,
     need: str,
     value: Any,
-    input_axes: Callable[[str, tuple[int, ...]], tuple[int, ...]],
+    axes_of: AxesOf,
 ) -> None:
     if value is None and need in BUFFERS:
         raise InputError(
@@ -148,14 +188,16 @@ def _check_given(
             f"{MEASURED[need]}, with the same prunable="
         )
     if need == "hessian":
-        inputs = math.prod(weight.shape[axis] for axis in input_axes(path, weight.shape))
-        fits, wanted = value.shape == (inputs, inputs), f"{inputs} inputs"
+        axes = axes_of(path, weight.shape)
+        inputs = math.prod(weight.shape[axis] for axis in axes.inputs)
+        copies = tuple(weight.shape[axis] for axis in axes.copies)
+        fits, wanted = value.shape == (*copies, inputs, inputs), f"{inputs} inputs"
     else:
         fits, wanted = _spreads(value.shape, weight.shape), f"the shape {weight.shape}"
     if not fits:
         raise InputError(
             f"{need!r} of {path!r} has shape {value.shape} and the weight {wanted}; measure it on "
-            "these parameters, and pass input_axes= if its inputs run along other axes"
+            "these parameters, and pass the same layout="
         )
 
 

@@ -45,7 +45,7 @@ def sparsegpt(
     if hessian.shape != (rows, rows):
         raise InputError(
             f"the hessian has shape {hessian.shape} and the kernel {rows} inputs; pass "
-            "input_axes= with the axes of its inputs, and measure it on these parameters"
+            "the layout= that it was measured with, and measure it on these parameters"
         )
     factor_RxR, used = inverse_factor(hessian, damping)
     if not isinstance(used, Tracer) and float(used) > 1.5 * damping:

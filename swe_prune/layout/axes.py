@@ -97,8 +97,9 @@ def conventional_axes(name: str, shape: tuple[int, ...]) -> Axes | None:
 
     The convention names kernels "kernel". A `Dense` kernel is (in, out), a `Conv` kernel
     (…, in, out) under a name with "conv", the query, key and value kernels of Flax's attention
-    (in, heads, width) and its out kernel (heads, width, out). A single axis is an input axis. A
-    kernel with more axes may as well be stacked by a scan or a `vmap`, which no name tells.
+    (in, heads, width) and its out kernel (heads, width, out). Haiku's "linear/w" and "conv2_d/w"
+    are laid out in the same way. A single axis is an input axis. A kernel with more axes may as
+    well be stacked by a scan or a `vmap`, which no name tells.
 
     >>> conventional_axes("mlp/up/kernel", (8, 32)).inputs
     (0,)
@@ -109,31 +110,38 @@ def conventional_axes(name: str, shape: tuple[int, ...]) -> Axes | None:
     if ndim == 1:
         return Axes((0,), ())
     parts = [part for part in re.split(r"[/.]", name) if part != "value"]
-    if not parts or parts[-1] != "kernel":
-        return None
     owner = parts[-2] if len(parts) > 1 else ""
+    haiku = parts[-1:] == ["w"] and re.fullmatch(r"(linear|conv\d?_?d?)(_\d+)?", owner)
+    if parts[-1:] != ["kernel"] and not haiku:
+        return None
     inputs = None
     if ndim == 2:
         inputs = (0,)
     elif "conv" in owner.lower() and ndim <= 5:
         inputs = tuple(range(ndim - 1))
-    elif ndim == 3 and owner in ("query", "key", "value", "out") and _in_attention(parts[:-2]):
-        inputs = (0, 1) if owner == "out" else (0,)
+    elif ndim == 3 and owner in ("query", "key", "value", "out"):
+        inputs = _attention_inputs(owner == "out", shape, parts[:-2])
     if inputs is None:
         return None
     return Axes(inputs, tuple(axis for axis in range(ndim) if axis not in inputs))
 
 
-def _in_attention(parents: list[str]) -> bool:
-    """Returns whether a module path ends in an attention layer that is not under a stack.
+def _attention_inputs(
+    out: bool, shape: tuple[int, ...], parents: list[str]
+) -> tuple[int, ...] | None:
+    """Returns the inputs of a 3-D kernel of Flax's attention, or None if it may be a stack of 2-D.
 
-    "layers/attention" may be a scan over Dense projections, "layers_0/attention" is not.
+    The heads of an attention have together at most the model's width, the layers of a stack do
+    not; and "layers/attention" may be a scan over Dense projections, "layers_0/attention" is not.
     """
-    stacked = any(
-        re.fullmatch(r"(?i)(layer|block|stack|scan|expert)s?(_?scan)?", p) for p in parents
-    )
-    indexed = any(re.search(r"\d", part) for part in parents)
-    return bool(parents) and (indexed or not stacked)
+    width = shape[2] if out else shape[0]
+    heads = math.prod(shape) // max(width, 1)
+    stack = r"(?i)(layer|block|stack|scan|expert)s?(_?scan)?"
+    stacked = any(re.fullmatch(stack, parent) for parent in parents)
+    indexed = any(re.search(r"\d", parent) for parent in parents)
+    if heads > width or (stacked and not indexed):
+        return None
+    return (0, 1) if out else (0,)
 
 
 def axes_of(layout: PyTree | None = None, input_axes: InputAxes | None = None) -> AxesOf:

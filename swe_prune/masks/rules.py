@@ -11,18 +11,26 @@ from jaxtyping import Array, Float, PyTree
 
 from swe_prune import allocation, counting, patterns, select, tree
 from swe_prune.errors import InputError, did_you_mean
+from swe_prune.layout import Axes, AxesOf, InputAxes, axes_of, copies_of, copy_labels
 from swe_prune.masks.counts import kept_counts
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
+CopiesOf = Callable[[str, tuple[int, ...]], tuple[int, ...]]
 SCOPES = ("tensor", "global", "row")
 ROUNDINGS = ("nearest", "down")
-InputAxes = Callable[[str, tuple[int, ...]], tuple[int, ...]]
 
 
-def by_std(scores: PyTree, rate: float | Array, *, spread: float | None = None) -> PyTree:
+def by_std(
+    scores: PyTree,
+    rate: float | Array,
+    *,
+    spread: float | None = None,
+    layout: PyTree | None = None,
+) -> PyTree:
     """Returns masks by the paper's rule, score > std(score) · rate in every tensor.
 
-    The standard deviation is the unbiased one over the whole tensor. The rate is a multiplier: see
+    The standard deviation is the unbiased one over the whole tensor, or over each copy of a tensor
+    that is stacked. The rate is a multiplier: see
     `allocation.gaussian_sparsity` for the sparsity to expect.
 
     Args:
@@ -30,6 +38,7 @@ def by_std(scores: PyTree, rate: float | Array, *, spread: float | None = None) 
         rate: Multiple of the standard deviation, 0 or more.
         spread: Value to use in place of the tensor's std(score); 1.0 for `swe_spread`, whose
             scores are in units of their threshold (`importance.get(name).spread`).
+        layout: Pytree of `layout.Axes` like the scores, for tensors that are stacked.
 
     Raises:
         InputError: The rate is negative, not finite or removes every weight, or a score is NaN or
@@ -42,8 +51,10 @@ def by_std(scores: PyTree, rate: float | Array, *, spread: float | None = None) 
         raise InputError(f"rate = {rate!r} is no multiple of a standard deviation; give 0 or more")
     named = _scored(scores)
     traced = select.is_traced(list(named.values()), rate)
+    copies = copies_of(layout)
+    stacked = tuple(copies(name, score.shape) for name, score in named.items())
     kept, nans, undefined = (_std_masks if traced else _std_masks_jit)(
-        list(named.values()), jnp.asarray(rate, jnp.float32), spread
+        list(named.values()), jnp.asarray(rate, jnp.float32), spread, stacked
     )
     if not traced:
         select.reject_nan(list(named), nans)
@@ -55,14 +66,14 @@ def by_std(scores: PyTree, rate: float | Array, *, spread: float | None = None) 
 
 
 def _std_masks(
-    scores: list[Array], rate: Array, spread: Any
+    scores: list[Array], rate: Array, spread: Any, copies: tuple[tuple[int, ...], ...]
 ) -> tuple[list[Array], list[Array], list[Array]]:
-    spreads, nans, undefined = allocation.spreads(scores, spread)
+    spreads, nans, undefined = allocation.spreads(scores, spread, copies)
     masks = [score > of_one * rate for score, of_one in zip(scores, spreads, strict=True)]
     return masks, nans, undefined
 
 
-_std_masks_jit = jax.jit(_std_masks)
+_std_masks_jit = jax.jit(_std_masks, static_argnums=3)
 
 
 def by_sparsity(
@@ -76,7 +87,8 @@ def by_sparsity(
     reduce: str = "sum",
     across: str = "sum",
     couplings: Mapping[str, str] | None = None,
-    input_axes: InputAxes = tree.input_axes,
+    layout: PyTree | None = None,
+    input_axes: InputAxes | None = None,
 ) -> PyTree:
     """Returns masks that remove exactly the requested share of the lowest scores.
 
@@ -108,13 +120,18 @@ def by_sparsity(
         reduce: Reduction of a unit's scores within one tensor, one of `patterns.REDUCTIONS`.
         across: Reduction of a neuron's scores over its tensors, one of `patterns.ACROSS`.
         couplings: Couplings of neurons; None means `patterns.FEED_FORWARD`.
-        input_axes: Function from a name and a shape to the axes of a kernel's inputs; the default
-            knows Flax.
+        layout: Pytree of `layout.Axes` like the scores, as `layout.layout` traces it: which axes
+            of each tensor are inputs, outputs, and copies. Each copy (a layer of a scan, an
+            expert) is a tensor of its own in every scope but "global".
+        input_axes: Function from a name and a shape to the axes of a kernel's inputs, where there
+            is no layout. None: Flax's convention for tensors named "…/kernel", and an error for
+            others where inputs matter: scope "row" and all patterns.
 
     Raises:
         InputError: The sparsity is outside [0, 1), a name is unknown, the pattern does not fit
-            the shapes or the sparsity or would empty a tensor, the allocation is for other
-            tensors, a score is NaN, or there are no scores.
+            the shapes or the sparsity or would empty a tensor, the inputs of a tensor are needed
+            and not known, the allocation is for other tensors, a score is NaN, or there are no
+            scores.
 
     >>> by_sparsity({"w": jnp.array([3.0, 1.0, 2.0, 4.0])}, 0.5)["w"].tolist()
     [True, False, False, True]
@@ -126,14 +143,15 @@ def by_sparsity(
             )
     select.check_ties(ties)
     named = _scored(scores)
+    axes, copies = axes_of(layout, input_axes), copies_of(layout)
     if isinstance(sparsity, allocation.Allocation):
-        _check_allocation(sparsity, named, scope)
+        _check_allocation(sparsity, named, scope, copies)
     elif not isinstance(sparsity, Tracer):
         sparsity = _concrete(sparsity)
         allocation.check_sparsity(sparsity)
     # n:m and rows rank the inputs of each output, so they need the axes, not units.
     if pattern is not None and patterns.is_n_of_m(pattern):
-        return _like(scores, named, _n_of_m(named, sparsity, pattern, ties, input_axes))
+        return _like(scores, named, _n_of_m(named, sparsity, pattern, ties, axes))
     if scope == "row":
         if pattern is not None:
             raise InputError(
@@ -141,22 +159,24 @@ def by_sparsity(
                 "together; give scope 'tensor' or 'global'"
             )
         kept = {
-            name: _by_row(name, score, sparsity, rounding, ties, input_axes)
+            name: _by_row(name, score, sparsity, rounding, ties, axes)
             for name, score in named.items()
         }
         return _like(scores, named, kept)
-
-    def axes_of(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return _normal_axes(name, shape, input_axes)
-
     # Everything else is ranked in units, of one weight each without a pattern.
     units = patterns.units(
-        pattern, named, axes_of, reduce=reduce, across=across, couplings=couplings
+        pattern,
+        named,
+        axes,
+        copies_of=copies,
+        reduce=reduce,
+        across=across,
+        couplings=couplings,
     )
     if scope == "global":
         kept_units = _global(units, sparsity, rounding, ties)
     else:
-        kept_units = [_of_units(one, sparsity, rounding, ties) for one in units]
+        kept_units = [_of_units(one, sparsity, rounding, ties, copies, named) for one in units]
     # Each weight gets the fate of its unit.
     kept = {}
     for one, mask in zip(units, kept_units, strict=True):
@@ -176,15 +196,52 @@ def _gone(size: int, sparsity: float, rounding: str) -> int:
     return int(size * sparsity) if rounding == "down" else allocation.removed_count(size, sparsity)
 
 
-def _of_units(one: patterns.Units, sparsity: Any, rounding: str, ties: str) -> Array:
-    size = tree.size(one.score)
+def _of_units(
+    one: patterns.Units,
+    sparsity: Any,
+    rounding: str,
+    ties: str,
+    copies: CopiesOf,
+    named: Mapping[str, Array],
+) -> Array:
+    """Returns the unit masks of one tensor or group of tensors, ranked within each copy."""
+    ranked = tuple(axis for axis in range(one.score.ndim) if axis not in one.copies)
+    size = math.prod(one.score.shape[axis] for axis in ranked)
     if isinstance(sparsity, allocation.Allocation):
-        gone = sum(sparsity.removed[name] for name in one.tensors)
-        keep = size - allocation.removed_count(gone, 1 / one.weights)
+        gone = _removed_units(one, sparsity, copies, named)
+        keep: Any = [size - n for n in gone]
+        for n in keep:
+            _check_some_stay(one, n, size, sparsity)
+        if one.copies:
+            along = [n if a in one.copies else 1 for a, n in enumerate(one.score.shape)]
+            keep = counting.count(jnp.asarray(keep, jnp.int32).reshape(along))
+        else:
+            keep = keep[0]
     else:
         keep = _keep(size, sparsity, rounding)
-    _check_some_stay(one, keep, size, sparsity)
-    return select.top_k_mask(one.score, keep, ties=ties, name=one.name)
+        _check_some_stay(one, keep, size, sparsity)
+    axes = ranked if one.copies else None
+    return select.top_k_mask(one.score, keep, axes=axes, ties=ties, name=one.name)
+
+
+def _removed_units(
+    one: patterns.Units,
+    given: allocation.Allocation,
+    copies: CopiesOf,
+    named: Mapping[str, Array],
+) -> list[int]:
+    """Returns the number of units that each copy loses, in the order of the copies."""
+    labels = [_labels(name, named[name].shape, copies) for name in one.tensors]
+    return [
+        allocation.removed_count(sum(given.removed[label] for label in of_copy), 1 / one.weights)
+        for of_copy in zip(*labels, strict=True)
+    ]
+
+
+def _labels(name: str, shape: tuple[int, ...], copies: CopiesOf) -> list[str]:
+    """Returns the names of a tensor's copies in an allocation, or its own name."""
+    axes = copies(name, shape)
+    return [label for _, label in copy_labels(name, shape, axes)] if axes else [name]
 
 
 def _check_some_stay(one: patterns.Units, keep: Any, size: int, sparsity: Any) -> None:
@@ -197,7 +254,7 @@ def _check_some_stay(one: patterns.Units, keep: Any, size: int, sparsity: Any) -
 
 def _shown(sparsity: Any, one: patterns.Units) -> str:
     if isinstance(sparsity, allocation.Allocation):
-        return f"{sparsity.sparsities[one.tensors[0]]:g}"
+        return f"{sparsity.sparsity:g} in all"
     return f"{sparsity:g}"
 
 
@@ -216,29 +273,32 @@ def _global(units: list[patterns.Units], sparsity: Any, rounding: str, ties: str
 
 
 def _by_row(
-    name: str, score: Array, sparsity: Any, rounding: str, ties: str, input_axes: InputAxes
+    name: str, score: Array, sparsity: Any, rounding: str, ties: str, axes_of: AxesOf
 ) -> Array:
-    axes = _normal_axes(name, score.shape, input_axes)
-    inputs = math.prod(score.shape[axis] for axis in axes)
+    axes = axes_of(name, score.shape)
+    inputs = math.prod(score.shape[axis] for axis in axes.inputs)
     if isinstance(sparsity, allocation.Allocation):
-        keep = _shared_out(sparsity.removed[name], score.shape, axes)
+        labels = _labels(name, score.shape, lambda name, shape: axes.copies)
+        keep = _shared_out([sparsity.removed[label] for label in labels], score.shape, axes)
     else:
         keep = _keep(inputs, sparsity, rounding)
-    return select.top_k_mask(score, keep, axes=axes, ties=ties, name=name)
+    return select.top_k_mask(score, keep, axes=axes.inputs, ties=ties, name=name)
 
 
-def _shared_out(gone: int, shape: tuple[int, ...], axes: tuple[int, ...]) -> counting.Count:
-    """Returns how many stay in every row when a tensor loses so many, evenly to within one."""
-    outputs = [1 if axis in axes else size for axis, size in enumerate(shape)]
-    rows = math.prod(outputs)
-    inputs = math.prod(shape) // max(rows, 1)
-    each, more = divmod(gone, max(rows, 1))
-    index = jnp.arange(rows).reshape(outputs)
+def _shared_out(gone: list[int], shape: tuple[int, ...], axes: Axes) -> counting.Count:
+    """Returns how many stay in every row when each copy loses so many, evenly to within one."""
+    outputs = [shape[axis] if axis in axes.outputs else 1 for axis in range(len(shape))]
+    stacked = [shape[axis] if axis in axes.copies else 1 for axis in range(len(shape))]
+    rows = max(math.prod(outputs), 1)
+    inputs = math.prod(shape[axis] for axis in axes.inputs)
+    each = jnp.asarray([n // rows for n in gone], jnp.int32).reshape(stacked)
+    more = jnp.asarray([n % rows for n in gone], jnp.int32).reshape(stacked)
+    index = jnp.arange(math.prod(outputs)).reshape(outputs)
     return counting.count(inputs - each - (index < more))
 
 
 def _n_of_m(
-    named: dict[str, Array], sparsity: Any, pattern: str, ties: str, input_axes: InputAxes
+    named: dict[str, Array], sparsity: Any, pattern: str, ties: str, axes_of: AxesOf
 ) -> dict[str, Array]:
     n, m = patterns.parse_n_of_m(pattern)
     if isinstance(sparsity, Tracer | allocation.Allocation):
@@ -254,9 +314,9 @@ def _n_of_m(
         )
     matrices, axes = {}, {}
     for name, score in named.items():
-        axes[name] = _normal_axes(name, score.shape, input_axes)
+        axes[name] = axes_of(name, score.shape)
         matrices[name] = _flipped(patterns.as_matrix(score, axes[name]), ties)
-        patterns.check_divides(name, matrices[name].shape[0], m)
+        patterns.check_divides(name, matrices[name].shape[-2], m)
     return {
         name: patterns.from_matrix(
             _flipped(patterns.n_of_m_mask(matrix, n, m, name), ties), named[name].shape, axes[name]
@@ -267,38 +327,32 @@ def _n_of_m(
 
 def _flipped(matrix_RxC: Array, ties: str) -> Array:
     """Returns the matrix with its inputs in reverse if the last of ties are to be kept."""
-    return matrix_RxC[::-1] if ties == "last" else matrix_RxC
+    return matrix_RxC[..., ::-1, :] if ties == "last" else matrix_RxC
 
 
-def _check_allocation(given: allocation.Allocation, named: dict[str, Array], scope: str) -> None:
+def _check_allocation(
+    given: allocation.Allocation, named: dict[str, Array], scope: str, copies: CopiesOf
+) -> None:
     if scope == "global":
         raise InputError(
             "an allocation says how much each tensor loses, which scope 'global' would overrule; "
             "give scope 'tensor' or 'row'"
         )
-    sizes = {name: tree.size(score) for name, score in named.items()}
+    sizes = {}
+    for name, score in named.items():
+        labels = _labels(name, score.shape, copies)
+        sizes |= dict.fromkeys(labels, tree.size(score) // max(len(labels), 1))
     for name in {**sizes, **given.sizes}:
         if sizes.get(name) != given.sizes.get(name):
             raise InputError(
                 f"the allocation has {given.sizes.get(name)} weights for {name!r} and the scores "
-                f"have {sizes.get(name)}; make it from these scores"
+                f"have {sizes.get(name)}; make it from these scores, with the same layout="
             )
 
 
 def _concrete(sparsity: Any) -> Any:
     """Returns a number for what is one: a Python number, or a scalar array of numpy or jax."""
     return sparsity.item() if jnp.ndim(sparsity) == 0 and hasattr(sparsity, "item") else sparsity
-
-
-def _normal_axes(
-    name: str, shape: tuple[int, ...], input_axes: Callable[..., Any]
-) -> tuple[int, ...]:
-    axes = tuple(input_axes(name, shape))
-    if any(not -len(shape) <= axis < len(shape) for axis in axes):
-        raise InputError(
-            f"input_axes gave {axes} for {name!r} of shape {shape}; give axes that it has"
-        )
-    return tuple(sorted({axis % len(shape) for axis in axes}))
 
 
 def _scored(scores: PyTree) -> dict[str, Array]:

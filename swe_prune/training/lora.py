@@ -24,6 +24,7 @@ from jaxtyping import Array, PyTree
 from swe_prune import masks as masks_lib
 from swe_prune import patterns, tree
 from swe_prune.errors import InputError
+from swe_prune.layout import Axes, conventional_axes
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +58,7 @@ def init(
     Args:
         params: Parameters of the base model, concrete or abstract.
         rank: Rank A, from 1 to the smaller side of every adapted kernel as a matrix, with the input
-            axes of `tree.input_axes`.
+            axes of `layout.conventional_axes`, or all axes but the last.
         alpha: Scale of the product, divided by the rank.
         key: Typed JAX random key.
         targets: Path rules of the weights to adapt, pruned or dense. Each rule must match a
@@ -124,7 +125,7 @@ def apply(params: PyTree, adapters: Adapters, masks: PyTree | None = None) -> Py
         delta_RxC = adapters.scale * jnp.matmul(
             down_RxA, up_AxC, precision=jax.lax.Precision.HIGHEST
         )
-        axes = tree.input_axes(name, weight.shape)
+        axes = _matrix_axes(name, weight.shape)
         return weight + patterns.from_matrix(delta_RxC, weight.shape, axes)
 
     whole = tree.map_named(adapted, params, adapters.down, adapters.up)
@@ -186,6 +187,12 @@ def _targets(params: PyTree, targets: str | Sequence[str] | None) -> list[tuple[
 
 def _sides(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """Returns the inputs and outputs of a kernel as a matrix."""
-    axes = tree.input_axes(name, shape)
-    inputs = math.prod(shape[axis] for axis in axes)
+    axes = _matrix_axes(name, shape)
+    inputs = math.prod(shape[axis] for axis in axes.inputs)
     return inputs, math.prod(shape) // max(inputs, 1)
+
+
+def _matrix_axes(name: str, shape: tuple[int, ...]) -> Axes:
+    """Returns the axes of the matrix that is factored; any split makes an adapter."""
+    last = len(shape) - 1
+    return conventional_axes(name, shape) or Axes(tuple(range(last)), (last,))
