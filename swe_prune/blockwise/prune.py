@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import nnx
 from jaxtyping import Array, PyTree
 
 from swe_prune import counting, patterns, select, tree
 from swe_prune.allocation import Allocation
-from swe_prune.blockwise import block_graph, wanda
+from swe_prune.blockwise import block_graph, nnx_blocks, wanda
 from swe_prune.blockwise.sparsegpt import BLOCK, SolverReport, check_sparsity, sparsegpt
 from swe_prune.calibration import batching as of_batches
 from swe_prune.calibration import layer_inputs as measuring
@@ -71,8 +72,8 @@ class _Plan:
 
 
 def prune_blocks(
-    model: nn.Module,
-    variables: Mapping[str, PyTree],
+    model: nn.Module | nnx.Module,
+    variables: PyTree,
     batches: Iterable[PyTree],
     *,
     blocks: str | Sequence[str],
@@ -95,8 +96,9 @@ def prune_blocks(
 
     Args:
         model: any Linen module that calls its blocks one after the other, outside of nn.remat and
-            nn.scan.
-        variables: {"params": …} and other collections. Weights that are numpy arrays stay in host
+            nn.scan, or an NNX module with a list of blocks.
+        variables: {"params": …} and other collections; of an NNX module its state, a pure dict of
+            it, or the module itself. Weights that are numpy arrays stay in host
             memory but for the block at work, and their results go back there.
         batches: as in `calibration.inputs`; they may be divided over devices.
         blocks: a rule that matches the blocks' whole paths, r"block_[0-9]+", or their paths; they
@@ -107,7 +109,8 @@ def prune_blocks(
             weights that stay, or "magnitude", by kernel and without calibration.
         pattern: None or "n:m".
         prunable: bool pytree; None: `tree.prunable(params)`. Kernels outside of the blocks stay.
-        call: as in `calibration.inputs`.
+        call: function (module, variables, batch) that runs a Linen module in another way; of an
+            NNX module (module, batch).
         block: inputs at a time, of "sparsegpt".
         damping: of "sparsegpt".
         offload: keep the activations in host memory, and one batch of them on the device.
@@ -126,6 +129,29 @@ def prune_blocks(
 
     Sources: those of `sparsegpt` and `wanda`, whose references both go block after block.
     """
+    if isinstance(model, nnx.Module):
+        return _prune_nnx(
+            model,
+            variables,
+            batches,
+            call=call,
+            prunable=prunable,
+            blocks=blocks,
+            sparsity=sparsity,
+            method=method,
+            pattern=pattern,
+            block=block,
+            damping=damping,
+            offload=offload,
+            donate=donate,
+            progress=progress,
+        )
+    if not isinstance(model, nn.Module | nnx_blocks.Functional):
+        raise InputError(
+            f"model must be a Linen or an NNX module whose blocks are modules, got "
+            f"{type(model).__name__}; prune a plain function at once, by a criterion such as wanda "
+            "with measured=calibration.inputs(fn, params, batches)"
+        )
     params = measuring.params_of(variables)
     check_choice(method, METHODS, "method")
     paths = block_graph.find([name for name, _ in tree.named_leaves(params)], blocks)
@@ -159,6 +185,34 @@ def prune_blocks(
         pruned |= {f"{path}/{name}": leaf for name, leaf in new.items()}
         masks |= {f"{path}/{name}": leaf for name, leaf in kept.items()}
     return _with(params, pruned), _only(params, masks), tuple(reports)
+
+
+def _prune_nnx(
+    model: nnx.Module,
+    params: PyTree,
+    batches: Iterable[PyTree],
+    *,
+    call: Callable[[Any, Any, Any], Any] | None,
+    prunable: PyTree | None,
+    blocks: str | Sequence[str],
+    **settings: Any,
+) -> tuple[PyTree, PyTree, tuple[KernelReport, ...]]:
+    """Returns what `prune_blocks` returns, in the structure of an NNX module's parameters."""
+    if prunable is None:
+        prunable = tree.prunable(params)
+    variables = nnx_blocks.variables_of(model, params)
+    names = [name for name, _ in tree.named_leaves(variables["params"])]
+    run = nnx_blocks.runner(model, block_graph.find(names, blocks), call)
+    pruned, masks, reports = prune_blocks(
+        nnx_blocks.functional(model),
+        variables,
+        batches,
+        call=lambda _, own, batch: run(own, batch),
+        prunable=nnx_blocks.marks(variables["params"], prunable),
+        blocks=blocks,
+        **settings,
+    )
+    return nnx_blocks.like(params, pruned), nnx_blocks.like(params, masks), reports
 
 
 def _one_block(
