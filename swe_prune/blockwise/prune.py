@@ -24,7 +24,7 @@ from swe_prune.blockwise.sparsegpt import BLOCK, SolverReport, check_sparsity, s
 from swe_prune.calibration import batching as of_batches
 from swe_prune.calibration import layer_inputs as measuring
 from swe_prune.errors import InputError, check_choice, did_you_mean
-from swe_prune.layout import Axes, axes_of, conventional_axes, layout
+from swe_prune.layout import Axes, axes_by_name, axes_of, conventional_axes
 
 METHODS = ("wanda", "wanda_variant", "sparsegpt", "magnitude")
 
@@ -433,7 +433,8 @@ class _Runner:
         hessian: bool,
     ) -> None:
         self.wires, self.wanted = wires, dict(wanted)
-        self.measure = measuring.make_measure_fn(self._run, self.wanted, hessian=hessian)
+        self.tracing = measuring.Tracing(self._run)
+        self.measure = measuring.make_measure_fn(self.tracing, self.wanted, hessian=hessian)
         self.step = measuring.make_accumulate_step(self.measure)
         self.known: dict[str, Any] = {}
         self.forward = jax.jit(self._run)
@@ -446,8 +447,7 @@ class _Runner:
         """Returns the axes of the block's kernels by name, traced once."""
         if self.found is None:
             given = of_batches.shapes(_on_device(state))
-            found = layout(self._run, of_batches.shapes(part), given)
-            of = axes_of(found["params"])
+            of = axes_of(axes_by_name(self.tracing(part, given)))
             self.found = {name: of(name, shape) for name, shape in self.wanted.items()}
         return self.found
 
