@@ -76,6 +76,17 @@ def _sums(name: str, product: Product, hessian: bool) -> Sums:
     )
     x_KxNxR = _ordered(x.astype(jnp.float32), inputs, len(copies))
     found = _reduced(x_KxNxR, product, hessian)
+    # Copies that all get these activations have the same sums.
+    shared = [
+        piece
+        for at, dim in enumerate(view.dims)
+        if product.roles[at] == "copies" and at not in (*product.contracted[0], *product.batched[0])
+        for piece in dim
+    ]
+    if shared and product.groups is None:
+        sizes = [piece.size for piece in shared]
+        found = {kind: jnp.broadcast_to(v, (*sizes, *v.shape)) for kind, v in found.items()}
+        copies = [*shared, *copies]
     # A part of the outputs counts as that part of a product.
     part = _share_of_outputs(product)
     if part != 1:
