@@ -73,10 +73,9 @@ def variables_of(module: nnx.Module, params: PyTree) -> dict[str, dict[str, Any]
         module: NNX module.
         params: State, pure dict or module with the values of the parameters.
     """
-    given = {_plain(name): leaf for name, leaf in tree.named_leaves(params)}
+    given = by_name(params)
     _, weights, rest = nnx.split(module, nnx.Param, ...)
-    own = {_plain(name): leaf for name, leaf in tree.named_leaves(weights)}
-    others = {_plain(name): leaf for name, leaf in tree.named_leaves(rest)}
+    own, others = by_name(weights), by_name(rest)
     found = {"params": nested({name: given.get(name, leaf) for name, leaf in own.items()})}
     if others:
         found["rest"] = nested({name: given.get(name, leaf) for name, leaf in others.items()})
@@ -99,16 +98,21 @@ def nested(named: Mapping[str, Any]) -> dict[str, Any]:
     return root
 
 
+def by_name(params: PyTree) -> dict[str, Any]:
+    """Returns the leaves of a state, a pure dict or a module by name."""
+    return {_plain(name): leaf for name, leaf in tree.named_leaves(params)}
+
+
 def like(params: PyTree, found: Mapping[str, Any]) -> PyTree:
     """Returns the leaves of nested dicts in the structure of `params`."""
-    named = dict(tree.named_leaves(found))
+    named = by_name(found)
     return tree.map_leaves(lambda name, _: named.get(_plain(name)), params)
 
 
 def marks(variables: Mapping[str, Any], prunable: PyTree) -> PyTree:
     """Returns a bool pytree like nested dicts, of one like the module's parameters."""
-    named = {_plain(name): bool(leaf) for name, leaf in tree.named_leaves(prunable)}
-    return tree.map_leaves(lambda name, _: named.get(name, False), variables)
+    named = by_name(prunable)
+    return tree.map_leaves(lambda name, _: bool(named.get(name, False)), variables)
 
 
 def runner(
