@@ -16,6 +16,28 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 """Settings of an adapter of the package peft."""
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+"""Files of a tokenizer, which an export copies from its folder."""
+
+COPIED = (
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    "NOTICE.txt",
+)
+"""Other files that an export copies from the model's folder."""
+
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_KINDS = (".h5", ".msgpack", ".onnx", ".tflite", ".npz")
 """Ends of the names of weights in formats of other frameworks."""
@@ -103,6 +125,12 @@ def shards(path: Path) -> list[Path]:
     return [_inside(path, numbers[number]) for number in sorted(numbers)]
 
 
+def check_inside(path: Path, names: Iterable[str]) -> None:
+    """Raises InputError if one of the files is a link that leaves the folder."""
+    for name in names:
+        _check_link(path, name)
+
+
 def stray_shards(path: Path) -> list[str]:
     """Returns the names of the shards of a folder, those of adapters apart."""
     names = [name for name in _names(path) if _SHARD.fullmatch(name)]
@@ -110,7 +138,20 @@ def stray_shards(path: Path) -> list[str]:
 
 
 def _inside(path: Path, name: str) -> Path:
-    """Returns the path of a file that a folder names, which must lie in the folder.
+    """Returns the path of a file that a folder names, which must lie in the folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(
+            f"{path / INDEX} names {name!r}, which leaves its folder; do not use this checkpoint"
+        )
+    _check_link(path, name)
+    file = path / name
+    if not file.is_file():
+        raise InputError(f"{path} lacks {name!r}, which its index names; get that file")
+    return file
+
+
+def _check_link(path: Path, name: str) -> None:
+    """Refuses a link to elsewhere.
 
     In the cache of Hugging Face a folder's files are links to ../../blobs, which counts as inside.
     """
@@ -119,18 +160,11 @@ def _inside(path: Path, name: str) -> Path:
     homes = [home]
     if home.parent.name == "snapshots":
         homes.append(home.parent.parent / "blobs")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise InputError(
-            f"{path / INDEX} names {name!r}, which leaves its folder; do not use this checkpoint"
-        )
     if not any(file.resolve().is_relative_to(home) for home in homes):
         raise InputError(
             f"{path} has {name!r}, a link to {file.resolve()}, which leaves its folder; "
             "put the file itself there"
         )
-    if not file.is_file():
-        raise InputError(f"{path} lacks {name!r}, which its index names; get that file")
-    return file
 
 
 def _names(path: Path) -> list[str]:

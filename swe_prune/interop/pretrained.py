@@ -9,7 +9,15 @@ from typing import Any
 from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError
 from swe_prune.interop import prefixes
-from swe_prune.interop.folder_files import check_model_folder, read_json
+from swe_prune.interop.folder_files import (
+    COPIED,
+    INDEX,
+    TOKENIZER_FILES,
+    WEIGHTS,
+    check_inside,
+    check_model_folder,
+    read_json,
+)
 from swe_prune.interop.gguf_file import MAGIC, hf_config, read_gguf
 from swe_prune.interop.hf_config import read_config
 from swe_prune.interop.load_params import Shardings, Source, match, read_params
@@ -216,6 +224,7 @@ def _folder(
     path: Path, compute_dtype: str, tokenizer: bool | str | Path, prefix: str | None
 ) -> PretrainedSource:
     check_model_folder(path)
+    check_inside(path, ("config.json", WEIGHTS, INDEX, *COPIED, *TOKENIZER_FILES))
     hf = read_json(path / "config.json")
     family, config, vocab_size = read_config(hf, compute_dtype)
     table = SAFETENSORS[family]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from swe_prune.errors import InputError, first_line
-from swe_prune.interop.folder_files import read_json
+from swe_prune.interop.folder_files import TOKENIZER_FILES, check_inside, read_json
 from swe_prune.interop.gguf_file import MAGIC, read_gguf
 from swe_prune.interop.optional import require
 from swe_prune.interop.token_ids import read_ids
@@ -63,6 +63,7 @@ def from_folder(
         InputError: If the tokenizer does not fit the vocabulary, is damaged, or is there as
             SentencePiece alone; or if an id in the configs is not one of the vocabulary.
     """
+    check_inside(path, TOKENIZER_FILES)
     said = {f"{path / 'config.json'}": hf_config} | _content(path, "generation_config.json")
     bos, eos_ids = read_ids(said, vocab_size)
     if (path / "tokenizer.json").exists():

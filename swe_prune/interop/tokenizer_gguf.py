@@ -108,7 +108,8 @@ def _backend(file: GgufFile, model: str, tokens: list[str]) -> Any:
     prefix_space = bool(file.get("tokenizer.ggml.add_space_prefix", True))
     if model == "t5":
         charsmap = bytes(file.get("tokenizer.ggml.precompiled_charsmap") or [])
-        return unigram(tokens, scores, unknown, prefix_space, charsmap, where)
+        single = bool(file.get("tokenizer.ggml.remove_extra_whitespaces", False))
+        return unigram(tokens, scores, unknown, prefix_space, single, charsmap, where)
     # Control tokens and bytes never come from merges.
     normal = {
         token: score

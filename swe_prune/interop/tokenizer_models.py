@@ -79,8 +79,7 @@ def sentencepiece_bpe(
         vocab, pairs, where, unk_token=unknown, fuse_unk=True, byte_fallback=_has_bytes(vocab)
     )
     normalizers = require("tokenizers", "a SentencePiece vocabulary").normalizers
-    steps = [normalizers.Prepend(SPACE)] if prefix_space else []
-    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    backend.normalizer = normalizers.Sequence(_spaces(prefix_space))
     backend.decoder = _decoder(prefix_space)
     return backend
 
@@ -90,6 +89,7 @@ def unigram(
     scores: Sequence[float],
     unknown_id: int | None,
     prefix_space: bool,
+    single_spaces: bool,
     charsmap: bytes,
     where: str,
 ) -> Any:
@@ -100,6 +100,7 @@ def unigram(
         scores: Logarithm of the probability of each token.
         unknown_id: Id of what is not in the vocabulary. None: there is none.
         prefix_space: Whether a text begins with a space that is added.
+        single_spaces: Whether spaces around a text, and all but one between words, are removed.
         charsmap: Compiled normalization of characters; b"": none.
         where: Source of the vocabulary for error messages.
     """
@@ -111,11 +112,10 @@ def unigram(
     except Exception as error:  # the package raises no narrower class
         raise InputError(_damaged(where, error)) from None
     backend = tokenizers.Tokenizer(model)
-    single = tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), " ")
-    backend.normalizer = tokenizers.normalizers.Sequence([*first, single])
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
-        SPACE, "always" if prefix_space else "never"
-    )
+    if single_spaces:
+        first.append(tokenizers.normalizers.Strip())
+        first.append(tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), " "))
+    backend.normalizer = tokenizers.normalizers.Sequence([*first, *_spaces(prefix_space)])
     backend.decoder = _decoder(prefix_space)
     return backend
 
@@ -149,6 +149,12 @@ def _merges(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[tuple
         pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
         found += [(-score, pair) for pair in pairs]
     return [pair for _, pair in sorted(found, key=lambda one: one[0])]
+
+
+def _spaces(prefix_space: bool) -> list[Any]:
+    normalizers = require("tokenizers", "a SentencePiece vocabulary").normalizers
+    first = [normalizers.Prepend(SPACE)] if prefix_space else []
+    return [*first, normalizers.Replace(" ", SPACE)]
 
 
 def _decoder(prefix_space: bool) -> Any:
