@@ -1,5 +1,6 @@
 """SentencePiece vocabularies in GGUF files give the ids of SentencePiece's own rules."""
 
+import itertools
 import math
 
 import numpy as np
@@ -16,8 +17,8 @@ SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6
 CORPUS = "the cat sat on the mat, isn't it? the 12345 cats don't care; aaaa"
 TEXTS = [
-    "the cat's 2024 mats", "", " lead", "trail  ", "a  b   c", "x\n\ty", "naïve 日本 🙂 THE", "aaaaaaa",
-    "the<s>cat", "the<user>cat<user> sat", "</s>",
+    "the cat's 2024 mats", "", " lead", "trail  ", "a  b   c", "x\n\ty", "naïve 日本 🙂 THE",
+    "aaaaaaa", "the<s>cat", "the<user>cat<user> sat", "</s>",
 ]  # fmt: skip
 
 
@@ -28,9 +29,7 @@ def vocabulary():
     made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=80, show_progress=False)
     made.train_from_iterator([CORPUS] * 3, trainer)
-    merged = sorted(
-        (number, token) for token, number in made.get_vocab().items() if len(token) > 1
-    )
+    merged = sorted((number, token) for token, number in made.get_vocab().items() if len(token) > 1)
     rows = [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL)]
     rows += [(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
     rows += [(token, -float(rank), NORMAL) for rank, (_, token) in enumerate(merged)]
@@ -78,13 +77,13 @@ def merged(text, prefix_space=True):
     for span in spans(text, prefix_space):
         symbols = list(span or "")
         while True:
-            joined = [a + b for a, b in zip(symbols, symbols[1:], strict=False)]
+            joined = [a + b for a, b in itertools.pairwise(symbols)]
             best = max((SCORES.get(one, -math.inf) for one in joined), default=-math.inf)
             if best == -math.inf:
                 break
             at = next(i for i, one in enumerate(joined) if SCORES.get(one) == best)
             symbols[at : at + 2] = [joined[at]]
-        ids += [IDS["<user>"]] if span is None else sum(map(in_bytes, symbols), [])
+        ids += [IDS["<user>"]] if span is None else [*itertools.chain(*map(in_bytes, symbols))]
     return ids
 
 
@@ -104,7 +103,7 @@ def best_path(text):
                 total = best[start][0] + SCORES.get(piece, unknown)
                 if total > best[end][0]:
                     best[end] = (total, [*best[start][1], piece])
-        ids += sum(map(in_bytes, best[-1][1]), [])
+        ids += itertools.chain(*map(in_bytes, best[-1][1]))
     return ids
 
 
@@ -113,7 +112,7 @@ def test_merges_follow_the_scores(tmp_path, prefix_space):
     path = in_gguf(tmp_path, add_space_prefix=prefix_space)
     found = interop.load(path).tokenizer
     rng = np.random.default_rng(0)
-    letters = sorted(set(CORPUS)) + ["é", "日"]
+    letters = [*sorted(set(CORPUS)), "é", "日"]
     texts = TEXTS + ["".join(rng.choice(letters, 20)) for _ in range(50)]
     for text in texts:
         ids = found.encode(text).tolist()
@@ -130,9 +129,7 @@ def test_merges_follow_the_scores(tmp_path, prefix_space):
 def test_the_unigram_model_takes_the_best_sum(tmp_path):
     # Scores of words far apart, so that no two ways to cut are equally good.
     scores = {token: -10.0 / len(token) - 0.01 * i for i, token in enumerate(SCORES)}
-    path = in_gguf(
-        tmp_path, "t5", scores=[scores.get(token, 0.0) for token, _, _ in ROWS]
-    )
+    path = in_gguf(tmp_path, "t5", scores=[scores.get(token, 0.0) for token, _, _ in ROWS])
     found = interop.load(path).tokenizer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f"{__name__}.SCORES", scores)

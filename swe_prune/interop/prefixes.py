@@ -112,8 +112,8 @@ def check(source: Source, needed: Sequence[str], table: Table, where: str) -> No
         if len(found) > 1 and most < len(together) - 1:  # not even all but a tied head
             raise InputError(
                 f"{where} has names of this model's tensors after several prefixes, "
-                f"{_listed(sorted(found))} ('' is none), which one --prefix cannot read; save the weights "
-                "again under one"
+                f"{_listed(sorted(found))} ('' is none), which one --prefix cannot read; save the "
+                "weights again under one"
             )
         if "" not in best:
             shown = " or ".join(f"--prefix={prefix}" for prefix in best)

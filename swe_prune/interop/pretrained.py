@@ -150,9 +150,7 @@ def load(
     Warns:
         UserWarning: If there are weights next to those of the model that are not read.
     """
-    source = open_pretrained(
-        path, compute_dtype=compute_dtype, tokenizer=tokenizer, prefix=prefix
-    )
+    source = open_pretrained(path, compute_dtype=compute_dtype, tokenizer=tokenizer, prefix=prefix)
     return source.read(dtype=dtype, shardings=shardings)
 
 

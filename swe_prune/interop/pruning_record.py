@@ -27,12 +27,15 @@ class PruningRecord:
         calibration: Text that was used and how. None: none was.
         evaluation: Measurements, by names of the caller's choice.
         commit: Commit of the code. None: not known.
+        rules: Rules "include" and "exclude" and the range "blocks" that chose the weights, those
+            that were given. None: the default choice.
     """
 
     recipe: Recipe
     calibration: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     commit: str | None = None
+    rules: Mapping[str, Any] | None = None
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:

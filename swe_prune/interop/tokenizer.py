@@ -19,6 +19,7 @@ from jaxtyping import Int32
 
 from swe_prune.errors import InputError
 
+
 @dataclasses.dataclass(frozen=True)
 class PretrainedTokenizer:
     """The tokenizer of a pretrained model.

@@ -15,7 +15,7 @@ from swe_prune.interop.tokenizer_models import byte_level
 
 _OPTION = "--tokenizer=PATH (tokenizer= in Python)"
 _GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
-"""Classes in tokenizer_config.json whose vocab.json with merges.txt is cut into words as GPT-2's."""
+"""Classes in tokenizer_config.json that cut a text into words as GPT-2's tokenizer does."""
 
 
 def from_path(path: Path, hf_config: Mapping[str, Any], vocab_size: int) -> PretrainedTokenizer:
