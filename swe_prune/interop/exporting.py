@@ -185,10 +185,10 @@ def _copy_or_write_tokenizer(model: Pretrained, folder: Path) -> None:
     else:
         _copy(TOKENIZER_FILES, words.folder, folder)
     if not (folder / "generation_config.json").exists():
-        eos = model.tokenizer.eos_ids
+        eos = words.eos_ids
         said = {
-            "bos_token_id": model.tokenizer.bos_id,
-            "eos_token_id": list(eos) if len(eos) > 1 else model.tokenizer.eos_id,
+            "bos_token_id": words.bos_id,
+            "eos_token_id": list(eos) if len(eos) > 1 else words.eos_id,
         }
         said = {key: value for key, value in said.items() if value is not None}
         _write_json(folder / "generation_config.json", said)
