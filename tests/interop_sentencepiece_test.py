@@ -158,6 +158,15 @@ def test_it_goes_out_with_the_model(tmp_path):
     assert (again.bos_id, again.eos_ids) == (1, (2,))
 
 
+def test_transformers_gives_the_same_ids(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="compares with its tokenizers")
+    loaded = interop.load(in_gguf(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(interop.export(tmp_path / "out", loaded))
+    for text in TEXTS:
+        ours = loaded.tokenizer.encode(text, special=True, template=True)
+        assert theirs(text)["input_ids"] == ours.tolist(), text
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

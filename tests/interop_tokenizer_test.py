@@ -377,3 +377,16 @@ def test_transformers_gives_the_same_ids(tmp_path, path):
     theirs = transformers.GPT2TokenizerFast.from_pretrained(path)
     ours = interop.load(path).tokenizer
     assert theirs(TEXT)["input_ids"] == ours.encode(TEXT, special=True).tolist()
+
+
+@pytest.mark.parametrize("kind", ["vocab.json", "tokenizer.json"])
+def test_transformers_gives_the_same_ids_to_added_tokens(larger, kind):
+    transformers = pytest.importorskip("transformers", reason="compares with its tokenizers")
+    specials = {"special_tokens_map": {"pad_token": "<|pad|>"}}
+    gpt2_files(larger, added_tokens={"<|user|>": SIZE + 1, "<|pad|>": SIZE}, **specials)
+    if kind == "tokenizer.json":
+        trained(byte_level()).save(str(larger / kind))
+    theirs = transformers.AutoTokenizer.from_pretrained(larger)
+    ours = interop.load(larger).tokenizer
+    text = f"cat<|user|>cat <|pad|> x{SPECIAL}"
+    assert theirs(text)["input_ids"] == ours.encode(text, special=True).tolist()
