@@ -244,8 +244,36 @@ def test_two_prefixes_mixed_are_refused_with_both(one):
     mixed = {p + key: tensors[key] for p, key in zip(prefixes, tensors, strict=True)}
     save_file(mixed, path / WEIGHTS)
     refused(path, "after several prefixes, '_orig_mod.', 'module.'")
-    with pytest.warns(UserWarning, match="outside of the prefix 'module.'; not read"):
-        refused(path, "lacks", prefix="module.")
+    refused(path, "after several prefixes, '', '_orig_mod.'", prefix="module.")
+
+
+def test_a_part_that_was_wrapped_has_the_prefix_inside_of_its_names(one):
+    path, made = one
+    tensors = load_file(path / WEIGHTS)
+    for inside in ("model.", "model.layers.1."):
+        wrapped = {key.replace(inside, f"{inside}_orig_mod.", 1): tensors[key] for key in tensors}
+        save_file(wrapped, path / WEIGHTS)
+        refused(path, r"has '_orig_mod.' in the names .*; give --prefix=_orig_mod. ")
+        assert_same_params(interop.load(path, prefix="_orig_mod.").params, made.params)
+    twice = {f"_orig_mod.{key}": value for key, value in wrapped.items()}
+    save_file(twice, path / WEIGHTS)
+    assert_same_params(interop.load(path, prefix="_orig_mod").params, made.params)
+
+
+@pytest.mark.parametrize("name", ["model-{}-of-000002", "model-{}-of-2", "pytorch_model-0{}-of-02"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_shards_may_be_numbered_in_other_ways(one, name, first):
+    path, made = one
+    tensors = load_file(path / WEIGHTS)
+    (path / WEIGHTS).unlink()
+    for number in (0, 1):
+        part = {key: tensors[key] for key in list(tensors)[number::2]}
+        save_file(part, path / f"{name.format(first + number)}.safetensors")
+    assert_same_params(interop.load(path).params, made.params)
+    last = path / f"{name.format(first + 1)}.safetensors"
+    last.rename(path.parent / last.name)
+    if first:  # of a set that counts from 0, the first is missing as well as the second
+        refused(path, f"has 1 of 2 shards and lacks '{last.name}'; get that file")
 
 
 def test_of_two_whole_models_under_two_prefixes_one_is_chosen(one):

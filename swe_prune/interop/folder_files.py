@@ -42,7 +42,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_KINDS = (".h5", ".msgpack", ".onnx", ".tflite", ".npz")
 """Ends of the names of weights in formats of other frameworks."""
 
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]+)-of-(?P<count>[0-9]+)\.safetensors")
 _NO_MODEL = ("masks.safetensors", "optimizer.safetensors")  # safetensors without a model's weights
 _STATE = r"optimizer|scheduler|scaler|rng_state|training_args"  # of a training, not of its model
 _SHOWN = 3  # names in an error message
@@ -102,10 +102,11 @@ def shards(path: Path) -> list[Path]:
     Raises:
         InputError: If there are no shards, not all of them, or those of several models.
     """
-    found: dict[tuple[str, int], dict[int, str]] = {}
+    found: dict[tuple[str, str, int], dict[int, str]] = {}
     for name in stray_shards(path):
         if match := _SHARD.fullmatch(name):
-            numbers = found.setdefault((match["stem"], int(match["count"])), {})
+            key = (match["stem"], match["count"], len(match["number"]))
+            numbers = found.setdefault(key, {})
             numbers[int(match["number"])] = name
     if not found:
         raise InputError(_no_weights(path))
@@ -115,12 +116,19 @@ def shards(path: Path) -> list[Path]:
             f"{path} has no {INDEX} and the shards of {len(found)} models, such as {firsts}; move "
             "those of all but one to another folder"
         )
-    ((stem, count), numbers) = next(iter(found.items()))
-    missing = [number for number in range(1, count + 1) if number not in numbers]
-    if missing or not 1 <= min(numbers) <= max(numbers) <= count:
-        lacks = f"{stem}-{(missing or [1])[0]:05d}-of-{count:05d}.safetensors"
+    ((stem, count, digits), numbers) = next(iter(found.items()))
+    first = 0 if 0 in numbers else 1
+    wanted = range(first, first + int(count))
+    missing = next((number for number in wanted if number not in numbers), None)
+    if missing is not None:
+        lacks = f"{stem}-{missing:0{digits}d}-of-{count}.safetensors"
         raise InputError(
-            f"{path} has {len(numbers)} of {count} shards and lacks {lacks!r}; get that file"
+            f"{path} has {len(numbers)} of {int(count)} shards and lacks {lacks!r}; get that file"
+        )
+    if len(numbers) > int(count):
+        raise InputError(
+            f"{path} has {len(numbers)} shards, of which there are {int(count)} by their names; "
+            f"move {numbers[max(numbers)]!r} to another folder"
         )
     return [_inside(path, numbers[number]) for number in sorted(numbers)]
 

@@ -16,6 +16,14 @@ from swe_prune.errors import InputError
 from swe_prune.interop.load_params import Entry, Source
 from swe_prune.interop.tensor_names import Table
 
+WRAPPERS = (
+    "_orig_mod.",
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+    "module.",
+)
+"""Prefixes that may also be inside of names, where a part of a model was wrapped."""
+
 _SHOWN = 3  # names in a message
 
 
@@ -43,7 +51,8 @@ class Unprefixed:
 def without(source: Source, prefix: str | None, table: Table, where: str) -> Source:
     """Returns the tensors whose names begin with a prefix, under the rest of their names.
 
-    An output head may be outside of the prefix, as in models of text and images.
+    An output head may be outside of the prefix, as in models of text and images. The prefixes
+    `WRAPPERS` are removed wherever they are in a name.
 
     Args:
         source: Stored tensors of the model.
@@ -60,18 +69,24 @@ def without(source: Source, prefix: str | None, table: Table, where: str) -> Sou
     """
     if not prefix:
         return source
-    theirs = [name for name in source.entries if name.startswith(prefix)]
+    dotted = prefix if prefix.endswith(".") else f"{prefix}."
+    if dotted in WRAPPERS:
+        names = {_unwrapped(name, dotted): name for name in source.entries}
+        theirs = [name for new, name in names.items() if new != name]
+    else:
+        theirs = [name for name in source.entries if name.startswith(prefix)]
+        if all(name.startswith(dotted) for name in theirs):
+            prefix = dotted
+        names = {name.removeprefix(prefix): name for name in theirs}
     if not theirs:
         raise InputError(
             f"prefix {prefix!r} begins none of the names in {where}, which are "
             f"{_listed(list(source.entries))}; correct it or leave it out"
         )
-    if all(name[len(prefix) :].startswith(".") for name in theirs):
-        prefix += "."
-    names = {name.removeprefix(prefix): name for name in theirs}
     tops = {row.stored for row in table.rows if not row.stored.startswith(table.prefix)}
     names = {name: name for name in tops if name in source.entries} | names
-    outside = [name for name in source.entries if name not in set(names.values())]
+    read = set(names.values())
+    outside = [name for name in source.entries if name not in read]
     if outside:
         warnings.warn(
             f"{where} has {_listed(outside)} outside of the prefix {prefix!r}; not read",
@@ -95,6 +110,14 @@ def check(source: Source, needed: Sequence[str], table: Table, where: str) -> No
             f"{where} has adapters next to its weights; merge them first, by peft's "
             "merge_and_unload(), and save the model that it returns"
         )
+    for wrapper in WRAPPERS:  # inside of names, where a part of the model was wrapped
+        inside = [name for name in source.entries if f".{wrapper}" in name]
+        clean = {_unwrapped(name, wrapper) for name in source.entries}
+        if inside and len(set(needed) & clean) >= len(needed) - 1 > len(needed) / 2:
+            raise InputError(
+                f"{where} has {wrapper!r} in the names of this model's tensors, such as "
+                f"{inside[0]!r}; give --prefix={wrapper} (prefix={wrapper!r} in Python)"
+            )
     # Names as they are, or those of the bare model without its head.
     bare = [name.removeprefix(table.prefix) for name in needed if name.startswith(table.prefix)]
     for wanted in (list(needed), bare if table.prefix else []):
@@ -121,6 +144,15 @@ def check(source: Source, needed: Sequence[str], table: Table, where: str) -> No
                 f"{where} has the names of this model's tensors after the prefix "
                 f"{' or '.join(map(repr, best))}; give {shown} (prefix={best[0]!r} in Python)"
             )
+
+
+def _unwrapped(name: str, wrapper: str) -> str:
+    """Returns a name without a wrapper's prefix, at its beginning or inside.
+
+    >>> _unwrapped("_orig_mod.model._orig_mod.norm.weight", "_orig_mod.")
+    'model.norm.weight'
+    """
+    return re.sub(rf"(^|\.)({re.escape(wrapper)})+", r"\1", name)
 
 
 def _found(names: Mapping[str, Any], needed: set[str]) -> dict[str, set[str]]:
