@@ -239,10 +239,19 @@ def test_a_prefix_that_is_not_there_is_refused_and_none_is_needed_for_plain_name
 def test_two_prefixes_mixed_are_refused_with_both(one):
     path, _ = one
     tensors = load_file(path / WEIGHTS)
-    half = len(tensors) // 2
-    prefixes = ["module."] * half + ["_orig_mod."] * (len(tensors) - half)
-    mixed = {p + key: tensors[key] for p, key in zip(prefixes, tensors, strict=True)}
-    save_file(mixed, path / WEIGHTS)
+
+    def mix(first, second, share):
+        count = round(len(tensors) * share)
+        prefixes = [first] * count + [second] * (len(tensors) - count)
+        mixed = {p + key: tensors[key] for p, key in zip(prefixes, tensors, strict=True)}
+        save_file(mixed, path / WEIGHTS)
+
+    for share in (0.25, 0.75):
+        mix("", "a.", share)
+        refused(
+            path, "after several prefixes, '', 'a.' \\('' is none\\), which one --prefix cannot"
+        )
+    mix("module.", "_orig_mod.", 0.5)
     refused(path, "after several prefixes, '_orig_mod.', 'module.'")
     refused(path, "after several prefixes, '', '_orig_mod.'", prefix="module.")
 
@@ -285,6 +294,18 @@ def test_of_two_whole_models_under_two_prefixes_one_is_chosen(one):
     refused(path, "give --prefix=policy. or --prefix=reference. ")
     with pytest.warns(UserWarning, match=r"has 'reference.* and \d+ more outside of the prefix"):
         assert_same_params(interop.load(path, prefix="policy.").params, made.params)
+
+
+def test_a_model_next_to_one_under_a_prefix_needs_no_prefix_itself(one):
+    path, _ = one
+    tensors = load_file(path / WEIGHTS)
+    for other in ("ema.", "model._orig_mod."):
+        save_file(tensors | {other + key: tensors[key] for key in tensors}, path / WEIGHTS)
+        refused(path, f"has '{other}.*, which is not part of this model")
+    short = {key: value for key, value in tensors.items() if key != UP}
+    draft = {key.replace("model.", "draft.", 1): tensors[key] for key in tensors if "layers" in key}
+    save_file(short | draft, path / WEIGHTS)
+    refused(path, f"lacks '{UP}'")
 
 
 def test_the_language_model_of_a_model_of_text_and_images_may_have_its_head_outside(one):

@@ -21,6 +21,7 @@ LARGEST = 1 << 30
 
 _RATIO, _ALWAYS = 100, 1 << 24  # text compresses some 4 times; small files may be repetitive
 _CHUNK = 1 << 20
+_HEAD = 512  # bytes that say what a file is
 _GZIP = b"\x1f\x8b"
 _BINARY = {
     b"\x28\xb5\x2f\xfd": "zstandard archive",
@@ -65,7 +66,11 @@ def read_text(path: Path, key: str = "text") -> str:
     """
     where = f"text file {str(path)!r}"
     try:
-        content = path.read_bytes()
+        with open(path, "rb") as file:
+            content = file.read(_HEAD)
+            if not content.startswith(_GZIP):
+                _check_kind(content, where)  # before memory is taken for all of it
+            content += file.read()
     except OSError as error:
         raise InputError(
             f"{where} cannot be read ({error.strerror}); correct data.dataset to the path of a "
@@ -75,7 +80,7 @@ def read_text(path: Path, key: str = "text") -> str:
     if content.startswith(_GZIP):
         content = _expanded(content, where)
         name = name.removesuffix(".gz").removesuffix(".gzip")
-    _check_kind(content, where)
+        _check_kind(content, where)
     if not content.strip():
         raise InputError(f"{where} is empty; give one with text in it")
     try:

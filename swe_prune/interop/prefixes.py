@@ -105,6 +105,9 @@ def check(source: Source, needed: Sequence[str], table: Table, where: str) -> No
         table: Table of names for this kind of file.
         where: Description of the source for the error.
     """
+    bare = [name.removeprefix(table.prefix) for name in needed]
+    if any(set(names) <= source.entries.keys() for names in (needed, bare)):
+        return
     if any(".lora_A." in name for name in source.entries):
         raise InputError(
             f"{where} has adapters next to its weights; merge them first, by peft's "
@@ -119,31 +122,27 @@ def check(source: Source, needed: Sequence[str], table: Table, where: str) -> No
                 f"{inside[0]!r}; give --prefix={wrapper} (prefix={wrapper!r} in Python)"
             )
     # Names as they are, or those of the bare model without its head.
-    bare = [name.removeprefix(table.prefix) for name in needed if name.startswith(table.prefix)]
-    for wanted in (list(needed), bare if table.prefix else []):
+    inner = [name.removeprefix(table.prefix) for name in needed if name.startswith(table.prefix)]
+    for wanted, own in ((needed, ""), (inner, table.prefix)):
         found = _found(source.entries, set(wanted))
-        after = {prefix: names for prefix, names in found.items() if prefix}
-        if not wanted or len(found.get("", ())) == len(wanted) or not after:
-            continue
-        if set(after) == {table.prefix} and wanted is bare:
-            continue
+        most = max(map(len, found.values()), default=0)
         together = set().union(*found.values())
-        most = max(map(len, found.values()))
         if len(together) < len(wanted) / 2:
             continue
         best = [prefix for prefix, names in found.items() if len(names) == most]
-        if len(found) > 1 and most < len(together) - 1:  # not even all but a tied head
+        if most < len(together) - 1:  # not even all but a head
             raise InputError(
                 f"{where} has names of this model's tensors after several prefixes, "
                 f"{_listed(sorted(found))} ('' is none), which one --prefix cannot read; save the "
                 "weights again under one"
             )
-        if "" not in best:
-            shown = " or ".join(f"--prefix={prefix}" for prefix in best)
-            raise InputError(
-                f"{where} has the names of this model's tensors after the prefix "
-                f"{' or '.join(map(repr, best))}; give {shown} (prefix={best[0]!r} in Python)"
-            )
+        if own in best:  # the names are as they should be
+            continue
+        shown = " or ".join(f"--prefix={prefix}" for prefix in best)
+        raise InputError(
+            f"{where} has the names of this model's tensors after the prefix "
+            f"{' or '.join(map(repr, best))}; give {shown} (prefix={best[0]!r} in Python)"
+        )
 
 
 def _unwrapped(name: str, wrapper: str) -> str:
