@@ -124,7 +124,7 @@ class DataConfig:
     data_dir: str | None = None  # folder of prepared TFDS datasets; None: the default of TFDS
     train_split: str = "train"  # name of the TFDS split to train on
     validation_split: str = "validation"  # name of the TFDS split to evaluate on
-    text_key: str = "text"  # feature of a TFDS example that holds the text
+    text_key: str = "text"  # feature of a TFDS example, or field of a JSON object, with the text
     validation_fraction: float = 0.1  # fraction at the end of a text file to evaluate on
     train_chars: int | None = None  # number of leading characters to train on; None: all
     validation_chars: int | None = None  # number of leading characters to evaluate on; None: all

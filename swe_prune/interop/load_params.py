@@ -69,6 +69,14 @@ def match(
     # Files of the bare model, without its head, omit the prefix of all names.
     bare = bool(table.prefix) and not any(name.startswith(table.prefix) for name in entries)
     names = {one.name: one.name.removeprefix(table.prefix) if bare else one.name for one in bound}
+    # Of a tied pair, a file may have either name or both.
+    alone = [
+        (copy, original)
+        for copy, original in duplicates.items()
+        if copy in entries and names[original] not in entries
+    ]
+    names |= {original: copy for copy, original in alone}
+    duplicates = {copy: original for copy, original in duplicates.items() if not alone}
     missing = [name for name in names.values() if name not in entries]
     if missing:
         raise InputError(

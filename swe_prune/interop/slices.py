@@ -114,6 +114,12 @@ def param_shapes(config: ModelConfig, vocab_size: int) -> dict[str, Shape]:
     return shapes
 
 
+def abstract_params(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    """Returns the parameters of the model as float32 shapes in a nested dict."""
+    shapes = param_shapes(config, vocab_size)
+    return nested({k: jax.ShapeDtypeStruct(shape, jnp.float32) for k, shape in shapes.items()})
+
+
 @functools.lru_cache(maxsize=64)  # tracing takes longer than everything else for a small model
 def _shapes_of_one_layer(config: ModelConfig, vocab_size: int) -> tuple[tuple[str, Shape], ...]:
     model = gpt.build(config, vocab_size)

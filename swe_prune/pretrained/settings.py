@@ -31,6 +31,29 @@ class ModelSettings:
         None, "dtype of the weights; default: as stored"
     )
     compute_dtype: Literal["float32", "bfloat16"] = option("float32", "dtype of the computation")
+    prefix: str | None = option(
+        None, "prefix of the names of the tensors, such as _orig_mod., which is removed"
+    )
+    tokenizer: str | None = option(
+        None,
+        "tokenizer.json, folder or GGUF file of another tokenizer; default: the model's own",
+        metavar="PATH",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ChoiceSettings:
+    """The weights that may be pruned."""
+
+    include: tuple[str, ...] = option(
+        (), "rule (regular expression) of weights to choose; may be given again", metavar="RULE"
+    )
+    exclude: tuple[str, ...] = option(
+        (), "rule of weights to leave dense; may be given again", metavar="RULE"
+    )
+    blocks: str | None = option(
+        None, "range of blocks as a Python slice, such as 0:15 or -4:", metavar="START:STOP"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +77,9 @@ class JudgingSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class PruneSettings(ModelSettings, JudgingSettings):
-    """`prune --model`."""
+class RequestSettings(ModelSettings, ChoiceSettings):
+    """What is to be pruned, and how: `plan --model`."""
 
-    out: str = option("", "folder to write, which must not exist", metavar="DIR")
     criterion: str = option("", "registered criterion, or sparsegpt or wanda_variant")
     sparsity: float | None = option(None, "fraction of the prunable weights to remove, in [0, 1)")
     pattern: str | None = option(None, "shape of what is removed, such as 2:4 or row")
@@ -82,7 +104,14 @@ class PruneSettings(ModelSettings, JudgingSettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneSettings(ModelSettings, JudgingSettings):
+class PruneSettings(RequestSettings, JudgingSettings):
+    """`prune --model`."""
+
+    out: str = option("", "folder to write, which must not exist", metavar="DIR")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneSettings(ModelSettings, ChoiceSettings, JudgingSettings):
     """`finetune --model`."""
 
     out: str = option("", "folder to write, which must not exist", metavar="DIR")
@@ -104,6 +133,9 @@ class FinetuneSettings(ModelSettings, JudgingSettings):
     lora_rank: int | None = option(None, "rank of the adapters; default: the weights are trained")
     lora_alpha: float | None = option(None, "scale of the adapters; default: twice the rank")
     teacher: str | None = option(None, "dense model to distill from", metavar="PATH")
+    teacher_prefix: str | None = option(
+        None, "prefix of the names of the teacher's tensors", metavar="PREFIX"
+    )
     distillation: float = option(0.5, "weight of the distance to the teacher in the loss")
     temperature: float = option(1.0, "temperature of the distance to the teacher")
     seed: int = option(0, "seed of the order of the text")
@@ -116,6 +148,14 @@ class EvaluateSettings(ModelSettings, JudgingSettings):
     dense: str | None = option(
         None, "model that it was pruned from, to compare with", metavar="PATH"
     )
+    dense_prefix: str | None = option(
+        None, "prefix of the names of the dense model's tensors", metavar="PREFIX"
+    )
 
 
-COMMANDS = {"prune": PruneSettings, "finetune": FinetuneSettings, "evaluate": EvaluateSettings}
+COMMANDS = {
+    "plan": RequestSettings,
+    "prune": PruneSettings,
+    "finetune": FinetuneSettings,
+    "evaluate": EvaluateSettings,
+}
