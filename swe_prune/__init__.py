@@ -4,6 +4,10 @@ In one line, with what you have of a trained model:
 
     pruned = swe_prune.prune(params, sparsity=0.5)
 
+Which axes of each weight are inputs, outputs and copies, traced from your own function:
+
+    layout = swe_prune.layout(fn, params, batch)
+
 Or step by step. Track what every weight did while it trained, score it, mask it, fine-tune:
 
     from swe_prune import importance, masks, trajectory
@@ -31,10 +35,12 @@ from swe_prune import (
     trajectory,
     tree,
 )
+from swe_prune.layout import Axes, layout
 from swe_prune.pruning import Pruned, prune
 from swe_prune.version import __version__
 
 __all__ = [
+    "Axes",
     "Pruned",
     "__version__",
     "allocation",
@@ -42,6 +48,7 @@ __all__ = [
     "calibration",
     "errors",
     "importance",
+    "layout",
     "masks",
     "patterns",
     "prune",

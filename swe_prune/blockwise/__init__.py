@@ -1,19 +1,24 @@
 """Pruning by calibration, kernel by kernel and block after block.
 
+admm         ADMM: the update of the weights that stay, for a mask that is given or its own
 sparsegpt    SparseGPT: a kernel's mask, and the update of the weights that stay
 wanda        Wanda's masks: the lowest of each output, and its variant
 block_graph  how the blocks of a Linen model are run alone
+nnx_blocks   NNX models as `block_graph` runs them
 prune        the whole: each block on the inputs that the already pruned blocks before it give
 """
 
-from swe_prune.blockwise.prune import METHODS, KernelReport, prune_blocks
+from swe_prune.blockwise.admm import admm
+from swe_prune.blockwise.prune import METHODS, RESTORES, KernelReport, prune_blocks
 from swe_prune.blockwise.sparsegpt import SolverReport, sparsegpt
 from swe_prune.blockwise.wanda import wanda_mask, wanda_variant_mask
 
 __all__ = [
     "METHODS",
+    "RESTORES",
     "KernelReport",
     "SolverReport",
+    "admm",
     "prune_blocks",
     "sparsegpt",
     "wanda_mask",

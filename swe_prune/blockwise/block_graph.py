@@ -1,4 +1,4 @@
-"""How the blocks of a Linen model are run alone, one after the other.
+"""How the blocks of a Linen or NNX model are run alone, one after the other.
 
 The model is traced once, and every call of a block is watched. What a block is called with comes
 from one of three places: it is what the block before returned; it is what the first block was also
@@ -7,9 +7,10 @@ tells which, so nothing is assumed of a block's signature, and a model that comp
 between its blocks is refused instead of being run wrongly.
 """
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from flax.core.tracers import current_trace
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
+from swe_prune.blockwise import nnx_blocks
 from swe_prune.errors import InputError, did_you_mean
 
 
@@ -41,14 +43,14 @@ class Wire:
 
     Attributes:
         path: of its module and its variables, "layers/block_0".
-        module: unbound.
+        module: unbound, or an NNX module as a function of its variables.
         method: by which it is called.
         sources: of the flattened (args, kwargs).
         treedef: of these.
     """
 
     path: str
-    module: nn.Module
+    module: nn.Module | nnx_blocks.Functional
     method: str
     sources: tuple[Source, ...]
     treedef: Any
@@ -163,7 +165,7 @@ def trace(run: Callable[[], Any], paths: Sequence[str]) -> list[Wire]:
         made[:] = jax.tree.leaves(result)
         return result
 
-    with nn.intercept_methods(_at(paths, on_block)):
+    with _intercepting(_at(paths, on_block)):
         run()
     missing = [path for path in paths if path not in [wire.path for wire in wires]]
     if missing:
@@ -185,11 +187,17 @@ def into_first(run: Callable[[], Any], paths: Sequence[str]) -> list[Any]:
         raise _Reached
 
     try:
-        with nn.intercept_methods(_at(paths, on_block)):
+        with _intercepting(_at(paths, on_block)):
             run()
     except _Reached:
         pass
     return [leaf if isinstance(leaf, Tracer) else None for leaf in reached]
+
+
+@contextlib.contextmanager
+def _intercepting(interceptor: Callable[..., Any]) -> Iterator[None]:
+    with nn.intercept_methods(interceptor), nnx_blocks.intercept(interceptor):
+        yield
 
 
 def _at(paths: Sequence[str], on_block: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ activations between two blocks of all the calibration batches.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,18 +15,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import nnx
 from jaxtyping import Array, PyTree
 
 from swe_prune import counting, patterns, select, tree
 from swe_prune.allocation import Allocation
-from swe_prune.blockwise import block_graph, wanda
+from swe_prune.blockwise import block_graph, nnx_blocks, wanda
+from swe_prune.blockwise.admm import admm, squared_error
 from swe_prune.blockwise.sparsegpt import BLOCK, SolverReport, check_sparsity, sparsegpt
 from swe_prune.calibration import batching as of_batches
 from swe_prune.calibration import layer_inputs as measuring
 from swe_prune.errors import InputError, check_choice, did_you_mean
-from swe_prune.layout import Axes, axes_of, conventional_axes, layout
+from swe_prune.layout import Axes, axes_by_name, axes_of, conventional_axes
 
-METHODS = ("wanda", "wanda_variant", "sparsegpt", "magnitude")
+METHODS = ("wanda", "wanda_variant", "sparsegpt", "admm", "magnitude")
+RESTORES = (None, "admm")
+DAMPING: Mapping[str, float] = {"sparsegpt": 0.01, "admm": 0.1}
+"""Default share of the Hessian's mean diagonal that is added to it, by method."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +42,15 @@ class KernelReport:
         name: of the kernel.
         removed: weights that its mask removes.
         total: weights that it has.
-        solver: of SparseGPT, else None.
+        solver: of SparseGPT and ADMM, else None.
+        restored: whether the weights that stay were restored and kept so; see `holdout`.
     """
 
     name: str
     removed: int
     total: int
     solver: SolverReport | None = None
+    restored: bool = False
 
     @property
     def sparsity(self) -> float:
@@ -52,37 +60,46 @@ class KernelReport:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """How kernels are pruned: the method, its settings, the sparsity of each, and what is kept."""
+    """How kernels are pruned: the method or the masks, the settings, and the sparsity of each."""
 
     method: str
+    masks: Mapping[str, Any] | None
+    restore: str | None
     shares: Mapping[str, float]
     pattern: str | None
     block: int
-    damping: float
+    damping: float | None
     donate: bool
+    held_out: int = 0
 
     @property
     def hessian(self) -> bool:
-        return self.method == "sparsegpt"
+        return self.restore is not None or self.method in ("sparsegpt", "admm")
 
     @property
     def calibrated(self) -> bool:
-        return self.method != "magnitude"
+        return self.hessian or (self.masks is None and self.method != "magnitude")
+
+    def damping_of(self, solver: str) -> float:
+        return DAMPING[solver] if self.damping is None else self.damping
 
 
 def prune_blocks(
-    model: nn.Module,
-    variables: Mapping[str, PyTree],
+    model: nn.Module | nnx.Module,
+    variables: PyTree,
     batches: Iterable[PyTree],
     *,
     blocks: str | Sequence[str],
     sparsity: float | Mapping[str, float] | Allocation | None = None,
     method: str = "wanda",
     pattern: str | None = None,
+    mask: PyTree | None = None,
+    restore: str | None = None,
+    holdout: Iterable[PyTree] = (),
     prunable: PyTree | None = None,
     call: Callable[[Any, Any, Any], Any] | None = None,
     block: int = BLOCK,
-    damping: float = 0.01,
+    damping: float | None = None,
     offload: bool = False,
     donate: bool = False,
     progress: Callable[[KernelReport], None] | None = None,
@@ -95,21 +112,31 @@ def prune_blocks(
 
     Args:
         model: any Linen module that calls its blocks one after the other, outside of nn.remat and
-            nn.scan.
-        variables: {"params": …} and other collections. Weights that are numpy arrays stay in host
+            nn.scan, or an NNX module with a list of blocks.
+        variables: {"params": …} and other collections; of an NNX module its state, a pure dict of
+            it, or the module itself. Weights that are numpy arrays stay in host
             memory but for the block at work, and their results go back there.
         batches: as in `calibration.inputs`; they may be divided over devices.
         blocks: a rule that matches the blocks' whole paths, r"block_[0-9]+", or their paths; they
             are taken in the order in which the model calls them.
         sparsity: share of each kernel to remove; or by kernel name, or an allocation; None with a
             pattern, which fixes it.
-        method: "wanda", "wanda_variant" (see `wanda`), "sparsegpt", which also updates the
+        method: "wanda", "wanda_variant" (see `wanda`), "sparsegpt" or "admm", which also update the
             weights that stay, or "magnitude", by kernel and without calibration.
         pattern: None or "n:m".
+        mask: Bool pytree like the parameters of masks that were chosen otherwise, None where
+            dense. Then sparsity and pattern must be None and the method is not used.
+        restore: "admm" updates the weights that stay by `admm`, for the mask that the method chose
+            or that is given, towards the dense kernel's outputs on what the pruned blocks before
+            it give. None leaves them as the method does.
+        holdout: Batches that decide for each kernel whether its restored weights are kept: only if
+            their outputs on these are nearer to the dense kernel's than with the mask alone. Of
+            another text than `batches`, so that restoring does not fit that text alone.
         prunable: bool pytree; None: `tree.prunable(params)`. Kernels outside of the blocks stay.
-        call: as in `calibration.inputs`.
+        call: function (module, variables, batch) that runs a Linen module in another way; of an
+            NNX module (module, batch).
         block: inputs at a time, of "sparsegpt".
-        damping: of "sparsegpt".
+        damping: of "sparsegpt" and "admm". None: 0.01 and 0.1.
         offload: keep the activations in host memory, and one batch of them on the device.
         donate: give up each kernel that is pruned, so that the weights are in memory once: jax
             arrays are deleted, and numpy arrays that can be written hold the result. An error
@@ -124,21 +151,52 @@ def prune_blocks(
             or a sparsity that is missing for a kernel or named for none.
         RunError: a Hessian that no damping makes positive definite.
 
-    Sources: those of `sparsegpt` and `wanda`, whose references both go block after block.
+    Sources: those of `sparsegpt`, `admm` and `wanda`, whose references all go block after block.
     """
+    if isinstance(model, nnx.Module):
+        return _prune_nnx(
+            model,
+            variables,
+            batches,
+            call=call,
+            prunable=prunable,
+            blocks=blocks,
+            sparsity=sparsity,
+            method=method,
+            pattern=pattern,
+            mask=mask,
+            restore=restore,
+            holdout=holdout,
+            block=block,
+            damping=damping,
+            offload=offload,
+            donate=donate,
+            progress=progress,
+        )
+    if not isinstance(model, nn.Module | nnx_blocks.Functional):
+        raise InputError(
+            f"model must be a Linen or an NNX module whose blocks are modules, got "
+            f"{type(model).__name__}; prune a plain function at once, by a criterion such as wanda "
+            "with measured=calibration.inputs(fn, params, batches)"
+        )
     params = measuring.params_of(variables)
     check_choice(method, METHODS, "method")
+    check_choice(restore, RESTORES, "restore")
     paths = block_graph.find([name for name, _ in tree.named_leaves(params)], blocks)
+    given = None if mask is None else _given_masks(params, mask, sparsity, pattern)
+    if given is not None:
+        prunable = tree.map_leaves(lambda name, _: name in given, params)
     chosen = measuring.wanted_shapes(params, prunable)
     shapes = {
         name: shape
         for name, shape in chosen.items()
         if any(name.startswith(path + "/") for path in paths)
     }
-    shares = _shares(shapes, sparsity, pattern)
-    plan = _Plan(method, shares, pattern, block, damping, donate)
+    shares = dict.fromkeys(shapes, 0.0) if given else _shares(shapes, sparsity, pattern)
+    plan = _Plan(method, given, restore, shares, pattern, block, damping, donate)
     run = functools.partial(call or measuring.applied, model)
-    wires, states, counts = _captured(run, variables, batches, paths, offload)
+    wires, states, counts, held_out = _captured(run, variables, batches, holdout, paths, offload)
+    plan = dataclasses.replace(plan, held_out=held_out)
     pruned: dict[str, Any] = {}
     masks: dict[str, Any] = {}
     reports: list[KernelReport] = []
@@ -161,6 +219,64 @@ def prune_blocks(
     return _with(params, pruned), _only(params, masks), tuple(reports)
 
 
+def _given_masks(
+    params: PyTree, mask: PyTree, sparsity: Any, pattern: str | None
+) -> dict[str, Array]:
+    """Returns the given masks by name."""
+    if sparsity is not None or pattern is not None:
+        raise InputError(
+            "a mask says itself what goes, so sparsity and pattern must be None; leave them out"
+        )
+    found: dict[str, Array] = {}
+
+    def one(name: str, weight: Any, keep: Any) -> None:
+        if keep is None:
+            return
+        if keep.dtype != bool or keep.shape != weight.shape:
+            raise InputError(
+                f"the mask of {name!r} must be bool of shape {weight.shape}, got {keep.dtype} of "
+                f"{keep.shape}; make it from these parameters"
+            )
+        found[name] = keep
+
+    tree.map_leaves(one, params, mask)
+    if not found:
+        raise InputError("every mask is None, that is dense, so there is nothing to prune")
+    return found
+
+
+def _prune_nnx(
+    model: nnx.Module,
+    params: PyTree,
+    batches: Iterable[PyTree],
+    *,
+    call: Callable[[Any, Any, Any], Any] | None,
+    prunable: PyTree | None,
+    mask: PyTree | None,
+    blocks: str | Sequence[str],
+    **settings: Any,
+) -> tuple[PyTree, PyTree, tuple[KernelReport, ...]]:
+    """Returns what `prune_blocks` returns, in the structure of an NNX module's parameters."""
+    if prunable is None:
+        prunable = tree.prunable(params)
+    variables = nnx_blocks.variables_of(model, params)
+    if mask is not None:
+        mask = nnx_blocks.like(variables["params"], nnx_blocks.by_name(mask))
+    names = [name for name, _ in tree.named_leaves(variables["params"])]
+    run = nnx_blocks.runner(model, block_graph.find(names, blocks), call)
+    pruned, masks, reports = prune_blocks(
+        nnx_blocks.functional(model),
+        variables,
+        batches,
+        call=lambda _, own, batch: run(own, batch),
+        prunable=nnx_blocks.marks(variables["params"], prunable),
+        mask=mask,
+        blocks=blocks,
+        **settings,
+    )
+    return nnx_blocks.like(params, pruned), nnx_blocks.like(params, masks), reports
+
+
 def _one_block(
     runner: "_Runner",
     path: str,
@@ -175,13 +291,23 @@ def _one_block(
     part = jax.tree.map(jnp.asarray, own)
     sums: dict[str, Any] = {}
     axes = runner.axes(part, states[0])
+    used = len(states) - plan.held_out
     if runner.wanted and plan.calibrated:
-        sums = runner.measured(part, states, counts)
+        sums = runner.measured(part, states[:used], counts[:used])
+    guard: dict[str, Any] = {}
+    if runner.wanted and plan.restore is not None and plan.held_out:
+        guard = runner.measured(part, states[used:], counts[used:])
     new, kept = {}, {}
     for name in runner.wanted:
         weight, given = (block_graph.leaf(tree_of["params"], name) for tree_of in (part, own))
         *done, report = _kernel(
-            f"{path}/{name}", weight, axes[name], sums.pop(name, None), sum(counts), plan
+            f"{path}/{name}",
+            weight,
+            axes[name],
+            sums.pop(name, None),
+            guard.pop(name, None),
+            sum(counts[:used]),
+            plan,
         )
         new[name], kept[name] = jax.device_get(done) if isinstance(given, np.ndarray) else done
         if plan.donate:
@@ -259,10 +385,14 @@ def _captured(
     run: Callable[[Any, Any], Any],
     variables: Mapping[str, PyTree],
     batches: Iterable[PyTree],
+    holdout: Iterable[PyTree],
     paths: list[str],
     offload: bool,
-) -> tuple[list[list[block_graph.Wire]], list[block_graph.Activations], list[int]]:
-    """Returns the blocks, for each kind of batch; what goes into the first; and the sequences."""
+) -> tuple[list[list[block_graph.Wire]], list[block_graph.Activations], list[int], int]:
+    """Returns the blocks, for each kind of batch; what goes into the first; the sequences.
+
+    The last is the number of batches that are held out, which come last.
+    """
     kinds: dict[str, int] = {}
     of_kinds: list[list[block_graph.Wire]] = []
     states: list[block_graph.Activations] = []
@@ -271,7 +401,10 @@ def _captured(
     first = jax.jit(
         lambda variables, batch: block_graph.into_first(lambda: run(variables, batch), paths)
     )
-    for number, batch in enumerate(batches):
+    held_out = 0
+    marked = itertools.chain(((one, 0) for one in batches), ((one, 1) for one in holdout))
+    for number, (batch, held) in enumerate(marked):
+        held_out += held
         counts.append(of_batches.sequences(batch, number))
         shapes = str(of_batches.shapes(batch))
         if shapes not in kinds:
@@ -280,11 +413,11 @@ def _captured(
             _check_order(of_kinds, number)
         given = first(before, batch)
         states.append(block_graph.Activations(_kept(given, offload), [], kinds[shapes]))
-    if not states:
+    if len(states) == held_out:
         raise of_batches.nothing_given()
     if len(paths) > 1:
         _start_as_second(of_kinds, states)
-    return [list(wires) for wires in zip(*of_kinds, strict=True)], states, counts
+    return [list(wires) for wires in zip(*of_kinds, strict=True)], states, counts, held_out
 
 
 def _start_as_second(
@@ -379,7 +512,8 @@ class _Runner:
         hessian: bool,
     ) -> None:
         self.wires, self.wanted = wires, dict(wanted)
-        self.measure = measuring.make_measure_fn(self._run, self.wanted, hessian=hessian)
+        self.tracing = measuring.Tracing(self._run)
+        self.measure = measuring.make_measure_fn(self.tracing, self.wanted, hessian=hessian)
         self.step = measuring.make_accumulate_step(self.measure)
         self.known: dict[str, Any] = {}
         self.forward = jax.jit(self._run)
@@ -392,8 +526,7 @@ class _Runner:
         """Returns the axes of the block's kernels by name, traced once."""
         if self.found is None:
             given = of_batches.shapes(_on_device(state))
-            found = layout(self._run, of_batches.shapes(part), given)
-            of = axes_of(found["params"])
+            of = axes_of(axes_by_name(self.tracing(part, given)))
             self.found = {name: of(name, shape) for name, shape in self.wanted.items()}
         return self.found
 
@@ -437,67 +570,98 @@ def _kernel(
     weight: Array,
     axes: Axes,
     sums: dict[str, Array] | None,
+    guard: dict[str, Array] | None,
     n: int,
     plan: _Plan,
 ) -> tuple[Array, Array, KernelReport]:
     """Returns a kernel pruned, its mask, and the report."""
     weight_RxC = patterns.as_matrix(weight, axes)
+    keep = None if plan.masks is None else patterns.as_matrix(plan.masks[name], axes)
     share = plan.shares[name]
     if not axes.copies:
-        new_RxC, mask_RxC, report = _matrix(name, weight_RxC, sums, n, share, plan)
+        new, mask, report, restored = _matrix(name, weight_RxC, keep, sums, guard, n, share, plan)
     else:
         # Each copy, such as an expert, is a kernel of its own.
-        copies = math.prod(weight_RxC.shape[:-2])
-        square = None if sums is None else sums["square"].reshape(copies, -1)
+        stacked = weight_RxC.reshape(-1, *weight_RxC.shape[-2:])
+        keeps: Any = [None] * len(stacked) if keep is None else keep.reshape(stacked.shape)
         done = []
-        for at, one in enumerate(weight_RxC.reshape(copies, *weight_RxC.shape[-2:])):
-            of_one = None
-            if sums is not None:
-                of_one = {"square": square[at]}
-                if "outer" in sums:
-                    rows = weight_RxC.shape[-2]
-                    of_one["outer"] = sums["outer"].reshape(copies, rows, rows)[at]
-            done.append(_matrix(f"{name}[{at}]", one, of_one, n, share, plan))
-        new_RxC, mask_RxC = (
-            jnp.stack([one[kind] for one in done]).reshape(weight_RxC.shape) for kind in (0, 1)
-        )
-        report = _joined([one[2] for one in done if one[2] is not None])
-    removed = mask_RxC.size - int(_count_true(mask_RxC))
+        for at, one_RxC in enumerate(stacked):
+            own = [_of_copy(some, at, len(stacked)) for some in (sums, guard)]
+            done.append(_matrix(f"{name}[{at}]", one_RxC, keeps[at], *own, n, share, plan))
+        news, kept, reports, kept_so = zip(*done, strict=True)
+        new, mask = (jnp.stack(some).reshape(weight_RxC.shape) for some in (news, kept))
+        report, restored = _joined(reports), any(kept_so)
+    removed = mask.size - int(_count_true(mask))
     return (
-        patterns.from_matrix(new_RxC, weight.shape, axes),
-        patterns.from_matrix(mask_RxC, weight.shape, axes),
-        KernelReport(name, removed, weight.size, report),
+        patterns.from_matrix(new, weight.shape, axes),
+        patterns.from_matrix(mask, weight.shape, axes),
+        KernelReport(name, removed, weight.size, report, restored),
     )
+
+
+def _of_copy(sums: dict[str, Array] | None, at: int, copies: int) -> dict[str, Array] | None:
+    """Returns the sums of one copy of a kernel."""
+    if sums is None:
+        return None
+    return {
+        kind: value.reshape(copies, *(value.shape[-2:] if kind == "outer" else (-1,)))[at]
+        for kind, value in sums.items()
+    }
 
 
 def _matrix(
     name: str,
     weight_RxC: Array,
+    keep_RxC: Array | None,
     sums: dict[str, Array] | None,
+    guard: dict[str, Array] | None,
     n: int,
     share: float,
     plan: _Plan,
-) -> tuple[Array, Array, SolverReport | None]:
-    """Returns a matrix pruned, its mask, and the solver's report."""
+) -> tuple[Array, Array, SolverReport | None, bool]:
+    """Returns a matrix pruned, its mask, the solver's report, and whether it was restored."""
     if plan.pattern is not None:
         patterns.check_divides(name, len(weight_RxC), patterns.parse_n_of_m(plan.pattern)[1])
-    if plan.method == "sparsegpt" and sums is not None:
-        return sparsegpt(
-            weight_RxC,
-            _scaled(sums.pop("outer"), 2 / n),
-            share,
-            plan.pattern,
-            plan.block,
-            plan.damping,
+    hessian = None
+    if sums is not None and plan.hessian:
+        hessian = _scaled(sums.pop("outer").reshape([len(weight_RxC)] * 2), 2 / n)
+    report: SolverReport | None = None
+    # Choose the mask, unless it is given.
+    if keep_RxC is not None:
+        pruned_RxC = _zeroed(weight_RxC, keep_RxC)
+    elif plan.method == "sparsegpt":
+        pruned_RxC, keep_RxC, report = sparsegpt(
+            weight_RxC, hessian, share, plan.pattern, plan.block, plan.damping_of("sparsegpt")
         )
-    mask_RxC = _ranked(name, _scores(weight_RxC, sums and sums["square"], n), share, plan)
-    return _zeroed(weight_RxC, mask_RxC), mask_RxC, None
+    elif plan.method == "admm":
+        own = share if plan.pattern is None else None
+        damping = plan.damping_of("admm")
+        pruned_RxC, keep_RxC, report = admm(weight_RxC, hessian, own, plan.pattern, damping=damping)
+    else:
+        by_input = sums["square"] if sums is not None and plan.method != "magnitude" else None
+        keep_RxC = _ranked(name, _scores(weight_RxC, by_input, n), share, plan)
+        pruned_RxC = _zeroed(weight_RxC, keep_RxC)
+    if plan.restore is None or (plan.method == "admm" and plan.masks is None):
+        return pruned_RxC, keep_RxC, report, False
+    # Restore the weights that stay, if that holds on the inputs of the held-out batches.
+    damping = plan.damping_of("admm")
+    restored_RxC, _, solved = admm(weight_RxC, hessian, mask=keep_RxC, damping=damping)
+    if guard is not None:
+        outer_RxR = guard["outer"].reshape([len(weight_RxC)] * 2)
+        alone, with_update = (
+            float(squared_error(kernel, weight_RxC, outer_RxR))
+            for kernel in (_zeroed(weight_RxC, keep_RxC), restored_RxC)
+        )
+        if with_update > alone:
+            return pruned_RxC, keep_RxC, report, False
+    return restored_RxC, keep_RxC, solved, True
 
 
-def _joined(reports: list[SolverReport]) -> SolverReport | None:
+def _joined(given: Sequence[SolverReport | None]) -> SolverReport | None:
     """Returns the report of all copies of a kernel, with the largest damping."""
-    if not reports:
-        return None
+    reports = [report for report in given if report is not None]
+    if len(reports) < 2:
+        return reports[0] if reports else None
     dead, removed, error = (
         sum(getattr(report, field) for report in reports) for field in ("dead", "removed", "error")
     )

@@ -119,25 +119,38 @@ def check_sparsity(
     return 1 - n / m, (n, m)
 
 
-def _checked(
-    weight_RxC: Any, hessian_RxR: Any, sparsity: float | None, pattern: str | None, block: int
+def check_kernel(
+    weight_RxC: Any, hessian_RxR: Any, sparsity: float | None, pattern: str | None
 ) -> tuple[float, tuple[int, int] | None]:
+    """Returns what `check_sparsity` returns, for a kernel and a Hessian that fit.
+
+    Raises:
+        InputError: As `check_sparsity`, or shapes that do not belong together, inputs that n:m does
+            not divide, or a weight that is not finite.
+    """
     share, n_of_m = check_sparsity(sparsity, pattern)
     if weight_RxC.ndim != 2 or hessian_RxR.shape != (len(weight_RxC),) * 2:
         raise InputError(
             f"a weight of shape {weight_RxC.shape} and a hessian of {hessian_RxR.shape} do not "
             "belong together; give (inputs, outputs) and (inputs, inputs)"
         )
-    if block < 1:
-        raise InputError(f"block = {block} inputs cannot be taken; give 1 or more")
     if n_of_m is not None:
         patterns.check_divides("weight", len(weight_RxC), n_of_m[1])
-        if block < len(weight_RxC) and block % n_of_m[1]:
-            raise InputError(
-                f"block = {block} would cut groups of {n_of_m[1]} inputs; give a multiple of it"
-            )
     if not isinstance(weight_RxC, Tracer) and not bool(tree.all_finite(weight_RxC)):
         raise InputError("the weight has NaN or inf; find out where the training diverged")
+    return share, n_of_m
+
+
+def _checked(
+    weight_RxC: Any, hessian_RxR: Any, sparsity: float | None, pattern: str | None, block: int
+) -> tuple[float, tuple[int, int] | None]:
+    share, n_of_m = check_kernel(weight_RxC, hessian_RxR, sparsity, pattern)
+    if block < 1:
+        raise InputError(f"block = {block} inputs cannot be taken; give 1 or more")
+    if n_of_m is not None and block < len(weight_RxC) and block % n_of_m[1]:
+        raise InputError(
+            f"block = {block} would cut groups of {n_of_m[1]} inputs; give a multiple of it"
+        )
     return share, n_of_m
 
 

@@ -13,8 +13,8 @@ from swe_prune import tree
 from swe_prune.calibration import batching
 from swe_prune.calibration.products import input_sums
 from swe_prune.errors import InputError
-from swe_prune.layout import layout as trace_layout
-from swe_prune.layout.trace import function_of, one_sentence
+from swe_prune.layout import axes_by_name
+from swe_prune.layout.trace import Traced, function_of, one_sentence, trace
 
 Call = Callable[[Any, Any, Any], Any]
 Run = Callable[[Any, Any], Any]
@@ -76,13 +76,15 @@ def inputs(
     """
     weights, variables, run = _separated(fn, params, call)
     first, batches = _peeked(batches)
+    tracing = Tracing(run)
     if prunable is None:
         with one_sentence("calibration batch 0", first):
-            found = trace_layout(lambda own, batch: run(own, batch), variables, first)
-        prunable = tree.prunable(weights, layout=_of_weights(found["params"], weights))
+            axes = axes_by_name(tracing(variables, first))
+        layout = tree.map_leaves(lambda name, _: axes.get(name), weights)
+        prunable = tree.prunable(weights, layout=layout)
     wanted = wanted_shapes(weights, prunable)
     # Accumulate sums over the batches, then normalize them.
-    measure = make_measure_fn(run, wanted, hessian=hessian)
+    measure = make_measure_fn(tracing, wanted, hessian=hessian)
     sums, n = accumulate(measure, variables, batches)
     check_used(wanted, sums)
     return normalize_sums(weights, sums, n, hessian=hessian)
@@ -108,12 +110,6 @@ def _separated(fn: Any, params: PyTree, call: Call | None) -> tuple[PyTree, dict
         return tree.map_leaves(lambda name, leaf: own["params"].get(name, leaf), params)
 
     return params, {"params": arrays}, lambda own, batch: run(filled(own), batch)
-
-
-def _of_weights(found: PyTree, weights: PyTree) -> PyTree:
-    """Returns a layout by name in the structure of the weights."""
-    by_name = dict(tree.named_leaves(found))
-    return tree.map_leaves(lambda name, _: by_name.get(name), weights)
 
 
 def _peeked(batches: Iterable[PyTree]) -> tuple[PyTree, Iterable[PyTree]]:
@@ -152,26 +148,48 @@ def wanted_shapes(params: PyTree, prunable: PyTree | None) -> dict[str, tuple[in
     return {name: leaf.shape for name, leaf in found.items()}
 
 
+class Tracing:
+    """Traces of a function of (variables, batch), one for each kind of batch.
+
+    Attributes:
+        run: Function of (variables, batch), with variables {"params": …} and other collections.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self._known: dict[str, Traced] = {}
+
+    def __call__(self, variables: Mapping[str, Any], batch: Any) -> Traced:
+        """Returns the function as traced for variables and a batch of these shapes."""
+        kind = str(batching.shapes((variables, batch)))
+        if kind not in self._known:
+            self._known[kind] = trace(
+                lambda params, given: self.run({**given[0], "params": params}, given[1]),
+                variables["params"],
+                batching.shapes((_others(variables), batch)),
+            )
+        return self._known[kind]
+
+
+def _others(variables: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in variables.items() if name != "params"}
+
+
 def make_measure_fn(
-    run: Run, wanted: Mapping[str, Any], *, hessian: bool
+    tracing: Tracing, wanted: Mapping[str, Any], *, hessian: bool
 ) -> Callable[[Any, Any], dict[str, dict[str, Array]]]:
     """Returns a function of (variables, batch) that computes `input_sums`, not yet compiled.
 
     Args:
-        run: Function of (variables, batch), with variables {"params": …} and other collections.
+        tracing: Function that is measured.
         wanted: Mapping whose keys are the names of the weights to measure.
         hessian: Whether to sum the outer products too.
     """
 
     def measure(variables: Any, batch: Any) -> dict[str, dict[str, Array]]:
-        rest = {name: value for name, value in variables.items() if name != "params"}
-        return input_sums(
-            lambda params, given: run({**given[0], "params": params}, given[1]),
-            variables["params"],
-            (rest, batch),
-            wanted,
-            hessian=hessian,
-        )
+        traced = tracing(variables, batch)
+        given = (_others(variables), batch)
+        return input_sums(traced, variables["params"], given, wanted, hessian=hessian)
 
     return measure
 

@@ -5,7 +5,7 @@ brought into the form (copies, N, R), with R in the order of the weight's input 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from swe_prune.errors import InputError
-from swe_prune.layout.trace import array_leaves, trace
+from swe_prune.layout.trace import Traced, array_leaves
 from swe_prune.layout.views import Piece
 from swe_prune.layout.walk import Product, SumKey, Sums, Walk
 
@@ -21,7 +21,7 @@ PRECISION = jax.lax.Precision.HIGHEST  # accelerators round the factors of a pro
 
 
 def input_sums(
-    call: Callable[[PyTree, PyTree], Any],
+    traced: Traced,
     params: PyTree,
     batch: PyTree,
     wanted: Mapping[str, Any],
@@ -30,11 +30,11 @@ def input_sums(
 ) -> dict[str, dict[str, Array]]:
     """Returns sums over the inputs of each wanted weight in one call of a function.
 
-    Traces the function and computes it again with the sums next to it, so it belongs inside a jit;
-    what the sums do not need is not computed.
+    Computes the traced function again with the sums next to it, so it belongs inside a jit; what
+    the sums do not need is not computed.
 
     Args:
-        call: Function of (params, batch).
+        traced: Function of (params, batch), from `layout.trace.trace`.
         params: Pytree of weights.
         batch: Pytree of arrays.
         wanted: Mapping whose keys are the names of the weights to measure.
@@ -47,7 +47,6 @@ def input_sums(
     Raises:
         InputError: A wanted weight is used in a way that cannot be measured.
     """
-    traced = trace(call, params, batch)
 
     def measure(product: Product) -> Sums:
         name = traced.names[product.view.leaf]
@@ -77,6 +76,17 @@ def _sums(name: str, product: Product, hessian: bool) -> Sums:
     )
     x_KxNxR = _ordered(x.astype(jnp.float32), inputs, len(copies))
     found = _reduced(x_KxNxR, product, hessian)
+    # Copies that all get these activations have the same sums.
+    shared = [
+        piece
+        for at, dim in enumerate(view.dims)
+        if product.roles[at] == "copies" and at not in (*product.contracted[0], *product.batched[0])
+        for piece in dim
+    ]
+    if shared and product.groups is None:
+        sizes = [piece.size for piece in shared]
+        found = {kind: jnp.broadcast_to(v, (*sizes, *v.shape)) for kind, v in found.items()}
+        copies = [*shared, *copies]
     # A part of the outputs counts as that part of a product.
     part = _share_of_outputs(product)
     if part != 1:

@@ -28,7 +28,7 @@ from swe_prune.layout.axes import (
     per_copy,
     split,
 )
-from swe_prune.layout.trace import function_of, one_sentence, trace
+from swe_prune.layout.trace import Traced, function_of, one_sentence, trace
 from swe_prune.layout.walk import Cell, Walk
 
 
@@ -63,14 +63,19 @@ def layout(fn: Any, params: PyTree, batch: PyTree) -> PyTree:
     """
     with one_sentence("the batch", batch):
         traced = trace(function_of(fn, params), params, batch)
+    found = axes_by_name(traced)
+    return tree.map_leaves(lambda name, _: found.get(name), params)
+
+
+def axes_by_name(traced: Traced) -> dict[str, Axes | None]:
+    """Returns the axes of every weight of a traced function by name."""
     walk = Walk(traced.shapes)
     results, _ = walk.run(traced.closed, traced.cells())
     last = _last(results, traced.closed.out_avals)
-    found = {
+    return {
         name: _axes(walk, number, len(shape), number == last)
         for number, (name, shape) in enumerate(zip(traced.names, traced.shapes, strict=True))
     }
-    return tree.map_leaves(lambda name, _: found.get(name), params)
 
 
 def _axes(walk: Walk, number: int, ndim: int, last: bool) -> Axes | None:
@@ -110,6 +115,7 @@ __all__ = [
     "Axes",
     "AxesOf",
     "InputAxes",
+    "axes_by_name",
     "axes_of",
     "conventional_axes",
     "copies_of",

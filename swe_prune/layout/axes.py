@@ -109,7 +109,7 @@ def conventional_axes(name: str, shape: tuple[int, ...]) -> Axes | None:
     ndim = len(shape)
     if ndim == 1:
         return Axes((0,), ())
-    parts = [part for part in re.split(r"[/.]", name) if part != "value"]
+    parts = re.split(r"[/.]", _key(name))
     owner = parts[-2] if len(parts) > 1 else ""
     haiku = parts[-1:] == ["w"] and re.fullmatch(r"(linear|conv\d?_?d?)(_\d+)?", owner)
     if parts[-1:] != ["kernel"] and not haiku:

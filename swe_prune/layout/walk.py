@@ -102,6 +102,7 @@ class Walk:
         copies: Axes over copies by weight, of weights that meet the activations elementwise.
         ranked: Weights whose products are ranked.
         opaque: Operation that cannot be followed, by weight.
+        expert_axes: Axis over experts that all get the same activations, by weight.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], measure: Measure | None = None):
@@ -113,6 +114,7 @@ class Walk:
         self.copies: dict[int, set[int]] = {}
         self.ranked: set[int] = set()
         self.opaque: dict[int, str] = {}
+        self.expert_axes: dict[int, int] = {}
         self._sums: Sums = {}
         self._depth = 0
 
@@ -192,7 +194,12 @@ class Walk:
                 # Only the copies of the weight remain; its outputs are new to the activation.
                 batched = _dot_sides(eqn.params["dimension_numbers"], at)[1]
                 given += tuple(
-                    view.with_dims([d if i in batched else () for i, d in enumerate(view.dims)])
+                    view.with_dims(
+                        [
+                            dim if i in batched or self._over(view, dim) else ()
+                            for i, dim in enumerate(view.dims)
+                        ]
+                    )
                     for view in cell.views
                 )
             for view in given:
@@ -330,6 +337,8 @@ class Walk:
             for view in cell.views:
                 roles = _dims_roles(len(view.dims), contracted, batched)
                 roles |= self._over_experts(view, other, contracted, their)
+                if kind == "dot":
+                    roles |= self._expert_axis(view, roles)
                 found = views.roles(view, self.shapes[view.leaf], roles)
                 both = other.is_weight and not other.data
                 noted = (self.tentative if both else self.uses).setdefault(view.leaf, [])
@@ -348,6 +357,35 @@ class Walk:
                         shape=self.shapes[view.leaf],
                     )
                     self._add(self.measure(product))
+
+    def _expert_axis(self, view: View, roles: Mapping[int, str]) -> dict[int, str]:
+        """Returns the dimension over experts that all get the same activations, as copies.
+
+        To a product the first axis of a weight (experts, in, out) is one more output. It is one
+        over experts where a router before it ranks as many outputs.
+        """
+        shape = self.shapes[view.leaf]
+        free = [at for at, dim in enumerate(view.dims) if dim and roles[at] != "copies"]
+        if len(free) != 3 or not self.ranked:
+            return {}
+        first = min(free, key=lambda at: view.dims[at][0].axis)
+        ((axis, size, _), *more) = view.dims[first]
+        if roles[first] != "outputs" or more or size != shape[axis] or size not in self._routed():
+            return {}
+        self.expert_axes[view.leaf] = axis
+        return {first: "copies"}
+
+    def _routed(self) -> set[int]:
+        """Returns the numbers of outputs of the routers that were seen."""
+        return {
+            math.prod(self.shapes[leaf][axis] for axis in use["outputs"])
+            for leaf in self.ranked
+            for use in self.uses.get(leaf, [])
+            if use is not None
+        }
+
+    def _over(self, view: View, dim: views.Dim) -> bool:
+        return any(piece.axis == self.expert_axes.get(view.leaf, -1) for piece in dim)
 
     def _over_experts(
         self, view: View, other: Cell, contracted: Sequence[int], their: Sequence[int]

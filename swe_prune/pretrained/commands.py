@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 from rich.console import Console
 
@@ -14,6 +15,7 @@ from swe_prune import data as data_lib
 from swe_prune import interop, masks, recipe, tree
 from swe_prune.errors import InputError
 from swe_prune.evaluation import gate
+from swe_prune.layout import layout as trace_layout
 from swe_prune.models import gpt
 from swe_prune.pretrained import finetuning, judge, texts, tracked
 from swe_prune.pretrained.request import check_trajectory, recipe_of
@@ -82,6 +84,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     module = gpt.build(model.config, model.vocab_size)
     reads_trajectory = bool(request.needs & set(BUFFERS))
     stats = tracked.read(checkpoint.path, model.params) if reads_trajectory else None
+    layout = trace_layout(module, model.params, jax.ShapeDtypeStruct((1, 2), jnp.int32))
     dense = judge.judge(module, model.params, model, text, given)
     gate(dense.perplexity, uniform=model.vocab_size, at_most=given.at_most)
     begun = time.perf_counter()
@@ -105,6 +108,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
             model.params,
             evidence,
             prunable=prunable,
+            layout=layout,
             model=module,
             blocks=gpt.BLOCKS,
             batches=batches,

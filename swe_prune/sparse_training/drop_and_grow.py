@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt32
 
 from swe_prune import counting, masks, select, tree
 from swe_prune.errors import InputError, did_you_mean
+from swe_prune.layout import copies_of
 from swe_prune.sparse_training.masked import check_fits
 
 REGROWN = ("keep", "reset")
@@ -32,6 +33,7 @@ def drop_and_grow(
     grow_scores: PyTree,
     *,
     regrown: str = "keep",
+    layout: PyTree | None = None,
 ) -> tuple[PyTree, PyTree, PyTree]:
     """Returns parameters, mask and optimizer state after one exchange, counts unchanged.
 
@@ -47,6 +49,8 @@ def drop_and_grow(
         grow_scores: Float pytree like the parameters; only its masked leaves are read.
         regrown: Value of a weight that is dropped and grown in the same update: "keep" leaves the
             weight and its moments as they were, "reset" makes them 0.
+        layout: Pytree of `layout.Axes` like the parameters; each copy of a stacked tensor
+            exchanges by itself.
 
     Raises:
         InputError: The fraction is outside [0, 1], `regrown` is unknown, a mask is not bool or
@@ -54,9 +58,27 @@ def drop_and_grow(
             traced call a NaN is the first to be dropped and the last to be grown).
     """
     _check(params, mask, fraction, grow_scores, regrown)
-    n = tree.map_tracked(lambda keep: exchanged(counting.count_each([keep])[0], fraction), mask)
-    stay = tree.map_named(_stay, mask, params, n)
-    new = tree.map_named(_grown, stay, grow_scores, n)
+    copies = copies_of(layout)
+
+    def exchange(name: str, keep: Array, weight: Array, score: Array) -> dict[str, Array]:
+        # With copies, counts and selections run over all other axes.
+        stacked = copies(name, keep.shape)
+        axes = tuple(a for a in range(keep.ndim) if a not in stacked) if stacked else None
+        active = counting.count_each([keep], axes)[0]
+        n = exchanged(active, fraction)
+        kept = counting.count(active - n) if stacked else active - n
+        more = counting.count(n) if stacked else n
+        by_size = select.restrict(jnp.abs(weight), keep, name)
+        stay = select.top_k_mask(by_size, kept, axes=axes, name=name)
+        by_score = select.restrict(score, ~stay, name)
+        grown = select.top_k_mask(by_score, more, axes=axes, name=name)
+        return {"stay": stay, "new": stay | grown}
+
+    done = tree.map_named(exchange, mask, params, grow_scores)
+    stay, new = (
+        tree.map_tracked(lambda _, both, kind=kind: both[kind], mask, done)
+        for kind in ("stay", "new")
+    )
     # What was active and still is has a value to go on with; of the regrown only if they keep it.
     held = stay if regrown == "reset" else tree.map_tracked(jnp.logical_and, mask, new)
     return masks.apply(params, held), new, masks.hold_moments(opt_state, held)
@@ -70,6 +92,7 @@ def rigl_update(
     grads: PyTree,
     *,
     regrown: str = "keep",
+    layout: PyTree | None = None,
 ) -> tuple[PyTree, PyTree, PyTree]:
     """Returns the result of `drop_and_grow` by the magnitude of the dense gradient: RigL.
 
@@ -83,6 +106,7 @@ def rigl_update(
         fraction: Share of each tensor's active weights to exchange; may be traced.
         grads: Dense gradient at the masked weights, as `jax.grad` gives it.
         regrown: One of `REGROWN`.
+        layout: As in `drop_and_grow`.
 
     Raises:
         InputError: As for `drop_and_grow`.
@@ -95,7 +119,7 @@ def rigl_update(
     scores = tree.map_leaves(
         lambda _, keep, g: None if keep is None or g is None else jnp.abs(g), mask, grads
     )
-    return drop_and_grow(params, mask, opt_state, fraction, scores, regrown=regrown)
+    return drop_and_grow(params, mask, opt_state, fraction, scores, regrown=regrown, layout=layout)
 
 
 def set_update(
@@ -106,6 +130,7 @@ def set_update(
     key: PRNGKeyArray,
     *,
     regrown: str = "keep",
+    layout: PyTree | None = None,
 ) -> tuple[PyTree, PyTree, PyTree]:
     """Returns the result of `drop_and_grow` with random growth: sparse evolutionary training.
 
@@ -117,6 +142,7 @@ def set_update(
         key: Random key, a new one for every update; each tensor draws from its own stream, named
             by its path.
         regrown: One of `REGROWN`.
+        layout: As in `drop_and_grow`.
 
     Raises:
         InputError: As for `drop_and_grow`.
@@ -125,22 +151,13 @@ def set_update(
         lambda name, keep: jax.random.uniform(tree.named_key(key, name), keep.shape),
         mask,
     )
-    return drop_and_grow(params, mask, opt_state, fraction, scores, regrown=regrown)
+    return drop_and_grow(params, mask, opt_state, fraction, scores, regrown=regrown, layout=layout)
 
 
 rigl = rigl_update
 """Same as `rigl_update`."""
 set = set_update
 """Same as `set_update`."""
-
-
-def _stay(name: str, keep: Array, weight: Array, n: Array) -> Array:
-    active = counting.count_each([keep])[0]
-    return select.top_k_mask(select.restrict(jnp.abs(weight), keep, name), active - n, name=name)
-
-
-def _grown(name: str, stay: Array, score: Array, n: Array) -> Array:
-    return stay | select.top_k_mask(select.restrict(score, ~stay, name), n, name=name)
 
 
 def exchanged(active: UInt32[Array, ""], fraction: float | Float[Array, ""]) -> UInt32[Array, ""]:

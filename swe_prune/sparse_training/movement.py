@@ -86,7 +86,11 @@ def forward(params: PyTree, scores: PyTree, mask: PyTree) -> PyTree:
 
 
 def hard_masks(
-    scores: PyTree, sparsity: float | Float[Array, ""], *, scope: str = "tensor"
+    scores: PyTree,
+    sparsity: float | Float[Array, ""],
+    *,
+    scope: str = "tensor",
+    layout: PyTree | None = None,
 ) -> PyTree:
     """Returns the masks of the largest scores, 1 − sparsity of every tensor.
 
@@ -94,11 +98,12 @@ def hard_masks(
         scores: S, None where dense.
         sparsity: 1 − v, as `MovementSchedule.sparsity` gives; may be traced.
         scope: of `masks.by_sparsity`; "global" ranks all tensors together.
+        layout: of `masks.by_sparsity`.
 
     Raises:
         InputError: as `masks.by_sparsity`.
     """
-    return masks.by_sparsity(jax.lax.stop_gradient(scores), sparsity, scope)
+    return masks.by_sparsity(jax.lax.stop_gradient(scores), sparsity, scope, layout=layout)
 
 
 def soft_masks(scores: PyTree, threshold: float | Float[Array, ""]) -> PyTree:

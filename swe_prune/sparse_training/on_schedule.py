@@ -1,5 +1,6 @@
 """Pruning at the due steps of a schedule, inside the user's own train step."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from swe_prune import importance, masks, schedules, select, tree
 from swe_prune.errors import InputError
+from swe_prune.layout import copies_of
 from swe_prune.sparse_training.masked import check_fits
 
 _NOT_MONOTONE = {"reduce": ("l2", "abs_sum"), "across": ("prod",)}
@@ -72,7 +74,7 @@ def prune_on_schedule(
         allocate: Function of (scores, sparsity, *args of the call) to an `allocation.Allocation`,
             which may give a tensor more weights than before. None: the scope distributes the
             sparsity. Needs a Python step.
-        **options: of `masks.by_sparsity`, such as `pattern`.
+        **options: of `masks.by_sparsity`, such as `pattern` and `layout`.
 
     Raises:
         InputError: an unknown criterion, or a reduction of scores under which pruned units cannot
@@ -160,8 +162,14 @@ def _ranked_together(scores: PyTree, scope: str, options: dict[str, Any]) -> Seq
     """Returns of how many scores each a share is taken; nothing for units and rows."""
     if scope == "row" or options.get("pattern") is not None:
         return ()
-    sizes = [tree.size(leaf) for leaf in jax.tree.leaves(scores)]
-    return [sum(sizes)] if scope == "global" else sizes
+    if scope == "global":
+        return [tree.size(scores)]
+    copies = copies_of(options.get("layout"))
+    return [
+        math.prod(n for axis, n in enumerate(leaf.shape) if axis not in copies(name, leaf.shape))
+        for name, leaf in tree.named_leaves(scores)
+        if leaf is not None
+    ]
 
 
 def _as_float32(shares: np.ndarray, sizes: Sequence[int], rounding: str) -> np.ndarray:

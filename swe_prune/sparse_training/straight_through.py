@@ -43,6 +43,7 @@ def ste_magnitude(
     sparsity: float | Float[Array, ""],
     *,
     scope: str = "tensor",
+    layout: PyTree | None = None,
 ) -> PyTree:
     """Returns the weights with the smallest |w| pruned, and a straight-through gradient.
 
@@ -56,6 +57,7 @@ def ste_magnitude(
         sparsity: Share of the weights to prune; a number, or traced, so that a schedule's
             `sparsity(step)` compiles once.
         scope: Scope of `masks.by_sparsity`: "tensor", "global" or "row".
+        layout: Pytree of `layout.Axes` like the parameters; see `masks.by_sparsity`.
 
     Raises:
         InputError: As for `importance.score` and `masks.by_sparsity`.
@@ -65,5 +67,5 @@ def ste_magnitude(
     [[0.0, -3.0]]
     """
     fixed = jax.lax.stop_gradient(params)
-    scores = importance.score("magnitude", fixed, prunable=prunable)
-    return straight_through(params, masks.by_sparsity(scores, sparsity, scope))
+    scores = importance.score("magnitude", fixed, prunable=prunable, layout=layout)
+    return straight_through(params, masks.by_sparsity(scores, sparsity, scope, layout=layout))

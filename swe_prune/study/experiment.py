@@ -20,6 +20,7 @@ from swe_prune import interop, parallel, trajectory, tree
 from swe_prune.config import CalibrationConfig, Config, PhaseConfig, to_steps
 from swe_prune.errors import InputError
 from swe_prune.evaluation import mean_loss
+from swe_prune.layout import layout as trace_layout
 from swe_prune.models import gpt
 from swe_prune.runtime import storage
 from swe_prune.study import (
@@ -51,6 +52,7 @@ class Experiment:
         undivided: a sentence for each axis of a parameter that the mesh does not divide.
         abstract_params: the parameters' shapes, dtypes and shardings.
         prunable: bool pytree like the parameters.
+        layout: `layout.Axes` like the parameters.
         measures: what is tracked.
         cells: this process's share of the study.
         train_steps: of the dense phase.
@@ -74,6 +76,7 @@ class Experiment:
     undivided: list[str]
     abstract_params: PyTree
     prunable: PyTree
+    layout: PyTree
     measures: tuple[str, ...]
     cells: list[grid.Cell]
     train_steps: int
@@ -240,7 +243,9 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
         if missing is not None:
             warnings.warn(missing, stacklevel=2)
     prunable = tree.prunable(params, config.prune.include, config.prune.exclude)
-    grid.check(config, params, prunable)
+    one = jax.ShapeDtypeStruct((1, config.window), jnp.int32)
+    layout = trace_layout(model, params, one)
+    grid.check(config, params, prunable, layout)
     epoch = max(1, len(data.train) // (config.data.batch * config.window))
     train_steps = to_steps(config.train.steps, epoch=epoch)
     track_every = to_steps(config.trajectory.every, total=train_steps)
@@ -278,6 +283,7 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
         undivided=undivided,
         abstract_params=params,
         prunable=prunable,
+        layout=layout,
         measures=measures,
         cells=cells,
         train_steps=train_steps,

@@ -141,7 +141,7 @@ def _further(
     request = cell.recipe
 
     def score(params: PyTree) -> PyTree:
-        return recipe.score(request, params, dense.evidence, experiment.prunable)
+        return recipe.score(request, params, dense.evidence, experiment.prunable, experiment.layout)
 
     fixed = None if request.scores_follow_weights else score(dense.state.params)
 
@@ -153,6 +153,7 @@ def _further(
             loss=experiment.loss,
             batches=experiment.calibration,
             prunable=experiment.prunable,
+            layout=experiment.layout,
         )
 
     prune = sparse_training.prune_on_schedule(
@@ -160,6 +161,7 @@ def _further(
         lambda params: score(params) if fixed is None else fixed,
         scope=request.scope,
         pattern=request.pattern,
+        layout=experiment.layout,
         allocate=None if request.allocation is None else allocate,
     )
 
@@ -202,11 +204,17 @@ def _straight_through(experiment: Experiment, cell: Cell, tuning: Tuning, start:
 
     def weights(params: PyTree, step: Any) -> PyTree:
         return sparse_training.ste_magnitude(
-            params, experiment.prunable, cell.sparsity, scope=request.scope
+            params,
+            experiment.prunable,
+            cell.sparsity,
+            scope=request.scope,
+            layout=experiment.layout,
         )
 
     def finish(state: TrainState) -> tuple[PyTree, PyTree]:
-        return recipe.prune(request, state.params, prunable=experiment.prunable)
+        return recipe.prune(
+            request, state.params, prunable=experiment.prunable, layout=experiment.layout
+        )
 
     return Regime(
         state=experiment.tuning_state(tuning, start, cell.seed, None),
@@ -241,7 +249,9 @@ def _movement(experiment: Experiment, cell: Cell, tuning: Tuning, start: PyTree)
         return place(state_lib.create(trained, optimizer, cell.seed))
 
     def masks(params: PyTree, sparsity: Any) -> PyTree:
-        return movement.hard_masks(params["scores"], sparsity, scope=request.scope)
+        return movement.hard_masks(
+            params["scores"], sparsity, scope=request.scope, layout=experiment.layout
+        )
 
     def weights(params: PyTree, step: Any) -> PyTree:
         found = masks(params, plan.sparsity(step))

@@ -134,13 +134,14 @@ def _listed(config: Config, settings: CellConfig) -> Iterator[Cell]:
         yield Cell(settings.recipe(seed), settings.schedule, Recovery(settings.recovery, steps))
 
 
-def check(config: Config, abstract_params: PyTree, prunable: PyTree) -> None:
+def check(config: Config, abstract_params: PyTree, prunable: PyTree, layout: PyTree) -> None:
     """Checks every cell against the parameters, before any training.
 
     Args:
         config: Settings.
         abstract_params: Shapes and dtypes of the parameters.
         prunable: Bool pytree like the parameters.
+        layout: Pytree of `layout.Axes` like the parameters.
 
     Raises:
         InputError: The first cell that cannot work, by its name.
@@ -152,7 +153,9 @@ def check(config: Config, abstract_params: PyTree, prunable: PyTree) -> None:
             continue
         unavailable = {} if cell.schedule == "movement" else UNAVAILABLE
         try:
-            recipe.check(cell.recipe, abstract_params, prunable, unavailable=unavailable)
+            recipe.check(
+                cell.recipe, abstract_params, prunable, layout=layout, unavailable=unavailable
+            )
         except InputError as error:
             raise InputError(f"cell {cell.name!r}: {error}") from error
         checked.append(shared)

@@ -94,6 +94,7 @@ def pruned(experiment: Experiment, cell: Cell, dense: DenseModel) -> tuple[PyTre
             dense.evidence if request.method is None else dense.block_evidence,
             values=dense.start,
             prunable=experiment.prunable,
+            layout=experiment.layout,
             model=experiment.model,
             blocks=gpt.BLOCKS,
             batches=experiment.calibration,

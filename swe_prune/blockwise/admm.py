@@ -1,0 +1,177 @@
+"""ADMM: the weights that stay make up for those that go, by matrix products alone.
+
+Source: Boža, "Fast and effective weight update for pruned large language models", TMLR 2024,
+arXiv 2401.02938; https://github.com/fmfi-compbio/admm-pruning. Their weight is (out, in); here the
+kernel is (in, out).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float
+
+from swe_prune import allocation, patterns, select
+from swe_prune.blockwise.sparsegpt import SolverReport, check_kernel
+from swe_prune.errors import InputError
+from swe_prune.importance import hessian
+
+ITERATIONS = 20
+CHOOSING = 15
+"""Iterations in all, and those of them that choose the mask, as in the reference."""
+
+
+def admm(
+    weight_RxC: Float[Array, "R C"],
+    hessian_RxR: Float[Array, "R R"],
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    mask: Bool[Array, "R C"] | None = None,
+    iterations: int = ITERATIONS,
+    damping: float = 0.1,
+) -> tuple[Float[Array, "R C"], Bool[Array, "R C"], SolverReport]:
+    """Returns a kernel pruned and updated to keep its outputs, its mask, and a report.
+
+    With d = √diag(H), A = H / (d dᵀ) + damping · mean(diag) · I, V = d ∘ W and B = A V, the
+    alternating direction method of multipliers (ρ = 1) solves min ‖X (W − W')‖² over the weights
+    that the mask M keeps:
+
+        Z ← M ∘ (V + U);   U ← U + V − Z;   V ← (A + I)⁻¹ (B + Z − U)
+
+    and the result is M ∘ (V + U) / d. Without a mask, the first `CHOOSING` of the iterations choose
+    it anew among |V + U|, at a sparsity that rises with a cube to the one asked for; with n:m
+    the weights that an n:m mask would keep are safe meanwhile. The count is exact, ties are broken
+    by flat index.
+
+    One inverse a kernel and matrix products, no loop over inputs.
+
+    Args:
+        weight_RxC: Kernel of R inputs and C outputs; the result has its dtype, computed in float32.
+        hessian_RxR: (2/n) Σ x xᵀ, as `calibration.inputs` measures it.
+        sparsity: Share to remove, in [0, 1); with a pattern 1 − n/m or None. Not with a mask.
+        pattern: None or "n:m", n kept of every m consecutive inputs. Not with a mask.
+        mask: Mask to restore the weights of; None to choose one.
+        iterations: Number of iterations.
+        damping: Share of the mean of the diagonal that is added to it.
+
+    Raises:
+        InputError: Shapes, sparsity, pattern or numbers that do not fit, both a mask and a
+            sparsity, or NaN in what is given.
+
+    >>> H = jnp.array([[1.0, 0.9], [0.9, 1.0]])
+    >>> kernel, mask, _ = admm(jnp.array([[1.0], [2.0]]), H, 0.5, damping=0.0)
+    >>> mask.tolist(), round(float(kernel[1, 0]), 2)
+    ([[False], [True]], 2.9)
+    """
+    share, n_of_m = _checked(weight_RxC, hessian_RxR, sparsity, pattern, mask, iterations, damping)
+    size = weight_RxC.size
+    if mask is not None:
+        keep, gone = mask, None
+    else:
+        keep, gone = jnp.ones(weight_RxC.shape, bool), _removed(size, share, n_of_m)
+    solved_RxC, keep_RxC, error = _solve(
+        weight_RxC, hessian_RxR.astype(jnp.float32), keep, damping, gone, n_of_m, iterations
+    )
+    removed = size - keep_RxC.sum() if gone is None else gone
+    dead = hessian.dead(hessian_RxR).sum()
+    report = SolverReport(damping, dead, removed, error)
+    if not isinstance(error, Tracer):
+        report = SolverReport(damping, int(dead), int(removed), float(error))
+    return solved_RxC.astype(weight_RxC.dtype), keep_RxC, report
+
+
+def _removed(size: int, share: float, n_of_m: tuple[int, int] | None) -> int:
+    if n_of_m is not None:
+        return size * (n_of_m[1] - n_of_m[0]) // n_of_m[1]
+    return allocation.removed_count(size, share)
+
+
+def _checked(
+    weight_RxC: Any,
+    hessian_RxR: Any,
+    sparsity: float | None,
+    pattern: str | None,
+    mask: Any,
+    iterations: int,
+    damping: float,
+) -> tuple[float, tuple[int, int] | None]:
+    if iterations < 1:
+        raise InputError(f"iterations must be 1 or more, got {iterations}")
+    if not damping >= 0:
+        raise InputError(f"damping must be 0 or more, got {damping}")
+    if mask is None:
+        return check_kernel(weight_RxC, hessian_RxR, sparsity, pattern)
+    if sparsity is not None or pattern is not None:
+        raise InputError(
+            "a mask says itself what goes, so sparsity and pattern must be None; leave them out"
+        )
+    if mask.shape != weight_RxC.shape or mask.dtype != bool:
+        raise InputError(
+            f"the mask must be bool of shape {weight_RxC.shape}, got {mask.dtype} of {mask.shape}"
+        )
+    check_kernel(weight_RxC, hessian_RxR, 0.0, None)
+    return 0.0, None
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _solve(
+    weight_RxC: Array,
+    hessian_RxR: Array,
+    mask_RxC: Array,
+    damping: Array,
+    gone: int | None,
+    n_of_m: tuple[int, int] | None,
+    iterations: int,
+) -> tuple[Array, Array, Array]:
+    """Returns the weights, the mask and the error, with the mask given (gone=None) or chosen."""
+    dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    weight_RxC = weight_RxC.astype(jnp.float32)
+    scale_Rx1 = jnp.sqrt(jnp.diag(hessian_RxR))[:, None] + 1e-8
+    eye_RxR = jnp.eye(len(hessian_RxR))
+    plain_RxR = hessian_RxR / (scale_Rx1 * scale_Rx1.T)
+    gram_RxR = plain_RxR + damping * jnp.mean(jnp.diag(plain_RxR)) * eye_RxR
+    dense_RxC = weight_RxC * scale_Rx1
+    wanted_RxC = dot(gram_RxR, dense_RxC)
+    factor = jax.scipy.linalg.cho_factor(gram_RxR + eye_RxR)
+    inverse_RxR = jax.scipy.linalg.cho_solve(factor, eye_RxR)
+    choosing = min(CHOOSING, iterations) if gone is not None else 0
+
+    def chosen(step: Array, mask_RxC: Array, values_RxC: Array) -> Array:
+        if gone is None:
+            return mask_RxC
+        score_RxC = jnp.abs(values_RxC)
+        if n_of_m is not None:
+            safe_RxC = patterns.n_of_m_mask(score_RxC, *n_of_m)
+            score_RxC = jnp.where(safe_RxC, jnp.inf, score_RxC)
+        ramp = 1 - (1 - (step + 1) / choosing) ** 3
+        # Exact at the end, where the ramp is 1.
+        now = jnp.where(step + 1 >= choosing, gone, jnp.floor(gone * ramp).astype(jnp.int32))
+        renewed_RxC = select.top_k_mask(score_RxC, weight_RxC.size - now)
+        return jnp.where(step < choosing, renewed_RxC, mask_RxC)
+
+    def iteration(step: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        values_RxC, dual_RxC, mask_RxC = state
+        mask_RxC = chosen(step, mask_RxC, values_RxC + dual_RxC)
+        pruned_RxC = jnp.where(mask_RxC, values_RxC + dual_RxC, 0)
+        dual_RxC = dual_RxC + values_RxC - pruned_RxC
+        values_RxC = dot(inverse_RxR, wanted_RxC + pruned_RxC - dual_RxC)
+        return values_RxC, dual_RxC, mask_RxC
+
+    start = (dense_RxC, jnp.zeros_like(dense_RxC), mask_RxC)
+    values_RxC, dual_RxC, mask_RxC = jax.lax.fori_loop(0, iterations, iteration, start)
+    solved_RxC = jnp.where(mask_RxC, (values_RxC + dual_RxC) / scale_Rx1, 0)
+
+    return solved_RxC, mask_RxC, squared_error(solved_RxC, weight_RxC, hessian_RxR)
+
+
+def squared_error(
+    kernel_RxC: Float[Array, "R C"],
+    weight_RxC: Float[Array, "R C"],
+    hessian_RxR: Float[Array, "R R"],
+) -> Float[Array, ""]:
+    """Returns (2/n) ‖X (W' − W)‖², what replacing W by W' costs on the Hessian's inputs."""
+    apart_RxC = kernel_RxC.astype(jnp.float32) - weight_RxC.astype(jnp.float32)
+    moved_RxC = jnp.matmul(hessian_RxR, apart_RxC, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(apart_RxC * moved_RxC)
