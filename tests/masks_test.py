@@ -69,8 +69,8 @@ def test_row_scope_of_a_vector_is_one_row():
 
 def test_row_scope_follows_other_layouts():
     score = jnp.asarray(RNG.random((3, 8)), jnp.float32)  # (out, in), as Equinox and PyTorch
-    mask = masks.by_sparsity({"kernel": score}, 0.5, "row", input_axes=lambda name, shape: (-1,))
-    for row, kept in zip(score, mask["kernel"], strict=True):
+    mask = masks.by_sparsity({"w": score}, 0.5, "row", input_axes=lambda name, shape: (-1,))
+    for row, kept in zip(score, mask["w"], strict=True):
         np.testing.assert_array_equal(kept, lowest_removed(row, 0.5))
 
 
@@ -78,11 +78,11 @@ def test_row_scope_follows_other_layouts():
 @pytest.mark.parametrize("ties", [False, True])
 def test_pattern_keeps_n_of_every_m_consecutive_inputs(pattern, sparsity, ties):
     n, m = map(int, pattern.split(":"))
-    kernels = {"a/kernel": (12, 5), "attention/query/kernel": (12, 2, 3), "attention/out/kernel": (2, 4, 8)}
+    kernels = {"a/kernel": (12, 5), "query/kernel": (12, 2, 3), "out/kernel": (3, 4, 12)}
     given = {k: jnp.asarray(RNG.random(s).round(1 if ties else 9)) for k, s in kernels.items()}
     mask = masks.by_sparsity(given, sparsity, pattern=pattern)
     for name, score in given.items():
-        groups = np.asarray(score).reshape(-1, m, {"attention/out/kernel": 8}.get(name, score[0].size))
+        groups = np.asarray(score).reshape(-1, m, {"out/kernel": 12}.get(name, score[0].size))
         kept = np.asarray(mask[name]).reshape(groups.shape)
         rank = np.argsort(np.argsort(-groups, axis=1, kind="stable"), axis=1)
         np.testing.assert_array_equal(kept, rank < n)
@@ -90,10 +90,10 @@ def test_pattern_keeps_n_of_every_m_consecutive_inputs(pattern, sparsity, ties):
 
 def test_pattern_runs_along_the_given_inputs():
     score = RNG.random((3, 8)).astype(np.float32)
-    given = {"kernel": jnp.asarray(score)}
+    given = {"w": jnp.asarray(score)}
     mask = masks.by_sparsity(given, 0.5, pattern="2:4", input_axes=lambda name, shape: (1,))
     turned = masks.by_sparsity({"kernel": jnp.asarray(score.T)}, 0.5, pattern="2:4")
-    np.testing.assert_array_equal(mask["kernel"], turned["kernel"].T)
+    np.testing.assert_array_equal(mask["w"], turned["kernel"].T)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.4, np.float32(2.0)])
@@ -106,8 +106,8 @@ def test_std_rule_compares_with_numpys_unbiased_deviation(rate):
 
 
 def test_std_rule_in_units_of_the_threshold():
-    mask = masks.by_std({"kernel": jnp.array([0.5, 1.5, jnp.inf])}, 1.0, spread=1.0)
-    assert mask["kernel"].tolist() == [False, True, True]
+    mask = masks.by_std({"w": jnp.array([0.5, 1.5, jnp.inf])}, 1.0, spread=1.0)
+    assert mask["w"].tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize("make", [
@@ -124,7 +124,7 @@ def test_masks_made_inside_jit_are_those_made_outside(make):
     jax.tree.map(np.testing.assert_array_equal, inside, outside)
 
 
-NAN = {"a/kernel": jnp.ones((4, 4)), "b/kernel": {"kernel": jnp.ones((4, 4)).at[1, 2].set(jnp.nan)}}
+NAN = {"kernel": jnp.ones((4, 4)), "b": {"kernel": jnp.ones((4, 4)).at[1, 2].set(jnp.nan)}}
 
 
 @pytest.mark.parametrize(
@@ -135,25 +135,25 @@ NAN = {"a/kernel": jnp.ones((4, 4)), "b/kernel": {"kernel": jnp.ones((4, 4)).at[
         (lambda: masks.by_sparsity(NAN, 0.5, "row"), "'b/kernel' have 1 NaN"),
         (lambda: masks.by_sparsity(NAN, 0.5, pattern="2:4"), "'b/kernel' have 1 NaN"),
         (lambda: masks.by_std(NAN, 0.5), "'b/kernel' have 1 NaN"),
-        (lambda: masks.by_std({"kernel": jnp.array([1, jnp.inf])}, 1), "no standard deviation"),
-        (lambda: masks.by_std({"kernel": jnp.array([1e38, 3e38])}, 1), "no standard deviation"),
-        (lambda: masks.by_std({"kernel": jnp.zeros(3)}, 1), "prunes every weight"),
-        (lambda: masks.by_std({"kernel": jnp.ones(3)}, -1), "no multiple"),
-        (lambda: masks.by_std({"kernel": jnp.ones(3)}, np.float32("nan")), "no multiple"),
-        (lambda: masks.by_std({"kernel": jnp.ones(3)}, 1e39), "no multiple"),
-        (lambda: masks.by_std({"kernel": None}, 1), "no scores were given"),
-        (lambda: masks.by_sparsity({"kernel": None}, 0.5), "no scores were given"),
-        (lambda: masks.by_sparsity({"kernel": jnp.ones(3)}, 1.0), "must be a number in"),
-        (lambda: masks.by_sparsity({"kernel": jnp.ones(3)}, 0.5, "layer"), "none of tensor, global"),
+        (lambda: masks.by_std({"w": jnp.array([1, jnp.inf])}, 1), "no standard deviation"),
+        (lambda: masks.by_std({"w": jnp.array([1e38, 3e38])}, 1), "no standard deviation"),
+        (lambda: masks.by_std({"w": jnp.zeros(3)}, 1), "prunes every weight"),
+        (lambda: masks.by_std({"w": jnp.ones(3)}, -1), "no multiple"),
+        (lambda: masks.by_std({"w": jnp.ones(3)}, np.float32("nan")), "no multiple"),
+        (lambda: masks.by_std({"w": jnp.ones(3)}, 1e39), "no multiple"),
+        (lambda: masks.by_std({"w": None}, 1), "no scores were given"),
+        (lambda: masks.by_sparsity({"w": None}, 0.5), "no scores were given"),
+        (lambda: masks.by_sparsity({"w": jnp.ones(3)}, 1.0), "must be a number in"),
+        (lambda: masks.by_sparsity({"w": jnp.ones(3)}, 0.5, "layer"), "none of tensor, global"),
         (lambda: masks.by_sparsity({"kernel": jnp.ones((6, 2))}, 0.5, pattern="2:4"), "6 inputs"),
-        (lambda: masks.by_sparsity({"kernel": jnp.ones((8, 2))}, 0.4, pattern="2:4"), "not 0.4"),
-        (lambda: masks.by_sparsity({"kernel": jnp.ones((8, 2))}, 0.5, pattern="2-4"), "must be 'n:m'"),
+        (lambda: masks.by_sparsity({"w": jnp.ones((8, 2))}, 0.4, pattern="2:4"), "not 0.4"),
+        (lambda: masks.by_sparsity({"w": jnp.ones((8, 2))}, 0.5, pattern="2-4"), "must be 'n:m'"),
         (
-            lambda: masks.by_sparsity({"kernel": jnp.ones(3)}, 0.5, "row", input_axes=lambda *_: (1,)),
+            lambda: masks.by_sparsity({"w": jnp.ones(3)}, 0.5, "row", input_axes=lambda *_: (1,)),
             "give axes that it has",
         ),
-        (lambda: masks.apply({"kernel": jnp.ones((2, 3))}, {"kernel": jnp.ones(3, bool)}), "mask of 'w'"),
-        (lambda: masks.apply({"kernel": jnp.ones(3)}, {"v": jnp.ones(3, bool)}), "differ in structure"),
+        (lambda: masks.apply({"w": jnp.ones((2, 3))}, {"w": jnp.ones(3, bool)}), "mask of 'w'"),
+        (lambda: masks.apply({"w": jnp.ones(3)}, {"v": jnp.ones(3, bool)}), "differ in structure"),
     ],
 )
 def test_what_has_no_answer_is_refused_in_a_sentence(call, sentence):
@@ -165,31 +165,31 @@ def test_what_has_no_answer_is_refused_in_a_sentence(call, sentence):
 def test_apply_leaves_exact_positive_zeros_and_the_dtype(dtype):
     weight = jnp.asarray([-1.0, jnp.inf, -jnp.inf, jnp.nan, -0.0, 2.0, -3.0], dtype)
     mask = jnp.asarray([False] * 5 + [True] * 2)
-    got = masks.apply({"kernel": weight, "d": weight}, {"kernel": mask, "d": None})
-    assert got["kernel"].dtype == dtype
-    np.testing.assert_array_equal(got["kernel"], np.array([0, 0, 0, 0, 0, 2, -3]))
-    assert not np.signbit(np.asarray(got["kernel"], np.float32)[:5]).any()
+    got = masks.apply({"w": weight, "d": weight}, {"w": mask, "d": None})
+    assert got["w"].dtype == dtype
+    np.testing.assert_array_equal(got["w"], np.array([0, 0, 0, 0, 0, 2, -3]))
+    assert not np.signbit(np.asarray(got["w"], np.float32)[:5]).any()
     assert got["d"] is weight
 
 
 def test_apply_is_idempotent_and_takes_any_leaf_that_is_dense():
-    params = [{"kernel": jnp.arange(4.0)}, jnp.tanh, "name", None, (3, 2.5)]
-    mask = [{"kernel": jnp.arange(4) > 1}, None, None, None, (None, None)]
+    params = [{"w": jnp.arange(4.0)}, jnp.tanh, "name", None, (3, 2.5)]
+    mask = [{"w": jnp.arange(4) > 1}, None, None, None, (None, None)]
     once = masks.apply(params, mask)
     twice = masks.apply(once, mask)
     assert once[1:] == params[1:]
-    np.testing.assert_array_equal(once[0]["kernel"], [0, 0, 2, 3])
-    np.testing.assert_array_equal(twice[0]["kernel"], once[0]["kernel"])
+    np.testing.assert_array_equal(once[0]["w"], [0, 0, 2, 3])
+    np.testing.assert_array_equal(twice[0]["w"], once[0]["w"])
 
 
 def test_summary_counts_in_python_ints():
-    mask = {"a/kernel": jnp.array([[True, False]]), "b/kernel": [jnp.ones(3, bool), None], "e": jnp.ones(0, bool)}
+    mask = {"a": jnp.array([[True, False]]), "b": [jnp.ones(3, bool), None], "e": jnp.ones(0, bool)}
     got = masks.summary(mask)
     assert (got.kept, got.total, got.pruned, got.sparsity) == (4, 5, 1, 0.2)
-    assert got.tensors["a/kernel"] == masks.Tally(1, 2)
-    assert list(got.tensors) == ["a/kernel", "b/0", "e"]
+    assert got.tensors["a"] == masks.Tally(1, 2)
+    assert list(got.tensors) == ["a", "b/0", "e"]
     assert type(got.kept) is int
-    assert masks.summary({"a/kernel": None}).sparsity == 0
+    assert masks.summary({"a": None}).sparsity == 0
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global", "row"])
@@ -198,7 +198,7 @@ def test_the_last_of_ties_are_the_first_of_what_is_reversed(scope, rounding):
     def reverse(tree_of):  # from the other end in every tensor, and of the tensors
         return {
             name: jnp.flip(leaf, 0 if scope == "row" else None)
-            for name, leaf in zip("ba", (tree_of["a/kernel"], tree_of["b/kernel"]), strict=True)
+            for name, leaf in zip(reversed(tree_of), tree_of.values(), strict=True)
         }
 
     few = {
@@ -224,7 +224,7 @@ def test_ties_within_a_pattern_are_broken_from_either_end():
 
 def test_an_unknown_way_to_break_ties_is_refused():
     with pytest.raises(InputError, match="must be 'first' or 'last', got 'lats'; did you mean"):
-        masks.by_sparsity({"kernel": jnp.ones(3)}, 0.5, ties="lats")
+        masks.by_sparsity({"w": jnp.ones(3)}, 0.5, ties="lats")
 
 
 def first_half(params):
@@ -351,15 +351,15 @@ def test_line_searches_and_their_memory_are_held_too(name):
 
 def test_moments_belong_to_the_parameter_with_the_longest_path():
     ones, first = jnp.ones(4), jnp.arange(4) < 1
-    mask = {"kernel": first, "a/kernel": {"kernel": ~first}, "dense": {"kernel": None}}
+    mask = {"w": first, "a": {"w": ~first}, "dense": {"w": None}}
     moments = jax.tree.map(lambda _: ones, mask, is_leaf=lambda leaf: leaf is None)
-    state = (optax.TraceState(moments), {"count": jnp.int32(3), "kernel": jnp.ones(3)})
+    state = (optax.TraceState(moments), {"count": jnp.int32(3), "w": jnp.ones(3)})
     held = masks.hold_moments(state, mask)
-    assert held[0].trace["kernel"].tolist() == [1, 0, 0, 0]
-    assert held[0].trace["a/kernel"]["kernel"].tolist() == [0, 1, 1, 1]
-    assert held[0].trace["dense"]["kernel"].tolist() == [1, 1, 1, 1]
+    assert held[0].trace["w"].tolist() == [1, 0, 0, 0]
+    assert held[0].trace["a"]["w"].tolist() == [0, 1, 1, 1]
+    assert held[0].trace["dense"]["w"].tolist() == [1, 1, 1, 1]
     assert held[1]["count"] == 3
-    assert held[1]["kernel"].tolist() == [1, 1, 1]  # a path that ends alike, of another shape
+    assert held[1]["w"].tolist() == [1, 1, 1]  # a path that ends alike, of another shape
 
 
 def test_moments_of_a_bare_array_are_held():
@@ -388,7 +388,7 @@ def test_moments_in_the_state_of_an_nnx_optimizer_are_held():
 
 def test_random_keys_in_a_state_stay():
     key = jax.random.key(0)
-    held = masks.hold_moments({"noise": key, "kernel": jnp.ones(())}, {"noise": jnp.array(False)})
+    held = masks.hold_moments({"noise": key, "w": jnp.ones(())}, {"noise": jnp.array(False)})
     assert held["noise"] == key
 
 
@@ -481,8 +481,8 @@ def test_keep_without_parameters_holds_what_is_zero_already():
     ids=["lbfgs", "backtracking"],
 )
 def test_line_searches_and_memories_of_several_steps_hold_zeros(optimizer):
-    mask = {"layer": {"kernel": jnp.array([[True, False, True], [False, True, True]])}, "bias": None}
-    target = {"layer": {"kernel": jnp.arange(1.0, 7.0).reshape(2, 3)}, "bias": jnp.array([2.0])}
+    mask = {"layer": {"w": jnp.array([[True, False, True], [False, True, True]])}, "bias": None}
+    target = {"layer": {"w": jnp.arange(1.0, 7.0).reshape(2, 3)}, "bias": jnp.array([2.0])}
     params = masks.apply(jax.tree.map(jnp.ones_like, target), mask)
     kept = masks.keep(optimizer, mask)
 
@@ -510,4 +510,4 @@ def test_line_searches_and_memories_of_several_steps_hold_zeros(optimizer):
     ]
     assert moments or not any(jnp.ndim(leaf) > 1 for leaf in jax.tree.leaves(state))
     for moment in moments:
-        assert not np.asarray(moment)[..., ~np.asarray(mask["layer"]["kernel"])].any()
+        assert not np.asarray(moment)[..., ~np.asarray(mask["layer"]["w"])].any()

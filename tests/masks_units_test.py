@@ -102,15 +102,15 @@ def feed_forward():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("across", ["sum", "mean", "max", "prod", "first/kernel"])
+@pytest.mark.parametrize("across", ["sum", "mean", "max", "prod", "first"])
 def test_neurons_go_in_all_their_coupled_tensors(across):
     scores = feed_forward()
     mask = masks.by_sparsity(scores, 0.5, pattern="neuron", across=across)
     by_numpy = {"sum": np.sum, "mean": np.mean, "max": np.max, "prod": np.prod,
-                "first/kernel": lambda x, axis: x[0]}[across]  # fmt: skip
+                "first": lambda x, axis: x[0]}[across]  # fmt: skip
     for block, names in (("block_0", ("up", "gate", "down")), ("block_1", ("up", "down"))):
         mlp = {n: np.asarray(scores[block]["mlp"][n]["kernel"], np.float64) for n in names}
-        # In the order of the leaves: down, gate, up by name; "first/kernel" is that of the couplings.
+        # In the order of the leaves: down, gate, up by name; "first" is that of the couplings.
         order = [n for n in sorted(names) if n != "down"] + ["down"]
         parts = np.stack([mlp[n].sum(int(n == "down")) for n in order])
         kept = lowest_removed(by_numpy(parts, axis=0), parts.shape[1] // 2)
@@ -123,11 +123,11 @@ def test_neurons_go_in_all_their_coupled_tensors(across):
 
 
 def test_neurons_of_a_model_of_ones_own_take_its_couplings():
-    scores = {"first/kernel": kernel(3, 5), "second": kernel(5, 2)}
+    scores = {"first/kernel": kernel(3, 5), "second/kernel": kernel(5, 2)}
     mask = masks.by_sparsity(
-        scores, 0.4, pattern="neuron", couplings={"^first()$": "out", "^second()$": "in"}
+        scores, 0.4, pattern="neuron", couplings={"^first()/": "out", "^second()/": "in"}
     )
-    np.testing.assert_array_equal(mask["first/kernel"][0], mask["second"][:, 0])
+    np.testing.assert_array_equal(mask["first/kernel"][0], mask["second/kernel"][:, 0])
     assert int(mask["first/kernel"][0].sum()) == 3
 
 
@@ -168,7 +168,7 @@ def test_a_traced_sparsity_compiles_once():
 
 @pytest.mark.parametrize("value", [0.3, np.float32(0.3), np.float64(0.3), jnp.float32(0.3)])
 def test_a_sparsity_is_any_number(value):
-    assert masks.summary(masks.by_sparsity({"kernel": kernel(10, 10)}, value)).pruned == 30
+    assert masks.summary(masks.by_sparsity({"w": kernel(10, 10)}, value)).pruned == 30
 
 
 def test_rounding_down_is_that_of_wanda():
@@ -179,8 +179,8 @@ def test_rounding_down_is_that_of_wanda():
     assert np.asarray(~near).sum(0).tolist() == [3, 3, 3]
 
 
-def allocated(**removed):
-    return allocation.Allocation(removed, {"a/kernel": 96, "b/kernel": 168})
+def allocated(a, b):
+    return allocation.Allocation({"a/kernel": a, "b/kernel": b}, {"a/kernel": 96, "b/kernel": 168})
 
 
 def test_an_allocation_is_met_to_the_weight_in_tensors_and_in_rows():
@@ -202,8 +202,8 @@ def test_an_allocation_is_met_to_the_weight_in_tensors_and_in_rows():
 
 
 def test_an_allocation_of_blocks_is_met_to_the_nearest_block():
-    mask = masks.by_sparsity({"a/kernel": SCORES["a/kernel"]}, allocation.Allocation({"a/kernel": 37}, {"a/kernel": 96}),
-                             pattern="block:2x2")  # fmt: skip
+    given = allocation.Allocation({"kernel": 37}, {"kernel": 96})
+    mask = masks.by_sparsity({"kernel": SCORES["a/kernel"]}, given, pattern="block:2x2")
     assert masks.summary(mask).pruned == 36  # 9.25 blocks of 4
 
 
@@ -224,7 +224,7 @@ FF = {"up": {"kernel": kernel(4, 6)}, "down": {"kernel": kernel(6, 4)}}
         (lambda: masks.by_sparsity(W, 0.5, "row", pattern="column"), "scope 'row' ranks"),
         (lambda: masks.by_sparsity(W, 0.5, rounding="up"), "rounding 'up' is none of"),
         (lambda: masks.by_sparsity(W, 0.99, pattern="row"), "6 units of 8 weights, all of which"),
-        (lambda: masks.by_sparsity({**W, "v": kernel(4, 4)}, 0.5, "global", pattern="row"),
+        (lambda: masks.by_sparsity({**W, "b/kernel": kernel(4, 4)}, 0.5, "global", pattern="row"),
          "cannot rank units of different sizes"),
         (lambda: masks.by_sparsity(W, 0.5, pattern="neuron"), "matches no scored tensor"),
         (lambda: masks.by_sparsity({"up": FF["up"], "down": {"kernel": kernel(5, 4)}}, 0.5,

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from swe_prune import patterns
 from swe_prune.errors import InputError
+from swe_prune.layout import Axes
 
 
 @settings(deadline=None, max_examples=60)
@@ -26,9 +27,31 @@ def test_every_group_keeps_exactly_n_its_largest_first_on_ties(values, n_of_m):
 @pytest.mark.parametrize("inputs", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
 def test_a_matrix_and_back_is_the_kernel(inputs):
     kernel = jnp.arange(24).reshape(2, 3, 4)
-    matrix = patterns.as_matrix(kernel, inputs)
+    others = tuple(axis for axis in range(3) if axis not in inputs)
+    axes = Axes(inputs, others)
+    matrix = patterns.as_matrix(kernel, axes)
     assert matrix.shape[0] == np.prod([kernel.shape[axis] for axis in inputs])
-    np.testing.assert_array_equal(patterns.from_matrix(matrix, kernel.shape, inputs), kernel)
+    np.testing.assert_array_equal(patterns.from_matrix(matrix, kernel.shape, axes), kernel)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        Axes((1,), (2,), copies=(0,)),
+        Axes((2,), (0,), copies=(1,)),
+        Axes((0,), (), copies=(2, 1)),
+        Axes((0, 2), (), copies=(1,)),
+    ],
+)
+def test_copies_become_matrices_of_their_own(axes):
+    kernel = np.arange(24).reshape(2, 3, 4)
+    matrices = np.asarray(patterns.as_matrix(jnp.asarray(kernel), axes))
+    counts = [kernel.shape[axis] for axis in axes.copies]
+    for index in np.ndindex(*counts):
+        one = np.moveaxis(kernel, axes.copies, range(len(counts)))[index]
+        one = np.transpose(one, (*axes.one_copy.inputs, *axes.one_copy.outputs))
+        np.testing.assert_array_equal(matrices[index], one.reshape(matrices[index].shape))
+    np.testing.assert_array_equal(patterns.from_matrix(matrices, kernel.shape, axes), kernel)
 
 
 @pytest.mark.parametrize("pattern", ["", "2", "0:4", "5:4", "2:4:8", "-1:4", "2 :4", "a:b"])
