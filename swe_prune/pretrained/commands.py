@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.markup import escape
 
@@ -15,7 +14,6 @@ from swe_prune import data as data_lib
 from swe_prune import interop, masks, recipe, tree
 from swe_prune.errors import InputError
 from swe_prune.evaluation import gate
-from swe_prune.layout import layout as trace_layout
 from swe_prune.models import gpt
 from swe_prune.pretrained import choice, dry_run, finetuning, judge, texts, tracked
 from swe_prune.pretrained.opening import opened, weights_like
@@ -63,7 +61,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     interop.check_free(given.out)
     checkpoint = opened(given, progress)
     check_trajectory(request, tracked.there(checkpoint.path), given.model)
-    chosen = dry_run.chosen_weights(request, checkpoint, given)
+    chosen, layout = dry_run.chosen_weights(request, checkpoint, given)
     text = texts.read(given.evaluation, checkpoint)
     batches, calibration = [], None
     if request.reads_batches:
@@ -88,7 +86,6 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     module = gpt.build(model.config, model.vocab_size)
     reads_trajectory = bool(request.needs & set(BUFFERS))
     stats = tracked.read(checkpoint.path, model.params) if reads_trajectory else None
-    layout = trace_layout(module, model.params, jax.ShapeDtypeStruct((1, 2), jnp.int32))
     dense = judge.judge(module, model.params, model, text, given)
     gate(dense.perplexity, uniform=model.vocab_size, at_most=given.at_most)
     begun = time.perf_counter()

@@ -1,11 +1,15 @@
 """`plan` of a pretrained model: what `prune` would remove, printed without reading a weight."""
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from swe_prune import interop, recipe, tree
+from swe_prune.layout import layout as trace_layout
+from swe_prune.models import gpt
 from swe_prune.pretrained import choice, tracked
 from swe_prune.pretrained.opening import opened
 from swe_prune.pretrained.request import check_trajectory, recipe_of
@@ -20,17 +24,29 @@ WHAT_A_MASK_GIVES = (
 
 def chosen_weights(
     request: recipe.Recipe, checkpoint: interop.PretrainedSource, given: RequestSettings
-) -> PyTree:
-    """Returns a bool pytree of the weights to prune, which a criterion of a trajectory narrows.
+) -> tuple[PyTree, PyTree]:
+    """Returns which weights to prune, and the layout of all, checked against the request.
+
+    Args:
+        request: Request to check.
+        checkpoint: Model, of which no weight is read.
+        given: Settings with the rules that choose weights.
+
+    Returns:
+        Bool pytree, which a criterion of a trajectory narrows to what is tracked; pytree of
+        `layout.Axes`.
 
     Raises:
-        InputError: rules or blocks that choose nothing.
+        InputError: Rules or blocks that choose nothing, or a request that the shapes do not admit.
     """
     chosen = choice.of_checkpoint(checkpoint, given)
+    params = choice.abstract_params(checkpoint)
     if request.needs & set(BUFFERS):
-        params = choice.abstract_params(checkpoint)
         chosen = tracked.narrowed(checkpoint.path, params, chosen)
-    return chosen
+    module = gpt.build(checkpoint.config, checkpoint.vocab_size)
+    layout = trace_layout(module, params, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    recipe.check(request, params, chosen, layout=layout)
+    return chosen, layout
 
 
 def plan(given: RequestSettings, progress: Progress, console: Console) -> None:
@@ -42,9 +58,8 @@ def plan(given: RequestSettings, progress: Progress, console: Console) -> None:
     request = recipe_of(given)
     checkpoint = opened(given, progress)
     check_trajectory(request, tracked.there(checkpoint.path), given.model)
-    chosen = chosen_weights(request, checkpoint, given)
+    chosen, _ = chosen_weights(request, checkpoint, given)
     params = choice.abstract_params(checkpoint)
-    recipe.check(request, params, chosen)
     table = Table(title=escape(str(checkpoint.path)))
     for heading in ("tensor", "shape", "weights", "prunable?"):
         table.add_column(
