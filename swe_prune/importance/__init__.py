@@ -151,7 +151,10 @@ def _check_given(
         inputs = math.prod(weight.shape[axis] for axis in input_axes(path, weight.shape))
         fits, wanted = value.shape == (inputs, inputs), f"{inputs} inputs"
     else:
-        fits, wanted = _spreads(value.shape, weight.shape), f"the shape {weight.shape}"
+        # An input norm spreads over the outputs; a statistic belongs to one weight each.
+        same = value.shape == weight.shape
+        fits = same or (need not in BUFFERS and _spreads(value.shape, weight.shape))
+        wanted = f"the shape {weight.shape}"
     if not fits:
         raise InputError(
             f"{need!r} of {path!r} has shape {value.shape} and the weight {wanted}; measure it on "

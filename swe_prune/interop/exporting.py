@@ -32,6 +32,7 @@ from swe_prune.interop.pruning_record import PruningRecord, record_file
 from swe_prune.interop.slices import StoredTensor, bind
 from swe_prune.interop.tensor_names import SAFETENSORS
 from swe_prune.interop.weights_file import write_folder
+from swe_prune.masks.fitting import check_mask
 
 COPIED = (
     "generation_config.json",
@@ -90,7 +91,7 @@ def export(
     if (mask is None) != (record is None):
         raise InputError("a mask and a PruningRecord belong together; give both or neither")
     if mask is not None:
-        _check_mask(mask, params)
+        check_mask(mask, params)
     # Check everything before anything is written.
     leaves = dict(tree.named_leaves(params))
     bound = _bound(model, leaves)
@@ -202,17 +203,6 @@ def _copy_or_write_tokenizer(model: Pretrained, folder: Path) -> None:
         }
         said = {key: value for key, value in said.items() if value is not None}
         _write_json(folder / "generation_config.json", said)
-
-
-def _check_mask(mask: PyTree, params: PyTree) -> None:
-    def check(name: str, keep: Any, weight: Any) -> None:
-        if keep is not None and jnp.shape(keep) != jnp.shape(weight):
-            raise InputError(
-                f"the mask of {name!r} must have the weight's shape {jnp.shape(weight)}, got "
-                f"{jnp.shape(keep)}; make the mask from scores of these parameters"
-            )
-
-    tree.map_leaves(check, mask, params)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from swe_prune import importance, masks, schedules, select, tree
 from swe_prune.errors import InputError
-from swe_prune.sparse_training.masked import check_fits
+from swe_prune.masks.fitting import check_fits
 
 _NOT_MONOTONE = {"reduce": ("l2", "abs_sum"), "across": ("prod",)}
 
