@@ -56,6 +56,8 @@ class Recipe:
         method: Name of a method of `blockwise.METHODS`, which prunes one block after the other and
             takes the place of a criterion.
         seed: Seed of random draws.
+        zeros: What becomes of weights that are 0 already: "keep" counts them as removed first,
+            "free" treats them like the others; see `importance.score`.
     """
 
     criterion: str | None = None
@@ -67,6 +69,7 @@ class Recipe:
     pattern: str | None = None
     method: str | None = None
     seed: int = 0
+    zeros: str = "keep"
 
     @property
     def name(self) -> str:
@@ -205,6 +208,7 @@ def _check_ranking(recipe: Recipe) -> None:
 def _check_amount(recipe: Recipe) -> None:
     """Checks sparsity, rate, scope and allocation, and that they fit together."""
     check_choice(recipe.scope, masks.SCOPES, "scope")
+    check_choice(recipe.zeros, importance.ZEROS, "zeros")
     if recipe.allocation is not None:
         allocation.get(recipe.allocation).check_options(())
     if recipe.rate is not None:
@@ -436,7 +440,9 @@ def prune(
         raise InputError(f"method {recipe.method!r} prunes block by block; give model= and blocks=")
     scores = None
     if recipe._allocates_by("scores"):
-        scores = importance.score("wanda", values, measured=evidence.measured, prunable=prunable)
+        scores = importance.score(
+            "wanda", values, measured=evidence.measured, prunable=prunable, zeros=recipe.zeros
+        )
     amount = allocate(recipe, scores, **context)
     if offload:
         values = jax.tree.map(np.asarray, values)
@@ -451,6 +457,7 @@ def prune(
         prunable=prunable,
         offload=offload,
         progress=progress,
+        zeros=recipe.zeros,
         **recipe.options,
     )
     return masks.apply(pruned, mask), mask
@@ -479,10 +486,19 @@ def score(
     reads_moment = "second_moment" in criterion.needs
     opt_state = evidence.opt_state if reads_moment else None
     measured = {need: evidence.measured[need] for need in recipe.needs & set(evidence.measured)}
+    # The compiled program cannot look at values, so what says nothing is refused before it.
+    moments = measured.get("second_moment")
+    if moments is None and opt_state is not None:
+        moments = importance.second_moment(opt_state, params)
+    if moments is not None and prunable is not None:
+        moments = tree.map_leaves(lambda _, chosen, v: v if chosen else None, prunable, moments)
+    importance.check_informative(criterion, evidence.stats, moments)
     options = tuple(sorted(recipe.options.items()))
     chosen, structure = jax.tree.flatten(prunable)
     make = _compile_score if _all_arrays(params, opt_state) else _score_fn
-    scored = make(str(recipe.criterion), structure, tuple(chosen), recipe.seed, options)
+    scored = make(
+        str(recipe.criterion), structure, tuple(chosen), recipe.seed, recipe.zeros, options
+    )
     return scored(params, evidence.stats, opt_state, measured)
 
 
@@ -495,6 +511,7 @@ def _score_fn(
     structure: Any,
     chosen: tuple[bool, ...],
     seed: int,
+    zeros: str,
     options: tuple[tuple[str, Any], ...],
 ) -> Callable[..., PyTree]:
     prunable = structure.unflatten(chosen)
@@ -508,6 +525,7 @@ def _score_fn(
             measured=measured,
             prunable=prunable,
             seed=seed,
+            zeros=zeros,
             **dict(options),
         )
 

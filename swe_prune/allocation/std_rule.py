@@ -48,8 +48,12 @@ def gaussian_rate(sparsity: float) -> float:
 
 
 def std_threshold(score: Float[Array, "..."], rate: float | Array, spread: Any = None) -> Array:
-    """Returns the threshold spread · rate of one tensor, by default with std(score, ddof=1)."""
+    """Returns the threshold spread · rate of one tensor, by default with std(score, ddof=1).
+
+    A score of −inf, of a weight that was removed before, counts as 0.
+    """
     if spread is None:
+        score = jnp.where(score == -jnp.inf, 0, score)
         # A single element has spread 0, like any constant tensor.
         spread = jnp.std(score, ddof=min(1, score.size - 1))
     return spread * jnp.asarray(rate, jnp.float32)
@@ -65,7 +69,7 @@ def reject_no_spread(names: Sequence[str], undefined: Sequence[Array]) -> None:
     for name, without in zip(names, jax.device_get(list(undefined)), strict=True):
         if without:
             raise InputError(
-                f"the scores of {name!r} have no standard deviation, because some are infinite or "
+                f"the scores of {name!r} have no standard deviation, because some are +inf or "
                 "their squares overflow; find out where the weights diverged, or prune by sparsity"
             )
 

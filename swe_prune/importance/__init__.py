@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from swe_prune import tree
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, check_choice
 from swe_prune.importance import (
     activation,
     bezier,
@@ -22,15 +22,22 @@ from swe_prune.importance import (
     hessian,
     magnitude,
 )
+from swe_prune.importance.choice import Best, best, tracked
+from swe_prune.importance.informative import check_informative, check_snapshots
 from swe_prune.importance.registry import MEASURED, Criterion, get, names, register
 from swe_prune.importance.second_moment import has_second_moment, second_moment
 from swe_prune.trajectory import BUFFERS, TrajectoryStats, read
 
 __all__ = [
     "MEASURED",
+    "ZEROS",
+    "Best",
     "Criterion",
     "activation",
+    "best",
     "bezier",
+    "check_informative",
+    "check_snapshots",
     "curvature",
     "from_trajectory",
     "get",
@@ -42,7 +49,12 @@ __all__ = [
     "register",
     "score",
     "second_moment",
+    "tracked",
 ]
+
+
+ZEROS = ("keep", "free")
+"""What becomes of weights that are 0 before pruning; see `score`."""
 
 
 def score(
@@ -54,6 +66,7 @@ def score(
     measured: Mapping[str, PyTree] | None = None,
     prunable: PyTree | None = None,
     seed: int = 0,
+    zeros: str = "keep",
     input_axes: Callable[[str, tuple[int, ...]], tuple[int, ...]] = tree.input_axes,
     **options: Any,
 ) -> PyTree:
@@ -71,22 +84,28 @@ def score(
         prunable: bool pytree; None: the weights that `stats` tracks, or without statistics
             `tree.prunable(params)`.
         seed: for random draws; each tensor draws from its own stream, named by its path.
+        zeros: What becomes of weights that are exactly 0 already. "keep": their score is −inf, so
+            they are removed before every other weight and count in the sparsity, whatever the
+            criterion; a criterion's own −inf becomes the lowest finite float. "free": they are
+            scored like the others and may return while training goes on.
         input_axes: along which axes the inputs of a kernel run; the default knows Flax.
         **options: of the criterion, such as `power`.
 
     Raises:
-        InputError: unknown name or option, a need that was not given, or one of another shape.
+        InputError: unknown name or option, a need that was not given, or one of another shape, or
+            that says nothing: statistics without a snapshot, second moments that are all 0.
 
     >>> score("magnitude", {"up": {"kernel": jnp.array([[1.0, -2.0]])}})["up"]["kernel"].tolist()
     [[1.0, 2.0]]
     """
     criterion = get(name)
     criterion.check_options(options)
+    check_choice(zeros, ZEROS, "zeros")
     needed = _gather(criterion, params, stats, opt_state, measured or {})
     if prunable is not None and not any(jax.tree.leaves(prunable)):
         raise InputError("no weight is prunable, so there is nothing to score; widen the rules")
     if prunable is None:
-        prunable = _tracked(params, stats) if stats is not None else tree.prunable(params)
+        prunable = tracked(params, stats) if stats is not None else tree.prunable(params)
 
     def leaf(path: str, weight: Any, chosen: bool, *values: Any) -> Any:
         if not chosen:
@@ -100,9 +119,24 @@ def score(
             given["inputs"] = input_axes(path, weight.shape)
         if "key" in criterion.needs:
             given["key"] = tree.named_key(jax.random.key(seed), path)
-        return criterion.function(**given, **options).astype(jnp.float32)
+        scored = criterion.function(**given, **options).astype(jnp.float32)
+        return scored if zeros == "free" else _zeros_last(scored, weight)
 
-    return tree.map_named(leaf, params, prunable, *needed.values())
+    scores = tree.map_named(leaf, params, prunable, *needed.values())
+    check_informative(criterion, stats, _of_prunable(needed.get("second_moment"), prunable))
+    return scores
+
+
+def _zeros_last(scores: Array, weight: Any) -> Array:
+    """Returns scores that are −inf where the weight is 0, and nowhere else."""
+    above = jnp.maximum(scores, jnp.finfo(jnp.float32).min)  # NaN stays NaN, to be refused
+    return jnp.where((jnp.asarray(weight) == 0) & ~jnp.isnan(scores), -jnp.inf, above)
+
+
+def _of_prunable(values: PyTree | None, prunable: PyTree) -> PyTree | None:
+    if values is None:
+        return None
+    return tree.map_leaves(lambda _, chosen, value: value if chosen else None, prunable, values)
 
 
 def _gather(
@@ -168,8 +202,3 @@ def _spreads(shape: tuple[int, ...], onto: tuple[int, ...]) -> bool:
         return jnp.broadcast_shapes(shape, onto) == onto
     except ValueError:
         return False
-
-
-def _tracked(params: PyTree, stats: TrajectoryStats) -> PyTree:
-    buffer = next(iter(stats.buffers.values()))
-    return tree.map_named(lambda _, weight, tracked: tracked is not None, params, buffer)

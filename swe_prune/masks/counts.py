@@ -81,3 +81,22 @@ def revived(params: PyTree, mask: PyTree) -> counting.Count:
     found: list[Array] = []
     map_masked(lambda weight, keep: found.append(~keep & (weight != 0)), params, mask)
     return counting.count_true(found)
+
+
+def zeros(params: PyTree, mask: PyTree) -> int:
+    """Returns how many of the weights that have a mask are exactly 0.
+
+    Args:
+        params: Pytree of weights.
+        mask: Bool pytree, None where dense.
+
+    Raises:
+        InputError: The mask is not one of these parameters.
+
+    >>> import jax.numpy as jnp
+    >>> zeros({"w": jnp.array([0.5, 0.0])}, {"w": jnp.array([False, True])})
+    1
+    """
+    found: dict[str, Array] = {}
+    map_masked(lambda weight, keep: found.setdefault(str(len(found)), weight == 0), params, mask)
+    return sum(int(n) for n in jax.device_get(kept_counts(found)).values())

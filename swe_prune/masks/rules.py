@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from swe_prune import allocation, counting, patterns, select, tree
 from swe_prune.errors import InputError, did_you_mean
+from swe_prune.masks import removed
 from swe_prune.masks.counts import kept_counts
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
@@ -22,7 +23,9 @@ InputAxes = Callable[[str, tuple[int, ...]], tuple[int, ...]]
 def by_std(scores: PyTree, rate: float | Array, *, spread: float | None = None) -> PyTree:
     """Returns masks by the paper's rule, score > std(score) · rate in every tensor.
 
-    The standard deviation is the unbiased one over the whole tensor. The rate is a multiplier: see
+    The standard deviation is the unbiased one over the whole tensor, in which a weight that is
+    removed already (a score of −inf, as `importance.score` gives it to a weight that is 0) counts
+    as 0. The rate is a multiplier: see
     `allocation.gaussian_sparsity` for the sparsity to expect.
 
     Args:
@@ -33,7 +36,7 @@ def by_std(scores: PyTree, rate: float | Array, *, spread: float | None = None) 
 
     Raises:
         InputError: The rate is negative, not finite or removes every weight, or a score is NaN or
-            infinite, which leaves no standard deviation.
+            +inf, which leaves no standard deviation.
 
     >>> by_std({"w": jnp.array([0.0, 1.0, 5.0])}, 1.0)["w"].tolist()
     [False, False, True]
@@ -79,6 +82,11 @@ def by_sparsity(
     input_axes: InputAxes = tree.input_axes,
 ) -> PyTree:
     """Returns masks that remove exactly the requested share of the lowest scores.
+
+    A score of −inf says that a weight is removed already, as `importance.score` says of one that
+    is 0. Such weights go whatever the sparsity, and count in it first; a sparsity below theirs
+    removes them alone. A unit of a pattern counts as removed when all its weights are; else they
+    add nothing to its score.
 
     With a pattern, weights are removed in units and the sparsity is met in units. Sparsity is the
     share removed, while n:m names the number kept. The count is exact, also when scores tie.
@@ -150,7 +158,7 @@ def by_sparsity(
         return _normal_axes(name, shape, input_axes)
 
     # Everything else is ranked in units, of one weight each without a pattern.
-    units = patterns.units(
+    units = removed.units_with_removed_last(
         pattern, named, axes_of, reduce=reduce, across=across, couplings=couplings
     )
     if scope == "global":
@@ -310,4 +318,5 @@ def _scored(scores: PyTree) -> dict[str, Array]:
 
 def _like(scores: PyTree, named: dict[str, Array], kept: Any) -> PyTree:
     by_name = kept if isinstance(kept, dict) else dict(zip(named, kept, strict=True))
+    by_name = removed.without_removed(named, by_name)
     return tree.map_named(lambda name, _: by_name.get(name), scores)

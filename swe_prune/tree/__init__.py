@@ -16,6 +16,9 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from swe_prune.errors import InputError
 from swe_prune.tree import pairing
+from swe_prune.tree.holders import Held as Held
+from swe_prune.tree.holders import held as held
+from swe_prune.tree.holders import opt_state_of as opt_state_of
 from swe_prune.tree.pairing import is_absent as is_absent
 from swe_prune.tree.pairing import short as short
 

@@ -5,7 +5,7 @@ a FrozenDict for a dict, an `nnx.State` for its pure dict, a `nnx.Param` for its
 a leaf is the same in all of them, so leaves are paired by name wherever the structures differ.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
         InputError: If two leaves have the same name.
     """
     leaves, treedef = _keys_checked(tree)
-    names = [name for name, _ in _named(tree)]
+    names = [name for name, _ in named(tree)]
     if len(set(names)) != len(names):
         seen: set[str] = set()
         twice = next(name for name in names if name in seen or seen.add(name))
@@ -63,19 +63,26 @@ def _keys_checked(tree: PyTree) -> tuple[list[Any], Any]:
         ) from None
 
 
-def _boxes_whole(tree: PyTree) -> list[tuple[Any, Any]]:
+def _boxes_whole(
+    tree: PyTree, is_leaf: Callable[[Any], bool] = is_absent
+) -> list[tuple[Any, Any]]:
     return jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: is_absent(node) or is_box(node)
+        tree, is_leaf=lambda node: is_leaf(node) or is_box(node)
     )[0]
 
 
-def _named(tree: PyTree) -> list[tuple[str, Any]]:
-    """Returns (name, leaf), where a box has the name of its place."""
+def named(tree: PyTree, is_leaf: Callable[[Any], bool] = is_absent) -> list[tuple[str, Any]]:
+    """Returns (name, leaf) of every leaf, where a box adds nothing to the name.
+
+    Args:
+        tree: Pytree.
+        is_leaf: Function that returns whether a node has no children.
+    """
     found = []
-    for path, node in _boxes_whole(tree):
+    for path, node in _boxes_whole(tree, is_leaf):
         inside = [((), node)]
         if is_box(node):
-            inside = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_absent)[0]
+            inside = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_leaf)[0]
         for rest, leaf in inside:
             keys = (*path, *rest[1:])
             found.append((jax.tree_util.keystr(keys, simple=True, separator="/"), leaf))
@@ -98,17 +105,17 @@ def aligned(names: Sequence[str], tree: PyTree, treedef: Any, other: PyTree) -> 
     other_names, leaves, other_treedef = flatten(other)
     if other_treedef == treedef:
         return leaves
-    named = dict(zip(other_names, leaves, strict=True))
+    by_name = dict(zip(other_names, leaves, strict=True))
     known = set(names)
-    missing = set(names) - named.keys()
+    missing = set(names) - by_name.keys()
     if missing:
         missing -= _may_lack(tree)
-    extra = {name for name, leaf in named.items() if name not in known and not is_absent(leaf)}
+    extra = {name for name, leaf in by_name.items() if name not in known and not is_absent(leaf)}
     if extra:
         extra -= _may_lack(other)
     if missing or extra:
         raise InputError(_difference(missing, extra))
-    return [named.get(name) for name in names]
+    return [by_name.get(name) for name in names]
 
 
 def _may_lack(tree: PyTree) -> set[str]:
@@ -118,7 +125,7 @@ def _may_lack(tree: PyTree) -> set[str]:
         state = isinstance(node, nnx.Variable) and not isinstance(node, nnx.Param)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if state:
-            found |= {n for n, _ in _named(node)} | {name}
+            found |= {n for n, _ in named(node)} | {name}
         elif is_absent(node) or callable(node) or isinstance(node, str):
             found.add(name)
     return found
@@ -136,6 +143,12 @@ def _difference(missing: set[str], extra: set[str]) -> str:
         f"two pytrees that belong together differ in structure at {short(first)!r} ({which})"
         f"{told}; {hint}"
     )
+
+
+def emptied(tree: PyTree) -> PyTree:
+    """Returns a pytree of the same containers with None for every leaf."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_absent)
+    return treedef.unflatten([None] * len(leaves))
 
 
 def short(name: str) -> str:
