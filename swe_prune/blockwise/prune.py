@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, PyTree
 
-from swe_prune import counting, patterns, select, tree
+from swe_prune import counting, importance, patterns, select, tree
 from swe_prune.allocation import Allocation
 from swe_prune.blockwise import block_graph, wanda
 from swe_prune.blockwise.sparsegpt import BLOCK, SolverReport, check_sparsity, sparsegpt
@@ -59,6 +59,7 @@ class _Plan:
     block: int
     damping: float
     donate: bool
+    keep_zeros: bool
 
     @property
     def hessian(self) -> bool:
@@ -85,6 +86,7 @@ def prune_blocks(
     damping: float = 0.01,
     offload: bool = False,
     donate: bool = False,
+    zeros: str = "keep",
     progress: Callable[[KernelReport], None] | None = None,
 ) -> tuple[PyTree, PyTree, tuple[KernelReport, ...]]:
     """Returns the parameters pruned, the masks, and a report of each kernel in its order.
@@ -115,6 +117,8 @@ def prune_blocks(
         donate: give up each kernel that is pruned, so that the weights are in memory once: jax
             arrays are deleted, and numpy arrays that can be written hold the result. An error
             half-way leaves some of them so.
+        zeros: What becomes of weights that are 0 already: "keep", removed first and counted in the
+            sparsity; or "free".
         progress: called with the report of every kernel as soon as it is pruned.
 
     Returns:
@@ -129,6 +133,7 @@ def prune_blocks(
     """
     params = measuring.params_of(variables)
     check_choice(method, METHODS, "method")
+    check_choice(zeros, importance.ZEROS, "zeros")
     paths = block_graph.find([name for name, _ in tree.named_leaves(params)], blocks)
     chosen = measuring.wanted_shapes(params, prunable)
     shapes = {
@@ -137,7 +142,7 @@ def prune_blocks(
         if any(name.startswith(path + "/") for path in paths)
     }
     shares = _shares(shapes, sparsity, pattern)
-    plan = _Plan(method, shares, pattern, block, damping, donate)
+    plan = _Plan(method, shares, pattern, block, damping, donate, zeros == "keep")
     run = functools.partial(call or measuring.applied, model)
     wires, states, counts = _captured(run, variables, batches, paths, offload)
     pruned: dict[str, Any] = {}
@@ -449,9 +454,13 @@ def _kernel(
             plan.pattern,
             plan.block,
             plan.damping,
+            "keep" if plan.keep_zeros else "free",
         )
     else:
-        mask_RxC = _ranked(name, _scores(weight_RxC, sums and sums["square"], n), share, plan)
+        score_RxC = _scores(weight_RxC, sums and sums["square"], n)
+        if plan.keep_zeros:
+            score_RxC = _zeros_last(score_RxC, weight_RxC)
+        mask_RxC = _ranked(name, score_RxC, share, plan)
         weight_RxC = _zeroed(weight_RxC, mask_RxC)
     removed = mask_RxC.size - int(_count_true(mask_RxC))
     return (
@@ -465,6 +474,11 @@ def _kernel(
 def _scores(weight_RxC: Array, square: Array | None, n: int) -> Array:
     score_RxC = jnp.abs(weight_RxC.astype(jnp.float32))
     return score_RxC if square is None else score_RxC * jnp.sqrt(square / n).reshape(-1, 1)
+
+
+@jax.jit
+def _zeros_last(score_RxC: Array, weight_RxC: Array) -> Array:
+    return jnp.where((weight_RxC == 0) & ~jnp.isnan(score_RxC), -jnp.inf, score_RxC)
 
 
 @jax.jit
@@ -483,10 +497,14 @@ def _scaled(sum_RxR: Array, factor: float) -> Array:
 
 
 def _ranked(name: str, score_RxC: Array, share: float, plan: _Plan) -> Array:
+    there_RxC = score_RxC != -jnp.inf  # what was 0 before
     if plan.pattern is not None:
-        return patterns.n_of_m_mask(score_RxC, *patterns.parse_n_of_m(plan.pattern), name)
+        n, m = patterns.parse_n_of_m(plan.pattern)
+        return patterns.n_of_m_mask(score_RxC, n, m, name) & there_RxC
     if plan.method == "magnitude":
-        return select.top_k_mask(score_RxC, score_RxC.size - int(score_RxC.size * share), name=name)
+        keep = score_RxC.size - int(score_RxC.size * share)
+        return select.top_k_mask(score_RxC, keep, name=name) & there_RxC
     if plan.method == "wanda":  # rounded and with its ties broken as in the reference
         return wanda.wanda_mask(score_RxC, share, rounding="down", ties="last")
-    return wanda.wanda_variant_mask(score_RxC, share)
+    # The variant adds scores up, to which a weight that is gone adds nothing.
+    return wanda.wanda_variant_mask(jnp.where(there_RxC, score_RxC, 0), share) & there_RxC

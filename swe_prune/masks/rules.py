@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from swe_prune import allocation, counting, patterns, select, tree
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.masks import removed
+from swe_prune.masks import ties as undecided
 from swe_prune.masks.counts import kept_counts
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
@@ -54,6 +55,7 @@ def by_std(scores: PyTree, rate: float | Array, *, spread: float | None = None) 
         counts = kept_counts(dict(zip(named, kept, strict=True)))
         if not any(int(n) for n in counts.values()):
             raise InputError(f"rate = {rate!r} prunes every weight; lower it")
+        undecided.warn(named, dict(zip(named, kept, strict=True)), ranked=False)
     return _like(scores, named, kept)
 
 
@@ -139,9 +141,13 @@ def by_sparsity(
     elif not isinstance(sparsity, Tracer):
         sparsity = _concrete(sparsity)
         allocation.check_sparsity(sparsity)
+
+    def axes_of(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return _normal_axes(name, shape, input_axes)
+
     # n:m and rows rank the inputs of each output, so they need the axes, not units.
     if pattern is not None and patterns.is_n_of_m(pattern):
-        return _like(scores, named, _n_of_m(named, sparsity, pattern, ties, input_axes))
+        return _like(scores, named, _n_of_m(named, sparsity, pattern, ties, input_axes), "n:m")
     if scope == "row":
         if pattern is not None:
             raise InputError(
@@ -152,10 +158,7 @@ def by_sparsity(
             name: _by_row(name, score, sparsity, rounding, ties, input_axes)
             for name, score in named.items()
         }
-        return _like(scores, named, kept)
-
-    def axes_of(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return _normal_axes(name, shape, input_axes)
+        return _like(scores, named, kept, "row", lambda name: axes_of(name, named[name].shape))
 
     # Everything else is ranked in units, of one weight each without a pattern.
     units = removed.units_with_removed_last(
@@ -169,7 +172,7 @@ def by_sparsity(
     kept = {}
     for one, mask in zip(units, kept_units, strict=True):
         kept |= one.spread(mask)
-    return _like(scores, named, kept)
+    return _like(scores, named, kept, "units" if pattern else scope)
 
 
 def _keep(size: int, sparsity: Any, rounding: str) -> Any:
@@ -316,7 +319,26 @@ def _scored(scores: PyTree) -> dict[str, Array]:
     return named
 
 
-def _like(scores: PyTree, named: dict[str, Array], kept: Any) -> PyTree:
+def _like(
+    scores: PyTree,
+    named: dict[str, Array],
+    kept: Any,
+    ranked: str = "",
+    axes: Callable[[str], tuple[int, ...] | None] = lambda name: None,
+) -> PyTree:
+    """Returns masks like the scores, and warns where the scores have not decided them.
+
+    Args:
+        scores: Pytree of scores, None where dense.
+        named: Scores by name.
+        kept: Masks by name, or in the order of the names.
+        ranked: Scope of the ranks of single weights, or another word. Empty: nothing to check.
+        axes: Function from a name to the axes of a rank, for "row".
+    """
     by_name = kept if isinstance(kept, dict) else dict(zip(named, kept, strict=True))
     by_name = removed.without_removed(named, by_name)
+    if ranked and not select.is_traced(named, by_name):
+        undecided.warn(
+            named, by_name, axes=axes, together=ranked == "global", ranked=ranked in SCOPES
+        )
     return tree.map_named(lambda name, _: by_name.get(name), scores)

@@ -57,5 +57,5 @@ def ste_magnitude(
     [[0.0, -3.0]]
     """
     fixed = jax.lax.stop_gradient(params)
-    scores = importance.score("magnitude", fixed, prunable=prunable)
+    scores = importance.score("magnitude", fixed, prunable=prunable, zeros="free")
     return straight_through(params, masks.by_sparsity(scores, sparsity, scope))

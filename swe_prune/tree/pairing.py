@@ -63,9 +63,7 @@ def _keys_checked(tree: PyTree) -> tuple[list[Any], Any]:
         ) from None
 
 
-def _boxes_whole(
-    tree: PyTree, is_leaf: Callable[[Any], bool] = is_absent
-) -> list[tuple[Any, Any]]:
+def _boxes_whole(tree: PyTree, is_leaf: Callable[[Any], bool] = is_absent) -> list[tuple[Any, Any]]:
     return jax.tree_util.tree_flatten_with_path(
         tree, is_leaf=lambda node: is_leaf(node) or is_box(node)
     )[0]
