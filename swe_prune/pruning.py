@@ -21,12 +21,18 @@ class Pruned:
     """Result of `prune`; printed, it says what was done.
 
     Attributes:
-        params: Weights with exact zeros, of the same structure and dtypes as given.
-        masks: Bool pytree, None where dense; the argument of `masks.keep` for fine-tuning.
+        params: What was given, with exact zeros: an object of the same kind and dtypes.
+        masks: Bool pytree like the weights that the optimizer trains, None where dense; the
+            argument of `masks.keep` for fine-tuning. For an NNX module it is like
+            `nnx.state(module, nnx.Param)`, for a training state like its `params`, for Linen's
+            variables like the variables.
         summary: Counts of retained weights, per tensor and in all.
         recipe: Request that was carried out.
         why: Reason for the criterion.
         dense: Number of weights that stay dense, by reason.
+        zeros_before: Number of prunable weights that were 0 when they were given.
+        zeros_after: Number of prunable weights that are 0 in `params`; more than the masks hold
+            only with `zeros="free"`.
     """
 
     params: PyTree
@@ -35,6 +41,8 @@ class Pruned:
     recipe: Recipe
     why: str
     dense: dict[str, int]
+    zeros_before: int = 0
+    zeros_after: int = 0
 
     @property
     def criterion(self) -> str:
@@ -69,15 +77,29 @@ class Pruned:
                 for name, tally in done.tensors.items()
             ),
         ]
+        if self.zeros_before:
+            lines.append(self._told_of_zeros())
         if self.dense:
             told = ", ".join(f"{count:,} ({why})" for why, count in self.dense.items())
             lines.append(f"Dense, as they were: {told}.")
         lines.append("To fine-tune: masks.keep(optimizer, pruned.masks) holds the zeros.")
         return "\n".join(lines)
 
+    def _told_of_zeros(self) -> str:
+        before, after = self.zeros_before, self.zeros_after
+        if self.recipe.zeros == "free":
+            return (
+                f"{before:,} were 0 already: {100 * after / self.summary.total:.1f} % of the "
+                "result are 0, of which masks.keep holds those removed here."
+            )
+        asked = self.recipe.target
+        less = asked is not None and self.summary.pruned == before
+        start = f"Asked for {100 * (asked or 0):.1f} %; " if less else ""
+        return f"{start}{before:,} were 0 already and stay so; zeros='free' lets them go."
+
 
 def prune(
-    params: PyTree,
+    params: Any,
     sparsity: float | None = None,
     *,
     stats: TrajectoryStats | None = None,
@@ -89,6 +111,7 @@ def prune(
     rate: float | None = None,
     prunable: PyTree | None = None,
     seed: int = 0,
+    zeros: str = "keep",
     verbose: bool = True,
     **options: Any,
 ) -> Pruned:
@@ -100,15 +123,23 @@ def prune(
     rank all tensors together, the others rank within each tensor. Embeddings, norms, biases and
     the output head stay dense.
 
+    Where the optimizer has a second moment of some tensors only, such as Muon, `multi_transform` or
+    frozen weights, the others rank by the same criterion with a constant in its place, which is
+    `magnitude` or `forecast`. Scores with and without it have no common scale, so each tensor then
+    loses the same share; with `scope="global"` all rank by `magnitude`. `Pruned.why` says so.
+
     Call it outside of jit. For block-by-block methods, allocations and schedules see `recipe`,
     `blockwise`, `allocation` and `schedules`.
 
     Args:
-        params: Pytree of weights: a Linen dict, an nnx.State, an Equinox module, or any other.
+        params: Pytree of weights: a Linen dict, an nnx.State, an Equinox module, or any other. Or
+            what holds weights, of which a new one is returned: an NNX module; a training state with
+            `params`, whose `opt_state` is used unless one is given; Linen's variables, of which
+            only "params" is pruned.
         sparsity: Share of the prunable weights to remove, in [0, 1). None: what an n:m pattern
             fixes, or 0.5.
         stats: Trajectory statistics, as `trajectory.update` returns them.
-        opt_state: State of the optimizer that trained the weights.
+        opt_state: State of the optimizer that trained the weights, or an `nnx.Optimizer`.
         measured: Calibration results by need, as `calibration.inputs` and `calibration.gradients`
             return them.
         criterion: Name of a registered criterion; see `importance.names()`.
@@ -119,51 +150,82 @@ def prune(
         prunable: Bool pytree. None: the weights that `stats` tracks, or the rules of
             `tree.prunable`.
         seed: Seed of criteria that draw random numbers.
+        zeros: What becomes of weights that are 0 already. "keep": they count as removed first, so
+            that the sparsity is never below theirs. "free": they rank like the others.
         verbose: Whether to print the summary.
         **options: Options of the criterion.
 
     Raises:
-        InputError: A request that cannot work, or missing inputs; see `recipe.check` and
-            `importance.score`.
+        InputError: A request that cannot work, or missing inputs; statistics without a snapshot, or
+            second moments that are all 0; see `recipe.check` and `importance.score`.
 
     >>> import jax.numpy as jnp
     >>> prune({"up": {"kernel": jnp.array([[1.0, -3.0, 2.0, 0.5]])}}, verbose=False).summary.kept
     2
     """
-    why = "it was asked for"
-    if criterion is None:
-        criterion, why = _choose(params, stats, opt_state)
-    if scope is None:
-        curved = "second_moment" in importance.get(criterion).needs
-        scope = "global" if curved and pattern is None and rate is None else "tensor"
-    recipe = Recipe(criterion, options, None, sparsity, rate, scope, pattern, seed=seed)
-    if sparsity is None and rate is None and not recipe.n_of_m:
-        recipe = dataclasses.replace(recipe, sparsity=0.5)
-    check(recipe)
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params)):
+    holder = tree.held(params)
+    weights = holder.weights
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(weights)):
         raise InputError(
             "swe_prune.prune counts and reports, which a traced program cannot; call it outside "
             "of jit, or use importance.score and masks.by_sparsity inside"
         )
-    evidence = Evidence(stats, opt_state, measured or {})
-    new_params, mask = prune_by(recipe, params, evidence, prunable=prunable)
-    pruned = Pruned(new_params, mask, masks.summary(mask), recipe, why, _dense(params, mask))
+    evidence, prunable = _given(holder, stats, opt_state, measured, prunable)
+    why = "it was asked for"
+    if criterion is None:
+        best = importance.best(weights, evidence.opt_state, evidence.stats, prunable, scope=scope)
+        criterion, why, scope = best.criterion, best.why, best.scope
+        evidence = dataclasses.replace(evidence, measured={**evidence.measured, **best.measured})
+    if scope is None:
+        curved = "second_moment" in importance.get(criterion).needs
+        scope = "global" if curved and pattern is None and rate is None else "tensor"
+    recipe = Recipe(
+        criterion,
+        options,
+        sparsity=sparsity,
+        rate=rate,
+        scope=scope,
+        pattern=pattern,
+        seed=seed,
+        zeros=zeros,
+    )
+    if sparsity is None and rate is None and not recipe.n_of_m:
+        recipe = dataclasses.replace(recipe, sparsity=0.5)
+    check(recipe)
+    new, mask = prune_by(recipe, weights, evidence, prunable=prunable)
+    pruned = Pruned(
+        holder.put_back(new),
+        holder.like(mask),
+        masks.summary(mask),
+        recipe,
+        why,
+        _dense(weights, mask),
+        masks.zeros(weights, mask),
+        masks.zeros(new, mask),
+    )
     if verbose:
         print(pruned)
     return pruned
 
 
-def _choose(
-    params: PyTree, stats: TrajectoryStats | None, opt_state: PyTree | None
-) -> tuple[str, str]:
-    tracked = stats is not None and "late_mean" in stats.measures
-    curved = opt_state is not None and importance.has_second_moment(opt_state, params)
-    if tracked and curved:
-        return "forecast_curvature", "it has the late mean and the optimizer's second moment"
-    if curved:
-        return "magnitude_curvature", "it has the optimizer's second moment, but no late mean"
-    lacks = "no optimizer state" if opt_state is None else "an optimizer without a second moment"
-    return "magnitude", f"it has {lacks}, and without curvature nothing does reliably better"
+def _given(
+    holder: tree.Held,
+    stats: TrajectoryStats | None,
+    opt_state: Any,
+    measured: Mapping[str, PyTree] | None,
+    prunable: PyTree | None,
+) -> tuple[Evidence, PyTree | None]:
+    """Returns what was given besides the weights, as pytrees like the weights alone."""
+    if stats is None and isinstance(holder.stats, TrajectoryStats):
+        stats = holder.stats
+    if stats is not None:
+        importance.check_snapshots(stats, stats.measures)
+        buffers = {name: holder.lower(part) for name, part in stats.buffers.items()}
+        stats = dataclasses.replace(stats, buffers=buffers)
+    opt_state = holder.opt_state if opt_state is None else tree.opt_state_of(opt_state)
+    measured = {need: holder.lower(values) for need, values in (measured or {}).items()}
+    prunable = None if prunable is None else holder.lower(prunable)
+    return Evidence(stats, opt_state, measured), prunable
 
 
 def _dense(params: PyTree, mask: PyTree) -> dict[str, int]:

@@ -57,6 +57,8 @@ class Recipe:
         method: Name of a method of `blockwise.METHODS`, which prunes one block after the other and
             takes the place of a criterion.
         seed: Seed of random draws.
+        zeros: What becomes of weights that are 0 already: "keep" counts them as removed first,
+            "free" treats them like the others; see `importance.score`.
     """
 
     criterion: str | None = None
@@ -68,6 +70,7 @@ class Recipe:
     pattern: str | None = None
     method: str | None = None
     seed: int = 0
+    zeros: str = "keep"
 
     @property
     def name(self) -> str:
@@ -208,6 +211,7 @@ def _check_ranking(recipe: Recipe) -> None:
 def _check_amount(recipe: Recipe) -> None:
     """Checks sparsity, rate, scope and allocation, and that they fit together."""
     check_choice(recipe.scope, masks.SCOPES, "scope")
+    check_choice(recipe.zeros, importance.ZEROS, "zeros")
     if recipe.allocation is not None:
         allocation.get(recipe.allocation).check_options(())
     if recipe.rate is not None:
@@ -442,7 +446,12 @@ def prune(
     scores = None
     if recipe._allocates_by("scores"):
         scores = importance.score(
-            "wanda", values, measured=evidence.measured, prunable=prunable, layout=layout
+            "wanda",
+            values,
+            measured=evidence.measured,
+            prunable=prunable,
+            layout=layout,
+            zeros=recipe.zeros,
         )
     amount = allocate(recipe, scores, **context)
     if offload:
@@ -458,6 +467,7 @@ def prune(
         prunable=prunable,
         offload=offload,
         progress=progress,
+        zeros=recipe.zeros,
         **recipe.options,
     )
     return masks.apply(pruned, mask), mask
@@ -491,12 +501,19 @@ def score(
     reads_moment = "second_moment" in criterion.needs
     opt_state = evidence.opt_state if reads_moment else None
     measured = {need: evidence.measured[need] for need in recipe.needs & set(evidence.measured)}
+    # The compiled program cannot look at values, so what says nothing is refused before it.
+    moments = measured.get("second_moment")
+    if moments is None and opt_state is not None:
+        moments = importance.second_moment(opt_state, params)
+    if moments is not None and prunable is not None:
+        moments = tree.map_leaves(lambda _, chosen, v: v if chosen else None, prunable, moments)
+    importance.check_informative(criterion, evidence.stats, moments)
     options = tuple(sorted(recipe.options.items()))
     chosen, structure = jax.tree.flatten(prunable)
     axes, axes_structure = jax.tree.flatten(layout, is_leaf=tree.is_none)
     make = _compile_score if _all_arrays(params, opt_state) else _score_fn
-    static = (structure, tuple(chosen), axes_structure, tuple(axes), recipe.seed, options)
-    scored = make(str(recipe.criterion), *static)
+    static = (structure, tuple(chosen), axes_structure, tuple(axes), recipe.seed)
+    scored = make(str(recipe.criterion), *static, recipe.zeros, options)
     return scored(params, evidence.stats, opt_state, measured)
 
 
@@ -511,6 +528,7 @@ def _score_fn(
     axes_structure: Any,
     axes: tuple[Any, ...],
     seed: int,
+    zeros: str,
     options: tuple[tuple[str, Any], ...],
 ) -> Callable[..., PyTree]:
     prunable, layout = structure.unflatten(chosen), axes_structure.unflatten(axes)
@@ -525,6 +543,7 @@ def _score_fn(
             prunable=prunable,
             layout=layout,
             seed=seed,
+            zeros=zeros,
             **dict(options),
         )
 

@@ -180,7 +180,10 @@ def update(stats: TrajectoryStats, params: PyTree) -> TrajectoryStats:
 
     Args:
         stats: Statistics from `init` or a previous update.
-        params: Pytree of weights with the structure given to `init`.
+        params: Pytree of weights with the names and shapes given to `init`.
+
+    Raises:
+        InputError: If a weight has another shape than its statistics, or the names differ.
     """
     count = stats.count + 1
     position = stats.start + count - stats.window_start + 1  # t' of this snapshot
@@ -191,8 +194,9 @@ def update(stats: TrajectoryStats, params: PyTree) -> TrajectoryStats:
     late_share = jnp.where(inside, weight / jnp.where(inside, weight_sum[0], 1.0), 0.0)
     share = 1.0 / count.astype(jnp.float32)
 
-    def leaf(_: Any, weight: Any, *old: Array) -> dict[str, Array]:
+    def leaf(name: str, _: Any, weight: Any, *old: Array) -> dict[str, Array]:
         before = dict(zip(stats.buffers, old, strict=True))
+        _check_shapes(name, weight, old, "the weight")
         return _advance(before, weight.astype(jnp.float32), late_share, share, stats.vote_rate)
 
     buffers = _per_leaf(leaf, stats.buffers, params, *stats.buffers.values())
@@ -270,7 +274,8 @@ def merge(a: TrajectoryStats, b: TrajectoryStats) -> TrajectoryStats:
         b: Statistics of the later snapshots.
 
     Raises:
-        InputError: If the two were created with different settings.
+        InputError: If the two were created with different settings, or for weights of different
+            names or shapes.
     """
     for field in ("measures", "power", "window_start", "vote_rate"):
         if getattr(a, field) != getattr(b, field):
@@ -290,7 +295,8 @@ def merge(a: TrajectoryStats, b: TrajectoryStats) -> TrajectoryStats:
     late_share = jnp.where(total > 0, b.weight_sum[0] / jnp.where(total > 0, total, 1.0), 0.0)
     between = share * a.count.astype(jnp.float32)
 
-    def leaf(_: Any, *both: Array) -> dict[str, Array]:
+    def leaf(name: str, _: Any, *both: Array) -> dict[str, Array]:
+        _check_shapes(name, both[0], both[1:], "the earlier statistics")
         x = dict(zip(a.buffers, both[: len(a.buffers)], strict=True))
         y = dict(zip(a.buffers, both[len(a.buffers) :], strict=True))
         return _joined(x, y, late_share, share, between, b.count > 0)
@@ -346,13 +352,29 @@ def _joined(
     return {name: new[name] for name in x}
 
 
+def _check_shapes(name: str, array: Any, others: Sequence[Any], what: str) -> None:
+    """Refuses arrays of one tensor that differ in shape, since they would broadcast."""
+    for other in others:
+        if other is None or jnp.shape(other) != jnp.shape(array):
+            found = "none" if other is None else f"of shape {jnp.shape(other)}"
+            raise InputError(
+                f"{what} of {tree.short(name)!r} has shape {jnp.shape(array)} and its statistics "
+                f"are {found}; track and update the same parameters"
+            )
+
+
 def _per_leaf(f: Any, buffers: dict[str, PyTree], *trees: PyTree) -> dict[str, PyTree]:
-    """Applies `f(leaf, *leaves of trees)` to each tracked tensor and collects the buffers."""
+    """Applies `f(name, leaf, *leaves of trees)` to each tracked tensor; returns the buffers."""
     first = next(iter(buffers.values()))
-    new = tree.map_tracked(f, first, *trees)
+    new: dict[str, dict[str, Array]] = {}
+
+    def leaf(name: str, *leaves: Any) -> Any:
+        new[name] = f(name, *leaves)
+
+    tree.map_named(leaf, first, *trees)
     return {
-        name: tree.map_tracked(lambda _, of_leaf, name=name: of_leaf[name], first, new)
-        for name in buffers
+        name: tree.map_named(lambda path, _, name=name: new[path][name], buffer)
+        for name, buffer in buffers.items()
     }
 
 

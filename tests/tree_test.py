@@ -109,10 +109,10 @@ def test_nnx_weights_are_chosen_by_the_same_rules():
 
     params = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
     parts = ("query", "key", "value", "out")
-    assert chosen(params) == {f"blocks/0/{part}/kernel/value" for part in parts}
+    assert chosen(params) == {f"blocks/0/{part}/kernel" for part in parts}
     shapes = {"query": (8, 2, 4), "key": (8, 2, 4), "value": (8, 2, 4), "out": (2, 4, 8)}
     for part, axes in zip(parts, [(0,)] * 3 + [(0, 1)], strict=True):
-        assert tree.input_axes(f"blocks/0/{part}/kernel/value", shapes[part]) == axes
+        assert tree.input_axes(f"blocks/0/{part}/kernel", shapes[part]) == axes
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from swe_prune.interop.pruning_record import PruningRecord, record_file
 from swe_prune.interop.slices import StoredTensor, bind
 from swe_prune.interop.tensor_names import SAFETENSORS
 from swe_prune.interop.weights_file import write_folder
+from swe_prune.masks.fitting import check_mask
 
 CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code")
 """Settings that name code of the source folder, which is not part of an export."""
@@ -76,7 +77,7 @@ def export(
     if (mask is None) != (record is None):
         raise InputError("a mask and a PruningRecord belong together; give both or neither")
     if mask is not None:
-        _check_mask(mask, params)
+        check_mask(mask, params)
     # Check everything before anything is written.
     leaves = dict(tree.named_leaves(params))
     bound = _bound(model, leaves)
@@ -215,17 +216,6 @@ def _without_code(content: Any) -> Any:
     if isinstance(content, Mapping):
         return {k: _without_code(v) for k, v in content.items() if k not in CODE_KEYS}
     return [_without_code(one) for one in content] if isinstance(content, list) else content
-
-
-def _check_mask(mask: PyTree, params: PyTree) -> None:
-    def check(name: str, keep: Any, weight: Any) -> None:
-        if keep is not None and jnp.shape(keep) != jnp.shape(weight):
-            raise InputError(
-                f"the mask of {name!r} must have the weight's shape {jnp.shape(weight)}, got "
-                f"{jnp.shape(keep)}; make the mask from scores of these parameters"
-            )
-
-    tree.map_leaves(check, mask, params)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ holding   apply a mask to weights; an optimizer that keeps pruned weights at 0
 counts    how many weights a mask keeps
 """
 
-from swe_prune.masks.counts import Summary, Tally, revived, summary
+from swe_prune.masks.counts import Summary, Tally, revived, summary, zeros
 from swe_prune.masks.holding import apply, hold_moments, keep
 from swe_prune.masks.rules import ROUNDINGS, SCOPES, by_sparsity, by_std
 
@@ -24,4 +24,5 @@ __all__ = [
     "keep",
     "revived",
     "summary",
+    "zeros",
 ]

@@ -44,6 +44,7 @@ def recipe_of(settings: RequestSettings) -> Recipe:
         pattern=settings.pattern,
         method=method,
         seed=settings.seed,
+        zeros=settings.zeros,
     )
     try:
         check(request, unavailable=_NO_OPTIMIZER)

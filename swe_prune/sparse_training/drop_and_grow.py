@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt32
 from swe_prune import counting, masks, select, tree
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.layout import copies_of
-from swe_prune.sparse_training.masked import check_fits
+from swe_prune.masks.fitting import check_fits
 
 REGROWN = ("keep", "reset")
 """Value of a weight that is dropped and grown in one update: "keep" its own, or "reset" to 0."""
