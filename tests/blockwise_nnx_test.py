@@ -85,9 +85,7 @@ def test_a_module_and_a_pure_dict_give_what_its_state_gives(given):
     arguments = {"blocks": BLOCKS, "sparsity": 0.5, "method": "sparsegpt"}
     before = jax.tree.map(jnp.copy, nnx.state(MODEL, nnx.Param))
     pruned, mask, _ = blockwise.prune_blocks(MODEL, params, BATCHES, **arguments)
-    wanted, _, _ = blockwise.prune_blocks(
-        MODEL, nnx.state(MODEL, nnx.Param), BATCHES, **arguments
-    )
+    wanted, _, _ = blockwise.prune_blocks(MODEL, nnx.state(MODEL, nnx.Param), BATCHES, **arguments)
     got = by_name(pruned)
     for name, leaf in by_name(wanted).items():
         np.testing.assert_array_equal(got[name], leaf, err_msg=name)

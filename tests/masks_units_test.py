@@ -162,7 +162,9 @@ def test_a_traced_sparsity_compiles_once():
     prune = jax.jit(lambda scores, s: masks.by_sparsity(scores, s, pattern="block:2x2"))
     for sparsity in (0.0, 0.3, 0.7):
         mask = prune(scores, jnp.float32(sparsity))
-        np.testing.assert_array_equal(mask["kernel"], of_units(scores["kernel"], "block:2x2", sparsity))
+        np.testing.assert_array_equal(
+            mask["kernel"], of_units(scores["kernel"], "block:2x2", sparsity)
+        )
     assert prune._cache_size() == 1
 
 

@@ -6,8 +6,8 @@ import pytest
 from swe_prune import importance
 from swe_prune.blockwise import sparsegpt
 from swe_prune.errors import InputError, RunError
-from swe_prune.layout import Axes
 from swe_prune.importance.hessian import inverse_factor
+from swe_prune.layout import Axes
 
 
 def drawn(*shape, seed=0):
