@@ -71,20 +71,20 @@ def test_wanda_mask_is_a_stable_sort_of_each_output(seed, sparsity, ties):
 )
 def test_wanda_mask_is_that_of_the_row_scope_ties_and_rounding_included(options):
     score = jnp.asarray(np.abs(drawn(13, 7)).round(1))
-    expected = masks.by_sparsity({"w": score}, 0.45, "row", **options)["w"]
+    expected = masks.by_sparsity({"kernel": score}, 0.45, "row", **options)["kernel"]
     np.testing.assert_array_equal(wanda_mask(score, 0.45, **options), expected)
 
 
 def test_without_ties_wanda_mask_keeps_the_same_from_either_end():
     score = jnp.asarray(np.abs(drawn(13, 7)))
-    expected = masks.by_sparsity({"w": score}, 0.45, "row", rounding="down")["w"]
+    expected = masks.by_sparsity({"kernel": score}, 0.45, "row", rounding="down")["kernel"]
     got = wanda_mask(score, 0.45, rounding="down", ties="last")
     np.testing.assert_array_equal(got, expected)
 
 
 def test_by_default_the_count_at_0_55_is_that_of_the_row_scope():
     score = jnp.asarray(np.abs(drawn(10, 6)))
-    kept = masks.summary(masks.by_sparsity({"w": score}, 0.55, "row")).kept
+    kept = masks.summary(masks.by_sparsity({"kernel": score}, 0.55, "row")).kept
     assert int(wanda_mask(score, 0.55).sum()) == kept == 24
     assert int(wanda_mask(score, 0.55, rounding="down").sum()) == 30
 

@@ -652,7 +652,7 @@ def random_weights(seed=1):
         "block_0": {"up": {"kernel": heavy(40, 24, 0.3), "bias": rng.normal(size=24)},
                     "down": {"kernel": heavy(20, 36, 0.1)}},
         "block_1": {"up": {"kernel": heavy(40, 24, 0.8)},
-                    "attention": {"query": {"kernel": rng.normal(size=(16, 2, 9))}}},
+                    "attention": {"query": {"kernel": rng.normal(size=(18, 2, 9))}}},
         "conv": {"kernel": rng.normal(size=(3, 3, 4, 10))},
     }  # fmt: skip
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
@@ -662,7 +662,7 @@ WEIGHTS = random_weights()
 # The matrices of inputs by outputs that Flax's kernels are.
 MATRICES = {
     "block_0/down/kernel": (20, 36), "block_0/up/kernel": (40, 24),
-    "block_1/attention/query/kernel": (16, 18), "block_1/up/kernel": (40, 24),
+    "block_1/attention/query/kernel": (18, 18), "block_1/up/kernel": (40, 24),
     "conv/kernel": (36, 10),
 }  # fmt: skip
 WEIGHT_SIZES = {name: math.prod(shape) for name, shape in MATRICES.items()}
@@ -715,10 +715,9 @@ def test_alpha_pruning_is_linear_in_alpha_and_scaled_to_the_total(sparsity, epsi
 
 
 def test_equal_exponents_are_uniform():
-    params = {"block_0": {"kernel": WEIGHTS["conv"]["kernel"]},
-              "block_1": {"kernel": WEIGHTS["conv"]["kernel"]}}  # fmt: skip
+    params = {"block_0": {"conv": WEIGHTS["conv"]}, "block_1": {"conv": WEIGHTS["conv"]}}
     got = allocation.alpha_pruning(params, 0.5)
-    assert got.removed == {"block_0/kernel": 180, "block_1/kernel": 180}
+    assert got.removed == {"block_0/conv/kernel": 180, "block_1/conv/kernel": 180}
     assert allocation.alpha_shares([2.0, 2.0]) == [1.0, 1.0]
 
 

@@ -7,6 +7,7 @@ from flax import linen as nn
 from swe_prune import allocation, blockwise, importance, masks, tree
 from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError
+from swe_prune.layout import conventional_axes
 from swe_prune.models import gpt
 
 BLOCKS = r"block_[0-9]+"
@@ -45,7 +46,8 @@ def statistics(model, variables, batches, run=apply):
             kernel = (
                 context.module.get_variable("params", "kernel") if context.module.path else None
             )
-            width = np.prod([kernel.shape[axis] for axis in tree.input_axes(name, kernel.shape)])
+            inputs = conventional_axes(name, kernel.shape).inputs
+            width = np.prod([kernel.shape[axis] for axis in inputs])
             rows.setdefault(name, []).append(np.asarray(args[0], np.float64).reshape(-1, width))
         return call(*args, **kwargs)
 
@@ -252,7 +254,8 @@ def test_n_of_m_holds_along_the_inputs_for_every_method(method):
     for keep in named(mask).values():
         assert (np.reshape(keep, (len(keep) // 4, 4, -1)).sum(1) == 2).all()
     assert tuple(seen) == report
-    assert all((one.solver is not None) == (method == "sparsegpt") for one in report)
+    solves = method in ("sparsegpt", "admm")
+    assert all((one.solver is not None) == solves for one in report)
 
 
 def test_magnitude_keeps_the_largest_of_every_kernel():

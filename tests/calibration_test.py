@@ -169,8 +169,9 @@ def scanned(axes):
     return Model()
 
 
-def test_a_scan_that_lists_the_collection_is_measured_layer_by_layer():
-    model, x = scanned({"params": 0, "calibration": 0}), drawn(5, 4)
+@pytest.mark.parametrize("axes", [{"params": 0, "calibration": 0}, {"params": 0}])
+def test_a_scan_is_measured_layer_by_layer_whatever_collections_it_lists(axes):
+    model, x = scanned(axes), drawn(5, 4)
     variables = jax.jit(model.init)(jax.random.key(0), x)
     measured = calibration.inputs(model, variables, [x[:2], x[2:]], hessian=True)
     layers, h = variables["params"]["layers"]["dense"], float64(x)
@@ -193,11 +194,7 @@ def test_layers_of_ones_own_and_a_call_of_ones_own():
     variables = Mine().init(jax.random.key(0), x, 2.0)
     own = {"call": lambda model, variables, batch: model.apply(variables, batch["x"], scale=3.0)}
     batches = [{"x": x[:1]}, {"x": x[1:]}]
-    with pytest.raises(InputError, match=r"'kernel' belongs to a Mine.*dense_like"):
-        calibration.inputs(Mine(), variables, batches, **own)
-    measured = calibration.inputs(
-        Mine(), variables, batches, hessian=True, dense_like=(Mine,), **own
-    )
+    measured = calibration.inputs(Mine(), variables, batches, hessian=True, **own)
     assert_measured(measured, "kernel", x, 4)
 
 
@@ -252,7 +249,10 @@ X = drawn(2, 3)
     ("call", "sentence"),
     [
         (lambda: calibration.inputs(OnlyA(), two_kernels(), []), "calibration set is empty"),
-        (lambda: calibration.inputs(OnlyA(), two_kernels(), [X]), "no Dense-like layer used 'b/k"),
+        (
+            lambda: calibration.inputs(OnlyA(), two_kernels(), [X], prunable=both()),
+            "no product used 'b/kernel' on the calibration batches",
+        ),
         (
             lambda: calibration.inputs(tiny_gpt(), made(), [tokens(), tokens().astype(float)]),
             r"batch 1, float64\[6, 6\], cannot be run",
@@ -263,30 +263,41 @@ X = drawn(2, 3)
             "'kernel' has NaN or inf .* batch 1;",
         ),
         (lambda: calibration.inputs(nn.Dense(2), dense(), [X[:0]]), "share a leading axis"),
-        (lambda: calibration.inputs(nn.Dense(2), dense()["params"], [X]), "holds no 'params'"),
+        (lambda: calibration.inputs(nn.Dense(2), {}, [X]), "batch 0.* cannot be run"),
         (
             lambda: calibration.inputs(nn.Dense(2), dense(), [X], prunable=no_weight()),
             "no weight is prunable",
         ),
         (
-            lambda: calibration.inputs(nn.Dense(2), dense(), [X], call=compiled),
-            "call= transforms the model's application",
-        ),
-        (
             lambda: calibration.inputs(
-                scanned({"params": 0}), scanned({"params": 0}).init(KEY, drawn(2, 4)), [drawn(2, 4)]
+                grouped(), grouped().init(KEY, drawn(1, 4, 4)), [drawn(2, 4, 4)]
             ),
-            "'layers/dense/kernel' is used inside a transformation .* 'calibration'",
+            "belongs to a grouped convolution",
         ),
         (
-            lambda: calibration.inputs(grouped(), grouped().init(KEY, drawn(1, 4, 4)), [X]),
-            "belongs to a grouped convolution",
+            lambda: calibration.inputs(lambda p, x: x @ p, jnp.ones((3, 2)), [X], call=compiled),
+            "call= runs a Linen module in another way",
         ),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_a_sentence(call, sentence):
     with pytest.raises(InputError, match=sentence):
         call()
+
+
+def test_a_kernel_that_no_product_uses_is_not_measured_unless_asked_for():
+    measured = calibration.inputs(OnlyA(), two_kernels(), [X])
+    assert measured["input_norm"]["b"]["kernel"] is None
+    np.testing.assert_allclose(
+        measured["input_norm"]["a"]["kernel"][:, 0], oracle(X, 2)[0], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("given", ["params alone", "jitted call"])
+def test_params_alone_and_a_compiled_call_give_the_same(given):
+    variables, call = (dense()["params"], None) if given == "params alone" else (dense(), compiled)
+    measured = calibration.inputs(nn.Dense(2), variables, [X], call=call, hessian=True)
+    assert_measured(measured, "kernel", X, 2)
 
 
 KEY = jax.random.key(0)
@@ -298,6 +309,10 @@ def made():
 
 def dense():
     return nn.Dense(2).init(KEY, X)
+
+
+def both():
+    return {"a": {"kernel": True}, "b": {"kernel": True}}
 
 
 def no_weight():

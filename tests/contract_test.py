@@ -1,6 +1,7 @@
 """What every criterion, rule and kind of pytree keeps to; a new registered name joins by itself."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -14,6 +15,7 @@ from flax import nnx
 
 from swe_prune import allocation, importance, masks, trajectory, tree
 from swe_prune.errors import InputError
+from swe_prune.layout import Axes, axes_of, layout, split
 
 MEASURES = tuple(trajectory.BUFFERS)
 
@@ -31,6 +33,9 @@ class Nnx(nnx.Module):
         self.embed = nnx.Embed(5, 8, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
         self.up = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.up(self.attention(self.embed(tokens)))
 
 
 class Pair(NamedTuple):
@@ -57,19 +62,67 @@ def matrix(seed):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(8, 12)), jnp.float32)
 
 
+def scanned():
+    """Three layers stacked in front, or at axis 1, with a gain that is 1-D in each of them."""
+    rng = np.random.default_rng(2)
+    shapes = {"up": (3, 8, 12), "down": (12, 3, 8), "gain": (3, 8)}
+    return {"layers": {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}}
+
+
+def run_scanned(params, x):
+    def layer(x, own):
+        up, down, gain = own
+        return x * gain + jnp.tanh(x @ up) @ down, None
+
+    own = params["layers"]
+    rows = (own["up"], jnp.moveaxis(own["down"], 1, 0), own["gain"])
+    return jax.lax.scan(layer, x.astype(own["up"].dtype), rows)[0]
+
+
+def experts():
+    """Three experts with a gated unit, stored as PyTorch would store the last, and their router."""
+    rng = np.random.default_rng(3)
+    shapes = {"router": (8, 3), "in": (3, 8, 12), "out": (3, 8, 12)}
+    return {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
+
+
+def run_experts(params, x):
+    gate, chosen = jax.lax.top_k(jax.nn.softmax(x @ params["router"]), 1)
+    sent = jnp.einsum("bd,bke->ebd", x, jax.nn.one_hot(chosen, 3))
+    inside = jnp.tanh(jnp.einsum("ebd,edh->ebh", sent, params["in"]))
+    return jnp.einsum("ebh,eoh->ebo", inside, params["out"]).sum(0) * gate
+
+
+def run_two(first, second, x):
+    return jnp.tanh(x @ first) @ second.T
+
+
 TREES = {
     "linen": lambda: jax.jit(Linen().init)(jax.random.key(0), jnp.zeros((1, 3), int)),
     "nnx": jax.jit(lambda: nnx.state(Nnx(nnx.Rngs(0)), nnx.Param)),
     "lists": lambda: [{"w": matrix(0)}, [matrix(1), jnp.ones(3)], None],
     "tuples": lambda: (Pair(matrix(0), (matrix(1), jnp.ones(3))), jnp.arange(4)),
     "equinox": lambda: eqx.filter(equinox_module(), eqx.is_inexact_array),
+    "scanned": scanned,
+    "experts": experts,
+}
+ROWS = np.random.default_rng(4).normal(size=(2, 8)).astype(np.float32)
+TOKENS = np.array([[0, 3, 4]])
+RUN = {
+    "linen": lambda: (Linen(), TOKENS),
+    "nnx": lambda: (Nnx(nnx.Rngs(0)), TOKENS),
+    "lists": lambda: (lambda p, x: run_two(p[0]["w"], p[1][0], x), ROWS),
+    "tuples": lambda: (lambda p, x: run_two(p[0].left, p[0].right[0], x), ROWS),
+    "equinox": lambda: (lambda p, x: jax.vmap(lambda x: p.down(p.up(x)))(x), ROWS),
+    "scanned": lambda: (run_scanned, ROWS),
+    "experts": lambda: (run_experts, ROWS),
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 RULES = {
-    "tensor": lambda s: masks.by_sparsity(s, 0.37, "tensor"),
-    "global": lambda s: masks.by_sparsity(s, 0.37, "global"),
-    "row": lambda s: masks.by_sparsity(s, 0.37, "row"),
-    "2:4": lambda s: masks.by_sparsity(s, 0.5, pattern="2:4"),
+    "tensor": lambda s, axes: masks.by_sparsity(s, 0.37, "tensor", layout=axes),
+    "global": lambda s, axes: masks.by_sparsity(s, 0.37, "global", layout=axes),
+    "row": lambda s, axes: masks.by_sparsity(s, 0.37, "row", layout=axes),
+    "2:4": lambda s, axes: masks.by_sparsity(s, 0.5, pattern="2:4", layout=axes),
 }
 
 
@@ -79,8 +132,15 @@ def made(kind, dtype):
     )
 
 
-@jax.jit
-def tracked(params):
+@functools.cache
+def traced(kind):
+    """The layout of a kind of tree, traced from the function that uses it."""
+    fn, batch = RUN[kind]()
+    return layout(fn, TREES[kind](), batch)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def tracked(params, prunable):
     """Returns what three snapshots leave: parameters, statistics and the state of Adam."""
 
     def snapshot(t, carry):
@@ -91,7 +151,8 @@ def tracked(params):
         )
         return params, trajectory.update(stats, params)
 
-    stats = trajectory.init(params, MEASURES)
+    marks = jax.tree.unflatten(*prunable)
+    stats = trajectory.init(params, MEASURES, prunable=marks)
     params, stats = jax.lax.fori_loop(0, 3, snapshot, (params, stats))
     floats = jax.tree.map(lambda x: x if tree.is_weight(x) else None, params)
     grads, adam = jax.tree.map(lambda x: jnp.cos(9 * x), floats), optax.adam(1e-3)
@@ -99,7 +160,7 @@ def tracked(params):
     return params, stats, opt_state
 
 
-def measured(params, prunable):
+def measured(params, prunable, axes):
     """What calibration gives, in its shapes; the Hessian has an inverse."""
 
     def like(seed, sign=1):
@@ -112,16 +173,21 @@ def measured(params, prunable):
 
         return tree.map_named(leaf, params, prunable)
 
+    of = axes_of(axes)
+
     def inputs(name, weight, chosen, hessian):
         if not chosen:
             return None
-        axes = tree.input_axes(name, weight.shape)
-        count = int(np.prod([weight.shape[axis] for axis in axes]))
-        x = np.random.default_rng(list(name.encode())).normal(size=(3 * count, count))
+        own = of(name, weight.shape)
+        copies, inputs = ([weight.shape[a] for a in some] for some in (own.copies, own.inputs))
+        count = int(np.prod(inputs))
+        x = np.random.default_rng(list(name.encode())).normal(size=(*copies, 3 * count, count))
         if hessian:
-            return jnp.asarray(2 / 3 * x.T @ x, jnp.float32)
-        shape = [size if axis in axes else 1 for axis, size in enumerate(weight.shape)]
-        return jnp.asarray(np.linalg.norm(x, axis=0).reshape(shape), jnp.float32)
+            return jnp.asarray(2 / 3 * np.swapaxes(x, -1, -2) @ x, jnp.float32)
+        norm = np.linalg.norm(x, axis=-2).reshape(*copies, *inputs)
+        order = np.argsort((*own.copies, *own.inputs))
+        shape = [1 if axis in own.outputs else n for axis, n in enumerate(weight.shape)]
+        return jnp.asarray(np.transpose(norm, order).reshape(shape), jnp.float32)
 
     return {
         "gradient": like(1, sign=0),
@@ -141,6 +207,8 @@ class Trained:
     opt_state: Any
     measured: Any
     prunable: Any
+    layout: Any
+    kind: str = ""
 
     def score(self, name, params=None, stats=None, opt_state=None):
         return importance.score(
@@ -150,15 +218,19 @@ class Trained:
             opt_state=self.opt_state if opt_state is None else opt_state,
             measured=self.measured,
             prunable=self.prunable,
+            layout=self.layout,
         )
 
 
 @pytest.fixture(scope="module", params=[(k, d) for k in TREES for d in DTYPES], ids="-".join)
 def trained(request):
+    kind, axes = request.param[0], traced(request.param[0])
     params = made(*request.param)
-    prunable = tree.prunable(params)
-    params, stats, opt_state = tracked(params)
-    return Trained(params, stats, opt_state, measured(params, prunable), prunable)
+    prunable = tree.prunable(params, layout=axes)
+    marks, structure = jax.tree.flatten(prunable)
+    params, stats, opt_state = tracked(params, (structure, tuple(marks)))
+    given = measured(params, prunable, axes)
+    return Trained(params, stats, opt_state, given, prunable, axes, kind)
 
 
 def leaves(of):
@@ -227,44 +299,43 @@ def test_scores_are_float32_none_where_dense_and_the_same_in_jit(
 def test_a_need_that_is_not_given_is_named_with_the_way_to_get_it(name):
     needs = [n for n in importance.get(name).needs if n not in ("weight", "key", "inputs")]
     if not needs:
-        importance.score(name, {"w": matrix(0)})
+        importance.score(name, {"kernel": matrix(0)})
         return
     with pytest.raises(InputError, match=needs[0]) as error:
-        importance.score(name, {"w": matrix(0)})
+        importance.score(name, {"kernel": matrix(0)})
     assert "pass" in str(error.value) or "track" in str(error.value)
 
 
-# One program for all the criteria, whose scores are of one structure.
-COMPILED = {rule: jax.jit(make) for rule, make in RULES.items()}
+@functools.cache
+def compiled(kind, rule):
+    """One program for all the criteria, whose scores are of one structure."""
+    return jax.jit(lambda scores: RULES[rule](scores, traced(kind)))
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_masks_keep_the_requested_count_in_and_outside_jit(trained, scored, rule):
     params, prunable = trained.params, trained.prunable
     for scores in scored.values():
-        outside, inside = RULES[rule](scores), COMPILED[rule](scores)
+        outside = RULES[rule](scores, trained.layout)
+        inside = compiled(trained.kind, rule)(scores)
         assert_on_prunable_alone(outside, params, prunable, bool)
         counts = masks.summary(outside)
-        assert counts.kept == expected_kept(leaves(scores), rule)
+        assert counts.kept == expected_kept(leaves(scores), rule, trained.layout)
         for path, leaf in leaves(inside).items():
             np.testing.assert_array_equal(leaf, leaves(outside)[path], err_msg=path)
 
 
-def expected_kept(scores, rule):
+def expected_kept(scores, rule, axes):
     """In numpy: n of m of every group; else what is left when the nearest share is removed."""
     if rule == "2:4":
         return sum(leaf.size for leaf in scores.values()) // 2
-    if rule == "block:2x2":
-        return sum(
-            4 * (n - int(n * 0.37 + 0.5)) for n in (leaf.size // 4 for leaf in scores.values())
-        )
     if rule == "global":
         sizes = [(sum(leaf.size for leaf in scores.values()), 1)]
     elif rule == "tensor":
-        sizes = [(leaf.size, 1) for leaf in scores.values()]
+        sizes = [(leaf.size, 1) for leaf in split(scores, axes).values()]
     else:
         inputs = [
-            int(np.prod([leaf.shape[axis] for axis in tree.input_axes(name, leaf.shape)]))
+            int(np.prod([leaf.shape[axis] for axis in axes_of(axes)(name, leaf.shape).inputs]))
             for name, leaf in scores.items()
         ]
         sizes = [(n, leaf.size // n) for n, leaf in zip(inputs, scores.values(), strict=True)]
@@ -286,17 +357,21 @@ def test_every_allocation_meets_the_total_to_the_weight(trained, scored, name, s
         params=trained.params,
         loss=loss,
         batches=[jnp.float32(3.0)],
+        layout=trained.layout,
     )
-    sizes = {path: leaf.size for path, leaf in leaves(scores).items()}
+    sizes = {path: leaf.size for path, leaf in split(leaves(scores), trained.layout).items()}
     assert shared.sizes == sizes
     assert sum(shared.removed.values()) == int(sum(sizes.values()) * 0.37 + 0.5)
-    counts = masks.summary(masks.by_sparsity(scores, shared, scope)).tensors
-    assert {path: tally.pruned for path, tally in counts.items()} == shared.removed
+    mask = masks.by_sparsity(scores, shared, scope, layout=trained.layout)
+    pruned = {
+        path: int((~leaf).sum()) for path, leaf in split(leaves(mask), trained.layout).items()
+    }
+    assert pruned == shared.removed
 
 
 def test_std_rule_gives_masks_for_every_criterion(trained, scored):
     for name, scores in scored.items():
-        mask = masks.by_std(scores, 0.7, spread=importance.get(name).spread)
+        mask = masks.by_std(scores, 0.7, spread=importance.get(name).spread, layout=trained.layout)
         assert_on_prunable_alone(mask, trained.params, trained.prunable, bool)
         assert masks.summary(mask).kept > 0
 
@@ -365,7 +440,8 @@ def test_leaves_that_are_no_arrays_are_dense_everywhere():
     stats = trajectory.update(trajectory.init(params, MEASURES), params)
     prunable = tree.prunable(params)
     moments = {"w": optax.ScaleByAdamState(jnp.int32(1), {"w": matrix(1)}, {"w": matrix(2) ** 2})}
-    given = Trained(params, stats, moments, measured(params, prunable), prunable)
+    axes = {**dict.fromkeys(params), "w": Axes((0,), (1,))}
+    given = Trained(params, stats, moments, measured(params, prunable, axes), prunable, axes)
     for name in importance.names():
         mask = masks.by_sparsity(given.score(name), 0.5)
         applied = masks.apply(params, mask)
@@ -375,10 +451,14 @@ def test_leaves_that_are_no_arrays_are_dense_everywhere():
         assert masks.summary(mask).tensors == {"w": masks.Tally(48, 96)}
 
 
-def test_an_equinox_module_is_pruned_whole_with_its_own_layout():
+@pytest.mark.parametrize("given", ["layout", "input_axes"])
+def test_an_equinox_module_is_pruned_whole_with_its_own_layout(given):
     module = equinox_module()
     scores = importance.score("magnitude", module)
-    mask = masks.by_sparsity(scores, 0.5, pattern="2:4", input_axes=lambda name, shape: (1,))
+    way = {"input_axes": lambda name, shape: (1,)}
+    if given == "layout":
+        way = {"layout": layout(lambda m, x: jax.vmap(m.up)(x) @ m.down.weight.T, module, ROWS)}
+    mask = masks.by_sparsity(scores, 0.5, pattern="2:4", **way)
     pruned = masks.apply(module, mask)
     assert pruned.name == "module"
     assert pruned.activation is jnp.tanh

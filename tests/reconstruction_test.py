@@ -7,6 +7,7 @@ from swe_prune import importance
 from swe_prune.blockwise import sparsegpt
 from swe_prune.errors import InputError, RunError
 from swe_prune.importance.hessian import inverse_factor
+from swe_prune.layout import Axes
 
 
 def drawn(*shape, seed=0):
@@ -128,6 +129,7 @@ def test_criterion_is_the_weight_squared_over_the_factors_diagonal(shape):
         "sparsegpt",
         {"kernel": jnp.asarray(weight)},
         measured={"hessian": {"kernel": jnp.asarray(hessian, jnp.float32)}},
+        layout={"kernel": Axes(tuple(range(len(shape) - 1)), (len(shape) - 1,))},
     )["kernel"]
     factor, dead = factor_oracle(hessian)
     cost = np.where(dead, 0, 1 / np.diag(factor) ** 2)
@@ -249,8 +251,10 @@ W, H = jnp.ones((6, 2)), jnp.eye(6)
         (lambda: sparsegpt(W, H, 0.5, damping=-1.0), "damping = -1.0"),
         (lambda: inverse_factor(jnp.ones((2, 3))), "no square matrix"),
         (
-            lambda: importance.score("sparsegpt", {"k": W}, measured={"hessian": {"k": W}}),
-            r"'hessian' of 'k' has shape \(6, 2\) and the weight 6 inputs",
+            lambda: importance.score(
+                "sparsegpt", {"kernel": W}, measured={"hessian": {"kernel": W}}
+            ),
+            r"'hessian' of 'kernel' has shape \(6, 2\) and the weight 6 inputs",
         ),
         (
             lambda: importance.score("sparsegpt", {"k": W}, measured={}),

@@ -110,9 +110,6 @@ def test_nnx_weights_are_chosen_by_the_same_rules():
     params = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
     parts = ("query", "key", "value", "out")
     assert chosen(params) == {f"blocks/0/{part}/kernel" for part in parts}
-    shapes = {"query": (8, 2, 4), "key": (8, 2, 4), "value": (8, 2, 4), "out": (2, 4, 8)}
-    for part, axes in zip(parts, [(0,)] * 3 + [(0, 1)], strict=True):
-        assert tree.input_axes(f"blocks/0/{part}/kernel", shapes[part]) == axes
 
 
 @pytest.mark.parametrize(
@@ -201,25 +198,6 @@ def test_names_and_maps_cover_tuples_lists_and_none():
 def test_trees_of_different_structure_are_refused():
     with pytest.raises(InputError, match="differ in structure"):
         tree.map_named(lambda *_: 0, {"a": 1, "b": 2}, {"a": 1})
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "axes"),
-    [
-        ("mlp/up/kernel", (8, 32), (0,)),
-        ("conv/kernel", (3, 3, 8, 16), (0, 1, 2)),
-        ("attention/query/kernel", (8, 2, 4), (0,)),
-        ("attention/value/kernel", (8, 2, 4), (0,)),
-        ("attention/value", (8, 2, 4), (0,)),
-        ("attention/out/kernel", (2, 4, 8), (0, 1)),
-        ("attention/out/kernel/value", (2, 4, 8), (0, 1)),
-        ("keyed/kernel", (2, 4, 8), (0, 1)),
-        ("gain", (8,), (0,)),
-        ("scalar", (), ()),
-    ],
-)
-def test_inputs_run_along_the_axes_of_flax(name, shape, axes):
-    assert tree.input_axes(name, shape) == axes
 
 
 def test_default_rules_are_regular_expressions():

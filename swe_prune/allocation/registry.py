@@ -21,7 +21,7 @@ from swe_prune.allocation.owl import owl
 from swe_prune.allocation.rounding import Allocation
 from swe_prune.allocation.std_rule import std
 from swe_prune.errors import InputError, check_choice
-from swe_prune.layout import copies_of, copy_labels, split
+from swe_prune.layout import InputAxes, axes_of, copies_of, copy_labels, split
 
 NEEDS: Mapping[str, str] = {
     "shapes": "pass scores=, or params= with the weights",
@@ -154,6 +154,8 @@ def allocate(
         # Every rule sees the copies as tensors; the loss sees the parameters as they are.
         if prunable is None and params is not None and scores is None:
             prunable = tree.prunable(params, layout=layout)
+        if "input_axes" in rule.options:
+            options.setdefault("input_axes", _inputs_of_copies(layout))
         scores, params, prunable, loss = _in_copies(scores, params, prunable, loss, layout)
     given = {"scores": scores, "params": params, "loss": loss, "batches": batches}
     # Shapes come from the scores, or from the prunable weights if there are none.
@@ -173,6 +175,21 @@ def allocate(
     return rule.function(**{need: given[need] for need in rule.needs}, sparsity=sparsity, **options)
 
 
+def _inputs_of_copies(layout: PyTree) -> InputAxes:
+    """Returns the function from the name and shape of a copy to its input axes."""
+    named = dict(tree.named_leaves(layout))
+    of = axes_of(layout)
+
+    def inputs(label: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        own = named.get(label, named.get(label.rpartition("[")[0]))
+        if own is not None and own.inputs:
+            return own.one_copy.inputs
+        # Of a matrix, the rules that ask read what its transpose has too.
+        return (0,) if len(shape) == 2 else of(label, shape).inputs
+
+    return inputs
+
+
 def _in_copies(
     scores: PyTree | None,
     params: PyTree | None,
@@ -186,7 +203,10 @@ def _in_copies(
     marks = None
     if prunable is not None and parts is not None:
         marked = dict(tree.named_leaves(prunable))
-        marks = {label: bool(marked[label.partition("[")[0]]) for label in parts}
+        marks = {
+            label: bool(marked[label if label in marked else label.rpartition("[")[0]])
+            for label in parts
+        }
     split_scores = None
     if scores is not None:
         named = {name: leaf for name, leaf in tree.named_leaves(scores) if leaf is not None}

@@ -532,7 +532,10 @@ class _Runner:
     def axes(self, part: PyTree, state: block_graph.Activations) -> dict[str, Axes]:
         """Returns the axes of the block's kernels by name, traced once."""
         if self.found is None:
-            given = of_batches.shapes(_on_device(state))
+            # The shapes are enough: nothing comes back from host memory for them.
+            given = of_batches.shapes(
+                jax.tree.map(lambda leaf: leaf.value if isinstance(leaf, _OnHost) else leaf, state)
+            )
             of = axes_of(axes_by_name(self.tracing(part, given)))
             self.found = {name: of(name, shape) for name, shape in self.wanted.items()}
         return self.found

@@ -219,9 +219,9 @@ def split(named: Mapping[str, Any], layout: PyTree | None) -> dict[str, Any]:
     copies = copies_of(layout)
     parts = {}
     for name, leaf in named.items():
-        axes = copies(name, leaf.shape)
+        axes = copies(name, leaf.shape) if hasattr(leaf, "shape") else ()
         if not axes:
-            parts[name] = leaf
+            parts[name] = leaf  # also what is no array, which is dense
             continue
         for index, label in copy_labels(name, leaf.shape, axes):
             parts[label] = leaf[index]

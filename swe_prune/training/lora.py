@@ -14,6 +14,7 @@ models", 2021. Their W is (out, in), their A and B are `down` and `up` transpose
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -194,5 +195,10 @@ def _sides(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _matrix_axes(name: str, shape: tuple[int, ...]) -> Axes:
     """Returns the axes of the matrix that is factored; any split makes an adapter."""
-    last = len(shape) - 1
-    return conventional_axes(name, shape) or Axes(tuple(range(last)), (last,))
+    known = conventional_axes(name, shape)
+    if known is not None:
+        return known
+    # The projections of attention are (in, heads, width), wider than the model or not.
+    first = re.search(r"(^|/)(query|key|value)/kernel(/value)?$", name) and len(shape) == 3
+    inputs = 1 if first else len(shape) - 1
+    return Axes(tuple(range(inputs)), tuple(range(inputs, len(shape))))

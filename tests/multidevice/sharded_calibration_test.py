@@ -80,7 +80,8 @@ def test_statistics_are_those_of_one_device(mesh, variables, spec):
 
 def test_no_input_leaves_its_device(mesh, variables):
     wanted = {f"block_{i}/{name}/kernel": None for i in range(3) for name in ("up", "down")}
-    measure = layer_inputs.make_measure_fn(Model(), layer_inputs.applied, wanted, hessian=True)
+    tracing = layer_inputs.Tracing(lambda own, batch: layer_inputs.applied(Model(), own, batch))
+    measure = layer_inputs.make_measure_fn(tracing, wanted, hessian=True)
     batch = jax.ShapeDtypeStruct((8, 5, 8), jnp.float32, sharding=NamedSharding(mesh, P("data")))
     text = jax.jit(measure).lower(placed(variables, mesh, P()), batch).compile().as_text()
     assert "all-reduce" in text
