@@ -31,6 +31,7 @@ from swe_prune import (
     trajectory,
     tree,
 )
+from swe_prune.masks.saving import load, save
 from swe_prune.pruning import Pruned, prune
 from swe_prune.version import __version__
 
@@ -42,10 +43,12 @@ __all__ = [
     "calibration",
     "errors",
     "importance",
+    "load",
     "masks",
     "patterns",
     "prune",
     "recipe",
+    "save",
     "schedules",
     "select",
     "sparse_training",

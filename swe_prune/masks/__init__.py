@@ -7,6 +7,7 @@ rules     masks from scores: the paper's rule, and an exact sparsity by scope an
 holding   apply a mask to weights; an optimizer that keeps pruned weights at 0
 counts    how many weights a mask keeps
 removed   zeros that a model has already
+saving    one file for masks and statistics
 ties      warnings of masks that the scores do not decide
 fitting   the check that a mask is one, and fits its weight
 """
@@ -15,10 +16,12 @@ from swe_prune.masks.counts import Summary, Tally, revived, summary, zeros
 from swe_prune.masks.holding import apply, hold_moments, keep
 from swe_prune.masks.removed import of_zeros
 from swe_prune.masks.rules import ROUNDINGS, SCOPES, by_sparsity, by_std
+from swe_prune.masks.saving import Saved, load, save
 
 __all__ = [
     "ROUNDINGS",
     "SCOPES",
+    "Saved",
     "Summary",
     "Tally",
     "apply",
@@ -26,8 +29,10 @@ __all__ = [
     "by_std",
     "hold_moments",
     "keep",
+    "load",
     "of_zeros",
     "revived",
+    "save",
     "summary",
     "zeros",
 ]

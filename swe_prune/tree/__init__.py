@@ -20,6 +20,7 @@ from swe_prune.tree.holders import Held as Held
 from swe_prune.tree.holders import held as held
 from swe_prune.tree.holders import opt_state_of as opt_state_of
 from swe_prune.tree.pairing import is_absent as is_absent
+from swe_prune.tree.pairing import placed_leaves as placed_leaves
 from swe_prune.tree.pairing import short as short
 
 DENSE_BY_DEFAULT = {
