@@ -153,9 +153,7 @@ def test_orbax_restores_with_and_without_a_target(tmp_path):
         lambda: swe_prune.prune(PARAMS, 0.5, stats=wrong, verbose=False),
         lambda: trajectory.merge(wrong, wrong),
     ):
-        with pytest.raises(
-            InputError, match="tracked with power = 0.3 and restored under power = 1"
-        ):
+        with pytest.raises(InputError, match=r"power = 0\.3 and restored under power = 1"):
             use()
     with pytest.raises(InputError, match="has no 'settings'"):
         trajectory.read({k: v for k, v in plain.items() if k != "settings"}, "late_mean")
