@@ -13,7 +13,7 @@ from swe_prune.errors import InputError
 from swe_prune.masks import Summary
 from swe_prune.recipe import Evidence, Recipe, check
 from swe_prune.recipe import prune as prune_by
-from swe_prune.trajectory import TrajectoryStats
+from swe_prune.trajectory import TrajectoryStats, restored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def prune(
     params: Any,
     sparsity: float | None = None,
     *,
-    stats: TrajectoryStats | None = None,
+    stats: TrajectoryStats | Mapping[str, Any] | None = None,
     opt_state: PyTree | None = None,
     measured: Mapping[str, PyTree] | None = None,
     criterion: str | None = None,
@@ -210,7 +210,7 @@ def prune(
 
 def _given(
     holder: tree.Held,
-    stats: TrajectoryStats | None,
+    stats: TrajectoryStats | Mapping[str, Any] | None,
     opt_state: Any,
     measured: Mapping[str, PyTree] | None,
     prunable: PyTree | None,
@@ -219,6 +219,7 @@ def _given(
     if stats is None and isinstance(holder.stats, TrajectoryStats):
         stats = holder.stats
     if stats is not None:
+        stats = restored(stats)
         importance.check_snapshots(stats, stats.measures)
         buffers = {name: holder.lower(part) for name, part in stats.buffers.items()}
         stats = dataclasses.replace(stats, buffers=buffers)

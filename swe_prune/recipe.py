@@ -22,7 +22,16 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import PyTree
 
-from swe_prune import allocation, blockwise, calibration, importance, masks, patterns, tree
+from swe_prune import (
+    allocation,
+    blockwise,
+    calibration,
+    importance,
+    masks,
+    patterns,
+    trajectory,
+    tree,
+)
 from swe_prune.allocation import Allocation
 from swe_prune.blockwise import KernelReport
 from swe_prune.blockwise.sparsegpt import BLOCK, check_sparsity
@@ -507,14 +516,15 @@ def score(
         moments = importance.second_moment(opt_state, params)
     if moments is not None and prunable is not None:
         moments = tree.map_leaves(lambda _, chosen, v: v if chosen else None, prunable, moments)
-    importance.check_informative(criterion, evidence.stats, moments)
+    stats = None if evidence.stats is None else trajectory.restored(evidence.stats)
+    importance.check_informative(criterion, stats, moments)
     options = tuple(sorted(recipe.options.items()))
     chosen, structure = jax.tree.flatten(prunable)
     axes, axes_structure = jax.tree.flatten(layout, is_leaf=tree.is_none)
     make = _compile_score if _all_arrays(params, opt_state) else _score_fn
     static = (structure, tuple(chosen), axes_structure, tuple(axes), recipe.seed)
     scored = make(str(recipe.criterion), *static, recipe.zeros, options)
-    return scored(params, evidence.stats, opt_state, measured)
+    return scored(params, stats, opt_state, measured)
 
 
 def _all_arrays(*trees: PyTree) -> bool:

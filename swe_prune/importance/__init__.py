@@ -27,7 +27,7 @@ from swe_prune.importance.informative import check_informative, check_snapshots
 from swe_prune.importance.registry import MEASURED, Criterion, get, names, register
 from swe_prune.importance.second_moment import has_second_moment, second_moment
 from swe_prune.layout import AxesOf, InputAxes, axes_of, copies_of
-from swe_prune.trajectory import BUFFERS, TrajectoryStats, read
+from swe_prune.trajectory import BUFFERS, TrajectoryStats, read, restored
 
 __all__ = [
     "MEASURED",
@@ -62,7 +62,7 @@ def score(
     name: str,
     params: PyTree,
     *,
-    stats: TrajectoryStats | None = None,
+    stats: TrajectoryStats | Mapping[str, Any] | None = None,
     opt_state: PyTree | None = None,
     measured: Mapping[str, PyTree] | None = None,
     prunable: PyTree | None = None,
@@ -79,7 +79,8 @@ def score(
     Args:
         name: one of `names()`.
         params: pytree of weights, floating, any dtype.
-        stats: trajectory statistics, for a criterion that reads them.
+        stats: trajectory statistics, for a criterion that reads them; or the dict that a checkpoint
+            library restores them to.
         opt_state: of any optax chain, for a criterion that reads Adam's second moment.
         measured: by need, pytrees like the parameters with None where there is nothing: what
             `calibration.inputs` and `calibration.gradients` return, or both in one mapping.
@@ -106,6 +107,7 @@ def score(
     criterion = get(name)
     criterion.check_options(options)
     check_choice(zeros, ZEROS, "zeros")
+    stats = None if stats is None else restored(stats)
     needed = _gather(criterion, params, stats, opt_state, measured or {})
     if prunable is not None and not any(jax.tree.leaves(prunable)):
         raise InputError("no weight is prunable, so there is nothing to score; widen the rules")

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
-from swe_prune import patterns
+from swe_prune import patterns, tree
 
 
 def without_removed(scores: Mapping[str, Array], masks: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,3 +54,17 @@ def units_with_removed_last(
         )
         for one, number in zip(units, left, strict=True)
     ]
+
+
+def of_zeros(params: PyTree, prunable: PyTree | None = None) -> PyTree:
+    """Returns the masks of a model that has zeros already: False where a prunable weight is 0.
+
+    Args:
+        params: Pytree of weights.
+        prunable: Bool pytree. None: `tree.prunable(params)`.
+
+    >>> of_zeros({"up": {"kernel": jnp.array([[0.0, 2.0]])}})["up"]["kernel"].tolist()
+    [[False, True]]
+    """
+    prunable = tree.prunable(params) if prunable is None else prunable
+    return tree.map_named(lambda _, w, chosen: w != 0 if chosen else None, params, prunable)

@@ -66,6 +66,7 @@ def shard_state(state: TrainState, params: PyTree) -> TrainState:
             start=whole(stats.start),
             count=whole(stats.count),
             weight_sum=whole(stats.weight_sum),
+            settings=whole(stats.settings),
             buffers={name: shard_like(part, params) for name, part in stats.buffers.items()},
         )
     return dataclasses.replace(

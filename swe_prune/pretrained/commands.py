@@ -157,7 +157,8 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     texts.keep_apart(used, text)
     _check_window("--train-window", given.train_window, checkpoint)
     model = checkpoint.read(dtype=given.dtype)
-    mask = interop.read_masks(model.path) if _has_masks(model.path) else None
+    recorded = _has_masks(model.path)
+    mask = interop.read_masks(model.path) if recorded else _held_zeros(model, given, console)
     module = gpt.build(model.config, model.vocab_size)
     trained = gpt.build(dataclasses.replace(model.config, remat=given.remat), model.vocab_size)
     before = judge.judge(module, model.params, model, text, given)
@@ -171,7 +172,7 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     after = judge.judge(module, params, model, text, given)
     how = {"text": used.name, **{k: getattr(given, k) for k in ("steps", "batch", "learning_rate")}}
     record = None
-    if mask is not None:
+    if recorded:
         record = interop.PruningRecord(
             **_record_of(model.path),
             commit=interop.commit_of_code(),
@@ -185,6 +186,7 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
                 folder, stats, {"every": given.track_every, "rules": choice.rules(given), **how}
             )
 
+    mask = mask if recorded else None  # no record says how others made their zeros
     folder = interop.export(given.out, model, params, mask=mask, record=record, also=also)
     finetuning.forget(given)
     _show(console, {"before": before, "fine-tuned": after}, given.prompts, text.name)
@@ -225,6 +227,23 @@ def _show(
 ) -> None:
     for line in judge.table(rows, prompts, text):
         console.print(line, highlight=False, soft_wrap=isinstance(line, str), markup=False)
+
+
+def _held_zeros(
+    model: interop.Pretrained, given: FinetuneSettings, console: Console
+) -> PyTree | None:
+    """Returns masks of the zeros of a model without a mask file; None if it has none."""
+    mask = None if given.zeros == "free" else masks.of_zeros(model.params)
+    found = None if mask is None else masks.summary(mask)
+    if found is None or not found.pruned:
+        return None
+    console.print(
+        f"{found.pruned:,} of {found.total:,} prunable weights ({100 * found.sparsity:.1f} %) are "
+        "0 and stay so; --zeros=free lets them train.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return mask
 
 
 def _has_masks(path: Path) -> bool:

@@ -131,6 +131,9 @@ class FinetuneSettings(ModelSettings, ChoiceSettings, JudgingSettings):
     weight_decay: float = option(0.0, "weight decay of AdamW")
     checkpoint_every: int = option(50, "steps between checkpoints; a killed run resumes from one")
     remat: bool = option(False, "rematerialization of activations: less memory, more time")
+    zeros: Literal["keep", "free"] = option(
+        "keep", "zeros of a model without a mask file: held at 0, or free"
+    )
     lora_rank: int | None = option(None, "rank of the adapters; default: the weights are trained")
     lora_alpha: float | None = option(None, "scale of the adapters; default: twice the rank")
     teacher: str | None = option(None, "dense model to distill from", metavar="PATH")

@@ -16,21 +16,13 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from swe_prune.errors import InputError
 from swe_prune.tree import pairing
+from swe_prune.tree.dense_rules import DENSE_BY_DEFAULT as DENSE_BY_DEFAULT
 from swe_prune.tree.holders import Held as Held
 from swe_prune.tree.holders import held as held
 from swe_prune.tree.holders import opt_state_of as opt_state_of
 from swe_prune.tree.pairing import is_absent as is_absent
+from swe_prune.tree.pairing import placed_leaves as placed_leaves
 from swe_prune.tree.pairing import short as short
-
-DENSE_BY_DEFAULT = {
-    "embedding": r"(?i)embed|(^|/)w[tp]e(/|$)",  # token and position tables, GPT-2's wte and wpe
-    # The output head, but not "MultiHeadDotProductAttention", "multi_head" or "attention/head_0".
-    "output head": r"(?i)^((?!\w*att(n|ention))[^/]*/)*(?!multi)"
-    r"(\w+_)?(head|logits|classifier)(_\d+)?(/|$)",
-    "norm": r"(?i)norm|(^|/)ln\w*(/|$)",
-    "bias": r"(?i)(^|/)bias(/|$)",  # by name, since a DenseGeneral bias has two axes
-}
-"""Kinds of weights that stay dense by default, each with the rule that matches it."""
 
 
 def is_none(leaf: Any) -> bool:
@@ -136,7 +128,8 @@ def prunable(
 
     A leaf is prunable if an `include` rule matches its name (`re.search`) and no `exclude` rule
     does. Without `include`, all floating-point leaves with two or more axes are included. Without
-    `exclude`, embeddings, norms, biases and the output head are excluded (`DENSE_BY_DEFAULT`).
+    `exclude`, embeddings, norms, biases, routers and the output head are excluded, under the names
+    that the usual frameworks give them (`DENSE_BY_DEFAULT`).
 
     Args:
         params: Pytree of arrays; only floating-point leaves can be prunable.

@@ -76,6 +76,18 @@ def named(tree: PyTree, is_leaf: Callable[[Any], bool] = is_absent) -> list[tupl
         tree: Pytree.
         is_leaf: Function that returns whether a node has no children.
     """
+    return [(name, leaf) for name, _, leaf in placed_leaves(tree, is_leaf)]
+
+
+def placed_leaves(
+    tree: PyTree, is_leaf: Callable[[Any], bool] = is_absent
+) -> list[tuple[str, tuple[Any, ...], Any]]:
+    """Returns (name, key path, leaf) of every leaf, where a box has no key.
+
+    Args:
+        tree: Pytree.
+        is_leaf: Function that returns whether a node has no children.
+    """
     found = []
     for path, node in _boxes_whole(tree, is_leaf):
         inside = [((), node)]
@@ -83,7 +95,7 @@ def named(tree: PyTree, is_leaf: Callable[[Any], bool] = is_absent) -> list[tupl
             inside = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_leaf)[0]
         for rest, leaf in inside:
             keys = (*path, *rest[1:])
-            found.append((jax.tree_util.keystr(keys, simple=True, separator="/"), leaf))
+            found.append((jax.tree_util.keystr(keys, simple=True, separator="/"), keys, leaf))
     return found
 
 

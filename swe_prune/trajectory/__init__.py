@@ -31,55 +31,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from swe_prune import tree
 from swe_prune.errors import InputError, check_choice
+from swe_prune.trajectory.restored import from_dict, restored
+from swe_prune.trajectory.stats import BUFFERS, SETTINGS, TrajectoryStats, check_settings
 
-BUFFERS: Mapping[str, tuple[str, ...]] = {
-    "late_mean": ("late_mean",),
-    "late_mean_abs": ("late_mean_abs",),
-    "mean": ("mean",),
-    "variance": ("mean", "sum_of_squares"),
-    "mean_abs": ("mean_abs",),
-    "votes": ("votes",),
-    "path_length": ("path_length", "last"),
-    "displacement": ("first", "last"),
-    "sign_flips": ("sign_flips", "last"),
-    "last": ("last",),
-}
-"""Buffers that each measure needs; a buffer that two measures share is allocated once."""
+__all__ = [
+    "BUFFERS",
+    "TrajectoryStats",
+    "check_measures",
+    "check_settings",
+    "from_dict",
+    "init",
+    "memory",
+    "merge",
+    "read",
+    "restored",
+    "update",
+]
 
 _CARRIED = ("late_mean", "late_mean_abs", "mean", "sum_of_squares", "mean_abs", "path_length")
 _CARRY = "_carry"  # suffix of the buffer that stores another buffer's rounding error
 _HOLD_INITIAL = ("first", "last")  # start as the weights at init; the others start at zero
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrajectoryStats:
-    """Statistics of the snapshots start + 1 … start + count.
-
-    Attributes:
-        start: Number of snapshots before the first of these, int32.
-        count: Number of snapshots in these statistics, int32.
-        weight_sum: Sum Σ wₜ as a float32 and its rounding error, shape (2,).
-        buffers: Float32 pytrees like the parameters by buffer name, None where dense. If
-            compensated, means and sums also have a bfloat16 buffer named "…_carry".
-        measures: Names of the tracked measures.
-        power: Exponent of t' in the weights of the late means.
-        window_start: First snapshot of the late means, counted from 1.
-        vote_rate: Multiple of the standard deviation that a weight must exceed for a vote.
-    """
-
-    start: Int[Array, ""]
-    count: Int[Array, ""]
-    weight_sum: Float[Array, "2"]
-    buffers: dict[str, PyTree]
-    measures: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-    power: float = dataclasses.field(metadata={"static": True})
-    window_start: int = dataclasses.field(metadata={"static": True})
-    vote_rate: float = dataclasses.field(metadata={"static": True})
 
 
 def init(
@@ -152,6 +128,7 @@ def init(
         count=jnp.zeros((), jnp.int32),
         weight_sum=jnp.zeros(2, jnp.float32),
         buffers={name: buffer(name) for name in sorted(needed)},
+        settings=jnp.asarray([power, window_start, vote_rate], jnp.float32),
         measures=measures,
         power=float(power),
         window_start=int(window_start),
@@ -172,19 +149,38 @@ def check_measures(measures: Sequence[str]) -> None:
         check_choice(measure, BUFFERS, "measure")
 
 
-def update(stats: TrajectoryStats, params: PyTree) -> TrajectoryStats:
+def update(
+    stats: TrajectoryStats | Mapping[str, Any],
+    params: PyTree,
+    *,
+    when: bool | Bool[Array, ""] = True,
+) -> TrajectoryStats:
     """Returns the statistics updated with one snapshot.
 
     All operations are elementwise, except the standard deviation of `votes`, so the update fuses,
     and buffers can be donated and sharded.
 
     Args:
-        stats: Statistics from `init` or a previous update.
+        stats: Statistics from `init` or a previous update; or the dict that orbax restores without
+            a target.
         params: Pytree of weights with the names and shapes given to `init`.
+        when: Whether to take the snapshot, such as `step % 50 == 0`. Inside a jit that donates the
+            statistics, a traced condition that is false costs nothing.
 
     Raises:
-        InputError: If a weight has another shape than its statistics, or the names differ.
+        InputError: If a weight has another shape than its statistics, the names differ, or the
+            statistics were restored under other settings.
     """
+    stats = restored(stats)
+    if isinstance(when, Tracer):
+        # A fori_loop of 0 or 1 iterations, since XLA updates its carry in place; on either branch
+        # of lax.cond it copies the statistics, in every step.
+        turns = jnp.asarray(when).astype(jnp.int32)
+        return jax.lax.fori_loop(0, turns, lambda _, kept: _update(kept, params), stats)
+    return _update(stats, params) if when else stats
+
+
+def _update(stats: TrajectoryStats, params: PyTree) -> TrajectoryStats:
     count = stats.count + 1
     position = stats.start + count - stats.window_start + 1  # t' of this snapshot
     # Snapshots before the window get weight 0, so the late means stay 0 until it starts.
@@ -277,7 +273,8 @@ def merge(a: TrajectoryStats, b: TrajectoryStats) -> TrajectoryStats:
         InputError: If the two were created with different settings, or for weights of different
             names or shapes.
     """
-    for field in ("measures", "power", "window_start", "vote_rate"):
+    a, b = restored(a), restored(b)
+    for field in ("measures", *SETTINGS):
         if getattr(a, field) != getattr(b, field):
             raise InputError(
                 f"statistics with {field} = {getattr(a, field)!r} and {getattr(b, field)!r} cannot "
@@ -378,19 +375,21 @@ def _per_leaf(f: Any, buffers: dict[str, PyTree], *trees: PyTree) -> dict[str, P
     }
 
 
-def read(stats: TrajectoryStats, measure: str) -> PyTree:
+def read(stats: TrajectoryStats | Mapping[str, Any], measure: str) -> PyTree:
     """Returns one measure as a float32 pytree like the parameters, None where dense.
 
     Before the first snapshot every mean, fraction and count is 0.
 
     Args:
-        stats: Statistics that track the measure.
+        stats: Statistics that track the measure; or the dict that orbax restores without a target.
         measure: Name of the measure.
 
     Raises:
-        InputError: If the measure is unknown or was not tracked.
+        InputError: If the measure is unknown or was not tracked, or the statistics were restored
+            under other settings.
     """
     check_choice(measure, BUFFERS, "measure")
+    stats = restored(stats)
     if any(name not in stats.buffers for name in BUFFERS[measure]):
         raise InputError(
             f"measure {measure!r} was not tracked; include it in "
