@@ -10,7 +10,7 @@ from interop_tiny import CONFIGS, VOCAB, assert_same_params, logits, model
 
 from swe_prune import interop, tree
 from swe_prune.errors import InputError
-from swe_prune.interop.tensor_names import GGUF
+from swe_prune.interop.tensor_names_gguf import GGUF
 
 gguf = pytest.importorskip("gguf", reason="writes GGUF files")
 

@@ -43,7 +43,8 @@ def folders(tmp_path_factory):
 
 def theirs(path, dtype=torch.float32):
     """Loaded anew: scalings that follow the length remember the longest they met."""
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    settings = {"dtype": dtype, "attn_implementation": "eager"}  # no other caps the scores
+    return transformers.AutoModelForCausalLM.from_pretrained(path, **settings).eval()
 
 
 def their_logits(loaded, tokens_BxL, valid_BxL=None):

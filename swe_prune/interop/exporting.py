@@ -30,7 +30,7 @@ from swe_prune.interop.mask_file import write_masks
 from swe_prune.interop.pretrained import Pretrained
 from swe_prune.interop.pruning_record import FILE as RECORD
 from swe_prune.interop.pruning_record import PruningRecord, record_file
-from swe_prune.interop.slices import StoredTensor, bind
+from swe_prune.interop.slices import StoredTensor, bind, param_shapes
 from swe_prune.interop.tensor_names import SAFETENSORS
 from swe_prune.interop.weights_file import write_folder
 from swe_prune.masks.fitting import check_mask
@@ -117,7 +117,7 @@ def check_free(folder: str | Path) -> None:
 
 def _bound(model: Pretrained, leaves: Mapping[str, Any]) -> list[StoredTensor]:
     bound = bind(SAFETENSORS[model.family], model.config, model.vocab_size)
-    shapes = {part.name: part.shape for one in bound for part in one.parts}
+    shapes = param_shapes(model.config, model.vocab_size)
     given = {name: tuple(jnp.shape(leaf)) for name, leaf in leaves.items()}
     for name in shapes.keys() | given.keys():
         if shapes.get(name) != given.get(name):
@@ -139,11 +139,12 @@ def _contents(
         return np.result_type(*(np.dtype(leaves[part.name].dtype) for part in one.parts))
 
     def values(one: StoredTensor) -> np.ndarray:
-        parts = {}
+        pieces = []
         for part in one.parts:
             leaf, keep = leaves[part.name], kept.get(part.name)
-            parts[part.name] = leaf if keep is None else masks.apply(leaf, keep)
-        return one.write(parts)
+            own = part.of(leaf)
+            pieces.append(own if keep is None else masks.apply(own, part.of(keep)))
+        return one.join(pieces)
 
     return dtype, values
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from swe_prune.errors import InputError
 from swe_prune.interop.load_params import Entry, Source
-from swe_prune.interop.tensor_names import Table
+from swe_prune.interop.tensor_rows import Table
 
 WRAPPERS = (
     "_orig_mod.",

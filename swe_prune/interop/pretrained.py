@@ -23,7 +23,9 @@ from swe_prune.interop.hf_config import read_config
 from swe_prune.interop.load_params import Shardings, Source, match, read_params
 from swe_prune.interop.safetensors_folder import read_folder
 from swe_prune.interop.slices import bind
-from swe_prune.interop.tensor_names import GGUF, SAFETENSORS, Table
+from swe_prune.interop.tensor_names import SAFETENSORS
+from swe_prune.interop.tensor_names_gguf import GGUF
+from swe_prune.interop.tensor_rows import Table
 from swe_prune.interop.tokenizer import PretrainedTokenizer
 from swe_prune.interop.tokenizer_folder import from_folder, from_path
 from swe_prune.interop.tokenizer_gguf import from_gguf
@@ -38,7 +40,7 @@ class Pretrained:
         vocab_size: Size V of the vocabulary.
         params: Parameters of the decoder, a nested dict.
         tokenizer: Tokenizer of the model, or None if it has none.
-        family: Model family: "gpt2", "llama", "mistral" or "phi3".
+        family: Model family, a key of `FAMILIES`, such as "llama".
         path: Path that the model was loaded from.
         kind: Kind of source: "safetensors" or "gguf".
         hf_config: Content of config.json; for a GGUF file, converted from its settings.
@@ -62,7 +64,7 @@ class PretrainedSource:
         config: Config of the decoder, for `models.gpt.build(config, vocab_size)`.
         vocab_size: Size V of the vocabulary.
         tokenizer: Tokenizer of the model, or None if it has none.
-        family: Model family: "gpt2", "llama", "mistral" or "phi3".
+        family: Model family, a key of `FAMILIES`, such as "llama".
         path: Path of the model.
         kind: Kind of source: "safetensors" or "gguf".
         hf_config: Content of config.json; for a GGUF file, converted from its settings.
