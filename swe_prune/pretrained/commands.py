@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 from rich.console import Console
 from rich.markup import escape
 
