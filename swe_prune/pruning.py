@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.core import Tracer
 from jaxtyping import PyTree
 
 from swe_prune import importance, masks, tree
 from swe_prune.errors import InputError
+from swe_prune.layout import layout as trace_layout
 from swe_prune.masks import Summary
 from swe_prune.recipe import Evidence, Recipe, check
 from swe_prune.recipe import prune as prune_by
@@ -33,6 +35,8 @@ class Pruned:
         zeros_before: Number of prunable weights that were 0 when they were given.
         zeros_after: Number of prunable weights that are 0 in `params`; more than the masks hold
             only with `zeros="free"`.
+        output: Name of a pruned weight that alone gives the model's result by the traced layout,
+            as an output head does, or None.
     """
 
     params: PyTree
@@ -43,6 +47,7 @@ class Pruned:
     dense: dict[str, int]
     zeros_before: int = 0
     zeros_after: int = 0
+    output: str | None = None
 
     @property
     def criterion(self) -> str:
@@ -82,6 +87,11 @@ class Pruned:
         if self.dense:
             told = ", ".join(f"{count:,} ({why})" for why, count in self.dense.items())
             lines.append(f"Dense, as they were: {told}.")
+        if self.output is not None:
+            lines.append(
+                f"{self.output!r} gives the model's result; if it is the output head, exclude it "
+                "with prunable=tree.prunable(params, exclude=…)."
+            )
         lines.append("To fine-tune: masks.keep(optimizer, pruned.masks) holds the zeros.")
         return "\n".join(lines)
 
@@ -112,6 +122,9 @@ def prune(
     prunable: PyTree | None = None,
     seed: int = 0,
     zeros: str = "keep",
+    layout: PyTree | None = None,
+    model: Any = None,
+    batch: PyTree | None = None,
     verbose: bool = True,
     **options: Any,
 ) -> Pruned:
@@ -152,6 +165,12 @@ def prune(
         seed: Seed of criteria that draw random numbers.
         zeros: What becomes of weights that are 0 already. "keep": they count as removed first, so
             that the sparsity is never below theirs. "free": they rank like the others.
+        layout: Pytree of `swe_prune.Axes`, as `swe_prune.layout` traces it, for rules that need
+            the inputs of each output and for stacked tensors. None: it is traced if a batch is
+            given, else Flax's naming convention is all that is known.
+        model: Function of (params, batch), Linen module or NNX module to trace the layout of. None
+            with a batch: `params` itself, which must be an NNX module.
+        batch: Batch to trace `model` on, which may be abstract.
         verbose: Whether to print the summary.
         **options: Options of the criterion.
 
@@ -171,6 +190,9 @@ def prune(
             "of jit, or use importance.score and masks.by_sparsity inside"
         )
     evidence, prunable = _given(holder, stats, opt_state, measured, prunable)
+    layout = _layout(params, holder, layout, model, batch)
+    if prunable is None and evidence.stats is None:
+        prunable = tree.prunable(weights, layout=layout)
     why = "it was asked for"
     if criterion is None:
         best = importance.best(weights, evidence.opt_state, evidence.stats, prunable, scope=scope)
@@ -192,16 +214,17 @@ def prune(
     if sparsity is None and rate is None and not recipe.n_of_m:
         recipe = dataclasses.replace(recipe, sparsity=0.5)
     check(recipe)
-    new, mask = prune_by(recipe, weights, evidence, prunable=prunable)
+    new, mask = prune_by(recipe, weights, evidence, prunable=prunable, layout=layout)
     pruned = Pruned(
         holder.put_back(new),
         holder.like(mask),
         masks.summary(mask),
         recipe,
         why,
-        _dense(weights, mask),
+        _dense(weights, mask, layout),
         masks.zeros(weights, mask),
         masks.zeros(new, mask),
+        _pruned_output(mask, layout),
     )
     if verbose:
         print(pruned)
@@ -229,11 +252,40 @@ def _given(
     return Evidence(stats, opt_state, measured), prunable
 
 
-def _dense(params: PyTree, mask: PyTree) -> dict[str, int]:
+def _layout(params: Any, holder: tree.Held, layout: Any, model: Any, batch: Any) -> PyTree | None:
+    """Returns the layout that is given or traced, like the weights alone, or None."""
+    if layout is not None:
+        return holder.lower(layout)
+    if batch is None:
+        if model is not None:
+            raise InputError("model= is traced on a batch, which is missing; give batch=")
+        return None
+    whole = params if isinstance(params, Mapping) else holder.weights
+    if model is None:
+        if not isinstance(params, nnx.Module):
+            raise InputError(
+                "batch= is for tracing a model, which is missing; give model=, a function of "
+                "(params, batch) or a module"
+            )
+        model = params
+    return holder.lower(trace_layout(model, whole, batch))
+
+
+def _pruned_output(mask: PyTree, layout: PyTree | None) -> str | None:
+    """Returns the name of a pruned weight that alone gives the model's result, or None."""
+    axes = {} if layout is None else dict(tree.named_leaves(layout))
+    for name, kept in tree.named_leaves(mask):
+        if kept is not None and getattr(axes.get(name), "last", False):
+            return name
+    return None
+
+
+def _dense(params: PyTree, mask: PyTree, layout: PyTree | None) -> dict[str, int]:
+    axes = {} if layout is None else dict(tree.named_leaves(layout))
     pruned = {name for name, leaf in tree.named_leaves(mask) if leaf is not None}
     counts: dict[str, int] = {}
     for name, leaf in tree.named_leaves(params):
         if tree.is_weight(leaf) and name not in pruned:
-            why = tree.dense_reason(name, leaf) or "not chosen"
+            why = tree.dense_reason(name, leaf, axes=axes.get(name)) or "not chosen"
             counts[why] = counts.get(why, 0) + tree.size(leaf)
     return counts

@@ -131,9 +131,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
-        _llama_like(
-            Key("sliding_window", "window", default=None), epsilon=1e-5, context=4096
-        ),
+        _llama_like(Key("sliding_window", "window", default=None), epsilon=1e-5, context=4096),
         _GATED | _NO_BIAS,
         rope=RopeKeys(share="partial_rotary_factor"),
     ),
@@ -173,8 +171,13 @@ FAMILIES: Mapping[str, Family] = {
             Key("hidden_act", "activation", str, "silu"),
             Key("use_qkv_bias", "qkv_bias", bool, False),
             Key("qk_layernorm", "head_norm", bool, False, choice("none", "each_head")),
-            Key("use_parallel_residual", "residual", bool, False,
-                choice("sequential", "parallel_one_norm")),
+            Key(
+                "use_parallel_residual",
+                "residual",
+                bool,
+                False,
+                choice("sequential", "parallel_one_norm"),
+            ),
             context=4096,
         ),
         _GATED | {"use_bias": True, "norm": "layer", "out_bias": False, "mlp_bias": False},

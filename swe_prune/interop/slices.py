@@ -139,7 +139,9 @@ def bind(table: Table, config: ModelConfig, vocab_size: int) -> list[StoredTenso
 def param_shapes(config: ModelConfig, vocab_size: int) -> dict[str, Shape]:
     """Returns the shape of each parameter of the model by name, without allocating any."""
     alike = {"sliding": (), "rotary": (), "sliding_theta": None}  # no parameter depends on them
-    one = dataclasses.replace(config, layers=1, scan_layers=False, remat=False, dropout=0.0, **alike)
+    one = dataclasses.replace(
+        config, layers=1, scan_layers=False, remat=False, dropout=0.0, **alike
+    )
     shapes = {}
     for name, shape in _shapes_of_one_layer(one, vocab_size):
         layers = range(config.layers) if name.startswith("block_0/") else (0,)

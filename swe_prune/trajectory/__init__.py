@@ -26,6 +26,7 @@ error of each mean and sum (TwoSum; Knuth, TAOCP 2, 4.2.2) in an additional bflo
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -154,6 +155,7 @@ def update(
     params: PyTree,
     *,
     when: bool | Bool[Array, ""] = True,
+    layout: PyTree | None = None,
 ) -> TrajectoryStats:
     """Returns the statistics updated with one snapshot.
 
@@ -166,6 +168,8 @@ def update(
         params: Pytree of weights with the names and shapes given to `init`.
         when: Whether to take the snapshot, such as `step % 50 == 0`. Inside a jit that donates the
             statistics, a traced condition that is false costs nothing.
+        layout: Pytree of `layout.Axes` like `params`: the threshold of `votes` is then one for
+            each copy of a stacked tensor. Give the same in every update.
 
     Raises:
         InputError: If a weight has another shape than its statistics, the names differ, or the
@@ -176,11 +180,11 @@ def update(
         # A fori_loop of 0 or 1 iterations, since XLA updates its carry in place; on either branch
         # of lax.cond it copies the statistics, in every step.
         turns = jnp.asarray(when).astype(jnp.int32)
-        return jax.lax.fori_loop(0, turns, lambda _, kept: _update(kept, params), stats)
-    return _update(stats, params) if when else stats
+        return jax.lax.fori_loop(0, turns, lambda _, kept: _update(kept, params, layout), stats)
+    return _update(stats, params, layout) if when else stats
 
 
-def _update(stats: TrajectoryStats, params: PyTree) -> TrajectoryStats:
+def _update(stats: TrajectoryStats, params: PyTree, layout: PyTree | None) -> TrajectoryStats:
     count = stats.count + 1
     position = stats.start + count - stats.window_start + 1  # t' of this snapshot
     # Snapshots before the window get weight 0, so the late means stay 0 until it starts.
@@ -189,18 +193,26 @@ def _update(stats: TrajectoryStats, params: PyTree) -> TrajectoryStats:
     weight_sum = _add_compensated(stats.weight_sum, weight)
     late_share = jnp.where(inside, weight / jnp.where(inside, weight_sum[0], 1.0), 0.0)
     share = 1.0 / count.astype(jnp.float32)
+    axes = {} if layout is None else dict(tree.named_leaves(layout))
 
     def leaf(name: str, _: Any, weight: Any, *old: Array) -> dict[str, Array]:
         before = dict(zip(stats.buffers, old, strict=True))
         _check_shapes(name, weight, old, "the weight")
-        return _advance(before, weight.astype(jnp.float32), late_share, share, stats.vote_rate)
+        copies = getattr(axes.get(name), "copies", ())
+        value = weight.astype(jnp.float32)
+        return _advance(before, value, late_share, share, stats.vote_rate, copies)
 
     buffers = _per_leaf(leaf, stats.buffers, params, *stats.buffers.values())
     return dataclasses.replace(stats, count=count, weight_sum=weight_sum, buffers=buffers)
 
 
 def _advance(
-    old: dict[str, Array], weight: Array, late_share: Array, share: Array, vote_rate: float
+    old: dict[str, Array],
+    weight: Array,
+    late_share: Array,
+    share: Array,
+    vote_rate: float,
+    copies: tuple[int, ...],
 ) -> dict[str, Array]:
     """Returns the buffers of one tensor after a snapshot; computes only those that exist."""
     size = jnp.abs(weight)
@@ -235,7 +247,10 @@ def _advance(
         add("path_length", jnp.abs(weight - old["last"]))
     # The threshold depends on the whole tensor; this is the only reduction.
     if "votes" in old:
-        new["votes"] += size > jnp.std(size, ddof=min(1, size.size - 1)) * vote_rate
+        along = tuple(axis for axis in range(size.ndim) if axis not in copies)
+        number = math.prod(size.shape[axis] for axis in along)
+        spread = jnp.std(size, axis=along, ddof=min(1, number - 1), keepdims=bool(copies))
+        new["votes"] += size > spread * vote_rate
     if "sign_flips" in old:
         new["sign_flips"] += jnp.sign(weight) * jnp.sign(old["last"]) < 0
     if "last" in old:
