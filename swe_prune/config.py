@@ -670,7 +670,8 @@ def _validate_cell(cell: CellConfig, path: str, must: Callable[..., None]) -> No
     rule = f"other than 'none', since schedule {schedule!r} prunes during it"
     must(cell.recovery != "none", f"{path}.recovery", rule, cell.recovery)
     at_once = cell.rate is not None or cell.method is not None or cell.n_of_m
-    rule = f"{ONE_SHOT!r}, since a rate, a method or an n:m pattern prunes at once"
+    at_once = at_once or cell.restore is not None
+    rule = f"{ONE_SHOT!r}, since a rate, a method, an n:m pattern or a restoration prunes at once"
     must(not at_once, f"{path}.schedule", rule, schedule)
     if schedule in ("cubic", "iterative"):
         return

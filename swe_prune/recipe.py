@@ -68,6 +68,8 @@ class Recipe:
         seed: Seed of random draws.
         zeros: What becomes of weights that are 0 already: "keep" counts them as removed first,
             "free" treats them like the others; see `importance.score`.
+        restore: "admm": the weights that stay make up for those that go, block after block, for
+            the mask that the criterion or the method chose; see `blockwise.admm`.
     """
 
     criterion: str | None = None
@@ -80,6 +82,7 @@ class Recipe:
     method: str | None = None
     seed: int = 0
     zeros: str = "keep"
+    restore: str | None = None
 
     @property
     def name(self) -> str:
@@ -88,7 +91,8 @@ class Recipe:
         >>> Recipe("swe", sparsity=0.5).name, Recipe(method="wanda", sparsity=0.5).name
         ('swe', 'blockwise:wanda')
         """
-        return str(self.criterion) if self.method is None else f"blockwise:{self.method}"
+        ranked = str(self.criterion) if self.method is None else f"blockwise:{self.method}"
+        return ranked if self.restore is None else f"{ranked}+{self.restore}"
 
     @property
     def n_of_m(self) -> bool:
@@ -129,7 +133,12 @@ class Recipe:
     def reads_batches(self) -> bool:
         """Whether calibration batches are needed."""
         by_allocation = self._allocates_by("batches")
-        return self.method is not None or by_allocation or bool(self.needs & MEASURES)
+        return self.updates_weights or by_allocation or bool(self.needs & MEASURES)
+
+    @property
+    def updates_weights(self) -> bool:
+        """Whether the weights that stay may change too."""
+        return self.method is not None or self.restore is not None
 
     @property
     def scores_follow_weights(self) -> bool:
@@ -221,6 +230,7 @@ def _check_amount(recipe: Recipe) -> None:
     """Checks sparsity, rate, scope and allocation, and that they fit together."""
     check_choice(recipe.scope, masks.SCOPES, "scope")
     check_choice(recipe.zeros, importance.ZEROS, "zeros")
+    check_choice(recipe.restore, blockwise.RESTORES, "restore")
     if recipe.allocation is not None:
         allocation.get(recipe.allocation).check_options(())
     if recipe.rate is not None:
@@ -421,8 +431,8 @@ def prune(
         prunable: Bool pytree like the parameters. None: the weights that the statistics track, or
             `tree.prunable(params, layout=layout)` without statistics.
         layout: Pytree of `layout.Axes` like the parameters. None: Flax's naming convention.
-        model: Linen module whose blocks a method prunes.
-        blocks: Rule that matches the paths of the blocks, for a method.
+        model: Linen module whose blocks a method prunes or `restore` updates.
+        blocks: Rule that matches the paths of the blocks, for these.
         batches: Calibration batches, for a method and for allocations that read them.
         loss: Function of (params, batch), for allocations that read it.
         offload: Whether a method keeps weights and activations in host memory.
@@ -448,12 +458,17 @@ def prune(
         scores = score(recipe, params, evidence, prunable, layout)
         amount = allocate(recipe, scores, layout=layout, **context | {"params": params})
         mask = select(recipe, scores, amount, layout)
-        return masks.apply(values, mask), mask
+        if recipe.restore is None:
+            return masks.apply(values, mask), mask
+        amount = None
+    else:
+        mask = None
     # One block after the other, each on what the pruned blocks before it give.
     if model is None or blocks is None:
-        raise InputError(f"method {recipe.method!r} prunes block by block; give model= and blocks=")
+        what = f"method {recipe.method!r}" if recipe.method else f"restore {recipe.restore!r}"
+        raise InputError(f"{what} goes block by block; give model= and blocks=")
     scores = None
-    if recipe._allocates_by("scores"):
+    if recipe.method is not None and recipe._allocates_by("scores"):
         scores = importance.score(
             "wanda",
             values,
@@ -462,23 +477,27 @@ def prune(
             layout=layout,
             zeros=recipe.zeros,
         )
-    amount = allocate(recipe, scores, **context)
+    if recipe.method is not None:
+        amount = allocate(recipe, scores, **context)
     if offload:
         values = jax.tree.map(np.asarray, values)
-    pruned, mask, _ = blockwise.prune_blocks(
+    how = {"mask": mask}
+    if recipe.method is not None:
+        how = {"sparsity": amount, "method": recipe.method, "pattern": recipe.pattern}
+        how |= recipe.options
+    pruned, found, _ = blockwise.prune_blocks(
         model,
         {"params": values},
         batches,
         blocks=blocks,
-        sparsity=amount,
-        method=recipe.method,
-        pattern=recipe.pattern,
+        restore=recipe.restore,
         prunable=prunable,
         offload=offload,
         progress=progress,
         zeros=recipe.zeros,
-        **recipe.options,
+        **how,
     )
+    mask = found if mask is None else mask  # which may have tensors outside of the blocks
     return masks.apply(pruned, mask), mask
 
 

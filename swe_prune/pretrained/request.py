@@ -42,6 +42,7 @@ def recipe_of(settings: RequestSettings) -> Recipe:
         sparsity=settings.sparsity,
         scope=settings.scope,
         pattern=settings.pattern,
+        restore=settings.restore,
         method=method,
         seed=settings.seed,
         zeros=settings.zeros,

@@ -85,6 +85,9 @@ class RequestSettings(ModelSettings, ChoiceSettings):
     pattern: str | None = option(None, "shape of what is removed, such as 2:4 or row")
     scope: Literal["tensor", "global", "row"] = option("tensor", "where the sparsity is met")
     zeros: Literal["keep", "free"] = option("keep", "weights that are 0 already: removed, or free")
+    restore: Literal["admm"] | None = option(
+        None, "update of the weights that stay, for the mask of the criterion: admm"
+    )
     allocation: str | None = option(None, "rule for the sparsity of each tensor, such as owl")
     options: tuple[str, ...] = option(
         (), "NAME=VALUE of the criterion; may be given again", name="option"
