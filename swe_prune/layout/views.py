@@ -175,7 +175,7 @@ def enter_scan(view: View, depth: int) -> View:
 
 
 def roles(
-    view: View, shape: Sequence[int], roles_of_dims: Mapping[int, str]
+    view: View, shape: Sequence[int], roles_of_dims: Mapping[int, str], repeated: bool = False
 ) -> dict[str, tuple[int, ...]] | None:
     """Returns the axes by role in a product, or None if an axis is in two roles.
 
@@ -183,6 +183,7 @@ def roles(
         view: View of the operand.
         shape: Shape of the weight.
         roles_of_dims: "inputs", "outputs" or "copies" by dimension of the operand.
+        repeated: Whether the product sums over a dimension along which the weight is repeated.
     """
     found: dict[int, str] = {}
     pieces = [(piece, roles_of_dims[at]) for at, dim in enumerate(view.dims) for piece in dim]
@@ -204,7 +205,8 @@ def roles(
         if axis not in found:
             if size > 1:
                 return None
-            found[axis] = "outputs" if "inputs" in found.values() else "inputs"
+            summed = repeated or "inputs" in found.values()
+            found[axis] = "outputs" if summed else "inputs"
     return {
         role: tuple(axis for axis in range(len(shape)) if found[axis] == role)
         for role in ("inputs", "outputs", "copies")

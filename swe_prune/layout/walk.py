@@ -29,9 +29,18 @@ _CALLS = (
     "custom_vjp_call_jaxpr",
 )
 _INNER = ("call_jaxpr", "jaxpr", "fun_jaxpr")
-_MIXES = (
-    *("cholesky", "lu", "qr", "eigh", "eig", "svd", "schur", "triangular_solve", "fft"),
-    *("householder_product", "sort"),
+_ELEMENTWISE = frozenset(
+    (
+        *("abs", "add", "add_any", "and", "atan2", "cbrt", "ceil", "clamp", "conj", "copy"),
+        *("copy_p", "cos", "cosh", "device_put", "digamma", "div", "eq", "erf", "erf_inv", "erfc"),
+        *("exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "lgamma"),
+        *("log", "log1p", "logistic", "lt", "max", "min", "mul", "name", "ne", "neg", "nextafter"),
+        *("not", "optimization_barrier", "or", "pow", "real", "reduce_precision", "rem", "round"),
+        *("rsqrt", "select_n", "sharding_constraint", "reshard", "mesh_cast", "pvary", "pcast"),
+        *("sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor"),
+        *("acos", "acosh", "asin", "asinh", "atan", "atanh", "convert_element_type"),
+        *("shift_left", "shift_right_logical", "shift_right_arithmetic", "to_edtype"),
+    )
 )
 _PICKS = ("gather", "dynamic_slice")
 _RANKS = ("top_k", "approx_top_k", "argmax", "argmin", "sort")
@@ -172,7 +181,10 @@ class Walk:
         if name in _PRODUCTS:
             leaves = [view.leaf for cell in cells if cell.is_weight for view in cell.views]
             sources = frozenset(leaves) if leaves and data else sources
-        found = [self._views(eqn, cells, getattr(var.aval, "shape", ())) for var in eqn.outvars]
+        found = [
+            self._views(eqn, cells, getattr(var.aval, "shape", ()), number)
+            for number, var in enumerate(eqn.outvars)
+        ]
         if name in _PICKS and any(found):
             data = cells[0].data  # a weight that the data picks is a weight
         experts = self._experts(eqn, cells, found)
@@ -222,8 +234,10 @@ class Walk:
 
     # Views: what becomes of the axes of the weights.
 
-    def _views(self, eqn: Any, cells: list[Cell], shape: tuple[int, ...]) -> tuple[View, ...]:
-        """Returns the views of a result, of the equation's operands that are weights."""
+    def _views(
+        self, eqn: Any, cells: list[Cell], shape: tuple[int, ...], number: int
+    ) -> tuple[View, ...]:
+        """Returns the views of one of the results, of the equation's operands that are weights."""
         if any(cell.data for cell in cells) and eqn.primitive.name not in _PICKS:
             # Activations, whatever they are made of.
             for view in (view for cell in cells for view in cell.views):
@@ -234,10 +248,10 @@ class Walk:
         for at, cell in enumerate(cells):
             old = eqn.invars[at].aval.shape
             for view in cell.views:
-                result = self._view(eqn, cells, at, view, old, shape)
+                result = self._view(eqn, cells, at, view, old, shape, number)
                 if result is not None:
                     found.append(result)
-        return tuple(found)
+        return _distinct(found)
 
     def _view(
         self,
@@ -247,6 +261,7 @@ class Walk:
         view: View,
         old: tuple[int, ...],
         new: tuple[int, ...],
+        number: int = 0,
     ) -> View | None:
         name, params = eqn.primitive.name, eqn.params
         if name == "transpose":
@@ -261,6 +276,10 @@ class Walk:
             return views.reshaped(view, old, new)
         if name == "slice":
             return views.sliced(view, old, new, params["start_indices"])
+        if name == "split":
+            starts = [0] * len(old)
+            starts[params["axis"]] = sum(params["sizes"][:number])
+            return views.sliced(view, old, new, starts)
         if name == "dynamic_slice" and at == 0:
             return views.sliced(view, old, new, [cell.value for cell in cells[1 : 1 + len(old)]])
         if name == "gather" and at == 0:
@@ -280,8 +299,8 @@ class Walk:
             return None  # a statistic of the weight, such as its norm
         if (name.startswith("reduce_") and "axes" in params) or name in _RANKS:
             return None
-        if old == new and name not in _MIXES:
-            return view  # elementwise
+        if name in _ELEMENTWISE:
+            return views.broadcast(view, new, old, range(len(old)))
         if old and new and not any(cell.data for cell in cells):
             self.opaque.setdefault(view.leaf, name)
         return None
@@ -339,7 +358,10 @@ class Walk:
                 roles |= self._over_experts(view, other, contracted, their)
                 if kind == "dot":
                     roles |= self._expert_axis(view, roles)
-                found = views.roles(view, self.shapes[view.leaf], roles)
+                # Repeated over the inputs it is a scale, not a kernel.
+                sizes = eqn.invars[side].aval.shape
+                repeated = any(sizes[at] > 1 and not view.dims[at] for at in contracted)
+                found = views.roles(view, self.shapes[view.leaf], roles, repeated)
                 both = other.is_weight and not other.data
                 noted = (self.tentative if both else self.uses).setdefault(view.leaf, [])
                 if found not in noted:
@@ -522,7 +544,7 @@ class Walk:
         merged = [
             Cell(
                 None,
-                tuple(dict.fromkeys(view for cell in some for view in cell.views)),
+                _distinct([view for cell in some for view in cell.views]),
                 chosen.data or any(cell.data for cell in some),
                 frozenset().union(*(cell.sources for cell in some)),
             )
@@ -583,6 +605,15 @@ class Walk:
             if merged == known:
                 return known
             known = merged
+
+
+def _distinct(found: Sequence[View]) -> tuple[View, ...]:
+    """Returns every view once, as where a weight is multiplied with a function of itself."""
+    known = {}
+    for view in found:
+        places = tuple(at if isinstance(at, int) else id(at) for at in view.places)
+        known.setdefault((view, places), view)
+    return tuple(known.values())
 
 
 def _zeros(shapes: Any) -> Any:
