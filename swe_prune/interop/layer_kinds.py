@@ -13,7 +13,9 @@ from swe_prune.interop.families import rotates
 from swe_prune.interop.family import Family
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-_NUMBERS = ("max_window_layers", "sliding_window_pattern", "no_rope_layer_interval")
+_LEAST = {"max_window_layers": 0, "sliding_window_pattern": 1, "no_rope_layer_interval": 1}
+"""Least value of settings that are integers."""
+
 UNUSED_WINDOW = 4096
 """Window that is written for a model none of whose layers has one, where null is an error."""
 
@@ -32,10 +34,12 @@ def read_layers(hf: Mapping[str, Any], family: Family, fields: Mapping[str, Any]
     if family.layers is None:
         _check_alike(hf)
         return {}
-    for name in _NUMBERS:
-        value = hf.get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise InputError(f"{name} in config.json must be an integer above 0, got {value!r}")
+    for name, least in _LEAST.items():
+        value = hf.get(name, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(
+                f"{name} in config.json must be an integer of at least {least}, got {value!r}"
+            )
     layers, window = fields["layers"], fields["window"]
     if family.layers.switch is not None and not hf.get(family.layers.switch):
         window = None
@@ -93,12 +97,16 @@ def simplified(config: ModelConfig) -> ModelConfig:
 
 def _list(hf: Mapping[str, Any], name: str, layers: int) -> list[Any] | None:
     value = hf.get(name)
-    if value is not None and (not isinstance(value, list | tuple) or len(value) != layers):
+    if value is None:
+        return None
+    # Transformers ignores further entries of no_rope_layers.
+    fits = len(value) if isinstance(value, list | tuple) else 0
+    if fits < layers or (fits > layers and name != "no_rope_layers"):
         raise InputError(
             f"{name} in config.json must be a list with one entry for each of the {layers} layers, "
             f"got {value!r}"
         )
-    return None if value is None else list(value)
+    return list(value)
 
 
 def _check_alike(hf: Mapping[str, Any]) -> None:

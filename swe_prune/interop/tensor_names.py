@@ -46,11 +46,14 @@ _LLAMA_NORMS = (
 )
 _FREQUENCIES = (r"rotary_emb\.inv_freq$",)  # determined by the config
 
-_LLAMA_ATTENTION = (
+_LLAMA_PROJECTIONS = (
     *dense_rows("model.layers.{i}.self_attn.q_proj", "block_{i}/attention/query"),
     *dense_rows("model.layers.{i}.self_attn.k_proj", "block_{i}/attention/key"),
     *dense_rows("model.layers.{i}.self_attn.v_proj", "block_{i}/attention/value"),
     *dense_rows("model.layers.{i}.self_attn.o_proj", "block_{i}/attention/out"),
+)
+_LLAMA_ATTENTION = (
+    *_LLAMA_PROJECTIONS,
     # Norms of queries and keys, of the families that have them.
     *norm_rows("model.layers.{i}.self_attn.q_norm", "block_{i}/attention/query_norm"),
     *norm_rows("model.layers.{i}.self_attn.k_norm", "block_{i}/attention/key_norm"),
@@ -85,7 +88,10 @@ _GEMMA = _llama(
 
 # Every head has a norm of its own.
 _STABLELM = _llama(
-    *_LLAMA.rows,
+    *_LLAMA_TOPS,
+    *_LLAMA_NORMS,
+    *_LLAMA_PROJECTIONS,
+    *_LLAMA_MLP,
     Row(
         "model.layers.{i}.self_attn.q_layernorm.norms.{e}.weight",
         ("block_{i}/attention/query_norm/scale",),
