@@ -21,7 +21,7 @@ from jax import lax
 
 from swe_prune import calibration, importance, masks, tree
 from swe_prune.errors import InputError
-from swe_prune.layout import Axes, layout
+from swe_prune.layout import Axes, conventional_axes, layout
 
 B, D, H, E, LAYERS = 6, 4, 8, 3, 3
 KEY = jax.random.key(0)
@@ -734,3 +734,135 @@ def test_a_criterion_scores_each_copy_by_itself(criterion):
             cost = np.diag(np.linalg.cholesky(np.linalg.inv(damped)).T) ** 2
             wanted = f64(of_copy) ** 2 / cost[:, None]
             np.testing.assert_allclose(got, wanted, rtol=1e-4, err_msg=key)
+
+
+# ---- What cannot be told is refused, never guessed ----
+
+
+def carried(fn):
+    return lambda w, x: lax.scan(lambda c, _: fn(*c), (w, x), None, length=2)[0][1]
+
+
+OUTSIDE = jax.ShapeDtypeStruct((B, D), jnp.float32)
+UNTOLD = {
+    "stored flat": (lambda w, x: x @ w.reshape(D, D), (D * D,)),
+    "both orientations": (lambda w, x: (x @ w) @ w.T, (D, D)),
+    "its own square": (lambda w, x: x @ (w @ w), (D, D)),
+    "its Gram matrix": (lambda w, x: x @ (w.T @ w), (H, D)),
+    "a running sum": (lambda w, x: x @ jnp.cumsum(w, 0), (D, D)),
+    "its singular vectors": (lambda w, x: x @ jnp.linalg.svd(w)[0], (D, D)),
+    "repeated by tile": (lambda w, x: x @ jnp.tile(w, (2, 1)), (D // 2, H)),
+    "turned in a loop": (carried(lambda w, x: ((w.T, jnp.tanh(x @ w)), None)), (D, D)),
+    "rolled in a loop": (carried(lambda w, x: ((jnp.roll(w, 1, 0), x @ w[0]), None)), (2, D, D)),
+    "a callback": (
+        lambda w, x: jax.pure_callback(lambda w, x: np.asarray(x) @ np.asarray(w), OUTSIDE, w, x),
+        (D, D),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNTOLD)
+def test_what_cannot_be_told_is_refused_by_rules_and_by_calibration(what):
+    fn, shape = UNTOLD[what]
+    params = {"w": jnp.asarray(drawn(*shape))}
+    found = layout(lambda p, x: fn(p["w"], x), params, X)
+    with pytest.raises(InputError, match=r"'w' is used .* inputs are not known"):
+        masks.by_sparsity(params, 0.5, "row", layout=found)
+    with pytest.raises(InputError, match=r"'w'.*exclude it with prunable="):
+        calibration.inputs(lambda p, x: fn(p["w"], x), params, [X], prunable={"w": True})
+
+
+PARTLY_TOLD = {
+    "reversed": (lambda w, x: x @ w[::-1], (D, H)),
+    "padded": (lambda w, x: jnp.pad(x, ((0, 0), (0, 2))) @ jnp.pad(w, ((0, 2), (0, 0))), (D, H)),
+    "joined along inputs": (lambda w, x: jnp.tile(x, (1, 2)) @ jnp.concatenate([w, -w]), (D, H)),
+    "looked up for each token": (
+        lambda w, x: jnp.einsum("bd,bdh->bh", x, w[jnp.argmax(x[:, :E], 1)]), (E, D, H)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", PARTLY_TOLD)
+def test_known_axes_with_unknown_places_have_rules_but_no_measurements(what):
+    fn, shape = PARTLY_TOLD[what]
+    params = {"w": jnp.asarray(drawn(*shape))}
+    found = layout(lambda p, x: fn(p["w"], x), params, X)
+    assert bare(found["w"]) == bare(IN_OUT if len(shape) == 2 else OF_EXPERT)
+    with pytest.raises(InputError, match="its inputs cannot be told apart"):
+        calibration.inputs(lambda p, x: fn(p["w"], x), params, [X])
+
+
+def test_weights_that_are_joined_along_their_outputs_are_measured():
+    params = {"a": drawn(D, 3), "b": drawn(D, 5)}
+    fn = lambda p, x: x @ jnp.concatenate([p["a"], p["b"]], axis=1)  # noqa: E731
+    measured = calibration.inputs(fn, params, [X])
+    for name in "ab":
+        norm = np.sqrt((f64(X) ** 2).sum(0) / B)
+        np.testing.assert_allclose(measured["input_norm"][name][:, 0], norm, rtol=1e-5)
+
+
+def test_a_tied_embedding_and_a_lookup_are_dense_with_the_reason():
+    tokens = np.array([[0, 3, 4]])
+    params = {"tied": drawn(5, D), "positions": drawn(3, D), "w": drawn(D, D), "gain": drawn(2, D)}
+
+    def run(p, tokens):
+        x = (p["tied"][tokens] + p["positions"][jnp.arange(3)]) * p["gain"][0] + p["gain"][1]
+        return (x @ p["w"]) @ p["tied"].T
+
+    found = layout(run, params, tokens)
+    reasons = {n: tree.dense_reason(n, params[n], axes=found[n]) for n in params}
+    assert reasons == {
+        "tied": "read by a lookup",
+        "positions": "read by a lookup",
+        "gain": "in no product",
+        "w": "",
+    }
+    assert found["tied"].last
+    assert not found["w"].last
+
+
+def test_a_learned_initial_state_is_no_kernel():
+    params = {"h": drawn(1, D), "w": drawn(D, D)}
+
+    def run(p, x):
+        start = jnp.broadcast_to(p["h"], x.shape)
+        return lax.scan(lambda h, _: (jnp.tanh(h @ p["w"] + x), None), start, None, length=2)[0]
+
+    found = layout(run, params, X)
+    assert found["h"].kind == "vector"
+    assert bare(found["w"]) == bare(IN_OUT)
+
+
+# ---- Without a trace: the convention of names ----
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "inputs"),
+    [
+        ("mlp/up/kernel", (8, 32), (0,)),
+        ("conv/kernel", (3, 3, 8, 16), (0, 1, 2)),
+        ("attention/query/kernel", (8, 2, 4), (0,)),
+        ("attention/value/kernel", (8, 2, 4), (0,)),
+        ("blocks/0/value/kernel/value", (8, 2, 4), (0,)),
+        ("attention/out/kernel", (2, 4, 8), (0, 1)),
+        ("attention/out/kernel/value", (2, 4, 8), (0, 1)),
+        ("blocks/0/out/kernel/value", (2, 4, 8), (0, 1)),
+        ("linear_1/w", (8, 4), (0,)),
+        ("gain", (8,), (0,)),
+        ("keyed/kernel", (2, 4, 8), None),
+        ("layers/query/kernel", (8, 2, 4), None),
+        ("attention/query/kernel", (8, 4, 4), None),
+        ("attention/value", (8, 2, 4), None),
+        ("model.layers.0.up_proj.weight", (8, 8), None),
+        ("w", (8, 4), None),
+        ("scalar", (), None),
+    ],
+)
+def test_names_tell_what_the_convention_of_flax_tells_and_no_more(name, shape, inputs):
+    found = conventional_axes(name, shape)
+    if inputs is None:
+        assert found is None
+    else:
+        assert found == Axes(
+            inputs, tuple(axis for axis in range(len(shape)) if axis not in inputs)
+        )

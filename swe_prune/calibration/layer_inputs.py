@@ -302,8 +302,9 @@ def check_used(wanted: Mapping[str, Any], sums: Mapping[str, Any]) -> None:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(
-            f"no product used {missing[0]!r}{more} on the calibration batches; exclude it with "
-            "prunable=, or give a function that runs all of the model"
+            f"no product used {missing[0]!r}{more} on the calibration batches, or none that a "
+            "trace can follow; exclude it with prunable=, or give a function that runs all of the "
+            "model"
         )
 
 

@@ -58,7 +58,7 @@ def input_sums(
     for key, value in sums.items():
         by_leaf.setdefault(key.leaf, []).append((key, value))
     return {
-        traced.names[leaf]: _assembled(traced.shapes[leaf], parts)
+        traced.names[leaf]: _assembled(traced.names[leaf], traced.shapes[leaf], parts)
         for leaf, parts in by_leaf.items()
     }
 
@@ -68,8 +68,8 @@ def _sums(name: str, product: Product, hessian: bool) -> Sums:
     view = product.view
     if not view.whole:
         raise InputError(
-            f"{name!r} is reversed, looked up, or joined with other values before its product, "
-            "where its inputs cannot be told apart; exclude it with prunable="
+            f"{name!r} is reshaped, reversed, looked up, or joined with other values before its "
+            "product, where its inputs cannot be told apart; exclude it with prunable="
         )
     x, inputs, copies = {"dot": _of_dot, "ragged": _of_ragged, "conv": _of_conv}[product.kind](
         name, product
@@ -223,9 +223,14 @@ def _share_of_outputs(product: Product) -> float:
 
 
 def _assembled(
-    shape: tuple[int, ...], parts: Sequence[tuple[SumKey, dict[str, Array]]]
+    name: str, shape: tuple[int, ...], parts: Sequence[tuple[SumKey, dict[str, Array]]]
 ) -> dict[str, Array]:
     """Returns the sums of one weight over all its products, in the order of its axes."""
+    if len({frozenset(piece.axis for piece in key.rest[0]) for key, _ in parts}) > 1:
+        raise InputError(
+            f"{name!r} is used in products of different orientation, so it has no one set of "
+            "inputs; exclude it with prunable="
+        )
     total: dict[str, Array] | None = None
     for key, value in parts:
         inputs, fixed = key.rest

@@ -9,6 +9,7 @@ With values, the walk also computes everything, so that it can be traced and com
 calibration measures the inputs of the products of any function, without touching the function.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,10 @@ _ELEMENTWISE = frozenset(
     )
 )
 _PICKS = ("gather", "dynamic_slice")
+_JOINS = (
+    *("concatenate", "pad", "stack", "dynamic_update_slice", "scatter", "scatter-add"),
+    *("scatter_add", "scatter_mul", "scatter_min", "scatter_max", "select_and_scatter_add"),
+)
 _RANKS = ("top_k", "approx_top_k", "argmax", "argmin", "sort")
 _PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 
@@ -243,6 +248,9 @@ class Walk:
             for view in (view for cell in cells for view in cell.views):
                 pieces = (*(piece for _, piece in view.scanned), *view.picked)
                 self.copies.setdefault(view.leaf, set()).update(piece.axis for piece in pieces)
+            if eqn.primitive.name not in (*_ELEMENTWISE, *_PRODUCTS, *_JOINS, *_CALLS):
+                for view in (view for cell in cells for view in cell.views if cell.is_weight):
+                    self.opaque.setdefault(view.leaf, eqn.primitive.name)
             return ()
         found = []
         for at, cell in enumerate(cells):
@@ -267,7 +275,10 @@ class Walk:
         if name == "transpose":
             return views.transposed(view, params["permutation"])
         if name == "reshape":
-            return views.reshaped(view, old, new)
+            result = views.reshaped(view, old, new)
+            if result is None and not any(cell.data for cell in cells):
+                self.opaque.setdefault(view.leaf, name)
+            return result
         if name == "broadcast_in_dim":
             return views.broadcast(view, new, old, params["broadcast_dimensions"])
         if name == "squeeze":
@@ -285,8 +296,12 @@ class Walk:
         if name == "gather" and at == 0:
             return self._gathered(eqn, cells, view, old)
         if name in ("concatenate", "pad", "rev"):
-            # The roles stay known, the place within the dimension does not.
-            return dataclasses.replace(view, whole=False)
+            # The roles stay known. The place within the joined dimension does not, which its size
+            # says where it runs over an axis of the weight.
+            alone = any(
+                a != b and not view.dims[at] for at, (a, b) in enumerate(zip(old, new, strict=True))
+            )
+            return dataclasses.replace(view, whole=view.whole and name != "rev" and not alone)
         if name == "stack":
             dims = list(view.dims)
             dims.insert(params["axis"], ())
@@ -366,9 +381,14 @@ class Walk:
                 noted = (self.tentative if both else self.uses).setdefault(view.leaf, [])
                 if found not in noted:
                     noted.append(found)
-                if self.measure and not both and found is not None:
+                if self.measure and not both:
+                    exact = all(
+                        roles[at] == "outputs" or not dim or _size(dim) == sizes[at]
+                        for at, dim in enumerate(view.dims)
+                    )
+                    whole = view.whole and exact and found is not None
                     product = Product(
-                        view=view,
+                        view=dataclasses.replace(view, whole=whole),
                         roles=roles,
                         kind=kind,
                         other=other.value,
@@ -585,13 +605,27 @@ class Walk:
         self.measure = measure
         return results
 
+    def _noted(self, again: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Returns a copy of all that was found, or goes back to it."""
+        if again is not None:
+            self.__dict__ |= copy.deepcopy(again)
+        names = ("uses", "tentative", "looked_up", "copies", "ranked", "opaque", "expert_axes")
+        return {name: copy.deepcopy(getattr(self, name)) for name in names}
+
     def _settle(
         self, body: Callable[[list[Cell]], list[Cell]], start: list[Cell], carried: int
     ) -> list[Cell]:
         """Returns what is known of a carry in every iteration."""
         known = [cell._replace(value=None) for cell in start]
+        noted = self._noted()
         while True:
             after = body(known)[:carried]
+            # What was seen before it is known what the carry is may not be so.
+            self._noted(noted)
+            for a, b in zip(known, after, strict=True):
+                if a.views != b.views and not b.data:
+                    # Another part of the weight, or another orientation, in every iteration.
+                    noted["opaque"] |= {view.leaf: "a loop" for view in a.views}
             merged = [
                 Cell(
                     None,
@@ -605,6 +639,10 @@ class Walk:
             if merged == known:
                 return known
             known = merged
+
+
+def _size(dim: views.Dim) -> int:
+    return math.prod(piece.size for piece in dim)
 
 
 def _distinct(found: Sequence[View]) -> tuple[View, ...]:
