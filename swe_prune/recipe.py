@@ -481,7 +481,7 @@ def prune(
         amount = allocate(recipe, scores, **context)
     if offload:
         values = jax.tree.map(np.asarray, values)
-    how = {"mask": mask}
+    how: dict[str, Any] = {"mask": mask}
     if recipe.method is not None:
         how = {"sparsity": amount, "method": recipe.method, "pattern": recipe.pattern}
         how |= recipe.options

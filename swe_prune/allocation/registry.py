@@ -213,10 +213,10 @@ def _in_copies(
         split_scores = split(named, layout)
         if parts is not None:
             split_scores = {label: split_scores.get(label) for label in parts}
-    of_parts = None
+    of_parts: Callable[[Any, Any], Any] | None = None
     if loss is not None and params is not None:
 
-        def of_parts(given: Any, batch: Any) -> Any:
+        def joined_loss(given: Any, batch: Any) -> Any:
             def joined(name: str, leaf: Any) -> Any:
                 axes = copies(name, leaf.shape) if hasattr(leaf, "shape") else ()
                 if not axes:
@@ -229,4 +229,5 @@ def _in_copies(
 
             return loss(tree.map_named(joined, params), batch)
 
+        of_parts = joined_loss
     return split_scores, parts, marks, of_parts

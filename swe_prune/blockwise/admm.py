@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from swe_prune import allocation, patterns, select
+from swe_prune import allocation, importance, patterns, select
 from swe_prune.blockwise.sparsegpt import SolverReport, check_kernel
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, check_choice
 from swe_prune.importance import hessian
 
 ITERATIONS = 20
@@ -31,6 +31,7 @@ def admm(
     mask: Bool[Array, "R C"] | None = None,
     iterations: int = ITERATIONS,
     damping: float = 0.1,
+    zeros: str = "keep",
 ) -> tuple[Float[Array, "R C"], Bool[Array, "R C"], SolverReport]:
     """Returns a kernel pruned and updated to keep its outputs, its mask, and a report.
 
@@ -55,6 +56,8 @@ def admm(
         mask: Mask to restore the weights of; None to choose one.
         iterations: Number of iterations.
         damping: Share of the mean of the diagonal that is added to it.
+        zeros: "keep": weights that are 0 already are removed first and stay so, whatever the
+            sparsity. "free": they are ranked like the others.
 
     Raises:
         InputError: Shapes, sparsity, pattern or numbers that do not fit, both a mask and a
@@ -66,15 +69,17 @@ def admm(
     ([[False], [True]], 2.9)
     """
     share, n_of_m = _checked(weight_RxC, hessian_RxR, sparsity, pattern, mask, iterations, damping)
+    check_choice(zeros, importance.ZEROS, "zeros")
     size = weight_RxC.size
     if mask is not None:
         keep, gone = mask, None
     else:
         keep, gone = jnp.ones(weight_RxC.shape, bool), _removed(size, share, n_of_m)
     solved_RxC, keep_RxC, error = _solve(
-        weight_RxC, hessian_RxR.astype(jnp.float32), keep, damping, gone, n_of_m, iterations
-    )
-    removed = size - keep_RxC.sum() if gone is None else gone
+        weight_RxC, hessian_RxR.astype(jnp.float32), keep, damping, gone, n_of_m, iterations,
+        zeros == "keep",
+    )  # fmt: skip
+    removed = size - keep_RxC.sum()
     dead = hessian.dead(hessian_RxR).sum()
     report = SolverReport(damping, dead, removed, error)
     if not isinstance(error, Tracer):
@@ -115,7 +120,7 @@ def _checked(
     return 0.0, None
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
 def _solve(
     weight_RxC: Array,
     hessian_RxR: Array,
@@ -124,6 +129,7 @@ def _solve(
     gone: int | None,
     n_of_m: tuple[int, int] | None,
     iterations: int,
+    keep_zeros: bool,
 ) -> tuple[Array, Array, Array]:
     """Returns the weights, the mask and the error, with the mask given (gone=None) or chosen."""
     dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -136,12 +142,13 @@ def _solve(
     wanted_RxC = dot(gram_RxR, dense_RxC)
     factor = jax.scipy.linalg.cho_factor(gram_RxR + eye_RxR)
     inverse_RxR = jax.scipy.linalg.cho_solve(factor, eye_RxR)
+    held_RxC = (weight_RxC == 0) & keep_zeros
     choosing = min(CHOOSING, iterations) if gone is not None else 0
 
     def chosen(step: Array, mask_RxC: Array, values_RxC: Array) -> Array:
         if gone is None:
             return mask_RxC
-        score_RxC = jnp.abs(values_RxC)
+        score_RxC = jnp.where(held_RxC, -1.0, jnp.abs(values_RxC))
         if n_of_m is not None:
             safe_RxC = patterns.n_of_m_mask(score_RxC, *n_of_m)
             score_RxC = jnp.where(safe_RxC, jnp.inf, score_RxC)
@@ -149,7 +156,7 @@ def _solve(
         # Exact at the end, where the ramp is 1.
         now = jnp.where(step + 1 >= choosing, gone, jnp.floor(gone * ramp).astype(jnp.int32))
         renewed_RxC = select.top_k_mask(score_RxC, weight_RxC.size - now)
-        return jnp.where(step < choosing, renewed_RxC, mask_RxC)
+        return jnp.where(step < choosing, renewed_RxC & ~held_RxC, mask_RxC)
 
     def iteration(step: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         values_RxC, dual_RxC, mask_RxC = state

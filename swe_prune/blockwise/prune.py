@@ -86,7 +86,7 @@ class _Plan:
 
 
 def prune_blocks(
-    model: nn.Module | nnx.Module,
+    model: Any,
     variables: PyTree,
     batches: Iterable[PyTree],
     *,
@@ -98,7 +98,7 @@ def prune_blocks(
     restore: str | None = None,
     holdout: Iterable[PyTree] = (),
     prunable: PyTree | None = None,
-    call: Callable[[Any, Any, Any], Any] | None = None,
+    call: Callable[..., Any] | None = None,
     block: int = BLOCK,
     damping: float | None = None,
     offload: bool = False,
@@ -257,7 +257,7 @@ def _prune_nnx(
     params: PyTree,
     batches: Iterable[PyTree],
     *,
-    call: Callable[[Any, Any, Any], Any] | None,
+    call: Callable[..., Any] | None,
     prunable: PyTree | None,
     mask: PyTree | None,
     blocks: str | Sequence[str],
@@ -596,8 +596,9 @@ def _kernel(
         keeps: Any = [None] * len(stacked) if keep is None else keep.reshape(stacked.shape)
         done = []
         for at, one_RxC in enumerate(stacked):
-            own = [_of_copy(some, at, len(stacked)) for some in (sums, guard)]
-            done.append(_matrix(f"{name}[{at}]", one_RxC, keeps[at], *own, n, share, plan))
+            own, held = (_of_copy(some, at, len(stacked)) for some in (sums, guard))
+            label = f"{name}[{at}]"
+            done.append(_matrix(label, one_RxC, keeps[at], own, held, n, share, plan))
         news, kept, reports, kept_so = zip(*done, strict=True)
         new, mask = (jnp.stack(some).reshape(weight_RxC.shape) for some in (news, kept))
         report, restored = _joined(reports), any(kept_so)
@@ -632,7 +633,7 @@ def _matrix(
     """Returns a matrix pruned, its mask, the solver's report, and whether it was restored."""
     if plan.pattern is not None:
         patterns.check_divides(name, len(weight_RxC), patterns.parse_n_of_m(plan.pattern)[1])
-    hessian = None
+    hessian: Any = None  # there where the plan needs it
     if sums is not None and plan.hessian:
         hessian = _scaled(sums.pop("outer").reshape([len(weight_RxC)] * 2), 2 / n)
     zeros = "keep" if plan.keep_zeros else "free"
@@ -648,7 +649,9 @@ def _matrix(
     elif plan.method == "admm":
         own = share if plan.pattern is None else None
         damping = plan.damping_of("admm")
-        pruned_RxC, keep_RxC, report = admm(weight_RxC, hessian, own, plan.pattern, damping=damping)
+        pruned_RxC, keep_RxC, report = admm(
+            weight_RxC, hessian, own, plan.pattern, damping=damping, zeros=zeros
+        )
     else:
         by_input = sums["square"] if sums is not None and plan.method != "magnitude" else None
         score_RxC = _scores(weight_RxC, by_input, n)

@@ -164,7 +164,7 @@ def _of_copies(
     static: dict[str, Any],
 ) -> Any:
     """Returns the scores of a stacked tensor, of which each copy is scored by itself."""
-    sizes = [weight.shape[axis] for axis in copies]
+    sizes = tuple(weight.shape[axis] for axis in copies)
     first = range(len(copies))
 
     def copies_first(need: str, value: Any) -> Any:

@@ -35,13 +35,16 @@ def _sizes(*keys: Key, context: int, tied: bool = False) -> tuple[Key, ...]:
     )
 
 
+_SILU = Key("hidden_act", "activation", str, "silu")
+
+
 def _llama_like(
     *keys: Key,
     context: int,
     epsilon: float = 1e-6,
     kv_heads: int | None = None,
     head_width: int | None = None,
-    activation: Key = Key("hidden_act", "activation", str, "silu"),
+    activation: Key = _SILU,
     tied: bool = False,
 ) -> tuple[Key, ...]:
     return _sizes(

@@ -144,7 +144,7 @@ def _prune_cell(
     params, masks = pruned(experiment, cell, dense)
     loss = finite(experiment.validation_loss(params), cell.name)
     seconds = time.perf_counter() - begun
-    # A method or a restoration may have changed the weights that stay, so recovery starts from its own.
+    # The weights that stay may have changed, so recovery starts from these.
     if cell.recipe.updates_weights:
         save(folder / "start", params, cell)
     save(folder / "masks", masks, cell)
