@@ -111,9 +111,13 @@ def _of_tensor(
         there = score > -np.inf
         equal = xp.max(xp.where(there, score, -np.inf)) == xp.min(xp.where(there, score, np.inf))
         tied = gone & equal & xp.any(mask)
-    # Shares of weights: float32 counts well enough.
+    # Shares of weights: float32 counts well enough. Scalars, which every process has whole.
     return _Facts(
-        top, bottom, xp.sum(tied, dtype=np.float32), xp.sum(gone, dtype=np.float32), xp.any(mask)
+        xp.max(top),
+        xp.min(bottom),
+        xp.sum(tied, dtype=np.float32),
+        xp.sum(gone, dtype=np.float32),
+        xp.any(mask),
     )
 
 

@@ -43,7 +43,9 @@ def named_leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:
     [('a/kernel', 1), ('b', None)]
     """
     names, leaves, _ = pairing.flatten(tree)
-    yield from zip(names, leaves, strict=True)
+    for name, leaf in zip(names, leaves, strict=True):
+        if leaf is None or not is_absent(leaf):  # optax's MaskedNode is no leaf to others
+            yield name, leaf
 
 
 def map_named(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
@@ -59,7 +61,7 @@ def map_named(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """
 
     def unless_none(name: str, leaf: Any, *others: Any) -> Any:
-        return None if leaf is None else f(name, leaf, *others)
+        return leaf if is_absent(leaf) else f(name, leaf, *others)
 
     return map_leaves(unless_none, tree, *rest)
 

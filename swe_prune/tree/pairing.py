@@ -5,7 +5,7 @@ a FrozenDict for a dict, an `nnx.State` for its pure dict, a `nnx.Param` for its
 a leaf is the same in all of them, so leaves are paired by name wherever the structures differ.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,9 +58,24 @@ def _keys_checked(tree: PyTree) -> tuple[list[Any], Any]:
         if "sorting pytree dictionary keys" not in str(error):
             raise
         raise InputError(
-            "a dict has keys that cannot be sorted, such as 1 beside '1', so its leaves have no "
-            "names; make all keys strings that differ"
+            f"two leaves are named {short(_twice(tree))!r}, as of keys that are a number and a "
+            "string; make the keys of every dict strings that differ"
         ) from None
+
+
+def _twice(tree: PyTree) -> str:
+    """Returns a key that a dict in the tree has as a number and as a string, or any of its keys."""
+    found: list[str] = []
+
+    def look(node: Any) -> bool:
+        if isinstance(node, Mapping) and len({type(key) for key in node}) > 1:
+            keys = [str(key) for key in node]
+            found.append(next((key for key in keys if keys.count(key) > 1), keys[0]))
+            return True  # JAX need not sort its keys
+        return is_absent(node)
+
+    jax.tree.leaves(tree, is_leaf=look)
+    return found[0] if found else ""
 
 
 def _boxes_whole(tree: PyTree, is_leaf: Callable[[Any], bool] = is_absent) -> list[tuple[Any, Any]]:
