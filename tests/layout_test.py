@@ -317,7 +317,7 @@ def plain(fn, weight, axes, rows, batch=X):
     return Case(lambda p, x: fn(p["w"], x), {"w": weight}, {"w": (axes, rows)}, batch)
 
 
-def shaped(name, fn, shape, axes, rows=X, batch=X):
+def shaped(name, fn, shape, axes, rows: Any = X, batch=X):
     """Adds a case of one weight."""
 
     def make():
@@ -775,6 +775,7 @@ def test_what_cannot_be_told_is_refused_by_rules_and_by_calibration(what):
 PARTLY_TOLD = {
     "reversed": (lambda w, x: x @ w[::-1], (D, H)),
     "padded": (lambda w, x: jnp.pad(x, ((0, 0), (0, 2))) @ jnp.pad(w, ((0, 2), (0, 0))), (D, H)),
+    "cut along inputs": (lambda w, x: x[:, :2] @ w[:2] + x[:, 2:] @ w[2:], (D, H)),
     "joined along inputs": (lambda w, x: jnp.tile(x, (1, 2)) @ jnp.concatenate([w, -w]), (D, H)),
     "looked up for each token": (
         lambda w, x: jnp.einsum("bd,bdh->bh", x, w[jnp.argmax(x[:, :E], 1)]), (E, D, H)
