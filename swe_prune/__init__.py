@@ -36,6 +36,7 @@ from swe_prune import (
     tree,
 )
 from swe_prune.layout import Axes, layout
+from swe_prune.masks.saving import load, save
 from swe_prune.pruning import Pruned, prune
 from swe_prune.version import __version__
 
@@ -49,10 +50,12 @@ __all__ = [
     "errors",
     "importance",
     "layout",
+    "load",
     "masks",
     "patterns",
     "prune",
     "recipe",
+    "save",
     "schedules",
     "select",
     "sparse_training",

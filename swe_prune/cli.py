@@ -277,8 +277,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM,
         description="Prune language models by what their weights did while they trained.",
-        epilog="prune, finetune and evaluate also take a pretrained model, as --model=PATH in "
-        f"place of --config: see '{PROGRAM} prune --help'.",
+        epilog="plan, prune, finetune and evaluate also take a pretrained model, as --model=PATH "
+        f"in place of --config: see '{PROGRAM} prune --help'.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"swe_prune {__version__}")

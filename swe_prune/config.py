@@ -29,7 +29,10 @@ from swe_prune.recipe import check as check_recipe
 
 Activation = Literal["gelu", "gelu_exact", "relu", "silu", "tanh"]
 Norm = Literal["layer", "rms"]
-Positions = Literal["learned", "rope"]
+Norms = Literal["pre", "post", "sandwich"]
+HeadNorm = Literal["none", "head", "each_head", "projection"]
+Residual = Literal["sequential", "parallel", "parallel_one_norm"]
+Positions = Literal["learned", "rope", "none"]
 RopeScaling = Literal["none", "linear", "dynamic", "yarn", "llama3", "longrope"]
 ComputeDtype = Literal["float32", "bfloat16"]
 Values = Literal["final", "late_mean"]
@@ -68,7 +71,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only Transformer: GPT-2, Llama, Mistral or Phi-3; see `models/gpt.py`."""
+    """A decoder-only Transformer of one of many families, from GPT-2 on; see `models/gpt.py`."""
 
     layers: int = 6  # number of Transformer blocks
     heads: int = 6  # number of query heads per layer
@@ -93,9 +96,29 @@ class ModelConfig:
     gated: bool = False  # gated MLP: down(activation(gate(x)) * up(x))
     norm: Norm = "layer"  # normalization: LayerNorm or RMSNorm
     norm_epsilon: float = 1e-5  # constant added to the variance in a norm
-    positions: Positions = "learned"  # position encoding: learned embeddings or rotary
+    norm_plus_one: bool = False  # whether RMSNorm multiplies by 1 + scale, as in Gemma
+    norms: Norms = "pre"  # norms on the inputs of attention and MLP, on their outputs, or on both
+    head_norm: HeadNorm = "none"  # norm of queries and keys: within each head, with one scale for
+    # all heads ("head") or one for each ("each_head"), or over all heads together ("projection")
+    residual: Residual = "sequential"  # whether the MLP reads what attention added, or both read
+    # the input of the block ("parallel"), or both read it through the same norm
+    embedding_scale: float = 1.0  # factor of the token embeddings
+    residual_scale: float = 1.0  # factor of what attention and MLP add to the residual stream
+    attention_scale: float | None = None  # factor of the attention scores; None: 1 / sqrt(width of
+    # one head)
+    attention_cap: float | None = None  # cap of the attention scores: cap * tanh(score / cap)
+    logit_divisor: float = 1.0  # number that the logits are divided by
+    logit_cap: float | None = None  # cap of the logits: cap * tanh(logit / cap)
+    positions: Positions = "learned"  # position encoding: learned embeddings, rotary, or none
+    position_offset: int = 0  # rows of the learned embeddings before that of position 0
     rope: RopeConfig = RopeConfig()  # settings of rotary positions
+    rotary: tuple[bool, ...] = ()  # which layers have rotary positions; empty: all
     window: int | None = None  # length of the attention window, the token included; None: all
+    sliding: tuple[bool, ...] = ()  # which layers have the window; empty: all
+    sliding_theta: float | None = None  # theta of the layers with the window, without scaling;
+    # None: as the other layers
+    experts: int | None = None  # number of experts in each MLP; None: one MLP for all tokens
+    experts_per_token: int = 2  # number of experts that each token is routed to
     pretrained: str | None = None  # pretrained model whose sizes replace the ones above: a
     # Hugging Face folder, a GGUF file, or "package:NAME" for the GGUF file in an installed package;
     # None: random initialization
@@ -115,6 +138,19 @@ class ModelConfig:
         """F, the hidden width of the MLP."""
         return self.hidden_ratio * self.width if self.hidden is None else self.hidden
 
+    def of_layer(self, layer: int) -> "ModelConfig":
+        """Returns the config of one layer: with its own window and rotary positions, if any."""
+        changes: dict[str, Any] = {}
+        if self.sliding and not self.sliding[layer]:
+            changes["window"] = None
+        elif self.sliding and self.sliding_theta is not None:
+            changes["rope"] = RopeConfig(theta=self.sliding_theta, share=self.rope.share)
+        if self.rotary and not self.rotary[layer]:
+            changes["positions"] = "none"
+        if self.sliding or self.rotary:
+            changes |= {"sliding": (), "rotary": (), "sliding_theta": None}
+        return dataclasses.replace(self, **changes)
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -124,7 +160,7 @@ class DataConfig:
     data_dir: str | None = None  # folder of prepared TFDS datasets; None: the default of TFDS
     train_split: str = "train"  # name of the TFDS split to train on
     validation_split: str = "validation"  # name of the TFDS split to evaluate on
-    text_key: str = "text"  # feature of a TFDS example that holds the text
+    text_key: str = "text"  # feature of a TFDS example, or field of a JSON object, with the text
     validation_fraction: float = 0.1  # fraction at the end of a text file to evaluate on
     train_chars: int | None = None  # number of leading characters to train on; None: all
     validation_chars: int | None = None  # number of leading characters to evaluate on; None: all
@@ -634,7 +670,8 @@ def _validate_cell(cell: CellConfig, path: str, must: Callable[..., None]) -> No
     rule = f"other than 'none', since schedule {schedule!r} prunes during it"
     must(cell.recovery != "none", f"{path}.recovery", rule, cell.recovery)
     at_once = cell.rate is not None or cell.method is not None or cell.n_of_m
-    rule = f"{ONE_SHOT!r}, since a rate, a method or an n:m pattern prunes at once"
+    at_once = at_once or cell.restore is not None
+    rule = f"{ONE_SHOT!r}, since a rate, a method, an n:m pattern or a restoration prunes at once"
     must(not at_once, f"{path}.schedule", rule, schedule)
     if schedule in ("cubic", "iterative"):
         return

@@ -18,6 +18,10 @@ class DamagedError(InputError):
     """A file from an earlier run differs from what was written."""
 
 
+class UndecidedWarning(UserWarning):
+    """A mask that the scores do not decide: ties at the threshold, or a tensor that is emptied."""
+
+
 class RunError(RuntimeError):
     """A run that was set up correctly failed; finished phases are on disk."""
 

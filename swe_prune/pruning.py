@@ -5,15 +5,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.core import Tracer
 from jaxtyping import PyTree
 
 from swe_prune import importance, masks, tree
 from swe_prune.errors import InputError
+from swe_prune.layout import layout as trace_layout
 from swe_prune.masks import Summary
 from swe_prune.recipe import Evidence, Recipe, check
 from swe_prune.recipe import prune as prune_by
-from swe_prune.trajectory import TrajectoryStats
+from swe_prune.trajectory import TrajectoryStats, restored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +23,20 @@ class Pruned:
     """Result of `prune`; printed, it says what was done.
 
     Attributes:
-        params: Weights with exact zeros, of the same structure and dtypes as given.
-        masks: Bool pytree, None where dense; the argument of `masks.keep` for fine-tuning.
+        params: What was given, with exact zeros: an object of the same kind and dtypes.
+        masks: Bool pytree like the weights that the optimizer trains, None where dense; the
+            argument of `masks.keep` for fine-tuning. For an NNX module it is like
+            `nnx.state(module, nnx.Param)`, for a training state like its `params`, for Linen's
+            variables like the variables.
         summary: Counts of retained weights, per tensor and in all.
         recipe: Request that was carried out.
         why: Reason for the criterion.
         dense: Number of weights that stay dense, by reason.
+        zeros_before: Number of prunable weights that were 0 when they were given.
+        zeros_after: Number of prunable weights that are 0 in `params`; more than the masks hold
+            only with `zeros="free"`.
+        output: Name of a pruned weight that alone gives the model's result by the traced layout,
+            as an output head does, or None.
     """
 
     params: PyTree
@@ -35,6 +45,9 @@ class Pruned:
     recipe: Recipe
     why: str
     dense: dict[str, int]
+    zeros_before: int = 0
+    zeros_after: int = 0
+    output: str | None = None
 
     @property
     def criterion(self) -> str:
@@ -69,18 +82,37 @@ class Pruned:
                 for name, tally in done.tensors.items()
             ),
         ]
+        if self.zeros_before:
+            lines.append(self._told_of_zeros())
         if self.dense:
             told = ", ".join(f"{count:,} ({why})" for why, count in self.dense.items())
             lines.append(f"Dense, as they were: {told}.")
+        if self.output is not None:
+            lines.append(
+                f"{self.output!r} gives the model's result; if it is the output head, exclude it "
+                "with prunable=tree.prunable(params, exclude=…)."
+            )
         lines.append("To fine-tune: masks.keep(optimizer, pruned.masks) holds the zeros.")
         return "\n".join(lines)
 
+    def _told_of_zeros(self) -> str:
+        before, after = self.zeros_before, self.zeros_after
+        if self.recipe.zeros == "free":
+            return (
+                f"{before:,} were 0 already: {100 * after / self.summary.total:.1f} % of the "
+                "result are 0, of which masks.keep holds those removed here."
+            )
+        asked = self.recipe.target
+        less = asked is not None and self.summary.pruned == before
+        start = f"Asked for {100 * (asked or 0):.1f} %; " if less else ""
+        return f"{start}{before:,} were 0 already and stay so; zeros='free' lets them go."
+
 
 def prune(
-    params: PyTree,
+    params: Any,
     sparsity: float | None = None,
     *,
-    stats: TrajectoryStats | None = None,
+    stats: TrajectoryStats | Mapping[str, Any] | None = None,
     opt_state: PyTree | None = None,
     measured: Mapping[str, PyTree] | None = None,
     criterion: str | None = None,
@@ -89,6 +121,10 @@ def prune(
     rate: float | None = None,
     prunable: PyTree | None = None,
     seed: int = 0,
+    zeros: str = "keep",
+    layout: PyTree | None = None,
+    model: Any = None,
+    batch: PyTree | None = None,
     verbose: bool = True,
     **options: Any,
 ) -> Pruned:
@@ -100,15 +136,23 @@ def prune(
     rank all tensors together, the others rank within each tensor. Embeddings, norms, biases and
     the output head stay dense.
 
+    Where the optimizer has a second moment of some tensors only, such as Muon, `multi_transform` or
+    frozen weights, the others rank by the same criterion with a constant in its place, which is
+    `magnitude` or `forecast`. Scores with and without it have no common scale, so each tensor then
+    loses the same share; with `scope="global"` all rank by `magnitude`. `Pruned.why` says so.
+
     Call it outside of jit. For block-by-block methods, allocations and schedules see `recipe`,
     `blockwise`, `allocation` and `schedules`.
 
     Args:
-        params: Pytree of weights: a Linen dict, an nnx.State, an Equinox module, or any other.
+        params: Pytree of weights: a Linen dict, an nnx.State, an Equinox module, or any other. Or
+            what holds weights, of which a new one is returned: an NNX module; a training state with
+            `params`, whose `opt_state` is used unless one is given; Linen's variables, of which
+            only "params" is pruned.
         sparsity: Share of the prunable weights to remove, in [0, 1). None: what an n:m pattern
             fixes, or 0.5.
         stats: Trajectory statistics, as `trajectory.update` returns them.
-        opt_state: State of the optimizer that trained the weights.
+        opt_state: State of the optimizer that trained the weights, or an `nnx.Optimizer`.
         measured: Calibration results by need, as `calibration.inputs` and `calibration.gradients`
             return them.
         criterion: Name of a registered criterion; see `importance.names()`.
@@ -119,58 +163,129 @@ def prune(
         prunable: Bool pytree. None: the weights that `stats` tracks, or the rules of
             `tree.prunable`.
         seed: Seed of criteria that draw random numbers.
+        zeros: What becomes of weights that are 0 already. "keep": they count as removed first, so
+            that the sparsity is never below theirs. "free": they rank like the others.
+        layout: Pytree of `swe_prune.Axes`, as `swe_prune.layout` traces it, for rules that need
+            the inputs of each output and for stacked tensors. None: it is traced if a batch is
+            given, else Flax's naming convention is all that is known.
+        model: Function of (params, batch), Linen module or NNX module to trace the layout of. None
+            with a batch: `params` itself, which must be an NNX module.
+        batch: Batch to trace `model` on, which may be abstract.
         verbose: Whether to print the summary.
         **options: Options of the criterion.
 
     Raises:
-        InputError: A request that cannot work, or missing inputs; see `recipe.check` and
-            `importance.score`.
+        InputError: A request that cannot work, or missing inputs; statistics without a snapshot, or
+            second moments that are all 0; see `recipe.check` and `importance.score`.
 
     >>> import jax.numpy as jnp
     >>> prune({"up": {"kernel": jnp.array([[1.0, -3.0, 2.0, 0.5]])}}, verbose=False).summary.kept
     2
     """
-    why = "it was asked for"
-    if criterion is None:
-        criterion, why = _choose(params, stats, opt_state)
-    if scope is None:
-        curved = "second_moment" in importance.get(criterion).needs
-        scope = "global" if curved and pattern is None and rate is None else "tensor"
-    recipe = Recipe(criterion, options, None, sparsity, rate, scope, pattern, seed=seed)
-    if sparsity is None and rate is None and not recipe.n_of_m:
-        recipe = dataclasses.replace(recipe, sparsity=0.5)
-    check(recipe)
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params)):
+    holder = tree.held(params)
+    weights = holder.weights
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(weights)):
         raise InputError(
             "swe_prune.prune counts and reports, which a traced program cannot; call it outside "
             "of jit, or use importance.score and masks.by_sparsity inside"
         )
-    evidence = Evidence(stats, opt_state, measured or {})
-    new_params, mask = prune_by(recipe, params, evidence, prunable=prunable)
-    pruned = Pruned(new_params, mask, masks.summary(mask), recipe, why, _dense(params, mask))
+    evidence, prunable = _given(holder, stats, opt_state, measured, prunable)
+    layout = _layout(params, holder, layout, model, batch)
+    if prunable is None and evidence.stats is None:
+        prunable = tree.prunable(weights, layout=layout)
+    why = "it was asked for"
+    if criterion is None:
+        best = importance.best(weights, evidence.opt_state, evidence.stats, prunable, scope=scope)
+        criterion, why, scope = best.criterion, best.why, best.scope
+        evidence = dataclasses.replace(evidence, measured={**evidence.measured, **best.measured})
+    if scope is None:
+        curved = "second_moment" in importance.get(criterion).needs
+        scope = "global" if curved and pattern is None and rate is None else "tensor"
+    recipe = Recipe(
+        criterion,
+        options,
+        sparsity=sparsity,
+        rate=rate,
+        scope=scope,
+        pattern=pattern,
+        seed=seed,
+        zeros=zeros,
+    )
+    if sparsity is None and rate is None and not recipe.n_of_m:
+        recipe = dataclasses.replace(recipe, sparsity=0.5)
+    check(recipe)
+    new, mask = prune_by(recipe, weights, evidence, prunable=prunable, layout=layout)
+    pruned = Pruned(
+        holder.put_back(new),
+        holder.like(mask),
+        masks.summary(mask),
+        recipe,
+        why,
+        _dense(weights, mask, layout),
+        masks.zeros(weights, mask),
+        masks.zeros(new, mask),
+        _pruned_output(mask, layout),
+    )
     if verbose:
         print(pruned)
     return pruned
 
 
-def _choose(
-    params: PyTree, stats: TrajectoryStats | None, opt_state: PyTree | None
-) -> tuple[str, str]:
-    tracked = stats is not None and "late_mean" in stats.measures
-    curved = opt_state is not None and importance.has_second_moment(opt_state, params)
-    if tracked and curved:
-        return "forecast_curvature", "it has the late mean and the optimizer's second moment"
-    if curved:
-        return "magnitude_curvature", "it has the optimizer's second moment, but no late mean"
-    lacks = "no optimizer state" if opt_state is None else "an optimizer without a second moment"
-    return "magnitude", f"it has {lacks}, and without curvature nothing does reliably better"
+def _given(
+    holder: tree.Held,
+    stats: TrajectoryStats | Mapping[str, Any] | None,
+    opt_state: Any,
+    measured: Mapping[str, PyTree] | None,
+    prunable: PyTree | None,
+) -> tuple[Evidence, PyTree | None]:
+    """Returns what was given besides the weights, as pytrees like the weights alone."""
+    if stats is None and isinstance(holder.stats, TrajectoryStats):
+        stats = holder.stats
+    if stats is not None:
+        stats = restored(stats)
+        importance.check_snapshots(stats, stats.measures)
+        buffers = {name: holder.lower(part) for name, part in stats.buffers.items()}
+        stats = dataclasses.replace(stats, buffers=buffers)
+    opt_state = holder.opt_state if opt_state is None else tree.opt_state_of(opt_state)
+    measured = {need: holder.lower(values) for need, values in (measured or {}).items()}
+    prunable = None if prunable is None else holder.lower(prunable)
+    return Evidence(stats, opt_state, measured), prunable
 
 
-def _dense(params: PyTree, mask: PyTree) -> dict[str, int]:
+def _layout(params: Any, holder: tree.Held, layout: Any, model: Any, batch: Any) -> PyTree | None:
+    """Returns the layout that is given or traced, like the weights alone, or None."""
+    if layout is not None:
+        return holder.lower(layout)
+    if batch is None:
+        if model is not None:
+            raise InputError("model= is traced on a batch, which is missing; give batch=")
+        return None
+    whole = params if isinstance(params, Mapping) else holder.weights
+    if model is None:
+        if not isinstance(params, nnx.Module):
+            raise InputError(
+                "batch= is for tracing a model, which is missing; give model=, a function of "
+                "(params, batch) or a module"
+            )
+        model = params
+    return holder.lower(trace_layout(model, whole, batch))
+
+
+def _pruned_output(mask: PyTree, layout: PyTree | None) -> str | None:
+    """Returns the name of a pruned weight that alone gives the model's result, or None."""
+    axes = {} if layout is None else dict(tree.named_leaves(layout))
+    for name, kept in tree.named_leaves(mask):
+        if kept is not None and getattr(axes.get(name), "last", False):
+            return name
+    return None
+
+
+def _dense(params: PyTree, mask: PyTree, layout: PyTree | None) -> dict[str, int]:
+    axes = {} if layout is None else dict(tree.named_leaves(layout))
     pruned = {name for name, leaf in tree.named_leaves(mask) if leaf is not None}
     counts: dict[str, int] = {}
     for name, leaf in tree.named_leaves(params):
         if tree.is_weight(leaf) and name not in pruned:
-            why = tree.dense_reason(name, leaf) or "not chosen"
+            why = tree.dense_reason(name, leaf, axes=axes.get(name)) or "not chosen"
             counts[why] = counts.get(why, 0) + tree.size(leaf)
     return counts

@@ -22,7 +22,16 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import PyTree
 
-from swe_prune import allocation, blockwise, calibration, importance, masks, patterns, tree
+from swe_prune import (
+    allocation,
+    blockwise,
+    calibration,
+    importance,
+    masks,
+    patterns,
+    trajectory,
+    tree,
+)
 from swe_prune.allocation import Allocation
 from swe_prune.blockwise import KernelReport
 from swe_prune.blockwise.sparsegpt import BLOCK, check_sparsity
@@ -57,6 +66,10 @@ class Recipe:
         method: Name of a method of `blockwise.METHODS`, which prunes one block after the other and
             takes the place of a criterion.
         seed: Seed of random draws.
+        zeros: What becomes of weights that are 0 already: "keep" counts them as removed first,
+            "free" treats them like the others; see `importance.score`.
+        restore: "admm": the weights that stay make up for those that go, block after block, for
+            the mask that the criterion or the method chose; see `blockwise.admm`.
     """
 
     criterion: str | None = None
@@ -68,6 +81,8 @@ class Recipe:
     pattern: str | None = None
     method: str | None = None
     seed: int = 0
+    zeros: str = "keep"
+    restore: str | None = None
 
     @property
     def name(self) -> str:
@@ -76,7 +91,8 @@ class Recipe:
         >>> Recipe("swe", sparsity=0.5).name, Recipe(method="wanda", sparsity=0.5).name
         ('swe', 'blockwise:wanda')
         """
-        return str(self.criterion) if self.method is None else f"blockwise:{self.method}"
+        ranked = str(self.criterion) if self.method is None else f"blockwise:{self.method}"
+        return ranked if self.restore is None else f"{ranked}+{self.restore}"
 
     @property
     def n_of_m(self) -> bool:
@@ -117,7 +133,12 @@ class Recipe:
     def reads_batches(self) -> bool:
         """Whether calibration batches are needed."""
         by_allocation = self._allocates_by("batches")
-        return self.method is not None or by_allocation or bool(self.needs & MEASURES)
+        return self.updates_weights or by_allocation or bool(self.needs & MEASURES)
+
+    @property
+    def updates_weights(self) -> bool:
+        """Whether the weights that stay may change too."""
+        return self.method is not None or self.restore is not None
 
     @property
     def scores_follow_weights(self) -> bool:
@@ -208,6 +229,8 @@ def _check_ranking(recipe: Recipe) -> None:
 def _check_amount(recipe: Recipe) -> None:
     """Checks sparsity, rate, scope and allocation, and that they fit together."""
     check_choice(recipe.scope, masks.SCOPES, "scope")
+    check_choice(recipe.zeros, importance.ZEROS, "zeros")
+    check_choice(recipe.restore, blockwise.RESTORES, "restore")
     if recipe.allocation is not None:
         allocation.get(recipe.allocation).check_options(())
     if recipe.rate is not None:
@@ -408,8 +431,8 @@ def prune(
         prunable: Bool pytree like the parameters. None: the weights that the statistics track, or
             `tree.prunable(params, layout=layout)` without statistics.
         layout: Pytree of `layout.Axes` like the parameters. None: Flax's naming convention.
-        model: Linen module whose blocks a method prunes.
-        blocks: Rule that matches the paths of the blocks, for a method.
+        model: Linen module whose blocks a method prunes or `restore` updates.
+        blocks: Rule that matches the paths of the blocks, for these.
         batches: Calibration batches, for a method and for allocations that read them.
         loss: Function of (params, batch), for allocations that read it.
         offload: Whether a method keeps weights and activations in host memory.
@@ -435,31 +458,46 @@ def prune(
         scores = score(recipe, params, evidence, prunable, layout)
         amount = allocate(recipe, scores, layout=layout, **context | {"params": params})
         mask = select(recipe, scores, amount, layout)
-        return masks.apply(values, mask), mask
+        if recipe.restore is None:
+            return masks.apply(values, mask), mask
+        amount = None
+    else:
+        mask = None
     # One block after the other, each on what the pruned blocks before it give.
     if model is None or blocks is None:
-        raise InputError(f"method {recipe.method!r} prunes block by block; give model= and blocks=")
+        what = f"method {recipe.method!r}" if recipe.method else f"restore {recipe.restore!r}"
+        raise InputError(f"{what} goes block by block; give model= and blocks=")
     scores = None
-    if recipe._allocates_by("scores"):
+    if recipe.method is not None and recipe._allocates_by("scores"):
         scores = importance.score(
-            "wanda", values, measured=evidence.measured, prunable=prunable, layout=layout
+            "wanda",
+            values,
+            measured=evidence.measured,
+            prunable=prunable,
+            layout=layout,
+            zeros=recipe.zeros,
         )
-    amount = allocate(recipe, scores, **context)
+    if recipe.method is not None:
+        amount = allocate(recipe, scores, **context)
     if offload:
         values = jax.tree.map(np.asarray, values)
-    pruned, mask, _ = blockwise.prune_blocks(
+    how = {"mask": mask}
+    if recipe.method is not None:
+        how = {"sparsity": amount, "method": recipe.method, "pattern": recipe.pattern}
+        how |= recipe.options
+    pruned, found, _ = blockwise.prune_blocks(
         model,
         {"params": values},
         batches,
         blocks=blocks,
-        sparsity=amount,
-        method=recipe.method,
-        pattern=recipe.pattern,
+        restore=recipe.restore,
         prunable=prunable,
         offload=offload,
         progress=progress,
-        **recipe.options,
+        zeros=recipe.zeros,
+        **how,
     )
+    mask = found if mask is None else mask  # which may have tensors outside of the blocks
     return masks.apply(pruned, mask), mask
 
 
@@ -491,13 +529,21 @@ def score(
     reads_moment = "second_moment" in criterion.needs
     opt_state = evidence.opt_state if reads_moment else None
     measured = {need: evidence.measured[need] for need in recipe.needs & set(evidence.measured)}
+    # The compiled program cannot look at values, so what says nothing is refused before it.
+    moments = measured.get("second_moment")
+    if moments is None and opt_state is not None:
+        moments = importance.second_moment(opt_state, params)
+    if moments is not None and prunable is not None:
+        moments = tree.map_leaves(lambda _, chosen, v: v if chosen else None, prunable, moments)
+    stats = None if evidence.stats is None else trajectory.restored(evidence.stats)
+    importance.check_informative(criterion, stats, moments)
     options = tuple(sorted(recipe.options.items()))
     chosen, structure = jax.tree.flatten(prunable)
     axes, axes_structure = jax.tree.flatten(layout, is_leaf=tree.is_none)
     make = _compile_score if _all_arrays(params, opt_state) else _score_fn
-    static = (structure, tuple(chosen), axes_structure, tuple(axes), recipe.seed, options)
-    scored = make(str(recipe.criterion), *static)
-    return scored(params, evidence.stats, opt_state, measured)
+    static = (structure, tuple(chosen), axes_structure, tuple(axes), recipe.seed)
+    scored = make(str(recipe.criterion), *static, recipe.zeros, options)
+    return scored(params, stats, opt_state, measured)
 
 
 def _all_arrays(*trees: PyTree) -> bool:
@@ -511,6 +557,7 @@ def _score_fn(
     axes_structure: Any,
     axes: tuple[Any, ...],
     seed: int,
+    zeros: str,
     options: tuple[tuple[str, Any], ...],
 ) -> Callable[..., PyTree]:
     prunable, layout = structure.unflatten(chosen), axes_structure.unflatten(axes)
@@ -525,6 +572,7 @@ def _score_fn(
             prunable=prunable,
             layout=layout,
             seed=seed,
+            zeros=zeros,
             **dict(options),
         )
 

@@ -1,5 +1,6 @@
 """The ADMM weight update against float64 numpy, and restoring masks block after block."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from swe_prune import blockwise, importance, masks, tree
+from swe_prune import blockwise, importance, masks, recipe, tree
 from swe_prune.blockwise import admm
 from swe_prune.errors import InputError
 
@@ -239,3 +240,19 @@ def test_what_does_not_hold_on_held_out_batches_is_not_kept():
         )
 
     assert drift_on_others(guarded) < drift_on_others(blind)
+
+
+def test_a_recipe_restores_the_mask_of_its_criterion():
+    request = recipe.Recipe("magnitude", sparsity=0.5, scope="global", restore="admm")
+    assert request.name == "magnitude+admm"
+    assert request.reads_batches
+    params = variables()["params"]
+    arguments = {"model": Model(), "blocks": r"block_\d", "batches": BATCHES}
+    pruned, mask = recipe.prune(request, params, **arguments)
+    alone, same = recipe.prune(dataclasses.replace(request, restore=None), params)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), mask, same))
+    assert drift(pruned) < 0.5 * drift(alone)
+    with pytest.raises(InputError, match="restore 'admm' goes block by block; give model="):
+        recipe.prune(request, params)
+    with pytest.raises(InputError, match="restore must be one of"):
+        recipe.check(dataclasses.replace(request, restore="sgd"))

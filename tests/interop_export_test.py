@@ -133,6 +133,45 @@ def test_files_of_the_source_come_along(tmp_path):
         assert (out / name).read_bytes() == content
 
 
+def test_code_that_the_source_names_is_not_passed_on(tmp_path):
+    path, _ = folder(tmp_path / "one", "gpt2")
+    code = {
+        "auto_map": {"AutoModelForCausalLM": "modeling_x.X", "AutoTokenizer": ["x.T", None]},
+        "custom_pipelines": {"text": {"impl": "x.P"}},
+        "trust_remote_code": True,
+    }
+    kept = {"initializer_range": 0.5, "nested": {"a": [1]}}
+    nested = {"nested": {"a": [1], "auto_map": {"AutoModel": "x.Y"}}}
+    config = json.loads((path / "config.json").read_text()) | code | kept | nested
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "modeling_x.py").write_text("raise SystemExit('code of a stranger')")
+    words = {"tokenizer_class": "X", "model_max_length": 9}
+    (path / "tokenizer_config.json").write_text(json.dumps(words | code))
+    (path / "generation_config.json").write_text(json.dumps({"top_k": 3} | code))
+    (path / "tokenizer.json").write_text("{}")
+    out = interop.export(tmp_path / "two", interop.load(path, tokenizer=False))
+    for name in ("config", "tokenizer_config", "generation_config"):
+        text = (out / f"{name}.json").read_text()
+        assert not any(key in text for key in code), name
+    written = json.loads((out / "config.json").read_text())
+    assert written | kept == written
+    words = json.loads((out / "tokenizer_config.json").read_text())
+    assert words == {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 9}
+    assert json.loads((out / "generation_config.json").read_text()) == {"top_k": 3}
+    assert not (out / "modeling_x.py").exists()
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer_config.json", "config.json"])
+def test_a_link_to_elsewhere_is_not_followed_into_an_export(tmp_path, name):
+    path, _ = folder(tmp_path / "one", "gpt2")
+    outside = tmp_path / "private"
+    outside.write_text("{}")
+    (path / name).unlink(missing_ok=True)
+    (path / name).symlink_to(outside)
+    with pytest.raises(InputError, match=f"has '{name}', a link to .*private, which leaves"):
+        interop.load(path)
+
+
 def test_others_may_read_the_folder(tmp_path):
     made = model("gpt2")
     old = os.umask(0o022)

@@ -10,7 +10,7 @@ from interop_tiny import CONFIGS, VOCAB, assert_same_params, logits, model
 
 from swe_prune import interop, tree
 from swe_prune.errors import InputError
-from swe_prune.interop.tensor_names import GGUF
+from swe_prune.interop.tensor_names_gguf import GGUF
 
 gguf = pytest.importorskip("gguf", reason="writes GGUF files")
 
@@ -256,3 +256,9 @@ def test_the_real_model_goes_out_to_transformers(smollm2, tmp_path):
 
 def test_every_config_of_a_gguf_architecture_is_covered():
     assert {CONFIGS[name]["model_type"] for name in CONFIGS} >= set(GGUF)
+
+
+def test_a_prefix_that_no_name_has_is_refused(tmp_path):
+    path = written(tmp_path / "model.gguf", model("llama"))
+    with pytest.raises(InputError, match=r"prefix 'x.' begins none of the names in .*model.gguf"):
+        interop.load(path, prefix="x.")

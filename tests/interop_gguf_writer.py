@@ -5,7 +5,7 @@ import numpy as np
 
 from swe_prune import tree
 from swe_prune.interop.slices import bind
-from swe_prune.interop.tensor_names import GGUF
+from swe_prune.interop.tensor_names_gguf import GGUF
 
 Q = gguf.GGMLQuantizationType
 

@@ -20,7 +20,11 @@ transformers = pytest.importorskip("transformers", reason="compares with transfo
 
 LONG, SHORT = 24, 7  # tokens: beyond every original context of the configs, and within
 PROMPT = 6
-DECODED = ("gpt2", "llama tied", "llama dynamic", "llama llama3", "mistral", "phi3 longrope")
+OTHERS = ("qwen2 window", "qwen3", "granite", "stablelm", "stablelm parallel", "smollm3 window",
+          "olmo2", "gpt_neox", "opt", "gemma2", "gemma3_text", "gemma3_text nested", "mixtral")  # fmt: skip
+DECODED = ("gpt2", "llama tied", "llama dynamic", "llama llama3", "mistral", "phi3 longrope",
+           "qwen2 window", "qwen3", "granite", "stablelm parallel", "smollm3 window", "olmo2",
+           "gpt_neox", "opt", "gemma2", "gemma3_text", "mixtral")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +47,11 @@ def folders(tmp_path_factory):
 
 def theirs(path, dtype=torch.float32):
     """Loaded anew: scalings that follow the length remember the longest they met."""
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    settings = {"dtype": dtype, "attn_implementation": "eager"}  # no other caps the scores
+    loader = transformers.AutoModelForCausalLM
+    loaded, found = loader.from_pretrained(path, output_loading_info=True, **settings)
+    assert not any(found.values()), found
+    return loaded.eval()
 
 
 def their_logits(loaded, tokens_BxL, valid_BxL=None):
@@ -89,7 +97,8 @@ def test_a_prompt_and_then_one_token_at_a_time(folders, name):
     assert_logits_close(decoded(made, x_BxL, PROMPT), np.concatenate(wanted, axis=1))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "phi3 longrope"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "phi3 longrope", "qwen3", "gemma2",
+                                  "olmo2", "gpt_neox"])  # fmt: skip
 def test_in_bfloat16_the_error_is_no_larger_than_theirs(folders, name):
     """Root mean square over all logits, against float32 of the same bfloat16 parameters.
 
@@ -106,12 +115,13 @@ def test_in_bfloat16_the_error_is_no_larger_than_theirs(folders, name):
     assert errors < 0.05 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("name", ["gpt2 untied", "llama biases", "mistral", "phi3"])
+@pytest.mark.parametrize("name", ["gpt2 untied", "llama biases", "mistral", "phi3", *OTHERS])
 def test_a_folder_that_transformers_wrote(tmp_path, name):
     """With its spelling of the config, and in shards."""
     made = model(name)
     config = transformers.AutoConfig.for_model(**made.hf_config)
     torch.manual_seed(0)
+    config._attn_implementation = "eager"
     theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in theirs.parameters():
         parameter += 0.3 * torch.randn_like(parameter)

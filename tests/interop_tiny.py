@@ -35,6 +35,17 @@ GPT2 = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+OTHER = {key: value for key, value in LLAMA.items() if key != "model_type"}
+NEOX = OTHER | {"model_type": "gpt_neox", "layer_norm_eps": 1e-5, "rotary_pct": 0.5}
+OPT = OTHER | {"model_type": "opt", "ffn_dim": 20, "pad_token_id": 0}
+GEMMA = OTHER | {
+    "head_dim": 6,
+    "sliding_window": 5,
+    "query_pre_attn_scalar": 12,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+    "pad_token_id": 0,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -74,6 +85,106 @@ CONFIGS = {
         "rope_scaling": LONG,
         "tie_word_embeddings": True,
     },
+    "qwen2": OTHER | {"model_type": "qwen2", "rms_norm_eps": 1e-6},
+    "qwen2 window": OTHER
+    | {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+        "tie_word_embeddings": True,
+    },
+    "qwen3": OTHER | {"model_type": "qwen3", "head_dim": 6, "rope_theta": 1e6},
+    "qwen3 biases": OTHER
+    | {
+        "model_type": "qwen3",
+        "head_dim": 4,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "granite": OTHER
+    | {
+        "model_type": "granite",
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.25,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 4.0,
+        "mlp_bias": True,
+    },
+    "stablelm": OTHER
+    | {"model_type": "stablelm", "layer_norm_eps": 1e-5, "use_qkv_bias": True}
+    | {"partial_rotary_factor": 0.5},
+    "stablelm parallel": OTHER
+    | {
+        "model_type": "stablelm",
+        "layer_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+        "qk_layernorm": True,
+        "use_parallel_residual": True,
+    },
+    "smollm3": OTHER | {"model_type": "smollm3", "no_rope_layers": [1, 0], "pad_token_id": 0},
+    "smollm3 window": OTHER
+    | {
+        "model_type": "smollm3",
+        "no_rope_layer_interval": 2,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    },
+    "olmo2": OTHER | {"model_type": "olmo2", "rope_theta": 500.0, "pad_token_id": 0},
+    "olmo2 biases": OTHER | {"model_type": "olmo2", "attention_bias": True, "pad_token_id": 0},
+    "gpt_neox": NEOX,
+    "gpt_neox sequential": NEOX
+    | {"use_parallel_residual": False, "rotary_pct": 1.0, "rotary_emb_base": 500}
+    | {"attention_bias": False, "tie_word_embeddings": True, "hidden_act": "relu"},
+    "opt": OPT,
+    "opt plain": OPT
+    | {"enable_bias": False, "tie_word_embeddings": False, "activation_function": "gelu"}
+    | {"word_embed_proj_dim": 16},
+    "gemma2": GEMMA | {"model_type": "gemma2", "num_hidden_layers": 3},
+    "gemma2 biases": GEMMA
+    | {
+        "model_type": "gemma2",
+        "attention_bias": True,
+        "query_pre_attn_scalar": 9,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "layer_types": ["full_attention", "full_attention"],
+        "tie_word_embeddings": False,
+    },
+    "gemma3_text": GEMMA
+    | {
+        "model_type": "gemma3_text",
+        "attn_logit_softcapping": None,
+        "num_hidden_layers": 3,
+        "sliding_window_pattern": 2,
+        "rope_theta": 2000.0,
+        "rope_local_base_freq": 50.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
+    "gemma3_text nested": GEMMA
+    | {
+        "model_type": "gemma3_text",
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": 5.0,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 700.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+        },
+    },
+    "mixtral": OTHER | {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2},
+    "mixtral window": OTHER
+    | {
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "sliding_window": 5,
+        "rope_theta": 200.0,
+    },
 }
 """A config.json of each thing that the families can be."""
 
@@ -84,7 +195,8 @@ def random_params(config, vocab_size=VOCAB, dtype="float32", seed=0):
     made = {}
     for name, shape in slices.param_shapes(config, vocab_size).items():
         values = rng.normal(size=shape) * (0.2 if name.endswith(("scale", "bias")) else 0.4)
-        made[name] = jnp.asarray(values + name.endswith("scale"), dtype)
+        around = name.endswith("scale") and not config.norm_plus_one
+        made[name] = jnp.asarray(values + around, dtype)
     return slices.nested(made)
 
 

@@ -1,6 +1,7 @@
 """Tokenizers of folders and of GGUF files: the ids are those that the model was trained on."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -137,6 +138,139 @@ def test_a_damaged_tokenizer_is_refused(path):
     (path / "vocab.json").write_text('{"a": 0}')
     (path / "merges.txt").write_text("a b c\n")
     refused(path, "a merge that is not of two tokens")
+    (path / "merges.txt").write_text("a b\n")
+    refused(path, "is damaged")
+    (path / "merges.txt").write_bytes(b"\xff\xff")
+    refused(path, "merges.txt cannot be read")
+    (path / "merges.txt").write_text("")
+    (path / "vocab.json").write_text('{"a": "0"}')
+    refused(path, "an id that is not an integer")
+
+
+def gpt2_files(path, **more):
+    """Writes vocab.json and merges.txt into a folder, and other JSON files by name."""
+    vocab, merges = parts(trained(byte_level()))
+    (path / "vocab.json").write_text(json.dumps(vocab))
+    (path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    for name, content in more.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def larger(tmp_path):
+    """A folder of a model with room for three tokens more, without tokenizer."""
+    return interop.export(tmp_path / "larger", model("gpt2", vocab_size=SIZE + 3))
+
+
+@pytest.mark.parametrize("kind", ["vocab.json", "tokenizer.json"])
+@pytest.mark.parametrize("where", ["added_tokens", "tokenizer_config"])
+def test_added_tokens_of_their_own_file_are_read_with_their_ids(larger, kind, where):
+    added = {"<|user|>": SIZE + 1, "<|pad|>": SIZE}
+    specials = {"pad_token": "<|pad|>", "additional_special_tokens": [{"content": "<|x|>"}]}
+    content = {"added_tokens": added, "special_tokens_map": specials}
+    if where == "tokenizer_config":
+        decoder = {
+            str(i): {"content": token, "special": "pad" in token} for token, i in added.items()
+        }
+        content = {"tokenizer_config": {"added_tokens_decoder": decoder}}
+    gpt2_files(larger, **content)
+    if kind == "tokenizer.json":
+        trained(byte_level()).save(str(larger / kind))
+    found = interop.load(larger).tokenizer
+    assert found.vocab_size == SIZE + 2
+    assert SIZE + 1 in found.encode("cat<|user|>cat")  # not special: of the text itself
+    assert SIZE not in found.encode("cat<|pad|>")
+    assert SIZE in found.encode("cat<|pad|>", special=True)
+    assert found.decode([SIZE, SIZE + 1], special=False) == "<|user|>"
+
+
+def test_added_tokens_that_do_not_fit_are_refused(larger):
+    gpt2_files(larger, added_tokens={"<x>": SIZE + 2})
+    refused(larger, f"adds the token '<x>' as {SIZE + 2}, and its vocabulary makes it {SIZE}")
+    gpt2_files(larger, added_tokens={"cat": 3})
+    refused(larger, "adds the token 'cat' as 3")
+    gpt2_files(larger, added_tokens={"<x>": "280"})
+    refused(larger, "added_tokens.json must give each token an integer of at least 0, got '280'")
+    gpt2_files(larger, added_tokens={f"<{i}>": SIZE + i for i in range(4)})
+    refused(larger, f"ids up to {SIZE + 3} and the model a vocabulary of {SIZE + 3}, without '<3>'")
+    gpt2_files(larger, tokenizer_config={"added_tokens_decoder": {"x": 1}}, added_tokens={})
+    refused(larger, "added_tokens_decoder in .* must be an object of ids and tokens")
+
+
+def test_the_vocabulary_of_another_class_is_not_cut_as_gpt2s(path):
+    gpt2_files(path, tokenizer_config={"tokenizer_class": "Qwen2Tokenizer"})
+    refused(path, "of a Qwen2Tokenizer, and those of GPT-2 alone are supported; save it once as")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("eos_token_id", "2"),
+        ("eos_token_id", [2, "3"]),
+        ("eos_token_id", [2, None]),
+        ("eos_token_id", SIZE),
+        ("eos_token_id", [0, SIZE]),
+        ("eos_token_id", -1),
+        ("eos_token_id", 2.0),
+        ("eos_token_id", True),
+        ("eos_token_id", {"a": 1}),
+        ("bos_token_id", [1]),
+        ("bos_token_id", SIZE),
+        ("pad_token_id", SIZE),
+        ("pad_token_id", "<pad>"),
+    ],
+)
+def test_ids_that_are_not_of_the_vocabulary_are_a_sentence(path, name, key, value):
+    trained(byte_level()).save(str(path / "tokenizer.json"))
+    content = json.loads((path / name).read_text()) if (path / name).exists() else {}
+    (path / name).write_text(json.dumps(content | {key: value}))
+    shown = re.escape(repr(value))
+    refused(path, f"{key} in .*{name} must be an id of the vocabulary, .*got {shown}; correct")
+
+
+def test_lists_of_ends_and_old_padding_are_accepted_as_by_transformers(path):
+    trained(byte_level()).save(str(path / "tokenizer.json"))
+    said = json.loads((path / "config.json").read_text())
+    for ends, found in (([2, 5], (2, 5)), ([], ()), (None, ()), (7, (7,))):
+        (path / "config.json").write_text(
+            json.dumps(said | {"eos_token_id": ends, "pad_token_id": -1, "bos_token_id": None})
+        )
+        words = interop.load(path).tokenizer
+        assert (words.bos_id, words.eos_ids) == (None, found)
+
+
+def test_the_tokenizer_may_be_given_by_its_path(tmp_path, path):
+    gpt2_files(path)  # the folder's own, which is not used
+    other = tmp_path / "other"
+    other.mkdir()
+    made = trained(smollm())
+    made.save(str(other / "tokenizer.json"))
+    (other / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    (other / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    made.encode_special_tokens = True
+    for given in (other, other / "tokenizer.json", in_gguf(tmp_path, made, "smollm")):
+        loaded = interop.load(path, tokenizer=str(given))
+        assert loaded.tokenizer.encode(TEXT).tolist() == made.encode(TEXT).ids, given
+        out = interop.export(tmp_path / f"out of {given.name}", loaded)
+        assert interop.load(out).tokenizer.encode(TEXT).tolist() == made.encode(TEXT).ids
+        assert not (out / "merges.txt").exists()
+    assert interop.load(path, tokenizer=other).tokenizer.eos_ids == (3, 4)
+    template = json.loads((tmp_path / "out of other" / "tokenizer_config.json").read_text())
+    assert template == {"chat_template": "x"}
+
+
+def test_a_tokenizer_path_without_tokenizer_is_refused(tmp_path, path):
+    refused_with = [
+        (tmp_path / "none", "does not exist; give the path of a tokenizer.json"),
+        (tmp_path, "has no tokenizer; give the path of a tokenizer.json"),
+        (path / "config.json", "cannot be read as a tokenizer.json"),
+        (path / "model.safetensors", "cannot be read as a tokenizer.json"),
+    ]
+    for given, sentence in refused_with:
+        with pytest.raises(InputError, match=sentence) as caught:
+            interop.load(path, tokenizer=given)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(tmp_path):
@@ -206,13 +340,16 @@ def test_a_gguf_file_that_begins_texts_does_so_where_asked(tmp_path):
     assert found.encode("cat", template=True).tolist() == [0, *found.encode("cat")]
 
 
-@pytest.mark.parametrize(("model_", "pre"), [("llama", "default"), ("gpt2", "tekken")])
-def test_another_kind_of_tokenizer_is_refused(tmp_path, model_, pre):
-    path = in_gguf(tmp_path, trained(byte_level()), pre, **{"tokenizer.ggml.model": model_})
-    refused(
-        path, f"'{model_}' with '{pre}', which is not supported; supported is 'gpt2' with gpt-2"
-    )
+@pytest.mark.parametrize(("model_", "kind"), [("bert", "'bert'"), ("gpt2", "'gpt2' with 'tekken'")])
+def test_another_kind_of_tokenizer_is_refused_and_may_be_replaced(tmp_path, model_, kind):
+    made = trained(byte_level())
+    path = in_gguf(tmp_path, made, "tekken", **{"tokenizer.ggml.model": model_})
+    refused(path, f"{kind}, which is not supported; supported are 'gpt2' with gpt-2.*--tokenizer")
     assert interop.load(path, tokenizer=False).tokenizer is None
+    made.save(str(tmp_path / "tokenizer.json"))  # the advice, followed
+    found = interop.load(path, tokenizer=tmp_path / "tokenizer.json").tokenizer
+    assert found.decode(found.encode(TEXT)) == TEXT
+    assert (found.bos_id, found.eos_ids) == (0, (0,))
 
 
 def test_the_tokenizer_of_a_gguf_file_goes_out_with_the_model(tmp_path):
@@ -240,3 +377,16 @@ def test_transformers_gives_the_same_ids(tmp_path, path):
     theirs = transformers.GPT2TokenizerFast.from_pretrained(path)
     ours = interop.load(path).tokenizer
     assert theirs(TEXT)["input_ids"] == ours.encode(TEXT, special=True).tolist()
+
+
+@pytest.mark.parametrize("kind", ["vocab.json", "tokenizer.json"])
+def test_transformers_gives_the_same_ids_to_added_tokens(larger, kind):
+    transformers = pytest.importorskip("transformers", reason="compares with its tokenizers")
+    specials = {"special_tokens_map": {"pad_token": "<|pad|>"}}
+    gpt2_files(larger, added_tokens={"<|user|>": SIZE + 1, "<|pad|>": SIZE}, **specials)
+    if kind == "tokenizer.json":
+        trained(byte_level()).save(str(larger / kind))
+    theirs = transformers.AutoTokenizer.from_pretrained(larger)
+    ours = interop.load(larger).tokenizer
+    text = f"cat<|user|>cat <|pad|> x{SPECIAL}"
+    assert theirs(text)["input_ids"] == ours.encode(text, special=True).tolist()

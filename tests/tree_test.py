@@ -109,20 +109,51 @@ def test_nnx_weights_are_chosen_by_the_same_rules():
 
     params = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
     parts = ("query", "key", "value", "out")
-    assert chosen(params) == {f"blocks/0/{part}/kernel/value" for part in parts}
+    assert chosen(params) == {f"blocks/0/{part}/kernel" for part in parts}
+
+
+DENSE = {
+    "embedding": (
+        "transformer/wte", "wpe/embedding", "model/embed_tokens/w", "pos_embedding",
+        "transformer.wte.weight", "transformer.wpe.weight", "pos_emb", "cls_token", "mask_token",
+        "model.embed_tokens.weight", "encoder/position_embedding", "vit/pos_embed",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        "swin.layers.0.attn.relative_position_bias_table", "tok_emb/w", "decoder.token_emb.weight",
+        "positional_encoding", "bert.embeddings.word_embeddings.weight",
+    ),
+    "output head": (
+        "lm_head/w", "head/kernel", "heads/0/head_0/kernel", "logits/kernel", "classifier/w",
+        "token_classifier", "decoder/output_logits_2/kernel", "lm_head.weight", "score.weight",
+        "decoder/logits_dense/kernel", "score/kernel", "cls/predictions/decoder/kernel",
+        "cls.predictions.decoder.weight", "embed_out.weight", "gpt_neox/embed_out/kernel",
+        "transformer.output_layer.weight", "classifier.weight", "output.weight",
+        "params/lm_head/kernel", "classification_head/out_proj/kernel", "model.lm_head.weight",
+    ),
+    "router": (
+        "moe/router/kernel", "moe/gate/kernel", "model.layers.0.mlp.gate.weight",
+        "model.layers.0.block_sparse_moe.gate.weight", "block_0/moe/router/w", "router_weights/w",
+        "layers.3.ffn.gate.weight", "model.layers.0.mlp.shared_expert_gate.weight",
+        "block.1.layer.1.mlp.router.wi.weight",
+    ),
+    "norm": (
+        "h_0/ln_1/scale", "ln_f/g", "RMSNorm_0/scale", "attention_norm/scale", "layers/rms/scale",
+        "transformer.h.0.ln_1.weight", "encoder.ln.weight", "encoder/layer_norm/w", "rms/scale",
+        "model.layers.0.input_layernorm.weight", "model.norm.weight", "rms_1/w",
+    ),
+    "bias": (
+        "mlp/up/bias", "attention/query/bias", "layers/up/b", "h.0.attn.c_attn.bias", "bias",
+        "layers/bn/beta", "layers/0/up/b",
+    ),
+    "scale": ("layers/ls/gamma", "layers/ls/scale", "blocks.0.ls1.gamma", "up/g"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "transformer/wte", "wpe/embedding", "model/embed_tokens/w", "pos_embedding", "lm_head/w",
-        "head/kernel", "heads/0/head_0/kernel", "logits/kernel", "classifier/w", "token_classifier",
-        "h_0/ln_1/scale", "ln_f/g", "RMSNorm_0/scale", "attention_norm/scale", "mlp/up/bias",
-        "attention/query/bias", "decoder/output_logits_2/kernel",
-    ],
-)  # fmt: skip
-def test_embeddings_norms_biases_and_the_output_are_dense(name):
-    assert chosen(nested(name, "mlp/up/kernel")) == {"mlp/up/kernel"}
+    ("kind", "name"), [(k, name) for k, names in DENSE.items() for name in names]
+)
+def test_what_is_no_projection_is_dense_for_its_reason(kind, name):
+    assert chosen({name: jnp.ones((2, 2)), "mlp/up/kernel": jnp.ones((2, 2))}) == {"mlp/up/kernel"}
+    assert tree.dense_reason(name, jnp.ones((2, 2))) == kind
 
 
 @pytest.mark.parametrize(
@@ -131,10 +162,18 @@ def test_embeddings_norms_biases_and_the_output_are_dense(name):
         "h_0/attn/c_attn/kernel", "h_0/mlp/c_proj/kernel", "layers/0/self_attn/q_proj/w",
         "multi_head_attention/query/kernel", "multi_head/out/kernel", "attention/head_0/kernel",
         "mlp/linear/kernel", "headless/kernel", "down/kernel", "0/weight", "qln/kernel",
+        "attention.head_0.weight", "MultiHeadDotProductAttention_0/out/kernel", "linear/kernel",
+        "attention/score/kernel", "self_attn.score_proj.weight", "attention/score_proj/kernel",
+        "headline/kernel", "block_0/mlp/gate/kernel", "model.layers.0.mlp.gate_proj.weight",
+        "lstm/gate/kernel", "lstm/forget_gate/kernel", "layers/gating_einsum/w", "b/kernel", "b",
+        "moe/experts/gate/kernel", "experts/0/gate_proj/kernel", "layers.0.experts.3.w1.weight",
+        "bert.encoder.layer.0.output.dense.weight", "encoder/beta_net/kernel", "gamma_net/w",
+        "transformer.h.0.attn.c_proj.weight", "model.layers.0.mlp.up_proj.weight", "armse/kernel",
+        "decoder/decoder_layer/kernel", "scores_net/kernel", "token_mixer/kernel",
     ],
 )  # fmt: skip
 def test_projections_are_prunable(name):
-    assert chosen(nested(name)) == {name}
+    assert chosen({name: jnp.ones((2, 2))}) == {name}
 
 
 def test_only_floats_of_two_axes_are_prunable_by_default():

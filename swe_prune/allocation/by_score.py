@@ -15,7 +15,8 @@ def by_scores(scores: PyTree, sparsity: float) -> Allocation:
     The lowest scores of all the tensors together go, ties by the order of the tensors and the flat
     index, as in `masks.by_sparsity(scores, sparsity, "global")`. With the scores of one criterion
     to allocate and those of another to rank within each tensor, the two can be told apart. A
-    larger sparsity takes no less of any tensor.
+    larger sparsity takes no less of any tensor. Scores of −inf, of weights that were removed
+    before, all go.
 
     Args:
         scores: floating-point pytree, None where dense; comparable over the tensors.
@@ -43,5 +44,6 @@ def _kept_each(
     scores: list[Array], keep: counting.Count
 ) -> tuple[list[counting.Count], list[Array]]:
     masks = select.top_k_masks(scores, keep)
+    masks = [mask & (score != -jnp.inf) for mask, score in zip(masks, scores, strict=True)]
     nans = [counting.count_each([jnp.isnan(score)])[0] for score in scores]
     return [counting.count_true([mask]) for mask in masks], nans

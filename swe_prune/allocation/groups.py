@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from swe_prune import select, tree
 from swe_prune.errors import InputError, check_choice
+from swe_prune.tree import pairing
 
 Groups = str | Mapping[str, str] | Callable[[str], str]
 """Grouping of tensors: "block", "tensor", regular expressions by group, or name → group."""
@@ -33,10 +34,8 @@ def shapes_of(tensors: PyTree) -> dict[str, tuple[int, ...]]:
     Raises:
         InputError: If a leaf has no shape, or there are no weights.
     """
-    paths = jax.tree_util.tree_flatten_with_path(tensors, is_leaf=_is_shape_or_none)[0]
     shapes = {}
-    for path, leaf in paths:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    for name, leaf in pairing.named(tensors, _is_shape_or_none):
         if leaf is None:
             continue
         if not _is_shape(leaf) and not hasattr(leaf, "shape"):

@@ -111,7 +111,9 @@ def _outliers(
     scores: list[Array], m: float
 ) -> tuple[counting.Count, Array, list[Array], list[Array]]:
     """Returns of one group how many outliers, the mean, and how many negative and NaN scores."""
+    # The score of a weight that was removed before is −inf; it counts as 0, as Wanda's would be.
     scores = [score.astype(jnp.float32) for score in scores]
+    scores = [jnp.where(score == -jnp.inf, 0, score) for score in scores]
     mean = sum(map(jnp.sum, scores), jnp.float32(0)) / tree.size(scores)
     outliers = counting.count_true([score > m * mean for score in scores])
     negatives = [counting.count_each([score < 0])[0] for score in scores]

@@ -55,8 +55,11 @@ def std_threshold(
 ) -> Array:
     """Returns the threshold spread · rate of one tensor, by default with std(score, ddof=1).
 
-    With copies, a threshold for each, which broadcasts against the scores.
+    A score of −inf, of a weight that was removed before, counts as 0. With copies, a threshold for
+    each, which broadcasts against the scores.
     """
+    if spread is None:
+        score = jnp.where(score == -jnp.inf, 0, score)
     if spread is None and copies:
         axes = tuple(axis for axis in range(score.ndim) if axis not in copies)
         size = math.prod(score.shape[axis] for axis in axes)
@@ -77,7 +80,7 @@ def reject_no_spread(names: Sequence[str], undefined: Sequence[Array]) -> None:
     for name, without in zip(names, jax.device_get(list(undefined)), strict=True):
         if without:
             raise InputError(
-                f"the scores of {name!r} have no standard deviation, because some are infinite or "
+                f"the scores of {name!r} have no standard deviation, because some are +inf or "
                 "their squares overflow; find out where the weights diverged, or prune by sparsity"
             )
 

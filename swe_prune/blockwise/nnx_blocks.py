@@ -62,7 +62,7 @@ class Functional:
 def functional(module: nnx.Module) -> Functional:
     """Returns a module without its arrays."""
     graph, state = nnx.split(module)
-    names = tuple(_plain(name) for name, _ in tree.named_leaves(state))
+    names = tuple(name for name, _ in tree.named_leaves(state))
     return Functional(graph, jax.tree.structure(state), names)
 
 
@@ -73,9 +73,9 @@ def variables_of(module: nnx.Module, params: PyTree) -> dict[str, dict[str, Any]
         module: NNX module.
         params: State, pure dict or module with the values of the parameters.
     """
-    given = by_name(params)
+    given = dict(tree.named_leaves(params))
     _, weights, rest = nnx.split(module, nnx.Param, ...)
-    own, others = by_name(weights), by_name(rest)
+    own, others = (dict(tree.named_leaves(part)) for part in (weights, rest))
     found = {"params": nested({name: given.get(name, leaf) for name, leaf in own.items()})}
     if others:
         found["rest"] = nested({name: given.get(name, leaf) for name, leaf in others.items()})
@@ -98,20 +98,15 @@ def nested(named: Mapping[str, Any]) -> dict[str, Any]:
     return root
 
 
-def by_name(params: PyTree) -> dict[str, Any]:
-    """Returns the leaves of a state, a pure dict or a module by name."""
-    return {_plain(name): leaf for name, leaf in tree.named_leaves(params)}
-
-
 def like(params: PyTree, found: Mapping[str, Any]) -> PyTree:
     """Returns the leaves of nested dicts in the structure of `params`."""
-    named = by_name(found)
-    return tree.map_leaves(lambda name, _: named.get(_plain(name)), params)
+    named = dict(tree.named_leaves(found))
+    return tree.map_leaves(lambda name, _: named.get(name), params)
 
 
 def marks(variables: Mapping[str, Any], prunable: PyTree) -> PyTree:
     """Returns a bool pytree like nested dicts, of one like the module's parameters."""
-    named = by_name(prunable)
+    named = dict(tree.named_leaves(prunable))
     return tree.map_leaves(lambda name, _: bool(named.get(name, False)), variables)
 
 
@@ -184,7 +179,3 @@ def _reporting_class(plain: type, path: str) -> type:
         return interceptor(call, args, kwargs, _Call(_Module(self, tuple(path.split("/")))))
 
     return type(plain.__name__, (plain,), {"__call__": __call__, "__module__": plain.__module__})
-
-
-def _plain(name: str) -> str:
-    return name.removesuffix("/value")

@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-from swe_prune import counting, patterns, select, tree
+from swe_prune import counting, importance, patterns, select, tree
 from swe_prune.allocation import Allocation
 from swe_prune.blockwise import block_graph, nnx_blocks, wanda
 from swe_prune.blockwise.admm import admm, squared_error
@@ -70,6 +70,7 @@ class _Plan:
     block: int
     damping: float | None
     donate: bool
+    keep_zeros: bool
     held_out: int = 0
 
     @property
@@ -102,6 +103,7 @@ def prune_blocks(
     damping: float | None = None,
     offload: bool = False,
     donate: bool = False,
+    zeros: str = "keep",
     progress: Callable[[KernelReport], None] | None = None,
 ) -> tuple[PyTree, PyTree, tuple[KernelReport, ...]]:
     """Returns the parameters pruned, the masks, and a report of each kernel in its order.
@@ -141,6 +143,8 @@ def prune_blocks(
         donate: give up each kernel that is pruned, so that the weights are in memory once: jax
             arrays are deleted, and numpy arrays that can be written hold the result. An error
             half-way leaves some of them so.
+        zeros: What becomes of weights that are 0 already: "keep", removed first and counted in the
+            sparsity; or "free".
         progress: called with the report of every kernel as soon as it is pruned.
 
     Returns:
@@ -171,6 +175,7 @@ def prune_blocks(
             damping=damping,
             offload=offload,
             donate=donate,
+            zeros=zeros,
             progress=progress,
         )
     if not isinstance(model, nn.Module | nnx_blocks.Functional):
@@ -182,6 +187,7 @@ def prune_blocks(
     params = measuring.params_of(variables)
     check_choice(method, METHODS, "method")
     check_choice(restore, RESTORES, "restore")
+    check_choice(zeros, importance.ZEROS, "zeros")
     paths = block_graph.find([name for name, _ in tree.named_leaves(params)], blocks)
     given = None if mask is None else _given_masks(params, mask, sparsity, pattern)
     if given is not None:
@@ -193,7 +199,8 @@ def prune_blocks(
         if any(name.startswith(path + "/") for path in paths)
     }
     shares = dict.fromkeys(shapes, 0.0) if given else _shares(shapes, sparsity, pattern)
-    plan = _Plan(method, given, restore, shares, pattern, block, damping, donate)
+    keep_zeros = zeros == "keep"
+    plan = _Plan(method, given, restore, shares, pattern, block, damping, donate, keep_zeros)
     run = functools.partial(call or measuring.applied, model)
     wires, states, counts, held_out = _captured(run, variables, batches, holdout, paths, offload)
     plan = dataclasses.replace(plan, held_out=held_out)
@@ -261,7 +268,7 @@ def _prune_nnx(
         prunable = tree.prunable(params)
     variables = nnx_blocks.variables_of(model, params)
     if mask is not None:
-        mask = nnx_blocks.like(variables["params"], nnx_blocks.by_name(mask))
+        mask = nnx_blocks.like(variables["params"], mask)
     names = [name for name, _ in tree.named_leaves(variables["params"])]
     run = nnx_blocks.runner(model, block_graph.find(names, blocks), call)
     pruned, masks, reports = prune_blocks(
@@ -628,13 +635,15 @@ def _matrix(
     hessian = None
     if sums is not None and plan.hessian:
         hessian = _scaled(sums.pop("outer").reshape([len(weight_RxC)] * 2), 2 / n)
+    zeros = "keep" if plan.keep_zeros else "free"
     report: SolverReport | None = None
     # Choose the mask, unless it is given.
     if keep_RxC is not None:
         pruned_RxC = _zeroed(weight_RxC, keep_RxC)
     elif plan.method == "sparsegpt":
+        damping = plan.damping_of("sparsegpt")
         pruned_RxC, keep_RxC, report = sparsegpt(
-            weight_RxC, hessian, share, plan.pattern, plan.block, plan.damping_of("sparsegpt")
+            weight_RxC, hessian, share, plan.pattern, plan.block, damping, zeros
         )
     elif plan.method == "admm":
         own = share if plan.pattern is None else None
@@ -642,7 +651,10 @@ def _matrix(
         pruned_RxC, keep_RxC, report = admm(weight_RxC, hessian, own, plan.pattern, damping=damping)
     else:
         by_input = sums["square"] if sums is not None and plan.method != "magnitude" else None
-        keep_RxC = _ranked(name, _scores(weight_RxC, by_input, n), share, plan)
+        score_RxC = _scores(weight_RxC, by_input, n)
+        if plan.keep_zeros:
+            score_RxC = _zeros_last(score_RxC, weight_RxC)
+        keep_RxC = _ranked(name, score_RxC, share, plan)
         pruned_RxC = _zeroed(weight_RxC, keep_RxC)
     if plan.restore is None or (plan.method == "admm" and plan.masks is None):
         return pruned_RxC, keep_RxC, report, False
@@ -678,6 +690,11 @@ def _scores(weight_RxC: Array, square: Array | None, n: int) -> Array:
 
 
 @jax.jit
+def _zeros_last(score_RxC: Array, weight_RxC: Array) -> Array:
+    return jnp.where((weight_RxC == 0) & ~jnp.isnan(score_RxC), -jnp.inf, score_RxC)
+
+
+@jax.jit
 def _zeroed(weight_RxC: Array, mask_RxC: Array) -> Array:
     return jnp.where(mask_RxC, weight_RxC, 0)
 
@@ -693,10 +710,14 @@ def _scaled(sum_RxR: Array, factor: float) -> Array:
 
 
 def _ranked(name: str, score_RxC: Array, share: float, plan: _Plan) -> Array:
+    there_RxC = score_RxC != -jnp.inf  # what was 0 before
     if plan.pattern is not None:
-        return patterns.n_of_m_mask(score_RxC, *patterns.parse_n_of_m(plan.pattern), name)
+        n, m = patterns.parse_n_of_m(plan.pattern)
+        return patterns.n_of_m_mask(score_RxC, n, m, name) & there_RxC
     if plan.method == "magnitude":
-        return select.top_k_mask(score_RxC, score_RxC.size - int(score_RxC.size * share), name=name)
+        keep = score_RxC.size - int(score_RxC.size * share)
+        return select.top_k_mask(score_RxC, keep, name=name) & there_RxC
     if plan.method == "wanda":  # rounded and with its ties broken as in the reference
         return wanda.wanda_mask(score_RxC, share, rounding="down", ties="last")
-    return wanda.wanda_variant_mask(score_RxC, share)
+    # The variant adds scores up, to which a weight that is gone adds nothing.
+    return wanda.wanda_variant_mask(jnp.where(there_RxC, score_RxC, 0), share) & there_RxC

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from swe_prune import allocation, patterns, select, tree
-from swe_prune.errors import InputError
+from swe_prune import allocation, counting, importance, patterns, select, tree
+from swe_prune.errors import InputError, check_choice
 from swe_prune.importance import hessian
 
 BLOCK = 128
@@ -33,7 +33,7 @@ class SolverReport(NamedTuple):
 
     damping: Any
     dead: Any
-    removed: int
+    removed: Any
     error: Any
 
 
@@ -44,6 +44,7 @@ def sparsegpt(
     pattern: str | None = None,
     block: int = BLOCK,
     damping: float = 0.01,
+    zeros: str = "keep",
 ) -> tuple[Float[Array, "R C"], Bool[Array, "R C"], SolverReport]:
     """Returns a kernel pruned and updated to keep its outputs, its mask, and a report.
 
@@ -65,6 +66,8 @@ def sparsegpt(
         pattern: None or "n:m", n kept of every m consecutive inputs.
         block: inputs at a time, at least 1; the last block may be smaller.
         damping: of the Hessian.
+        zeros: What becomes of weights that are 0 already: "keep", removed first and counted in the
+            sparsity; or "free".
 
     Raises:
         InputError: shapes, sparsity, pattern or block that do not fit, or NaN in what is given.
@@ -83,13 +86,20 @@ def sparsegpt(
     ]
     factor_RxR, used = hessian.inverse_factor(hessian_RxR.astype(jnp.float32), damping)
     dead_R = hessian.dead(hessian_RxR)
+    check_choice(zeros, importance.ZEROS, "zeros")
     solved_RxC, keep_RxC, error = _solve(
-        weight_RxC, factor_RxR, dead_R, jnp.asarray(removed, jnp.int32), n_of_m, block
+        weight_RxC,
+        factor_RxR,
+        dead_R,
+        jnp.asarray(removed, jnp.int32),
+        n_of_m,
+        block,
+        zeros == "keep",
     )
-    gone = sum(removed) if n_of_m is None else rows * columns * (n_of_m[1] - n_of_m[0]) // n_of_m[1]
-    report = SolverReport(used, dead_R.sum(), gone, error)
+    gone = counting.count(tree.size(keep_RxC)).minus(counting.count_true([keep_RxC]))
+    report = SolverReport(used, dead_R.sum(), gone.saturated(), error)
     if not isinstance(error, Tracer):
-        report = SolverReport(float(used), int(report.dead), gone, float(error))
+        report = SolverReport(float(used), int(report.dead), int(gone), float(error))
     return solved_RxC.astype(weight_RxC.dtype), keep_RxC, report
 
 
@@ -154,7 +164,7 @@ def _checked(
     return share, n_of_m
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
 def _solve(
     weight_RxC: Array,
     factor_RxR: Array,
@@ -162,27 +172,36 @@ def _solve(
     removed_K: Array,
     n_of_m: tuple[int, int] | None,
     block: int,
+    keep_zeros: bool,
 ) -> tuple[Array, Array, Array]:
-    """Returns the weights, the mask and the error, given how many of each of K blocks go."""
+    """Returns the weights, the mask and the error, given how many of each of K blocks go.
+
+    What was 0 before goes first if zeros are kept, whatever the updates make of it.
+    """
     rows, columns = weight_RxC.shape
     padded = len(removed_K) * block
     more = ((0, padded - rows), (0, 0))
     start_PxC = jnp.pad(jnp.where(dead_R[:, None], 0, weight_RxC.astype(jnp.float32)), more)
+    before_PxC = jnp.pad((weight_RxC == 0) & keep_zeros, more)
     factor_PxP = jnp.eye(padded).at[:rows, :rows].set(factor_RxR)  # the rest is never removed
 
     def one_block(k: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         weight_PxC, keep_PxC, error = state
         first = k * block
         weight_BxC = jax.lax.dynamic_slice_in_dim(weight_PxC, first, block)
+        before_BxC = jax.lax.dynamic_slice_in_dim(before_PxC, first, block)
         factor_BxP = jax.lax.dynamic_slice_in_dim(factor_PxP, first, block)
         factor_BxB = jax.lax.dynamic_slice_in_dim(factor_BxP, first, block, axis=1)
         if n_of_m is None:
             real_Bx1 = (first + jnp.arange(block) < rows)[:, None]
             cost_BxC = jnp.where(real_Bx1, _cost(weight_BxC, factor_BxB), jnp.inf)
-            keep_BxC = select.top_k_mask(cost_BxC, block * columns - removed_K[k])
+            cost_BxC = jnp.where(before_BxC, -jnp.inf, cost_BxC)
+            keep_BxC = select.top_k_mask(cost_BxC, block * columns - removed_K[k]) & ~before_BxC
         else:
             keep_BxC = jnp.ones(weight_BxC.shape, bool)  # chosen group by group
-        weight_BxC, keep_BxC, missing_BxC = _one_by_one(weight_BxC, keep_BxC, factor_BxB, n_of_m)
+        weight_BxC, keep_BxC, missing_BxC = _one_by_one(
+            weight_BxC, keep_BxC, before_BxC, factor_BxB, n_of_m
+        )
         later_P = jnp.arange(padded) >= first + block
         weight_PxC -= jnp.matmul(
             jnp.where(later_P, factor_BxP, 0).T, missing_BxC, precision=jax.lax.Precision.HIGHEST
@@ -203,7 +222,11 @@ def _cost(weight_BxC: Array, factor_BxB: Array) -> Array:
 
 
 def _one_by_one(
-    weight_BxC: Array, keep_BxC: Array, factor_BxB: Array, n_of_m: tuple[int, int] | None
+    weight_BxC: Array,
+    keep_BxC: Array,
+    before_BxC: Array,
+    factor_BxB: Array,
+    n_of_m: tuple[int, int] | None,
 ) -> tuple[Array, Array, Array]:
     """Returns a block's weights after its own updates, its mask, and e of every input."""
     cost_diag_B = jnp.diag(factor_BxB)
@@ -212,7 +235,9 @@ def _one_by_one(
         n, m = n_of_m or (1, 1)
         group_MxC = jax.lax.dynamic_slice_in_dim(weight_BxC, j, m)
         diag_M = jax.lax.dynamic_slice_in_dim(cost_diag_B, j, m)
-        keep_MxC = patterns.n_of_m_mask(group_MxC**2 / diag_M[:, None] ** 2, n, m)
+        before_MxC = jax.lax.dynamic_slice_in_dim(before_BxC, j, m)
+        cost_MxC = jnp.where(before_MxC, -jnp.inf, group_MxC**2 / diag_M[:, None] ** 2)
+        keep_MxC = patterns.n_of_m_mask(cost_MxC, n, m) & ~before_MxC
         return jax.lax.dynamic_update_slice_in_dim(keep_BxC, keep_MxC, j, 0)
 
     def one_input(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from swe_prune.config import DataConfig
+from swe_prune.data.text_files import SEPARATOR, read_text
 from swe_prune.errors import InputError, first_line
-
-SEPARATOR = "\n\n"
-"""Separator between the examples of a TFDS split: a blank line."""
 
 _OWN = "shakespeare_plays"  # the dataset that this package can prepare
 _READ_AT_ONCE = 64  # examples
@@ -30,7 +28,7 @@ def read(config: DataConfig) -> tuple[str, str]:
     # Anything that does not look like a path is the name of a TFDS dataset.
     path = Path(config.dataset).expanduser()
     if path.exists() or config.dataset.startswith(("/", "~", "./", "../")):
-        train, validation = _read_file(path, config.validation_fraction)
+        train, validation = _read_file(path, config.validation_fraction, config.text_key)
     else:
         train, validation = _read_tfds(config)
     return (
@@ -51,7 +49,7 @@ def read_named(name: str) -> str:
     """
     path = Path(name).expanduser()
     if path.exists() or name.startswith(("/", "~", "./", "../")):
-        return _read_file(path, 0.0)[0]
+        return read_text(path)
     dataset, _, split = name.partition(":")
     if not split:
         raise InputError(
@@ -73,30 +71,9 @@ def _first(text: str, limit: int | None, key: str, split: str) -> str:
     return text[:limit]
 
 
-def _read_file(path: Path, validation_fraction: float) -> tuple[str, str]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"text file {str(path)!r} cannot be read ({error.strerror}); "
-            "correct data.dataset to the path of a text file"
-        ) from None
-    if not content.strip():
-        raise InputError(f"text file {str(path)!r} is empty; give one with text in it")
-    try:
-        # Accept UTF-8 with or without a byte order mark.
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"text file {str(path)!r} is not UTF-8 (byte {error.start}); convert it to UTF-8 first"
-        ) from None
-    if "\0" in text:
-        raise InputError(
-            f"text file {str(path)!r} is binary (a NUL at character {text.index(chr(0))}); "
-            "give a plain text file"
-        )
-    # Normalize line ends; the validation text is the end of the file.
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+def _read_file(path: Path, validation_fraction: float, key: str) -> tuple[str, str]:
+    text = read_text(path, key)
+    # The validation text is the end of the file.
     cut = len(text) - round(len(text) * validation_fraction)
     return text[:cut], text[cut:]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from swe_prune import tree
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, check_choice
 from swe_prune.importance import (
     activation,
     bezier,
@@ -22,16 +22,23 @@ from swe_prune.importance import (
     hessian,
     magnitude,
 )
+from swe_prune.importance.choice import Best, best, tracked
+from swe_prune.importance.informative import check_informative, check_snapshots
 from swe_prune.importance.registry import MEASURED, Criterion, get, names, register
 from swe_prune.importance.second_moment import has_second_moment, second_moment
 from swe_prune.layout import AxesOf, InputAxes, axes_of, copies_of
-from swe_prune.trajectory import BUFFERS, TrajectoryStats, read
+from swe_prune.trajectory import BUFFERS, TrajectoryStats, read, restored
 
 __all__ = [
     "MEASURED",
+    "ZEROS",
+    "Best",
     "Criterion",
     "activation",
+    "best",
     "bezier",
+    "check_informative",
+    "check_snapshots",
     "curvature",
     "from_trajectory",
     "get",
@@ -43,18 +50,24 @@ __all__ = [
     "register",
     "score",
     "second_moment",
+    "tracked",
 ]
+
+
+ZEROS = ("keep", "free")
+"""What becomes of weights that are 0 before pruning; see `score`."""
 
 
 def score(
     name: str,
     params: PyTree,
     *,
-    stats: TrajectoryStats | None = None,
+    stats: TrajectoryStats | Mapping[str, Any] | None = None,
     opt_state: PyTree | None = None,
     measured: Mapping[str, PyTree] | None = None,
     prunable: PyTree | None = None,
     seed: int = 0,
+    zeros: str = "keep",
     layout: PyTree | None = None,
     input_axes: InputAxes | None = None,
     **options: Any,
@@ -66,13 +79,18 @@ def score(
     Args:
         name: one of `names()`.
         params: pytree of weights, floating, any dtype.
-        stats: trajectory statistics, for a criterion that reads them.
+        stats: trajectory statistics, for a criterion that reads them; or the dict that a checkpoint
+            library restores them to.
         opt_state: of any optax chain, for a criterion that reads Adam's second moment.
         measured: by need, pytrees like the parameters with None where there is nothing: what
             `calibration.inputs` and `calibration.gradients` return, or both in one mapping.
         prunable: bool pytree; None: the weights that `stats` tracks, or without statistics
             `tree.prunable(params)`.
         seed: for random draws; each tensor draws from its own stream, named by its path.
+        zeros: What becomes of weights that are exactly 0 already. "keep": their score is −inf, so
+            they are removed before every other weight and count in the sparsity, whatever the
+            criterion; a criterion's own −inf becomes the lowest finite float. "free": they are
+            scored like the others and may return while training goes on.
         layout: Pytree of `layout.Axes` like the parameters, as `layout.layout` traces it. Each
             copy of a stacked tensor is scored by itself.
         input_axes: Function from a name and a shape to the axes of a kernel's inputs, where there
@@ -80,19 +98,22 @@ def score(
         **options: of the criterion, such as `power`.
 
     Raises:
-        InputError: unknown name or option, a need that was not given, or one of another shape.
+        InputError: unknown name or option, a need that was not given, or one of another shape, or
+            that says nothing: statistics without a snapshot, second moments that are all 0.
 
     >>> score("magnitude", {"up": {"kernel": jnp.array([[1.0, -2.0]])}})["up"]["kernel"].tolist()
     [[1.0, 2.0]]
     """
     criterion = get(name)
     criterion.check_options(options)
+    check_choice(zeros, ZEROS, "zeros")
+    stats = None if stats is None else restored(stats)
     needed = _gather(criterion, params, stats, opt_state, measured or {})
     if prunable is not None and not any(jax.tree.leaves(prunable)):
         raise InputError("no weight is prunable, so there is nothing to score; widen the rules")
     if prunable is None:
         prunable = (
-            _tracked(params, stats) if stats is not None else tree.prunable(params, layout=layout)
+            tracked(params, stats) if stats is not None else tree.prunable(params, layout=layout)
         )
     axes, copies = axes_of(layout, input_axes), copies_of(layout)
 
@@ -115,9 +136,24 @@ def score(
             scored = _of_copies(criterion.function, weight, stacked, given, static)
         else:
             scored = criterion.function(**given, **static)
-        return scored.astype(jnp.float32)
+        scored = scored.astype(jnp.float32)
+        return scored if zeros == "free" else _zeros_last(scored, weight)
 
-    return tree.map_named(leaf, params, prunable, *needed.values())
+    scores = tree.map_named(leaf, params, prunable, *needed.values())
+    check_informative(criterion, stats, _of_prunable(needed.get("second_moment"), prunable))
+    return scores
+
+
+def _zeros_last(scores: Array, weight: Any) -> Array:
+    """Returns scores that are −inf where the weight is 0, and nowhere else."""
+    above = jnp.maximum(scores, jnp.finfo(jnp.float32).min)  # NaN stays NaN, to be refused
+    return jnp.where((jnp.asarray(weight) == 0) & ~jnp.isnan(scores), -jnp.inf, above)
+
+
+def _of_prunable(values: PyTree | None, prunable: PyTree) -> PyTree | None:
+    if values is None:
+        return None
+    return tree.map_leaves(lambda _, chosen, value: value if chosen else None, prunable, values)
 
 
 def _of_copies(
@@ -193,7 +229,10 @@ def _check_given(
         copies = tuple(weight.shape[axis] for axis in axes.copies)
         fits, wanted = value.shape == (*copies, inputs, inputs), f"{inputs} inputs"
     else:
-        fits, wanted = _spreads(value.shape, weight.shape), f"the shape {weight.shape}"
+        # An input norm spreads over the outputs; a statistic belongs to one weight each.
+        same = value.shape == weight.shape
+        fits = same or (need not in BUFFERS and _spreads(value.shape, weight.shape))
+        wanted = f"the shape {weight.shape}"
     if not fits:
         raise InputError(
             f"{need!r} of {path!r} has shape {value.shape} and the weight {wanted}; measure it on "
@@ -207,8 +246,3 @@ def _spreads(shape: tuple[int, ...], onto: tuple[int, ...]) -> bool:
         return jnp.broadcast_shapes(shape, onto) == onto
     except ValueError:
         return False
-
-
-def _tracked(params: PyTree, stats: TrajectoryStats) -> PyTree:
-    buffer = next(iter(stats.buffers.values()))
-    return tree.map_named(lambda _, weight, tracked: tracked is not None, params, buffer)

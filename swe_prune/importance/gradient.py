@@ -43,17 +43,18 @@ def taylor(
 
 @register("fisher")
 def fisher(
-    weight: Float[Array, "..."], gradient_square: Float[Array, "..."]
+    weight: Float[Array, "..."], gradient_square: Float[Array, "..."], power: float = 1.0
 ) -> Float[Array, "..."]:
-    """w² E g²: the second-order change of the loss by the diagonal Fisher information.
+    """w² (E g²)^power: the second-order change of the loss by the diagonal Fisher information.
 
-    Ranks as optimal brain damage (LeCun, Denker and Solla, 1989), ½ h w², does; it is LLM-Pruner's
-    `param_second`, |w h w|.
+    At power 1 it ranks as optimal brain damage (LeCun, Denker and Solla, 1989), ½ h w², does; it is
+    LLM-Pruner's `param_second`, |w h w|. At power ½ it is what `magnitude_curvature` is with Adam's
+    second moment, and fits the calibration text less closely.
 
     When: for trained weights whose optimizer state is lost.
     Source: LeCun, Denker and Solla, 1989; LLM-Pruner's `param_second`.
     """
-    return weight**2 * gradient_square
+    return weight**2 * gradient_square**power
 
 
 @register("taylor_mix")

@@ -1,12 +1,11 @@
 """The curvature that the optimizer holds already: Adam's second moment, from any optax chain."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune import tree
@@ -15,10 +14,13 @@ from swe_prune.errors import InputError
 _FIELDS = ("nu", "sum_of_squares")
 """What optax calls running means or sums of squared gradients, in the states of its transforms."""
 
+_OTHERS = ("ScaleBySM3State", "ScaleByBeliefState", "ScaleByNovogradState", "SophiaState")
+"""States whose `nu` is something else: a momentum, a variance, a norm of a layer, a Hessian."""
+
 
 def has_second_moment(opt_state: PyTree, params: PyTree) -> bool:
     """Returns whether an optimizer's state holds a second moment of any of the weights."""
-    return bool(_found(opt_state, params))
+    return bool(moments_by_name(opt_state, params))
 
 
 def second_moment(opt_state: PyTree, params: PyTree) -> PyTree:
@@ -29,7 +31,8 @@ def second_moment(opt_state: PyTree, params: PyTree) -> PyTree:
     extra memory. Found wherever it is in the state: through `chain`, `masked`, `multi_transform`
     (each tensor's from its own optimizer), `MultiSteps` and `inject_hyperparams`; of Adam and its
     kin, RMSProp and AdaGrad. Adafactor's two vectors are multiplied out, v = r cᵀ / mean(r)
-    (Shazeer and Stern, ICML 2018). Adamax's is no square, as it keeps a maximum of |g|.
+    (Shazeer and Stern, ICML 2018). What SM3, AdaBelief, NovoGrad and Sophia call `nu` is another
+    quantity and is left out. Adamax's, a maximum of |g|, cannot be told from Adam's.
 
     Args:
         opt_state: state of an optax chain that has been updated with gradients of `params`.
@@ -38,7 +41,7 @@ def second_moment(opt_state: PyTree, params: PyTree) -> PyTree:
     Raises:
         InputError: the state holds no second moment at all (SGD, Lion, Adafactor's not yet made).
     """
-    found = _found(opt_state, params)
+    found = moments_by_name(opt_state, params)
     if not found:
         raise InputError(
             "the optimizer's state holds no second moment laid out like the parameters; use Adam "
@@ -47,7 +50,8 @@ def second_moment(opt_state: PyTree, params: PyTree) -> PyTree:
     return tree.map_named(lambda name, _: found.get(name), params)
 
 
-def _found(opt_state: PyTree, params: PyTree) -> dict[str, Any]:
+def moments_by_name(opt_state: PyTree, params: PyTree) -> dict[str, Any]:
+    """Returns the second moments that a state holds, float32, by the names of the weights."""
     found: dict[str, Any] = {}
     shapes = {n: leaf.shape for n, leaf in tree.named_leaves(params) if tree.is_weight(leaf)}
     for name, moment in _moments(opt_state, shapes):
@@ -58,27 +62,40 @@ def _found(opt_state: PyTree, params: PyTree) -> dict[str, Any]:
 
 def _moments(opt_state: PyTree, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Any]]:
     for field in _FIELDS:
-        for _, part in optax.tree_utils.tree_get_all_with_path(opt_state, field):
-            yield from _arrays(part)
-    for state in _factored_states(opt_state):
-        rows, columns = dict(_arrays(state.v_row)), dict(_arrays(state.v_col))
-        for name, whole in _arrays(state.v):
+        for state in _nodes(opt_state, (field,)):
+            if type(state).__name__ not in _OTHERS:
+                yield from _arrays(_field(state, field), shapes)
+    for state in _nodes(opt_state, ("v_row", "v_col", "v")):
+        rows, columns, wholes = (
+            dict(_arrays(_field(state, field), shapes)) for field in ("v_row", "v_col", "v")
+        )
+        for name, whole in wholes.items():
             if name in shapes and whole.shape == shapes[name]:
                 yield name, whole
             elif name in shapes and len(shapes[name]) >= 2:
                 yield name, _multiplied_out(rows[name], columns[name], shapes[name])
 
 
-def _arrays(part: PyTree) -> Iterator[tuple[str, Any]]:
-    return ((name, leaf) for name, leaf in tree.named_leaves(part) if hasattr(leaf, "shape"))
+def _arrays(part: PyTree, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Any]]:
+    for name, leaf in tree.named_leaves(part):
+        if hasattr(leaf, "shape"):
+            # The optimizer may have been given Linen's variables, and the caller their params.
+            yield name if name in shapes else name.removeprefix("params/"), leaf
 
 
-def _factored_states(opt_state: PyTree) -> list[Any]:
-    def is_factored(node: Any) -> bool:
-        return all(hasattr(node, field) for field in ("v_row", "v_col", "v"))
+def _nodes(opt_state: PyTree, fields: tuple[str, ...]) -> list[Any]:
+    """Returns the states in a chain that have all the fields; as dicts where one was restored."""
 
-    nodes = jax.tree.leaves(opt_state, is_leaf=is_factored)
-    return [node for node in nodes if is_factored(node)]
+    def is_state(node: Any) -> bool:
+        if isinstance(node, Mapping):  # but not weights of such a name
+            return all(field in node for field in fields) and ("count" in node or "mu" in node)
+        return not isinstance(node, type) and all(hasattr(node, field) for field in fields)
+
+    return [node for node in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(node)]
+
+
+def _field(state: Any, name: str) -> PyTree:
+    return state[name] if isinstance(state, Mapping) else getattr(state, name)
 
 
 def _multiplied_out(

@@ -13,9 +13,16 @@ rope_settings       rotary positions in config.json <-> RopeConfig
 tensor_names        tables of the parameters in each stored tensor
 slices              the tables applied to one model: slices of stored tensors
 load_params         stored tensors to parameters, one at a time, with their shardings
+folder_files        files of a folder that hold the weights
+safetensors_header  checked headers of safetensors files
 safetensors_folder  checked reading of a folder of safetensors
+prefixes            prefixes of the names of tensors
 gguf_file           reading of a GGUF file
-tokenizer           tokenizers from the files of a model
+tokenizer           text to token ids and back
+tokenizer_models    tokenizers made of a vocabulary, SentencePiece's too
+tokenizer_folder    the tokenizer of a Hugging Face folder, or of a given path
+tokenizer_gguf      the tokenizer inside a GGUF file
+token_ids           checked ids of the tokens that begin and end a text
 weights_file        safetensors files, written tensor by tensor
 mask_file           masks with one bit per weight
 lm_eval             `harness`, the interface of lm_eval to a model
@@ -37,6 +44,7 @@ from swe_prune.interop.pretrained import (
     open_pretrained,
 )
 from swe_prune.interop.pruning_record import PruningRecord, commit_of_code, read_record
+from swe_prune.interop.slices import abstract_params
 from swe_prune.interop.tokenizer import PretrainedTokenizer
 
 __all__ = [
@@ -46,6 +54,7 @@ __all__ = [
     "PretrainedSource",
     "PretrainedTokenizer",
     "PruningRecord",
+    "abstract_params",
     "check_free",
     "commit_of_code",
     "export",

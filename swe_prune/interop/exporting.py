@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +23,20 @@ from jaxtyping import PyTree
 from swe_prune import masks, tree
 from swe_prune.errors import InputError
 from swe_prune.interop.families import FAMILIES
+from swe_prune.interop.folder_files import COPIED, TOKENIZER_FILES, read_json
 from swe_prune.interop.hf_config import canonical, read_config, write_config
 from swe_prune.interop.mask_file import FILE as MASKS
 from swe_prune.interop.mask_file import write_masks
 from swe_prune.interop.pretrained import Pretrained
 from swe_prune.interop.pruning_record import FILE as RECORD
 from swe_prune.interop.pruning_record import PruningRecord, record_file
-from swe_prune.interop.slices import StoredTensor, bind
+from swe_prune.interop.slices import StoredTensor, bind, param_shapes
 from swe_prune.interop.tensor_names import SAFETENSORS
 from swe_prune.interop.weights_file import write_folder
+from swe_prune.masks.fitting import check_mask
 
-COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
-    "NOTICE.txt",
-)
-"""Files that are copied from the source folder if it has them."""
+CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code")
+"""Settings that name code of the source folder, which is not part of an export."""
 
 SHARD_BYTES = 5 * 10**9
 
@@ -90,7 +77,7 @@ def export(
     if (mask is None) != (record is None):
         raise InputError("a mask and a PruningRecord belong together; give both or neither")
     if mask is not None:
-        _check_mask(mask, params)
+        check_mask(mask, params)
     # Check everything before anything is written.
     leaves = dict(tree.named_leaves(params))
     bound = _bound(model, leaves)
@@ -130,7 +117,7 @@ def check_free(folder: str | Path) -> None:
 
 def _bound(model: Pretrained, leaves: Mapping[str, Any]) -> list[StoredTensor]:
     bound = bind(SAFETENSORS[model.family], model.config, model.vocab_size)
-    shapes = {part.name: part.shape for one in bound for part in one.parts}
+    shapes = param_shapes(model.config, model.vocab_size)
     given = {name: tuple(jnp.shape(leaf)) for name, leaf in leaves.items()}
     for name in shapes.keys() | given.keys():
         if shapes.get(name) != given.get(name):
@@ -152,11 +139,12 @@ def _contents(
         return np.result_type(*(np.dtype(leaves[part.name].dtype) for part in one.parts))
 
     def values(one: StoredTensor) -> np.ndarray:
-        parts = {}
+        pieces = []
         for part in one.parts:
             leaf, keep = leaves[part.name], kept.get(part.name)
-            parts[part.name] = leaf if keep is None else masks.apply(leaf, keep)
-        return one.write(parts)
+            own = part.of(leaf)
+            pieces.append(own if keep is None else masks.apply(own, part.of(keep)))
+        return one.join(pieces)
 
     return dtype, values
 
@@ -173,6 +161,7 @@ def _config(model: Pretrained, leaves: Mapping[str, Any]) -> dict[str, Any]:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if key in model.hf_config:
                 written[key] = model.hf_config[key]
+    written = _without_code(written)
     written["architectures"] = [FAMILIES[model.family].architecture]
     sizes: dict[str, int] = {}
     for leaf in leaves.values():
@@ -186,33 +175,48 @@ def _config(model: Pretrained, leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def _copy_or_write_tokenizer(model: Pretrained, folder: Path) -> None:
     # Copy the files of the source folder, and write what is still missing.
+    words = model.tokenizer
     if model.kind == "safetensors" and model.path.is_dir():
-        for name in COPIED:
-            if (model.path / name).is_file():
-                shutil.copyfile(model.path / name, folder / name)
-    if model.tokenizer is None:
+        _copy(COPIED, model.path, folder)
+        if words is None:
+            _copy(TOKENIZER_FILES, model.path, folder)
+    if words is None:
         return
-    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
-        model.tokenizer.save(folder)
+    if words.folder is None:
+        words.save(folder)
+    else:
+        _copy(TOKENIZER_FILES, words.folder, folder)
     if not (folder / "generation_config.json").exists():
-        eos = model.tokenizer.eos_ids
+        eos = words.eos_ids
         said = {
-            "bos_token_id": model.tokenizer.bos_id,
-            "eos_token_id": list(eos) if len(eos) > 1 else model.tokenizer.eos_id,
+            "bos_token_id": words.bos_id,
+            "eos_token_id": list(eos) if len(eos) > 1 else words.eos_id,
         }
         said = {key: value for key, value in said.items() if value is not None}
         _write_json(folder / "generation_config.json", said)
 
 
-def _check_mask(mask: PyTree, params: PyTree) -> None:
-    def check(name: str, keep: Any, weight: Any) -> None:
-        if keep is not None and jnp.shape(keep) != jnp.shape(weight):
-            raise InputError(
-                f"the mask of {name!r} must have the weight's shape {jnp.shape(weight)}, got "
-                f"{jnp.shape(keep)}; make the mask from scores of these parameters"
-            )
+def _copy(names: Sequence[str], source: Path, folder: Path) -> None:
+    """Copies files; the settings in them that name code are left out."""
+    for name in names:
+        if not (source / name).is_file():
+            continue
+        if name.endswith("config.json"):
+            content = read_json(source / name)
+            clean = _without_code(content)
+            if clean != content:
+                if "tokenizer_class" in clean and (source / "tokenizer.json").is_file():
+                    clean["tokenizer_class"] = "PreTrainedTokenizerFast"  # a class of their code
+                _write_json(folder / name, clean)
+                continue
+        shutil.copyfile(source / name, folder / name)
 
-    tree.map_leaves(check, mask, params)
+
+def _without_code(content: Any) -> Any:
+    """Returns settings without those that name code, at any depth."""
+    if isinstance(content, Mapping):
+        return {k: _without_code(v) for k, v in content.items() if k not in CODE_KEYS}
+    return [_without_code(one) for one in content] if isinstance(content, list) else content
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -6,12 +6,10 @@ the same meaning as in transformers.
 Source: https://github.com/huggingface/transformers, models/*/configuration_*.py.
 """
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-NEEDED = object()
-"""Marker for a key without a default, which every config of the family must have."""
+from swe_prune.interop.family import INVERSE_ROOT, Family, Key, LayerKinds, RopeKeys, choice
 
 ACTIVATIONS = {
     "gelu_new": "gelu",
@@ -26,59 +24,40 @@ ACTIVATIONS = {
 """Names in `ModelConfig` by name in config.json; of several, the first is written."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Key:
-    """A setting of config.json.
-
-    Attributes:
-        name: Name in config.json.
-        field: Name of the field of `ModelConfig`.
-        kind: Type of the value.
-        default: Value if the key is missing, or `NEEDED`. None is written as null and means the
-            same as None in `ModelConfig`.
-    """
-
-    name: str
-    field: str
-    kind: type = int
-    default: Any = NEEDED
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """Settings in config.json of one `model_type`.
-
-    Attributes:
-        architecture: Transformers class that loads the model with a language-model head.
-        keys: Settings that become fields of `ModelConfig`.
-        fixed: Fields with the same value for all models of the family.
-        only: Supported values of settings that the decoder supports only in part.
-    """
-
-    architecture: str
-    keys: tuple[Key, ...]
-    fixed: Mapping[str, Any]
-    only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
-
-    @property
-    def rotary(self) -> bool:
-        """Whether the positions are rotary."""
-        return self.fixed["positions"] == "rope"
-
-
-def _llama_like(*keys: Key, epsilon: float, context: int) -> tuple[Key, ...]:
+def _sizes(*keys: Key, context: int, tied: bool = False) -> tuple[Key, ...]:
     return (
         Key("hidden_size", "width"),
-        Key("intermediate_size", "hidden"),
         Key("num_hidden_layers", "layers"),
         Key("num_attention_heads", "heads"),
-        Key("head_dim", "head_width", default=None),
         Key("max_position_embeddings", "context", default=context),
-        Key("rms_norm_eps", "norm_epsilon", float, epsilon),
-        Key("hidden_act", "activation", str, "silu"),
-        Key("tie_word_embeddings", "tied_head", bool, False),
+        Key("tie_word_embeddings", "tied_head", bool, tied),
         *keys,
     )
+
+
+def _llama_like(
+    *keys: Key,
+    context: int,
+    epsilon: float = 1e-6,
+    kv_heads: int | None = None,
+    head_width: int | None = None,
+    activation: Key = Key("hidden_act", "activation", str, "silu"),
+    tied: bool = False,
+) -> tuple[Key, ...]:
+    return _sizes(
+        Key("intermediate_size", "hidden"),
+        Key("num_key_value_heads", "kv_heads", default=kv_heads),
+        Key("head_dim", "head_width", default=head_width),
+        Key("rms_norm_eps", "norm_epsilon", float, epsilon),
+        activation,
+        *keys,
+        context=context,
+        tied=tied,
+    )
+
+
+def _as(field: str) -> Callable[[Mapping[str, Any]], Any]:
+    return lambda fields: fields[field]
 
 
 _GATED = {
@@ -89,6 +68,28 @@ _GATED = {
     "positions": "rope",
 }
 _NO_BIAS = {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
+_ATTENTION_BIAS = Key("attention_bias", "qkv_bias", bool, False)
+_MLP_BIAS = Key("mlp_bias", "mlp_bias", bool, False)
+_OUT_AS_QKV = {"out_bias": _as("qkv_bias")}
+_WINDOW = Key("sliding_window", "window", default=4096)
+
+# The window of Qwen's models is off unless the switch is on, and then in the later layers.
+_QWEN_LAYERS = LayerKinds(
+    lambda hf, layer: layer >= hf.get("max_window_layers", 28), switch="use_sliding_window"
+)
+
+_GEMMA = _GATED | {
+    "mlp_bias": False,
+    "norm_plus_one": True,
+    "norms": "sandwich",
+}
+_GEMMA_KEYS = (
+    _ATTENTION_BIAS,
+    _WINDOW,
+    Key("query_pre_attn_scalar", "attention_scale", float, 256.0, INVERSE_ROOT),
+)
+_GEMMA_ACTIVATION = Key("hidden_activation", "activation", str, "gelu_pytorch_tanh")
+_GEMMA_DERIVED = _OUT_AS_QKV | {"embedding_scale": lambda fields: fields["width"] ** 0.5}
 
 FAMILIES: Mapping[str, Family] = {
     "gpt2": Family(
@@ -115,37 +116,191 @@ FAMILIES: Mapping[str, Family] = {
             "scale_attn_by_inverse_layer_idx": (False, None),
             "add_cross_attention": (False, None),
         },
+        derived={"hidden": lambda fields: fields["hidden"] or 4 * fields["width"]},
     ),
     "llama": Family(
         "LlamaForCausalLM",
-        _llama_like(
-            Key("num_key_value_heads", "kv_heads", default=None),
-            Key("attention_bias", "qkv_bias", bool, False),
-            Key("mlp_bias", "mlp_bias", bool, False),
-            epsilon=1e-6,
-            context=2048,
-        ),
+        _llama_like(_ATTENTION_BIAS, _MLP_BIAS, context=2048),
         _GATED,
+        derived=_OUT_AS_QKV,
     ),
     "mistral": Family(
         "MistralForCausalLM",
-        _llama_like(
-            Key("num_key_value_heads", "kv_heads", default=8),
-            Key("sliding_window", "window", default=4096),
-            epsilon=1e-6,
-            context=4096 * 32,
-        ),
+        _llama_like(_WINDOW, context=4096 * 32, kv_heads=8),
         _GATED | _NO_BIAS,
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
+        _llama_like(Key("sliding_window", "window", default=None), epsilon=1e-5, context=4096),
+        _GATED | _NO_BIAS,
+        rope=RopeKeys(share="partial_rotary_factor"),
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        _llama_like(_WINDOW, context=32768, kv_heads=32),
+        _GATED | {"qkv_bias": True, "out_bias": False, "mlp_bias": False},
+        layers=_QWEN_LAYERS,
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        _llama_like(_ATTENTION_BIAS, _WINDOW, context=32768, kv_heads=32, head_width=128),
+        _GATED | {"mlp_bias": False, "head_norm": "head"},
+        derived=_OUT_AS_QKV,
+        layers=_QWEN_LAYERS,
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
         _llama_like(
-            Key("num_key_value_heads", "kv_heads", default=None),
-            Key("sliding_window", "window", default=None),
-            epsilon=1e-5,
+            _ATTENTION_BIAS,
+            _MLP_BIAS,
+            Key("embedding_multiplier", "embedding_scale", float, 1.0),
+            Key("residual_multiplier", "residual_scale", float, 1.0),
+            Key("attention_multiplier", "attention_scale", float, 1.0),
+            Key("logits_scaling", "logit_divisor", float, 1.0),
+            context=2048,
+        ),
+        _GATED,
+        derived=_OUT_AS_QKV,
+    ),
+    "stablelm": Family(
+        "StableLmForCausalLM",
+        _sizes(
+            Key("intermediate_size", "hidden"),
+            Key("num_key_value_heads", "kv_heads", default=32),
+            Key("layer_norm_eps", "norm_epsilon", float, 1e-5),
+            Key("hidden_act", "activation", str, "silu"),
+            Key("use_qkv_bias", "qkv_bias", bool, False),
+            Key("qk_layernorm", "head_norm", bool, False, choice("none", "each_head")),
+            Key(
+                "use_parallel_residual",
+                "residual",
+                bool,
+                False,
+                choice("sequential", "parallel_one_norm"),
+            ),
             context=4096,
         ),
+        _GATED | {"use_bias": True, "norm": "layer", "out_bias": False, "mlp_bias": False},
+        rope=RopeKeys(share="partial_rotary_factor", default_share=0.25),
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        _llama_like(
+            _ATTENTION_BIAS,
+            _MLP_BIAS,
+            Key("sliding_window", "window", default=None),
+            context=32768,
+            kv_heads=4,
+            tied=True,
+        ),
+        _GATED,
+        derived=_OUT_AS_QKV,
+        rope=RopeKeys(default_theta=2e6),
+        # Where the switch is on, the layers without rotary positions have the window.
+        layers=LayerKinds(
+            lambda hf, layer: not rotates(hf, layer), switch="use_sliding_window", rotary=True
+        ),
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        _llama_like(_ATTENTION_BIAS, epsilon=1e-5, context=2048),
+        _GATED | {"mlp_bias": False, "norms": "post", "head_norm": "projection"},
+        derived=_OUT_AS_QKV,
+    ),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM",
+        _sizes(
+            Key("intermediate_size", "hidden"),
+            Key("layer_norm_eps", "norm_epsilon", float, 1e-5),
+            Key("hidden_act", "activation", str, "gelu"),
+            Key("attention_bias", "qkv_bias", bool, True),
+            Key("use_parallel_residual", "residual", bool, True, choice("sequential", "parallel")),
+            context=2048,
+        ),
+        _GATED | {"use_bias": True, "gated": False, "norm": "layer", "mlp_bias": True},
+        derived=_OUT_AS_QKV,
+        rope=RopeKeys("rotary_emb_base", share="rotary_pct", default_share=0.25),
+    ),
+    "opt": Family(
+        "OPTForCausalLM",
+        _sizes(
+            Key("ffn_dim", "hidden"),
+            Key("activation_function", "activation", str, "relu"),
+            Key("enable_bias", "qkv_bias", bool, True),
+            context=2048,
+            tied=True,
+        ),
+        {
+            "use_bias": True,
+            "head_bias": False,
+            "gated": False,
+            "norm": "layer",
+            "positions": "learned",
+            "position_offset": 2,
+        },
+        {
+            "do_layer_norm_before": (True,),
+            "_remove_final_layer_norm": (False, None),
+            "layer_norm_elementwise_affine": (True,),
+        },
+        same={"word_embed_proj_dim": "hidden_size"},
+        derived=_OUT_AS_QKV | {"mlp_bias": _as("qkv_bias")},
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        _llama_like(
+            *_GEMMA_KEYS,
+            Key("attn_logit_softcapping", "attention_cap", float, 50.0),
+            Key("final_logit_softcapping", "logit_cap", float, 30.0),
+            context=8192,
+            kv_heads=4,
+            head_width=256,
+            activation=_GEMMA_ACTIVATION,
+            tied=True,
+        ),
+        _GEMMA,
+        {"use_bidirectional_attention": (False, None)},
+        derived=_GEMMA_DERIVED,
+        layers=LayerKinds(lambda hf, layer: layer % 2 == 0),
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        _llama_like(
+            *_GEMMA_KEYS,
+            Key("final_logit_softcapping", "logit_cap", float, None),
+            context=131072,
+            kv_heads=4,
+            head_width=256,
+            activation=_GEMMA_ACTIVATION,
+            tied=True,
+        ),
+        _GEMMA | {"head_norm": "head"},
+        # Transformers reads attn_logit_softcapping of Gemma 3, but does not use it.
+        {"use_bidirectional_attention": (False, None), "attn_logit_softcapping": (None,)},
+        derived=_GEMMA_DERIVED,
+        rope=RopeKeys(default_theta=1e6, sliding_theta="rope_local_base_freq"),
+        layers=LayerKinds(lambda hf, layer: (layer + 1) % hf.get("sliding_window_pattern", 6) != 0),
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        _llama_like(
+            Key("sliding_window", "window", default=None),
+            Key("num_local_experts", "experts", default=8),
+            Key("num_experts_per_tok", "experts_per_token", default=2),
+            epsilon=1e-5,
+            context=4096 * 32,
+            kv_heads=8,
+        ),
         _GATED | _NO_BIAS,
+        rope=RopeKeys(default_theta=1e6),
     ),
 }
 """The supported values of `model_type`."""
+
+
+def rotates(hf: Mapping[str, Any], layer: int) -> bool:
+    """Returns whether a layer of a SmolLM3 has rotary positions."""
+    given = hf.get("no_rope_layers")
+    if given is not None:
+        return bool(given[layer])
+    return (layer + 1) % hf.get("no_rope_layer_interval", 4) != 0

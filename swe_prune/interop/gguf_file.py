@@ -51,9 +51,18 @@ class GgufFile:
         yield _values(self.tensors[name], self.entries[name])
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Returns a metadata value, or the default if the file does not have the key."""
+        """Returns a metadata value, or the default if the file does not have the key.
+
+        Raises:
+            InputError: If the value is a text that is not UTF-8.
+        """
         field = self.fields.get(key)
-        return default if field is None else field.contents()
+        try:
+            return default if field is None else field.contents()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{self.path} has {key!r} that is not UTF-8 ({error}); download it again"
+            ) from None
 
 
 def read_gguf(path: Path) -> GgufFile:

@@ -10,8 +10,10 @@ from typing import Any
 
 from swe_prune.config import ComputeDtype, ModelConfig
 from swe_prune.errors import InputError, check_choice
-from swe_prune.interop.families import ACTIVATIONS, FAMILIES, NEEDED, Family, Key
-from swe_prune.interop.rope_settings import read_rope, write_rope
+from swe_prune.interop.families import ACTIVATIONS, FAMILIES
+from swe_prune.interop.family import NEEDED, Family, Key
+from swe_prune.interop.layer_kinds import read_layers, simplified, write_layers
+from swe_prune.interop.rope_settings import read_rope, read_sliding_theta, write_rope
 
 _KINDS = {
     int: "an integer above 0",
@@ -19,7 +21,8 @@ _KINDS = {
     bool: "true or false",
     str: "a name",
 }
-_NULLABLE = ("hidden", "head_width", "kv_heads", "window")  # None has a meaning in `ModelConfig`
+# Fields whose None has a meaning in `ModelConfig`.
+_NULLABLE = ("hidden", "head_width", "kv_heads", "window", "attention_cap", "logit_cap")
 
 
 def read_config(
@@ -51,12 +54,11 @@ def read_config(
     # Read the keys of the family, then resolve defaults that depend on other settings.
     fields = {key.field: _value(hf, key) for key in family.keys} | dict(family.fixed)
     fields |= {"activation": _activation(fields["activation"]), "dtype": compute_dtype}
-    if name == "llama":
-        fields["out_bias"] = fields["qkv_bias"]
-    if name == "gpt2" and fields["hidden"] is None:
-        fields["hidden"] = 4 * fields["width"]
+    fields |= {field: value(fields) for field, value in family.derived.items()}
+    fields |= read_layers(hf, family, fields)
     if family.rotary:
         fields["rope"] = rope = read_rope(hf, str(name))
+        fields["sliding_theta"] = read_sliding_theta(hf, family)
         if rope.scaling == "dynamic":  # it applies beyond the context in config.json
             fields["rope"] = dataclasses.replace(rope, original_context=fields["context"])
             fields["context"] = int(fields["context"] * (rope.factor or 1))
@@ -98,12 +100,18 @@ def _written(config: ModelConfig, vocab_size: int, name: str) -> dict[str, Any]:
         "vocab_size": vocab_size,
     }
     whole = dataclasses.replace(
-        config, hidden=config.hidden_size, kv_heads=config.key_heads, head_width=config.head_size
+        config,
+        hidden=config.hidden_size,
+        kv_heads=config.key_heads,
+        head_width=config.head_size,
+        attention_scale=config.attention_scale or config.head_size**-0.5,
     )
     for key in family.keys:
-        written[key.name] = getattr(whole, key.field)
-        if key.kind is bool and written[key.name] is None:
-            written[key.name] = config.use_bias
+        value = getattr(whole, key.field)
+        if key.kind is bool and value is None:
+            value = config.use_bias
+        written[key.name] = value if key.code is None else key.code.write(value)
+    written |= write_layers(config, family)
     if family.rotary and config.rope.scaling == "dynamic":
         written["max_position_embeddings"] = config.rope.original_context or config.context
     activation = next(key.name for key in family.keys if key.field == "activation")
@@ -115,7 +123,10 @@ def _written(config: ModelConfig, vocab_size: int, name: str) -> dict[str, Any]:
 
 def canonical(config: ModelConfig) -> ModelConfig:
     """Normalizes equivalent settings, and resets those that config.json does not contain."""
+    config = simplified(config)
+    scale = config.attention_scale
     normalized = {
+        "attention_scale": None if scale == config.head_size**-0.5 else scale,
         "hidden": config.hidden_size,
         "hidden_ratio": ModelConfig.hidden_ratio,
         "kv_heads": None if config.key_heads == config.heads else config.key_heads,
@@ -146,13 +157,12 @@ def _refuse(hf: Mapping[str, Any], name: str, family: Family) -> None:
                 f"config.json has {key} = {hf[key]!r}, which the decoder does not support; "
                 f"supported for {name} is {allowed[0]!r}"
             )
-    kinds = set(hf.get("layer_types") or ())
-    wanted = "sliding_attention" if hf.get("sliding_window") else "full_attention"
-    if kinds - {wanted}:
-        raise InputError(
-            f"config.json has layers of the types {', '.join(sorted(map(str, kinds)))}; "
-            f"supported is {wanted} in all of them with this sliding_window"
-        )
+    for key, other in family.same.items():
+        if hf.get(key) is not None and hf[key] != hf.get(other):
+            raise InputError(
+                f"config.json has {key} = {hf[key]!r}, which the decoder does not support; "
+                f"supported for {name} is {other}, {hf.get(other)!r}"
+            )
 
 
 def _value(hf: Mapping[str, Any], key: Key) -> Any:
@@ -170,7 +180,7 @@ def _value(hf: Mapping[str, Any], key: Key) -> Any:
     positive = key.kind not in (int, float) or (type(value) is key.kind and value > 0)
     if type(value) is not key.kind or not positive:
         raise InputError(f"{key.name} in config.json must be {_KINDS[key.kind]}, got {value!r}")
-    return value
+    return value if key.code is None else key.code.read(value)
 
 
 def _activation(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from jaxtyping import Array, PyTree
 from swe_prune import tree
 from swe_prune.errors import InputError, check_choice
 from swe_prune.interop.slices import ParamSlice, Shape, StoredTensor, nested
-from swe_prune.interop.tensor_names import Table
+from swe_prune.interop.tensor_rows import Table
 
 Shardings = Callable[[str, Shape], jax.sharding.Sharding] | PyTree | None
 """Shardings of parameters: function of name and shape, pytree, or None for the default device."""
@@ -69,6 +70,14 @@ def match(
     # Files of the bare model, without its head, omit the prefix of all names.
     bare = bool(table.prefix) and not any(name.startswith(table.prefix) for name in entries)
     names = {one.name: one.name.removeprefix(table.prefix) if bare else one.name for one in bound}
+    # Of a tied pair, a file may have either name or both.
+    alone = [
+        (copy, original)
+        for copy, original in duplicates.items()
+        if copy in entries and names[original] not in entries
+    ]
+    names |= {original: copy for copy, original in alone}
+    duplicates = {copy: original for copy, original in duplicates.items() if not alone}
     missing = [name for name in names.values() if name not in entries]
     if missing:
         raise InputError(
@@ -119,32 +128,55 @@ def read_params(
     """
     check_choice(dtype, (*PARAM_DTYPES, None), "dtype")
     sharding_of = _by_name(shardings)
-    params = {}
+    params: dict[str, Any] = {}
+    copies: dict[str, list[tuple[str, ParamSlice]]] = {}
     for one in bound:
+        if one.parts[0].copy is not None:
+            for part in one.parts:
+                copies.setdefault(part.name, []).append((names[one.name], part))
+            continue
         with source.open(names[one.name]) as stored:
             for part in one.parts:
-                params[part.name] = _to_device(part, stored, dtype, sharding_of)
-    return nested(params)
+                read = functools.partial(part.read, stored)
+                params[part.name] = _to_device(read, part.name, part.shape, dtype, sharding_of)
+    # Parameters with a tensor for each index of their first axis, such as an expert.
+    for name, parts in copies.items():
+        shape = (len(parts), *parts[0][1].shape)
+        read = functools.partial(_stacked, source, parts)
+        params[name] = _to_device(read, name, shape, dtype, sharding_of)
+    return nested({one.name: params[one.name] for tensor in bound for one in tensor.parts})
+
+
+def _stacked(
+    source: Source, parts: Sequence[tuple[str, ParamSlice]], index: tuple[slice, ...]
+) -> np.ndarray:
+    """Returns a slice of a parameter whose first axis is over stored tensors."""
+    read = []
+    for name, part in parts[index[0]]:
+        with source.open(name) as stored:
+            read.append(part.read(stored, index[1:]))
+    return np.stack(read)
 
 
 def _to_device(
-    part: ParamSlice,
-    stored: Any,
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+    name: str,
+    shape: Shape,
     dtype: str | None,
     sharding_of: Callable[[str, Shape], jax.sharding.Sharding | None],
 ) -> Array:
-    whole = (slice(None),) * len(part.shape)
+    whole = (slice(None),) * len(shape)
 
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        values = part.read(stored, whole if index is None else index)
-        wanted = values.dtype if dtype is None else jnp.dtype(dtype)
-        return np.ascontiguousarray(values, wanted)
+    def values(index: tuple[slice, ...] | None) -> np.ndarray:
+        found = read(whole if index is None else index)
+        wanted = found.dtype if dtype is None else jnp.dtype(dtype)
+        return np.ascontiguousarray(found, wanted)
 
-    sharding = sharding_of(part.name, part.shape)
+    sharding = sharding_of(name, shape)
     if sharding is None:
-        param = jnp.asarray(read(whole))
+        param = jnp.asarray(values(whole))
     else:
-        param = jax.make_array_from_callback(part.shape, sharding, read)
+        param = jax.make_array_from_callback(shape, sharding, values)
     return param.block_until_ready()  # otherwise host copies queue up behind the reader
 
 

@@ -17,6 +17,7 @@ from swe_prune import tree
 from swe_prune.errors import InputError
 from swe_prune.interop.optional import require
 from swe_prune.interop.slices import nested
+from swe_prune.masks.fitting import check_mask
 
 FILE = "masks.safetensors"
 FORMAT = "swe_prune.masks.1"
@@ -28,7 +29,11 @@ def write_masks(path: Path, mask: PyTree) -> None:
     Args:
         path: Path of the file.
         mask: Bool pytree of nested dicts, None where dense.
+
+    Raises:
+        InputError: If a leaf is neither a bool array nor None.
     """
+    check_mask(mask)
     safetensors = require("safetensors.numpy", "writing masks")
     shapes, packed = {}, {}
     for name, leaf in tree.named_leaves(mask):

@@ -8,13 +8,27 @@ from typing import Any
 
 from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError
-from swe_prune.interop import tokenizer as tokenizers
+from swe_prune.interop import prefixes
+from swe_prune.interop.folder_files import (
+    COPIED,
+    INDEX,
+    TOKENIZER_FILES,
+    WEIGHTS,
+    check_inside,
+    check_model_folder,
+    read_json,
+)
 from swe_prune.interop.gguf_file import MAGIC, hf_config, read_gguf
 from swe_prune.interop.hf_config import read_config
 from swe_prune.interop.load_params import Shardings, Source, match, read_params
-from swe_prune.interop.safetensors_folder import read_folder, read_json
+from swe_prune.interop.safetensors_folder import read_folder
 from swe_prune.interop.slices import bind
-from swe_prune.interop.tensor_names import GGUF, SAFETENSORS, Table
+from swe_prune.interop.tensor_names import SAFETENSORS
+from swe_prune.interop.tensor_names_gguf import GGUF
+from swe_prune.interop.tensor_rows import Table
+from swe_prune.interop.tokenizer import PretrainedTokenizer
+from swe_prune.interop.tokenizer_folder import from_folder, from_path
+from swe_prune.interop.tokenizer_gguf import from_gguf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +40,7 @@ class Pretrained:
         vocab_size: Size V of the vocabulary.
         params: Parameters of the decoder, a nested dict.
         tokenizer: Tokenizer of the model, or None if it has none.
-        family: Model family: "gpt2", "llama", "mistral" or "phi3".
+        family: Model family, a key of `FAMILIES`, such as "llama".
         path: Path that the model was loaded from.
         kind: Kind of source: "safetensors" or "gguf".
         hf_config: Content of config.json; for a GGUF file, converted from its settings.
@@ -35,7 +49,7 @@ class Pretrained:
     config: ModelConfig
     vocab_size: int
     params: Any
-    tokenizer: tokenizers.PretrainedTokenizer | None
+    tokenizer: PretrainedTokenizer | None
     family: str
     path: Path
     kind: str
@@ -50,7 +64,7 @@ class PretrainedSource:
         config: Config of the decoder, for `models.gpt.build(config, vocab_size)`.
         vocab_size: Size V of the vocabulary.
         tokenizer: Tokenizer of the model, or None if it has none.
-        family: Model family: "gpt2", "llama", "mistral" or "phi3".
+        family: Model family, a key of `FAMILIES`, such as "llama".
         path: Path of the model.
         kind: Kind of source: "safetensors" or "gguf".
         hf_config: Content of config.json; for a GGUF file, converted from its settings.
@@ -60,7 +74,7 @@ class PretrainedSource:
 
     config: ModelConfig
     vocab_size: int
-    tokenizer: tokenizers.PretrainedTokenizer | None
+    tokenizer: PretrainedTokenizer | None
     family: str
     path: Path
     kind: str
@@ -89,6 +103,8 @@ class PretrainedSource:
         if self.config.tied_head:  # some files contain the tied head a second time
             head = next(row.stored for row in self.table.rows if row.params == ("head/kernel",))
             duplicates = {head: of["embedding/embedding"]}
+        needed = [one.name for one in bound]
+        prefixes.check(self.source, needed, self.table, str(self.path))
         names = match(self.source, bound, self.table, duplicates, str(self.path))
         params = read_params(self.source, bound, names, dtype, shardings)
         return Pretrained(
@@ -109,7 +125,8 @@ def load(
     dtype: str | None = None,
     compute_dtype: str = "float32",
     shardings: Shardings = None,
-    tokenizer: bool = True,
+    tokenizer: bool | str | Path = True,
+    prefix: str | None = None,
 ) -> Pretrained:
     """Loads a model from a Hugging Face folder of safetensors, or from a GGUF file.
 
@@ -123,18 +140,28 @@ def load(
         compute_dtype: Dtype of the computation, "float32" or "bfloat16".
         shardings: Shardings of the parameters: a function of name and shape, a pytree like the
             parameters, or None for the default device.
-        tokenizer: Whether to read the tokenizer.
+        tokenizer: Whether to read the tokenizer, or the path of another one: a tokenizer.json, a
+            folder or a GGUF file.
+        prefix: Prefix of the names of the tensors, such as "_orig_mod." of torch.compile, which is
+            removed.
 
     Raises:
         InputError: If there is no model at the path, it is not supported, incomplete or damaged, or
             its settings are inconsistent.
+
+    Warns:
+        UserWarning: If there are weights next to those of the model that are not read.
     """
-    source = open_pretrained(path, compute_dtype=compute_dtype, tokenizer=tokenizer)
+    source = open_pretrained(path, compute_dtype=compute_dtype, tokenizer=tokenizer, prefix=prefix)
     return source.read(dtype=dtype, shardings=shardings)
 
 
 def open_pretrained(
-    path: str | Path, *, compute_dtype: str = "float32", tokenizer: bool = True
+    path: str | Path,
+    *,
+    compute_dtype: str = "float32",
+    tokenizer: bool | str | Path = True,
+    prefix: str | None = None,
 ) -> PretrainedSource:
     """Opens a model in a Hugging Face folder or a GGUF file without reading its weights.
 
@@ -142,15 +169,21 @@ def open_pretrained(
         path: Path of the folder or file; "package:NAME" is the GGUF file in the installed package
             NAME.
         compute_dtype: Dtype of the computation, "float32" or "bfloat16".
-        tokenizer: Whether to read the tokenizer; use False if it is not supported.
+        tokenizer: Whether to read the tokenizer, or the path of another one: a tokenizer.json, a
+            folder or a GGUF file. Use False if it is not supported.
+        prefix: Prefix of the names of the tensors, such as "_orig_mod." of torch.compile, which is
+            removed.
 
     Raises:
         InputError: If there is no model at the path, it is not supported, incomplete or damaged, or
             its settings are inconsistent.
+
+    Warns:
+        UserWarning: If there are weights next to those of the model that are not read.
     """
     path = located(path)
     if path.is_dir():
-        return _folder(path, compute_dtype, tokenizer)
+        return _folder(path, compute_dtype, tokenizer, prefix)
     if not path.is_file():
         raise InputError(f"{path} does not exist; give a model's folder or a GGUF file")
     with open(path, "rb") as file:
@@ -160,7 +193,7 @@ def open_pretrained(
             f"{path} is neither a folder nor a GGUF file; give the folder with its config.json and "
             "safetensors"
         )
-    return _gguf(path, compute_dtype, tokenizer)
+    return _gguf(path, compute_dtype, tokenizer, prefix)
 
 
 def located(path: str | Path) -> Path:
@@ -187,23 +220,37 @@ def located(path: str | Path) -> Path:
     return Path(str(found[0].locate()))
 
 
-def _folder(path: Path, compute_dtype: str, with_tokenizer: bool) -> PretrainedSource:
+def _folder(
+    path: Path, compute_dtype: str, tokenizer: bool | str | Path, prefix: str | None
+) -> PretrainedSource:
+    check_model_folder(path)
+    check_inside(path, ("config.json", WEIGHTS, INDEX, *COPIED, *TOKENIZER_FILES))
     hf = read_json(path / "config.json")
     family, config, vocab_size = read_config(hf, compute_dtype)
-    source = read_folder(path)
-    tokenizer = tokenizers.from_folder(path, hf, vocab_size) if with_tokenizer else None
     table = SAFETENSORS[family]
+    source = prefixes.without(read_folder(path), prefix, table, str(path))
+    words = None
+    if tokenizer is True:
+        words = from_folder(path, hf, vocab_size)
+    elif tokenizer is not False:
+        words = from_path(Path(tokenizer), hf, vocab_size)
     return PretrainedSource(
-        config, vocab_size, tokenizer, family, path, "safetensors", hf, source, table
+        config, vocab_size, words, family, path, "safetensors", hf, source, table
     )
 
 
-def _gguf(path: Path, compute_dtype: str, with_tokenizer: bool) -> PretrainedSource:
+def _gguf(
+    path: Path, compute_dtype: str, tokenizer: bool | str | Path, prefix: str | None
+) -> PretrainedSource:
     file = read_gguf(path)
     hf = hf_config(file)
     family, config, vocab_size = read_config(hf, compute_dtype)
-    tokenizer = tokenizers.from_gguf(file, vocab_size) if with_tokenizer else None
+    words = None
+    if tokenizer is True:
+        words = from_gguf(file, vocab_size)
+    elif tokenizer is not False:
+        words = from_path(Path(tokenizer), hf, vocab_size)
     file = dataclasses.replace(file, fields={})  # half a million small arrays, no longer needed
-    return PretrainedSource(
-        config, vocab_size, tokenizer, family, path, "gguf", hf, file, GGUF[family]
-    )
+    table = GGUF[family]
+    source = prefixes.without(file, prefix, table, str(path))
+    return PretrainedSource(config, vocab_size, words, family, path, "gguf", hf, source, table)

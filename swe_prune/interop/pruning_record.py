@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from swe_prune import masks
 from swe_prune.errors import InputError
-from swe_prune.interop.safetensors_folder import read_json
+from swe_prune.interop.folder_files import read_json
 from swe_prune.recipe import Recipe
 from swe_prune.version import __version__
 
@@ -27,12 +27,15 @@ class PruningRecord:
         calibration: Text that was used and how. None: none was.
         evaluation: Measurements, by names of the caller's choice.
         commit: Commit of the code. None: not known.
+        rules: Rules "include" and "exclude" and the range "blocks" that chose the weights, those
+            that were given. None: the default choice.
     """
 
     recipe: Recipe
     calibration: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     commit: str | None = None
+    rules: Mapping[str, Any] | None = None
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:

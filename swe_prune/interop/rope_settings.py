@@ -13,6 +13,8 @@ from typing import Any
 
 from swe_prune.config import ModelConfig, RopeConfig
 from swe_prune.errors import InputError
+from swe_prune.interop.families import FAMILIES
+from swe_prune.interop.family import Family
 
 SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 """Supported values of `rope_type`."""
@@ -57,10 +59,13 @@ def read_rope(hf: Mapping[str, Any], family: str) -> RopeConfig:
     Raises:
         InputError: If the scaling is unknown, lacks a number, or differs between layers.
     """
+    keys = FAMILIES[family].rope
     group = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    # A group per kind of layer is not supported.
     if not isinstance(group, Mapping):
         raise InputError(f"the rope settings in config.json must be a mapping, got {group!r}")
+    # A group per kind of layer is supported where the family has them.
+    if keys.sliding_theta is not None and hf.get("rope_parameters"):
+        group = _of_kind(group, "full_attention")
     if any(isinstance(value, Mapping) for value in group.values()):
         raise InputError(
             "config.json has rope settings per kind of layer; only one for all layers is supported"
@@ -73,7 +78,9 @@ def read_rope(hf: Mapping[str, Any], family: str) -> RopeConfig:
             f"config.json has the rope type {kind!r}; supported are {', '.join(SCALINGS)}"
         )
     found: dict[str, Any] = {
-        "theta": _number(group.get("rope_theta") or hf.get("rope_theta") or 10000.0, "rope_theta"),
+        "theta": _number(
+            group.get("rope_theta") or hf.get(keys.theta) or keys.default_theta, keys.theta
+        ),
         "share": _share(group, hf, family),
         "scaling": "none" if kind == "default" else kind,
     }
@@ -98,12 +105,45 @@ def read_rope(hf: Mapping[str, Any], family: str) -> RopeConfig:
     return RopeConfig(**found)
 
 
+def read_sliding_theta(hf: Mapping[str, Any], family: Family) -> float | None:
+    """Returns the theta of the layers with a window, or None if it is that of all layers.
+
+    Raises:
+        InputError: If these layers have a scaling.
+    """
+    name = family.rope.sliding_theta
+    if name is None:
+        return None
+    group: Mapping[str, Any] = {}
+    if hf.get("rope_parameters"):
+        group = _of_kind(hf["rope_parameters"], "sliding_attention")
+    kind = group.get("rope_type") or group.get("type") or "default"
+    if kind != "default":
+        raise InputError(
+            f"config.json has the rope type {kind!r} in layers of the type sliding_attention; "
+            "supported is 'default'"
+        )
+    value = group.get("rope_theta") or hf.get(name) or family.rope.default_sliding_theta
+    return _number(value, name)
+
+
+def _of_kind(groups: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    group = groups.get(kind)
+    if not isinstance(group, Mapping):
+        raise InputError(
+            f"rope_parameters in config.json must have a mapping for {kind!r}, got {group!r}"
+        )
+    return group
+
+
 def write_rope(config: ModelConfig, family: str) -> dict[str, Any]:
     """Returns the settings of config.json for `config.rope`, the inverse of `read_rope`."""
-    rope = config.rope
-    written: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": None}
-    if rope.share != 1 or family == "phi3":
-        written["partial_rotary_factor"] = rope.share
+    rope, keys = config.rope, FAMILIES[family].rope
+    written: dict[str, Any] = {keys.theta: rope.theta, "rope_scaling": None}
+    if rope.share != 1 or keys.share is not None:
+        written[keys.share or "partial_rotary_factor"] = rope.share
+    if keys.sliding_theta is not None:
+        written[keys.sliding_theta] = config.sliding_theta or rope.theta
     original = rope.original_context or config.context
     if family == "phi3":
         written["original_max_position_embeddings"] = original
@@ -124,13 +164,16 @@ def write_rope(config: ModelConfig, family: str) -> dict[str, Any]:
 
 
 def _share(group: Mapping[str, Any], hf: Mapping[str, Any], family: str) -> float:
-    share = group.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
-    if share != 1 and family != "phi3":
+    keys = FAMILIES[family].rope
+    name = keys.share or "partial_rotary_factor"
+    share = group.get("partial_rotary_factor") or hf.get(name) or keys.default_share
+    if share != 1 and keys.share is None:
+        able = ", ".join(name for name, one in FAMILIES.items() if one.rope.share is not None)
         raise InputError(
             f"config.json has partial_rotary_factor = {share}, which model_type {family!r} does "
-            "not use; supported is 1, and any fraction for phi3"
+            f"not use; supported is 1, and any fraction for {able}"
         )
-    return _number(share, "partial_rotary_factor")
+    return _number(share, name)
 
 
 def _original(group: Mapping[str, Any], hf: Mapping[str, Any], family: str) -> int | None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from swe_prune import tree
 from swe_prune.config import ModelConfig
-from swe_prune.interop.tensor_names import AS_IS, IN_OUT, OUT_IN, Row, Table
+from swe_prune.interop.tensor_rows import AS_IS, IN_OUT, OUT_IN, Row, Table
 from swe_prune.models import gpt
 
 Shape = tuple[int, ...]
@@ -27,10 +27,13 @@ class ParamSlice:
 
     Attributes:
         name: Name of the parameter, such as `"block_0/mlp/up/kernel"`.
-        shape: Shape of the parameter.
+        shape: Shape of the parameter, or of one copy of it.
         start: Index of the parameter's first output in the stored tensor.
         layout: Layout of the stored tensor.
         heads: Number of heads if the halves of each head are interleaved, else None.
+        copy: Index along the parameter's first axis, if each has a tensor of its own, else None.
+        turn: If several parameters take turns head by head, the number of heads, this parameter's
+            turn, and the number of turns.
     """
 
     name: str
@@ -38,20 +41,36 @@ class ParamSlice:
     start: int
     layout: str
     heads: int | None = None
+    copy: int | None = None
+    turn: tuple[int, int, int] | None = None
+
+    def of(self, param: Any) -> Any:
+        """Returns the part of the parameter that this tensor holds: all of it, or one copy."""
+        return param if self.copy is None else param[self.copy]
 
     def read(self, stored: Any, index: tuple[slice, ...]) -> np.ndarray:
         """Returns the parameter at `index`, in the stored dtype.
 
         Args:
             stored: Object that returns a numpy array when indexed with one slice per axis. Only the
-                requested slice is read, except for interleaved heads.
+                requested slice is read, except for heads that are interleaved or take turns.
             index: Slice for each axis of the parameter.
         """
+        if self.turn is not None:
+            return self._own_turn(stored)[index]
         if self.heads is not None:
             whole = tuple(slice(0, size) for size in self.shape)
             return _halves(self._cut(stored, whole), self.heads)[index]
         bounds = zip(index, self.shape, strict=True)
         return self._cut(stored, tuple(slice(*part.indices(size)) for part, size in bounds))
+
+    def _own_turn(self, stored: Any) -> np.ndarray:
+        assert self.turn is not None
+        heads, at, turns = self.turn
+        whole = stored[(slice(None),) * len(self.shape)]
+        split = whole.reshape(heads, turns, -1, *whole.shape[1:])[:, at]
+        own = split.reshape(-1, *whole.shape[1:])
+        return own.T if self.layout == OUT_IN else own
 
     def _cut(self, stored: Any, index: tuple[slice, ...]) -> np.ndarray:
         # Shift the slice of the outputs to the parameter's position in the stored tensor.
@@ -79,14 +98,22 @@ class StoredTensor:
 
     def write(self, params: Mapping[str, Any]) -> np.ndarray:
         """Joins parameters, given by name, to the stored tensor; preserves the dtype."""
+        return self.join([part.of(params[part.name]) for part in self.parts])
+
+    def join(self, values: Sequence[Any]) -> np.ndarray:
+        """Joins the values of the parts, in their order, to the stored tensor."""
         pieces = []
-        for part in self.parts:
-            piece = np.asarray(params[part.name])
+        for part, value in zip(self.parts, values, strict=True):
+            piece = np.asarray(value)
             if part.heads is not None:
                 piece = _halves(piece, part.heads, back=True)
             pieces.append(piece.T if part.layout == OUT_IN else piece)
         if len(pieces) == 1:
             return np.ascontiguousarray(pieces[0])
+        turn = self.parts[0].turn
+        if turn is not None:
+            by_head = [piece.reshape(turn[0], -1, *piece.shape[1:]) for piece in pieces]
+            return np.stack(by_head, axis=1).reshape(self.shape)
         return np.concatenate(pieces, axis=1 if self.parts[0].layout == IN_OUT else 0)
 
 
@@ -98,20 +125,35 @@ def bind(table: Table, config: ModelConfig, vocab_size: int) -> list[StoredTenso
         for layer in range(config.layers if "{i}" in row.stored else 1):
             names = [name.format(i=layer) for name in row.params]
             # Skip rows for parameters that this model does not have.
-            if names[0] in shapes:
+            if names[0] not in shapes:
+                continue
+            if "{e}" not in row.stored:
                 bound.append(_bound(row, layer, names, shapes, config))
+                continue
+            own = {name: shapes[name][1:] for name in names}
+            for copy in range(shapes[names[0]][0]):
+                bound.append(_bound(row, layer, names, own, config, copy))
     return bound
 
 
 def param_shapes(config: ModelConfig, vocab_size: int) -> dict[str, Shape]:
     """Returns the shape of each parameter of the model by name, without allocating any."""
-    one = dataclasses.replace(config, layers=1, scan_layers=False, remat=False, dropout=0.0)
+    alike = {"sliding": (), "rotary": (), "sliding_theta": None}  # no parameter depends on them
+    one = dataclasses.replace(
+        config, layers=1, scan_layers=False, remat=False, dropout=0.0, **alike
+    )
     shapes = {}
     for name, shape in _shapes_of_one_layer(one, vocab_size):
         layers = range(config.layers) if name.startswith("block_0/") else (0,)
         for layer in layers:  # all are alike, so one is traced
             shapes[name.replace("block_0/", f"block_{layer}/")] = shape
     return shapes
+
+
+def abstract_params(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    """Returns the parameters of the model as float32 shapes in a nested dict."""
+    shapes = param_shapes(config, vocab_size)
+    return nested({k: jax.ShapeDtypeStruct(shape, jnp.float32) for k, shape in shapes.items()})
 
 
 @functools.lru_cache(maxsize=64)  # tracing takes longer than everything else for a small model
@@ -140,20 +182,26 @@ def nested(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _bound(
-    row: Row, layer: int, names: Sequence[str], shapes: Mapping[str, Shape], config: ModelConfig
+    row: Row,
+    layer: int,
+    names: Sequence[str],
+    shapes: Mapping[str, Shape],
+    config: ModelConfig,
+    copy: int | None = None,
 ) -> StoredTensor:
     parts, start = [], 0
-    for name in names:
+    for at, name in enumerate(names):
         heads = None
+        turn = (config.heads, at, len(names)) if row.by_head else None
         if row.interleaved:
             heads = config.key_heads if "/key/" in name else config.heads
-        parts.append(ParamSlice(name, shapes[name], start, row.layout, heads))
+        parts.append(ParamSlice(name, shapes[name], start, row.layout, heads, copy, turn))
         # The next parameter follows along the outputs.
         start += shapes[name][0 if row.layout == AS_IS else 1]
     first = parts[0].shape
     shape = (start, *first[1:]) if row.layout == AS_IS else (first[0], start)
     shape = shape[::-1] if row.layout == OUT_IN else shape
-    return StoredTensor(row.stored.format(i=layer), shape, tuple(parts))
+    return StoredTensor(row.stored.format(i=layer, e=copy), shape, tuple(parts))
 
 
 def _halves(x: np.ndarray, heads: int, *, back: bool = False) -> np.ndarray:

@@ -1,138 +1,172 @@
-"""Tables of the parameters in each stored tensor, one table per kind of file.
+"""Tables of the parameters in each tensor of a Hugging Face folder, one per family.
 
 Import, export and tests use the same rows. A row names a stored tensor, with `{i}` for the layer,
 and the parameters in it, one after another along its outputs. A fused tensor (query-key-value of
 GPT-2 and Phi-3, gate and up of Phi-3) is split on import and joined on export. A row whose
 parameters the model does not have (biases, an untied head) is skipped.
 
-Layouts of stored tensors, whose parameters are kernels of inputs x outputs:
-
-    as_is    vectors, and embeddings V x D
-    out_in   torch's Linear: outputs x inputs
-    in_out   GPT-2's Conv1D: inputs x outputs
-
-In GGUF files of the architecture "llama" the rows of query and key have a different order: the two
-halves of a head, whose numbers i and i + K/2 are rotated together, are interleaved.
-
-Sources: https://github.com/huggingface/transformers, models/*/modeling_*.py;
-https://github.com/ggml-org/llama.cpp, convert_hf_to_gguf.py and gguf-py/gguf/tensor_mapping.py.
+Source: https://github.com/huggingface/transformers, models/*/modeling_*.py.
 """
 
-import dataclasses
 from collections.abc import Mapping
 
-AS_IS, OUT_IN, IN_OUT = "as_is", "out_in", "in_out"
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Names of a stored tensor and of the parameters in it.
-
-    Attributes:
-        stored: Name of the stored tensor, with `{i}` for the layer.
-        params: Names of the parameters, in the order of the tensor's outputs.
-        layout: Layout of the stored tensor: `AS_IS`, `OUT_IN` or `IN_OUT`.
-        interleaved: Whether the two halves of each head are interleaved.
-    """
-
-    stored: str
-    params: tuple[str, ...]
-    layout: str = AS_IS
-    interleaved: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """All the tensors of one kind of file.
-
-    Attributes:
-        rows: Rows of the table; those with `{i}` apply to every layer.
-        prefix: Prefix that is missing from the names in files of the bare model, without its head.
-        ignored: Regular expressions for the names of tensors that hold no parameters.
-    """
-
-    rows: tuple[Row, ...]
-    prefix: str = ""
-    ignored: tuple[str, ...] = ()
-
-
-def _norm(stored: str, ours: str) -> tuple[Row, ...]:
-    return (Row(f"{stored}.weight", (f"{ours}/scale",)), Row(f"{stored}.bias", (f"{ours}/bias",)))
-
-
-def _dense(
-    stored: str, *ours: str, layout: str = OUT_IN, interleaved: bool = False
-) -> tuple[Row, ...]:
-    kernels = tuple(f"{name}/kernel" for name in ours)
-    biases = tuple(f"{name}/bias" for name in ours)
-    return (
-        Row(f"{stored}.weight", kernels, layout, interleaved),
-        Row(f"{stored}.bias", biases, interleaved=interleaved),
-    )
-
+from swe_prune.interop.tensor_rows import IN_OUT, OUT_IN, Row, Table, dense_rows, norm_rows
 
 _GPT2 = Table(
     (
         Row("transformer.wte.weight", ("embedding/embedding",)),
         Row("transformer.wpe.weight", ("position_embedding",)),
-        *_norm("transformer.h.{i}.ln_1", "block_{i}/attention_norm"),
-        *_dense(
+        *norm_rows("transformer.h.{i}.ln_1", "block_{i}/attention_norm"),
+        *dense_rows(
             "transformer.h.{i}.attn.c_attn",
             "block_{i}/attention/query",
             "block_{i}/attention/key",
             "block_{i}/attention/value",
             layout=IN_OUT,
         ),
-        *_dense("transformer.h.{i}.attn.c_proj", "block_{i}/attention/out", layout=IN_OUT),
-        *_norm("transformer.h.{i}.ln_2", "block_{i}/mlp_norm"),
-        *_dense("transformer.h.{i}.mlp.c_fc", "block_{i}/mlp/up", layout=IN_OUT),
-        *_dense("transformer.h.{i}.mlp.c_proj", "block_{i}/mlp/down", layout=IN_OUT),
-        *_norm("transformer.ln_f", "final_norm"),
+        *dense_rows("transformer.h.{i}.attn.c_proj", "block_{i}/attention/out", layout=IN_OUT),
+        *norm_rows("transformer.h.{i}.ln_2", "block_{i}/mlp_norm"),
+        *dense_rows("transformer.h.{i}.mlp.c_fc", "block_{i}/mlp/up", layout=IN_OUT),
+        *dense_rows("transformer.h.{i}.mlp.c_proj", "block_{i}/mlp/down", layout=IN_OUT),
+        *norm_rows("transformer.ln_f", "final_norm"),
         Row("lm_head.weight", ("head/kernel",), OUT_IN),
     ),
     prefix="transformer.",
     ignored=(r"(^|\.)h\.\d+\.attn\.(masked_)?bias$",),  # the causal mask
 )
 
-_LLAMA_ENDS = (
+_LLAMA_TOPS = (
     Row("model.embed_tokens.weight", ("embedding/embedding",)),
-    *_norm("model.layers.{i}.input_layernorm", "block_{i}/attention_norm"),
-    *_norm("model.layers.{i}.post_attention_layernorm", "block_{i}/mlp_norm"),
-    *_norm("model.norm", "final_norm"),
+    *norm_rows("model.norm", "final_norm"),
     Row("lm_head.weight", ("head/kernel",), OUT_IN),
+)
+_LLAMA_NORMS = (
+    *norm_rows("model.layers.{i}.input_layernorm", "block_{i}/attention_norm"),
+    *norm_rows("model.layers.{i}.post_attention_layernorm", "block_{i}/mlp_norm"),
 )
 _FREQUENCIES = (r"rotary_emb\.inv_freq$",)  # determined by the config
 
-_LLAMA = Table(
-    (
-        *_LLAMA_ENDS,
-        *_dense("model.layers.{i}.self_attn.q_proj", "block_{i}/attention/query"),
-        *_dense("model.layers.{i}.self_attn.k_proj", "block_{i}/attention/key"),
-        *_dense("model.layers.{i}.self_attn.v_proj", "block_{i}/attention/value"),
-        *_dense("model.layers.{i}.self_attn.o_proj", "block_{i}/attention/out"),
-        *_dense("model.layers.{i}.mlp.gate_proj", "block_{i}/mlp/gate"),
-        *_dense("model.layers.{i}.mlp.up_proj", "block_{i}/mlp/up"),
-        *_dense("model.layers.{i}.mlp.down_proj", "block_{i}/mlp/down"),
-    ),
-    prefix="model.",
-    ignored=_FREQUENCIES,
+_LLAMA_PROJECTIONS = (
+    *dense_rows("model.layers.{i}.self_attn.q_proj", "block_{i}/attention/query"),
+    *dense_rows("model.layers.{i}.self_attn.k_proj", "block_{i}/attention/key"),
+    *dense_rows("model.layers.{i}.self_attn.v_proj", "block_{i}/attention/value"),
+    *dense_rows("model.layers.{i}.self_attn.o_proj", "block_{i}/attention/out"),
+)
+_LLAMA_ATTENTION = (
+    *_LLAMA_PROJECTIONS,
+    # Norms of queries and keys, of the families that have them.
+    *norm_rows("model.layers.{i}.self_attn.q_norm", "block_{i}/attention/query_norm"),
+    *norm_rows("model.layers.{i}.self_attn.k_norm", "block_{i}/attention/key_norm"),
+)
+_LLAMA_MLP = (
+    *dense_rows("model.layers.{i}.mlp.gate_proj", "block_{i}/mlp/gate"),
+    *dense_rows("model.layers.{i}.mlp.up_proj", "block_{i}/mlp/up"),
+    *dense_rows("model.layers.{i}.mlp.down_proj", "block_{i}/mlp/down"),
 )
 
-_PHI3 = Table(
+
+def _llama(*rows: Row) -> Table:
+    return Table(rows, prefix="model.", ignored=_FREQUENCIES)
+
+
+_LLAMA = _llama(*_LLAMA_TOPS, *_LLAMA_NORMS, *_LLAMA_ATTENTION, *_LLAMA_MLP)
+
+# OLMo 2 has norms behind attention and MLP, Gemma also before them.
+_POST_NORMS = (
+    *norm_rows("model.layers.{i}.post_attention_layernorm", "block_{i}/attention_out_norm"),
+    *norm_rows("model.layers.{i}.post_feedforward_layernorm", "block_{i}/mlp_out_norm"),
+)
+_OLMO2 = _llama(*_LLAMA_TOPS, *_POST_NORMS, *_LLAMA_ATTENTION, *_LLAMA_MLP)
+_GEMMA = _llama(
+    *_LLAMA_TOPS,
+    *norm_rows("model.layers.{i}.input_layernorm", "block_{i}/attention_norm"),
+    *norm_rows("model.layers.{i}.pre_feedforward_layernorm", "block_{i}/mlp_norm"),
+    *_POST_NORMS,
+    *_LLAMA_ATTENTION,
+    *_LLAMA_MLP,
+)
+
+# Every head has a norm of its own.
+_STABLELM = _llama(
+    *_LLAMA_TOPS,
+    *_LLAMA_NORMS,
+    *_LLAMA_PROJECTIONS,
+    *_LLAMA_MLP,
+    Row(
+        "model.layers.{i}.self_attn.q_layernorm.norms.{e}.weight",
+        ("block_{i}/attention/query_norm/scale",),
+    ),
+    Row(
+        "model.layers.{i}.self_attn.k_layernorm.norms.{e}.weight",
+        ("block_{i}/attention/key_norm/scale",),
+    ),
+)
+
+_MOE = "model.layers.{i}.block_sparse_moe"
+_MIXTRAL = _llama(
+    *_LLAMA_TOPS,
+    *_LLAMA_NORMS,
+    *_LLAMA_ATTENTION,
+    Row(f"{_MOE}.gate.weight", ("block_{i}/mlp/router/kernel",), OUT_IN),
+    Row(f"{_MOE}.experts.{{e}}.w1.weight", ("block_{i}/mlp/gate/kernel",), OUT_IN),
+    Row(f"{_MOE}.experts.{{e}}.w2.weight", ("block_{i}/mlp/down/kernel",), OUT_IN),
+    Row(f"{_MOE}.experts.{{e}}.w3.weight", ("block_{i}/mlp/up/kernel",), OUT_IN),
+)
+
+_PHI3 = _llama(
+    *_LLAMA_TOPS,
+    *_LLAMA_NORMS,
+    *dense_rows(
+        "model.layers.{i}.self_attn.qkv_proj",
+        "block_{i}/attention/query",
+        "block_{i}/attention/key",
+        "block_{i}/attention/value",
+    ),
+    *dense_rows("model.layers.{i}.self_attn.o_proj", "block_{i}/attention/out"),
+    *dense_rows("model.layers.{i}.mlp.gate_up_proj", "block_{i}/mlp/gate", "block_{i}/mlp/up"),
+    *dense_rows("model.layers.{i}.mlp.down_proj", "block_{i}/mlp/down"),
+)
+
+_NEOX_LAYER = "gpt_neox.layers.{i}"
+_NEOX = Table(
     (
-        *_LLAMA_ENDS,
-        *_dense(
-            "model.layers.{i}.self_attn.qkv_proj",
+        Row("gpt_neox.embed_in.weight", ("embedding/embedding",)),
+        *norm_rows(f"{_NEOX_LAYER}.input_layernorm", "block_{i}/attention_norm"),
+        *dense_rows(
+            f"{_NEOX_LAYER}.attention.query_key_value",
             "block_{i}/attention/query",
             "block_{i}/attention/key",
             "block_{i}/attention/value",
+            by_head=True,
         ),
-        *_dense("model.layers.{i}.self_attn.o_proj", "block_{i}/attention/out"),
-        *_dense("model.layers.{i}.mlp.gate_up_proj", "block_{i}/mlp/gate", "block_{i}/mlp/up"),
-        *_dense("model.layers.{i}.mlp.down_proj", "block_{i}/mlp/down"),
+        *dense_rows(f"{_NEOX_LAYER}.attention.dense", "block_{i}/attention/out"),
+        *norm_rows(f"{_NEOX_LAYER}.post_attention_layernorm", "block_{i}/mlp_norm"),
+        *dense_rows(f"{_NEOX_LAYER}.mlp.dense_h_to_4h", "block_{i}/mlp/up"),
+        *dense_rows(f"{_NEOX_LAYER}.mlp.dense_4h_to_h", "block_{i}/mlp/down"),
+        *norm_rows("gpt_neox.final_layer_norm", "final_norm"),
+        Row("embed_out.weight", ("head/kernel",), OUT_IN),
+    ),
+    prefix="gpt_neox.",
+    ignored=(*_FREQUENCIES, r"(^|\.)attention\.(masked_)?bias$"),  # the causal mask
+)
+
+_OPT_LAYER = "model.decoder.layers.{i}"
+_OPT = Table(
+    (
+        Row("model.decoder.embed_tokens.weight", ("embedding/embedding",)),
+        Row("model.decoder.embed_positions.weight", ("position_embedding",)),
+        *norm_rows(f"{_OPT_LAYER}.self_attn_layer_norm", "block_{i}/attention_norm"),
+        *dense_rows(f"{_OPT_LAYER}.self_attn.q_proj", "block_{i}/attention/query"),
+        *dense_rows(f"{_OPT_LAYER}.self_attn.k_proj", "block_{i}/attention/key"),
+        *dense_rows(f"{_OPT_LAYER}.self_attn.v_proj", "block_{i}/attention/value"),
+        *dense_rows(f"{_OPT_LAYER}.self_attn.out_proj", "block_{i}/attention/out"),
+        *norm_rows(f"{_OPT_LAYER}.final_layer_norm", "block_{i}/mlp_norm"),
+        *dense_rows(f"{_OPT_LAYER}.fc1", "block_{i}/mlp/up"),
+        *dense_rows(f"{_OPT_LAYER}.fc2", "block_{i}/mlp/down"),
+        *norm_rows("model.decoder.final_layer_norm", "final_norm"),
+        Row("lm_head.weight", ("head/kernel",), OUT_IN),
     ),
     prefix="model.",
-    ignored=_FREQUENCIES,
 )
 
 SAFETENSORS: Mapping[str, Table] = {
@@ -140,53 +174,16 @@ SAFETENSORS: Mapping[str, Table] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "phi3": _PHI3,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "granite": _LLAMA,
+    "stablelm": _STABLELM,
+    "smollm3": _LLAMA,
+    "olmo2": _OLMO2,
+    "gpt_neox": _NEOX,
+    "opt": _OPT,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "mixtral": _MIXTRAL,
 }
 """Tables for Hugging Face folders, by `model_type`."""
-
-_GGUF_ENDS = (
-    Row("token_embd.weight", ("embedding/embedding",)),
-    *_norm("blk.{i}.attn_norm", "block_{i}/attention_norm"),
-    *_norm("blk.{i}.ffn_norm", "block_{i}/mlp_norm"),
-    *_norm("output_norm", "final_norm"),
-    Row("output.weight", ("head/kernel",), OUT_IN),
-    *_dense("blk.{i}.attn_output", "block_{i}/attention/out"),
-    *_dense("blk.{i}.ffn_down", "block_{i}/mlp/down"),
-)
-_GGUF_FUSED = _dense(
-    "blk.{i}.attn_qkv",
-    "block_{i}/attention/query",
-    "block_{i}/attention/key",
-    "block_{i}/attention/value",
-)
-_GGUF_FREQUENCIES = (r"^rope_(freqs|factors_(long|short))\.weight$",)  # read with the config
-
-GGUF: Mapping[str, Table] = {
-    "gpt2": Table(
-        (
-            *_GGUF_ENDS,
-            Row("position_embd.weight", ("position_embedding",)),
-            *_GGUF_FUSED,
-            *_dense("blk.{i}.ffn_up", "block_{i}/mlp/up"),
-        ),
-    ),
-    "llama": Table(
-        (
-            *_GGUF_ENDS,
-            *_dense("blk.{i}.attn_q", "block_{i}/attention/query", interleaved=True),
-            *_dense("blk.{i}.attn_k", "block_{i}/attention/key", interleaved=True),
-            *_dense("blk.{i}.attn_v", "block_{i}/attention/value"),
-            *_dense("blk.{i}.ffn_gate", "block_{i}/mlp/gate"),
-            *_dense("blk.{i}.ffn_up", "block_{i}/mlp/up"),
-        ),
-        ignored=_GGUF_FREQUENCIES,
-    ),
-    "phi3": Table(
-        (
-            *_GGUF_ENDS,
-            *_GGUF_FUSED,
-            *_dense("blk.{i}.ffn_up", "block_{i}/mlp/gate", "block_{i}/mlp/up"),
-        ),
-        ignored=_GGUF_FREQUENCIES,
-    ),
-}
-"""Tables for GGUF files, by `general.architecture`; all kernels are outputs x inputs."""

@@ -2,16 +2,15 @@
 
 Three places have one: a tokenizer.json; vocab.json with merges.txt, which is GPT-2's; and the
 vocabulary inside a GGUF file. All become a tokenizer of the `tokenizers` package, so that they cut
-text as transformers does.
+text as transformers does. `tokenizer_folder` and `tokenizer_gguf` read them.
 
-Sources: https://github.com/huggingface/tokenizers; for what `tokenizer.ggml.pre` means,
-https://github.com/ggml-org/llama.cpp, src/llama-vocab.cpp.
+Source: https://github.com/huggingface/tokenizers.
 """
 
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,6 @@ import numpy as np
 from jaxtyping import Int32
 
 from swe_prune.errors import InputError
-from swe_prune.interop.gguf_file import GgufFile
-from swe_prune.interop.optional import require
-from swe_prune.interop.safetensors_folder import read_json
-
-PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe")
-"""Values of `tokenizer.ggml.pre` that are supported."""
-
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +29,14 @@ class PretrainedTokenizer:
         bos_id: of the token that begins a text; None: the model has none.
         eos_ids: of the tokens that end one; there may be several, or none.
         chat_template: as Jinja text, for `save` to write; None: none.
+        folder: whose files it was read from, for an export to copy; None: `save` writes it.
     """
 
     backend: Any
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     chat_template: str | None = None
+    folder: Path | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -115,122 +104,17 @@ class PretrainedTokenizer:
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def from_folder(
-    path: Path, hf_config: Mapping[str, Any], vocab_size: int
-) -> PretrainedTokenizer | None:
-    """Returns the tokenizer of a Hugging Face folder; None where it has no file of one.
-
-    Args:
-        path: of the folder.
-        hf_config: its config.json, for the ids of first and last tokens.
-        vocab_size: of the model.
+def checked(made: PretrainedTokenizer, vocab_size: int, where: str) -> PretrainedTokenizer:
+    """Returns a tokenizer after checking that its ids are in the model's vocabulary.
 
     Raises:
-        InputError: a tokenizer that does not fit the vocabulary, that is damaged, or that is there
-            as SentencePiece alone.
+        InputError: an id is beyond it.
     """
-    tokenizers = None
-    if (path / "tokenizer.json").exists():
-        tokenizers = require("tokenizers", "reading tokenizer.json")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-        except Exception as error:  # the package raises no narrower class
-            raise InputError(f"{path / 'tokenizer.json'} cannot be read: {error}") from None
-    elif (path / "vocab.json").exists() and (path / "merges.txt").exists():
-        vocab = read_json(path / "vocab.json")
-        lines = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
-        merges = [line for line in lines if line and not line.startswith("#version")]
-        backend = _byte_level(vocab, merges, "gpt-2")
-        ends = [token for token in ("<|endoftext|>",) if token in vocab]
-        backend.add_special_tokens(ends)
-    elif (path / "tokenizer.model").exists():
+    if made.vocab_size > vocab_size:
+        last = made.backend.id_to_token(made.vocab_size - 1)
         raise InputError(
-            f"{path} has its tokenizer as SentencePiece, tokenizer.model, which is not supported; "
-            "save it once as tokenizer.json: AutoTokenizer.from_pretrained(…).save_pretrained(…)"
-        )
-    else:
-        return None
-    backend.no_truncation()
-    backend.no_padding()
-    said = dict(hf_config)
-    if (path / "generation_config.json").exists():
-        said |= read_json(path / "generation_config.json")
-    eos = said.get("eos_token_id")
-    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    bos_id = said.get("bos_token_id")
-    return _checked(PretrainedTokenizer(backend, bos_id, eos_ids), vocab_size, str(path))
-
-
-def from_gguf(file: GgufFile, vocab_size: int) -> PretrainedTokenizer | None:
-    """Returns the tokenizer that is inside a GGUF file; None where there is none.
-
-    Raises:
-        InputError: a kind of tokenizer that is not supported, or that does not fit the vocabulary.
-    """
-    model = file.get("tokenizer.ggml.model")
-    if model is None:
-        return None
-    pre = file.get("tokenizer.ggml.pre")
-    if model != "gpt2" or pre not in PRE_TOKENIZERS:
-        raise InputError(
-            f"{file.path} has a tokenizer of the kind {model!r} with {pre!r}, which is not "
-            f"supported; supported is 'gpt2' with {', '.join(PRE_TOKENIZERS)}"
-        )
-    tokens = file.get("tokenizer.ggml.tokens", [])
-    vocab = {token: i for i, token in enumerate(tokens)}
-    backend = _byte_level(vocab, file.get("tokenizer.ggml.merges", []), pre)
-    kinds = file.get("tokenizer.ggml.token_type", [])
-    tokenizers = require("tokenizers", "the tokenizer of a GGUF file")
-    added = [
-        tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
-        for token, kind in zip(tokens, kinds, strict=False)
-        if kind in (_CONTROL, _USER_DEFINED)
-    ]
-    backend.add_tokens(added)
-    bos, eos = (file.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
-    if bos is not None and file.get("tokenizer.ggml.add_bos_token", False):
-        backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A",
-            pair=f"{tokens[bos]} $A {tokens[bos]} $B",
-            special_tokens=[(tokens[bos], bos)],
-        )
-    eos_ids = () if eos is None else (eos,)
-    template = file.get("tokenizer.chat_template")
-    made = PretrainedTokenizer(backend, bos, eos_ids, template)
-    return _checked(made, vocab_size, str(file.path))
-
-
-def _byte_level(vocab: Mapping[str, int], merges: Sequence[str], pre: str) -> Any:
-    """Returns a byte-level BPE tokenizer, which cuts text into words as `pre` says."""
-    tokenizers = require("tokenizers", "a tokenizer of merges")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    if not all(len(pair) == 2 for pair in pairs):
-        raise InputError("the tokenizer has a merge that is not of two tokens; get it again")
-    # Llama 3 takes a word that is a token as it is, though no merges lead to it.
-    whole = pre == "llama-bpe"
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab=dict(vocab), merges=pairs, ignore_merges=whole)
-    )
-    split = tokenizers.pre_tokenizers
-    if pre == "llama-bpe":
-        words = [
-            split.Split(tokenizers.Regex(_LLAMA3_WORDS), behavior="isolated"),
-            split.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    else:
-        words = [split.ByteLevel(add_prefix_space=False, use_regex=True)]
-        if pre == "smollm":
-            words.insert(0, split.Digits(individual_digits=True))
-    backend.pre_tokenizer = words[0] if len(words) == 1 else split.Sequence(words)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    return backend
-
-
-def _checked(made: PretrainedTokenizer, vocab_size: int, where: str) -> PretrainedTokenizer:
-    largest = max(made.vocab_size - 1, made.bos_id or 0, *made.eos_ids, 0)
-    if largest >= vocab_size:
-        raise InputError(
-            f"the tokenizer of {where} has ids up to {largest} and the model a vocabulary of "
-            f"{vocab_size}; get the tokenizer that belongs to the model"
+            f"the tokenizer of {where} has ids up to {made.vocab_size - 1} and the model a "
+            f"vocabulary of {vocab_size}, without {last!r}; give the tokenizer that belongs to the "
+            "model with --tokenizer=PATH (tokenizer= in Python)"
         )
     return made

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from swe_prune.errors import InputError
-from swe_prune.interop.safetensors_folder import DTYPES, INDEX, WEIGHTS
+from swe_prune.interop.folder_files import INDEX, WEIGHTS
+from swe_prune.interop.safetensors_header import DTYPES
 from swe_prune.interop.slices import StoredTensor
 
 _ALIGNED = 8  # the length of the header is a multiple of this

@@ -109,7 +109,7 @@ def conventional_axes(name: str, shape: tuple[int, ...]) -> Axes | None:
     ndim = len(shape)
     if ndim == 1:
         return Axes((0,), ())
-    parts = re.split(r"[/.]", _key(name))
+    parts = re.split(r"[/.]", name)
     owner = parts[-2] if len(parts) > 1 else ""
     haiku = parts[-1:] == ["w"] and re.fullmatch(r"(linear|conv\d?_?d?)(_\d+)?", owner)
     if parts[-1:] != ["kernel"] and not haiku:
@@ -158,7 +158,7 @@ def axes_of(layout: PyTree | None = None, input_axes: InputAxes | None = None) -
     given = _by_name(layout)
 
     def axes(name: str, shape: tuple[int, ...]) -> Axes:
-        found = given.get(_key(name))
+        found = given.get(name)
         if found is not None:
             return _fitting(name, shape, found)
         if input_axes is not None:
@@ -184,7 +184,7 @@ def copies_of(layout: PyTree | None) -> Callable[[str, tuple[int, ...]], tuple[i
     given = _by_name(layout)
 
     def copies(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        found = given.get(_key(name))
+        found = given.get(name)
         return () if found is None else _checked(name, shape, found).copies
 
     return copies
@@ -246,10 +246,6 @@ def copy_labels(
     return labels
 
 
-def _key(name: str) -> str:
-    return name.removesuffix("/value")
-
-
 def _by_name(layout: PyTree | None) -> dict[str, Axes]:
     found = {}
     for name, leaf in () if layout is None else tree.named_leaves(layout):
@@ -260,7 +256,7 @@ def _by_name(layout: PyTree | None) -> dict[str, Axes]:
                 f"layout must hold swe_prune.Axes or None, got {type(leaf).__name__} for {name!r}; "
                 "make it by swe_prune.layout(fn, params, batch)"
             )
-        found[_key(name)] = leaf
+        found[name] = leaf
     return found
 
 

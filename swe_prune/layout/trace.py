@@ -76,13 +76,9 @@ def _inputs(batch: Any) -> Any:
 def _with_state(module: Any, params: PyTree) -> Any:
     """Returns a copy of an NNX module with the weights of a state or a dict of them."""
     graph, state = nnx.split(module)
-    given = {_plain(name): leaf for name, leaf in tree.named_leaves(params)}
-    filled = tree.map_leaves(lambda name, leaf: given.get(_plain(name), leaf), state)
+    given = dict(tree.named_leaves(params))
+    filled = tree.map_leaves(lambda name, leaf: given.get(name, leaf), state)
     return nnx.merge(graph, filled)
-
-
-def _plain(name: str) -> str:
-    return name.removesuffix("/value")
 
 
 def trace(fn: Callable[[PyTree, PyTree], Any], params: PyTree, batch: PyTree) -> Traced:

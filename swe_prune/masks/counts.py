@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from swe_prune import counting, tree
+from swe_prune.masks.fitting import check_mask, map_masked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +37,17 @@ class Summary(Tally):
 def summary(mask: PyTree) -> Summary:
     """Returns exact counts per tensor and in all.
 
+    Args:
+        mask: Bool pytree, None where dense.
+
+    Raises:
+        InputError: A leaf is neither a bool array nor None.
+
     >>> import jax.numpy as jnp
     >>> summary({"w": jnp.array([True, False, False]), "b": None}).kept
     1
     """
+    check_mask(mask)
     named = {name: leaf for name, leaf in tree.named_leaves(mask) if leaf is not None}
     counts = jax.device_get(kept_counts(named))
     tensors = {name: Tally(int(counts[name]), tree.size(leaf)) for name, leaf in named.items()}
@@ -59,9 +67,36 @@ def kept_counts(masks: dict[str, Array]) -> dict[str, counting.Count]:
 def revived(params: PyTree, mask: PyTree) -> counting.Count:
     """Returns how many pruned weights are not 0, exactly: a proof to compute inside a step.
 
+    Args:
+        params: Pytree of weights.
+        mask: Bool pytree, None where dense.
+
+    Raises:
+        InputError: The mask is not one of these parameters.
+
     >>> import jax.numpy as jnp
     >>> int(revived({"w": jnp.array([0.5, 0.0])}, {"w": jnp.array([False, False])}))
     1
     """
-    found = tree.map_tracked(lambda keep, weight: ~keep & (weight != 0), mask, params)
-    return counting.count_true(jax.tree.leaves(found))
+    found: list[Array] = []
+    map_masked(lambda weight, keep: found.append(~keep & (weight != 0)), params, mask)
+    return counting.count_true(found)
+
+
+def zeros(params: PyTree, mask: PyTree) -> int:
+    """Returns how many of the weights that have a mask are exactly 0.
+
+    Args:
+        params: Pytree of weights.
+        mask: Bool pytree, None where dense.
+
+    Raises:
+        InputError: The mask is not one of these parameters.
+
+    >>> import jax.numpy as jnp
+    >>> zeros({"w": jnp.array([0.5, 0.0])}, {"w": jnp.array([False, True])})
+    1
+    """
+    found: dict[str, Array] = {}
+    map_masked(lambda weight, keep: found.setdefault(str(len(found)), weight == 0), params, mask)
+    return sum(int(n) for n in jax.device_get(kept_counts(found)).values())

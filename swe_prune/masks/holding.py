@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
 from swe_prune import tree
-from swe_prune.errors import InputError
+from swe_prune.masks.fitting import check_mask, map_masked
 
 
 def apply(params: PyTree, mask: PyTree) -> PyTree:
@@ -18,24 +17,15 @@ def apply(params: PyTree, mask: PyTree) -> PyTree:
     would be NaN and −w · 0 a negative zero.
 
     Args:
-        params: Pytree of weights.
-        mask: Bool pytree, None where dense.
+        params: Pytree of weights; the result has its containers.
+        mask: Bool pytree with the names of `params`, None where dense. Its containers may differ,
+            see `tree.map_leaves`.
 
     Raises:
-        InputError: The mask and the parameters differ in structure or in the shape of a leaf.
+        InputError: The mask and the parameters differ in their names or in the shape of a leaf, or
+            the mask is not bool.
     """
-
-    def leaf(name: str, keep: Any, weight: Any) -> Any:
-        if keep is None:
-            return weight
-        if jnp.shape(keep) != jnp.shape(weight):
-            raise InputError(
-                f"the mask of {name!r} has shape {jnp.shape(keep)} and the weight "
-                f"{jnp.shape(weight)}; make the mask from scores of these parameters"
-            )
-        return jnp.where(keep, weight, 0)
-
-    return tree.map_leaves(leaf, mask, params)
+    return map_masked(lambda weight, keep: jnp.where(keep, weight, 0), params, mask)
 
 
 def keep(
@@ -54,10 +44,16 @@ def keep(
         mask: Bool pytree, None where dense. The returned functions capture it. Inside your own
             jit, pass the mask as an argument and call `keep` there, so that the mask does not
             become a constant of the compiled program.
+
+    Raises:
+        InputError: The mask is not bool. At `init` and `update`: it is of other parameters.
     """
     inner = optax.with_extra_args_support(optimizer)
 
+    check_mask(mask)
+
     def init(params: PyTree) -> PyTree:
+        check_mask(mask, params)
         return inner.init(params)
 
     def update(
@@ -68,14 +64,14 @@ def keep(
         updates, state = inner.update(apply(updates, mask), state, params, **extra)
         if params is None:
             return apply(updates, mask), hold_moments(state, mask)
+
         # In the wider of the two dtypes, lest −w be rounded and a remainder stay.
-        held = tree.map_leaves(
-            lambda _, m, u, w: u if m is None else jnp.where(m, u, jnp.negative(w)),
-            mask,
-            updates,
-            params,
-        )
-        return held, hold_moments(state, mask)
+        def held(name: str, update: Any, weight: Any, kept: Any) -> Any:
+            if kept is None or tree.is_absent(update):
+                return update
+            return jnp.where(kept, update, jnp.negative(weight))
+
+        return tree.map_leaves(held, updates, params, mask), hold_moments(state, mask)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -103,17 +99,18 @@ def hold_moments(opt_state: PyTree, mask: PyTree) -> PyTree:
     [1.0, 0.0]
     """
     # Dense parameters take part: a moment of a/w must not be taken for one of w.
-    by_path = dict(jax.tree_util.tree_flatten_with_path(mask, is_leaf=tree.is_none)[0])
+    check_mask(mask)
+    by_name = dict(tree.named_leaves(mask))
 
-    def hold(path: Any, leaf: Any) -> Any:
-        kept = tree.by_suffix(path, by_path)
-        if kept is None or not _is_number(leaf):
+    def hold(name: str, leaf: Any) -> Any:
+        kept = tree.by_suffix(name, by_name)
+        if kept is None or tree.is_absent(leaf) or not _is_number(leaf):
             return leaf
         if jnp.shape(leaf)[jnp.ndim(leaf) - kept.ndim :] != kept.shape:
             return leaf
         return jnp.where(kept, leaf, jnp.zeros_like(leaf))
 
-    return jax.tree_util.tree_map_with_path(hold, opt_state)
+    return tree.map_leaves(hold, opt_state)
 
 
 def _is_number(leaf: Any) -> bool:

@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, PyTree
 from swe_prune import allocation, counting, patterns, select, tree
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.layout import Axes, AxesOf, InputAxes, axes_of, copies_of, copy_labels
+from swe_prune.masks import removed
+from swe_prune.masks import ties as undecided
 from swe_prune.masks.counts import kept_counts
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
@@ -30,7 +32,8 @@ def by_std(
     """Returns masks by the paper's rule, score > std(score) · rate in every tensor.
 
     The standard deviation is the unbiased one over the whole tensor, or over each copy of a tensor
-    that is stacked. The rate is a multiplier: see
+    that is stacked; a weight that is removed already (a score of −inf, as `importance.score` gives
+    it to a weight that is 0) counts as 0. The rate is a multiplier: see
     `allocation.gaussian_sparsity` for the sparsity to expect.
 
     Args:
@@ -42,7 +45,7 @@ def by_std(
 
     Raises:
         InputError: The rate is negative, not finite or removes every weight, or a score is NaN or
-            infinite, which leaves no standard deviation.
+            +inf, which leaves no standard deviation.
 
     >>> by_std({"w": jnp.array([0.0, 1.0, 5.0])}, 1.0)["w"].tolist()
     [False, False, True]
@@ -62,6 +65,7 @@ def by_std(
         counts = kept_counts(dict(zip(named, kept, strict=True)))
         if not any(int(n) for n in counts.values()):
             raise InputError(f"rate = {rate!r} prunes every weight; lower it")
+        undecided.warn(named, dict(zip(named, kept, strict=True)), ranked=False)
     return _like(scores, named, kept)
 
 
@@ -91,6 +95,11 @@ def by_sparsity(
     input_axes: InputAxes | None = None,
 ) -> PyTree:
     """Returns masks that remove exactly the requested share of the lowest scores.
+
+    A score of −inf says that a weight is removed already, as `importance.score` says of one that
+    is 0. Such weights go whatever the sparsity, and count in it first; a sparsity below theirs
+    removes them alone. A unit of a pattern counts as removed when all its weights are; else they
+    add nothing to its score.
 
     With a pattern, weights are removed in units and the sparsity is met in units. Sparsity is the
     share removed, while n:m names the number kept. The count is exact, also when scores tie.
@@ -151,7 +160,7 @@ def by_sparsity(
         allocation.check_sparsity(sparsity)
     # n:m and rows rank the inputs of each output, so they need the axes, not units.
     if pattern is not None and patterns.is_n_of_m(pattern):
-        return _like(scores, named, _n_of_m(named, sparsity, pattern, ties, axes))
+        return _like(scores, named, _n_of_m(named, sparsity, pattern, ties, axes), "n:m")
     if scope == "row":
         if pattern is not None:
             raise InputError(
@@ -162,9 +171,9 @@ def by_sparsity(
             name: _by_row(name, score, sparsity, rounding, ties, axes)
             for name, score in named.items()
         }
-        return _like(scores, named, kept)
+        return _like(scores, named, kept, "row", lambda name: axes(name, named[name].shape).inputs)
     # Everything else is ranked in units, of one weight each without a pattern.
-    units = patterns.units(
+    units = removed.units_with_removed_last(
         pattern,
         named,
         axes,
@@ -181,7 +190,14 @@ def by_sparsity(
     kept = {}
     for one, mask in zip(units, kept_units, strict=True):
         kept |= one.spread(mask)
-    return _like(scores, named, kept)
+
+    def ranked_axes(name: str) -> tuple[int, ...] | None:
+        stacked = copies(name, named[name].shape)
+        if not stacked or scope == "global":
+            return None
+        return tuple(axis for axis in range(named[name].ndim) if axis not in stacked)
+
+    return _like(scores, named, kept, "units" if pattern else scope, ranked_axes)
 
 
 def _keep(size: int, sparsity: Any, rounding: str) -> Any:
@@ -362,6 +378,26 @@ def _scored(scores: PyTree) -> dict[str, Array]:
     return named
 
 
-def _like(scores: PyTree, named: dict[str, Array], kept: Any) -> PyTree:
+def _like(
+    scores: PyTree,
+    named: dict[str, Array],
+    kept: Any,
+    ranked: str = "",
+    axes: Callable[[str], tuple[int, ...] | None] = lambda name: None,
+) -> PyTree:
+    """Returns masks like the scores, and warns where the scores have not decided them.
+
+    Args:
+        scores: Pytree of scores, None where dense.
+        named: Scores by name.
+        kept: Masks by name, or in the order of the names.
+        ranked: Scope of the ranks of single weights, or another word. Empty: nothing to check.
+        axes: Function from a name to the axes of a rank, for "row".
+    """
     by_name = kept if isinstance(kept, dict) else dict(zip(named, kept, strict=True))
+    by_name = removed.without_removed(named, by_name)
+    if ranked and not select.is_traced(named, by_name):
+        undecided.warn(
+            named, by_name, axes=axes, together=ranked == "global", ranked=ranked in SCOPES
+        )
     return tree.map_named(lambda name, _: by_name.get(name), scores)

@@ -2,6 +2,8 @@
 
 gpt        one decoder for all model families: `build`, and the partition rules of its parameters
 block      decoder block: attention and MLP
+experts    MLP of sparse experts
+layers     dense layers, norms and activations
 attention  causal attention
 kv_cache   positions of tokens, and the cache of keys and values
 rope       rotary position embeddings
@@ -14,5 +16,6 @@ Letters that denote shapes in names (`x_BxLxD`), here and in the whole package:
     H  attention heads            K  width of one head
     G  heads of keys and values   T  tokens with keys and values to attend to
     R  inputs of a kernel         C  outputs of a kernel (a Flax Dense kernel is R x C)
+    E  experts                    P  experts of one token
     Q  queries of one chunk of the attention, S those of all heads of a group, H // G * Q
 """

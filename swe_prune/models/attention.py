@@ -21,6 +21,8 @@ def attention(
     v_BxTxGxK: Float[Array, "B T G K"],
     *,
     window: int | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
     valid_BxT: Bool[Array, "B T"] | None = None,
     start: Int[Array, ""] | int = 0,
 ) -> Float[Array, "B L H K"]:
@@ -39,10 +41,12 @@ def attention(
         v_BxTxGxK: Values of the tokens 0, …, T - 1.
         window: Number of tokens that a token attends to, itself included (Jiang et al.,
             2310.06825). If None, all earlier tokens.
+        scale: Factor of the scores instead of 1 / √K. If None, 1 / √K.
+        cap: Bound of the scores, cap * tanh(score / cap) (Gemma 2, 2408.00118). If None, none.
         valid_BxT: False for keys of padding, which are masked. If None, all keys are valid.
         start: Position of the first query among the keys; may be traced.
     """
-    run = functools.partial(_in_parts, window=window)
+    run = functools.partial(_in_parts, window=window, scale=scale, cap=cap)
     return jax.checkpoint(run)(q_BxLxHxK, k_BxTxGxK, v_BxTxGxK, valid_BxT, start)
 
 
@@ -54,10 +58,13 @@ def _in_parts(
     begin: Array | int,
     *,
     window: int | None,
+    scale: float | None,
+    cap: float | None,
 ) -> Array:
     length, width = q_BxLxHxK.shape[1], q_BxLxHxK.shape[-1]
     whole = length == k_BxTxGxK.shape[1]  # queries and keys are of the same tokens
-    q_BxHxLxK = (q_BxLxHxK / math.sqrt(width)).swapaxes(1, 2)
+    q_BxLxHxK = q_BxLxHxK / math.sqrt(width) if scale is None else q_BxLxHxK * scale
+    q_BxHxLxK = q_BxLxHxK.swapaxes(1, 2)
     k_BxGxTxK, v_BxGxTxK = k_BxTxGxK.swapaxes(1, 2), v_BxTxGxK.swapaxes(1, 2)
     wanted = max(1, min(QUERY_PARTS, length // MIN_QUERIES)) if whole else 1
     part = math.ceil(length / wanted)
@@ -67,7 +74,7 @@ def _in_parts(
         used = slice(0, last if whole else None)
         valid = None if valid_BxT is None else valid_BxT[:, used]
         q, k, v = q_BxHxLxK[:, :, first:last], k_BxGxTxK[:, :, used], v_BxGxTxK[:, :, used]
-        parts.append(_attend(q, k, v, valid, first if whole else begin, window))
+        parts.append(_attend(q, k, v, valid, first if whole else begin, window, cap))
     return jnp.concatenate(parts, axis=2).swapaxes(1, 2)
 
 
@@ -78,6 +85,7 @@ def _attend(
     valid_BxT: Array | None,
     start: Array | int,
     window: int | None,
+    cap: float | None,
 ) -> Array:
     """Returns the outputs B x H x Q x K of Q queries, the first of which is at position `start`."""
     batch, heads, queries, width = q_BxHxQxK.shape
@@ -86,6 +94,8 @@ def _attend(
     q_BxGxSxK = q_BxHxQxK.reshape(batch, groups, -1, width)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scores_BxGxSxT = dot("bgsk,bgtk->bgst", q_BxGxSxK, k_BxGxTxK)
+    if cap is not None:
+        scores_BxGxSxT = cap * jnp.tanh(scores_BxGxSxT / cap)
     # Mask later tokens, tokens outside the window, and padding.
     at_Q, at_T = start + jnp.arange(queries), jnp.arange(keys)
     seen_QxT = at_T <= at_Q[:, None]

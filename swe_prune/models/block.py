@@ -1,33 +1,25 @@
-"""Decoder block: attention and an MLP, each with a pre-norm and a residual connection."""
+"""Decoder block: attention and an MLP, each with norms and a residual connection."""
 
-import functools
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
 from swe_prune.config import ModelConfig
 from swe_prune.models import rope
 from swe_prune.models.attention import attention
+from swe_prune.models.experts import Experts
 from swe_prune.models.kv_cache import PLAIN, Positions
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=True),  # tanh approximation, as in GPT-2
-    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
-
-INIT_STDDEV = 0.02
+from swe_prune.models.layers import ACTIVATIONS, dense, head_norm, norm
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); updates the KV cache of the block if given."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); updates the KV cache of the block if given.
+
+    The config may place the norms behind attention and MLP, or on both sides, and let the MLP read
+    what the attention reads (`norms`, `residual`).
+    """
 
     config: ModelConfig
 
@@ -42,16 +34,31 @@ class Block(nn.Module):
     ) -> Any:
         cfg = self.config
         drop = nn.Dropout(cfg.dropout, deterministic=not train)
-        y_NxD = norm(cfg, "attention_norm")(x_NxD)
-        y_NxD, kv = Attention(cfg, name="attention")(y_NxD, batch, positions, kv)
-        x_NxD = x_NxD + drop(y_NxD)
-        y_NxD = norm(cfg, "mlp_norm")(x_NxD)
-        x_NxD = x_NxD + drop(MLP(cfg, name="mlp")(y_NxD))
+
+        def before(name: str, x_NxD: Array) -> Array:
+            return x_NxD if cfg.norms == "post" else norm(cfg, name)(x_NxD)
+
+        def added(x_NxD: Array, name: str, y_NxD: Array) -> Array:
+            if cfg.norms != "pre":
+                y_NxD = norm(cfg, name)(y_NxD)
+            y_NxD = drop(y_NxD)
+            return x_NxD + (y_NxD if cfg.residual_scale == 1 else y_NxD * cfg.residual_scale)
+
+        into_NxD = before("attention_norm", x_NxD)
+        y_NxD, kv = Attention(cfg, name="attention")(into_NxD, batch, positions, kv)
+        after_NxD = added(x_NxD, "attention_out_norm", y_NxD)
+        if cfg.residual != "parallel_one_norm":
+            into_NxD = before("mlp_norm", after_NxD if cfg.residual == "sequential" else x_NxD)
+        mlp = MLP(cfg, name="mlp") if cfg.experts is None else Experts(cfg, name="mlp")
+        x_NxD = added(after_NxD, "mlp_out_norm", mlp(into_NxD))
         return x_NxD if kv is None else (x_NxD, kv)
 
 
 class Attention(nn.Module):
-    """Causal self-attention: kernels query (D x HK), key and value (D x GK), and out (HK x D)."""
+    """Causal self-attention: kernels query (D x HK), key and value (D x GK), and out (HK x D).
+
+    Queries and keys may be normalized before they are rotated (Henry et al., 2010.04245).
+    """
 
     config: ModelConfig
 
@@ -67,7 +74,13 @@ class Attention(nn.Module):
 
         def heads(name: str, count: int) -> Array:
             y_NxC = dense(cfg, count * cfg.head_size, name, cfg.qkv_bias)(x_NxD)
-            return y_NxC.reshape(batch, -1, count, cfg.head_size)
+            normed = cfg.head_norm if name != "value" else "none"
+            if normed == "projection":
+                y_NxC = head_norm(cfg, f"{name}_norm")(y_NxC)
+            y_BxLxHxK = y_NxC.reshape(batch, -1, count, cfg.head_size)
+            if normed in ("head", "each_head"):
+                y_BxLxHxK = head_norm(cfg, f"{name}_norm")(y_BxLxHxK)
+            return y_BxLxHxK
 
         q_BxLxHxK = heads("query", cfg.heads)
         k_BxTxGxK, v_BxTxGxK = heads("key", cfg.key_heads), heads("value", cfg.key_heads)
@@ -88,6 +101,8 @@ class Attention(nn.Module):
             k_BxTxGxK,
             v_BxTxGxK,
             window=cfg.window,
+            scale=cfg.attention_scale,
+            cap=cfg.attention_cap,
             valid_BxT=positions.valid_BxT,
             start=start,
         )
@@ -111,33 +126,3 @@ class MLP(nn.Module):
         else:
             h_NxF = activation(h_NxF)
         return dense(cfg, cfg.width, "down", cfg.mlp_bias, residual=True)(h_NxF)
-
-
-def dense(
-    cfg: ModelConfig, features: int, name: str, use_bias: bool | None, residual: bool = False
-) -> nn.Dense:
-    """Returns a Dense layer of the decoder.
-
-    Args:
-        cfg: Config of the model.
-        features: Number of outputs.
-        name: Name of the layer.
-        use_bias: Whether the layer has a bias. If None, `cfg.use_bias`.
-        residual: Whether the output is added to the residual stream.
-    """
-    # GPT-2 scales additions to the residual stream by 1 / sqrt(additions), two in every layer.
-    stddev = INIT_STDDEV / math.sqrt(2 * cfg.layers) if residual else INIT_STDDEV
-    return nn.Dense(
-        features,
-        use_bias=cfg.use_bias if use_bias is None else use_bias,
-        kernel_init=nn.initializers.normal(stddev),
-        dtype=cfg.dtype,
-        name=name,
-    )
-
-
-def norm(cfg: ModelConfig, name: str) -> nn.Module:
-    """Returns the normalization layer of the config."""
-    if cfg.norm == "rms":
-        return nn.RMSNorm(epsilon=cfg.norm_epsilon, dtype=cfg.dtype, name=name)
-    return nn.LayerNorm(epsilon=cfg.norm_epsilon, use_bias=cfg.use_bias, dtype=cfg.dtype, name=name)

@@ -1,8 +1,11 @@
-"""Decoder-only Transformer with pre-norm and causal attention, for several model families.
+"""Decoder-only Transformer with causal attention, for many model families.
 
-The default is GPT-2 as in nanoGPT: layer norm, learned positions, and a plain MLP. Llama, Mistral
-and Phi-3 have RMS norm, rotary positions, a gated MLP, and grouped-query attention; `interop` reads
-their pretrained weights.
+The default is GPT-2 as in nanoGPT: layer norm, learned positions, and a plain MLP. Llama and those
+after it have RMS norm, rotary positions, a gated MLP, and grouped-query attention. What a family
+has of its own is a field of `ModelConfig`: norms of queries and keys (Qwen3, OLMo 2), norms behind
+attention and MLP, capped scores and logits, layers with a window between layers without (Gemma),
+attention and MLP in parallel (GPT-NeoX), sparse experts (Mixtral). `interop` reads the pretrained
+weights of all of them.
 
 Activations have the shape N x D, all tokens of the batch by width, because matrix products over two
 axes run at full speed on every backend. Only `attention` has a head axis. Dropout is applied to the
@@ -25,8 +28,9 @@ from swe_prune.config import ModelConfig, check_choices
 from swe_prune.errors import InputError
 from swe_prune.models import rope
 from swe_prune.models.attention import attention
-from swe_prune.models.block import ACTIVATIONS, INIT_STDDEV, Block, dense, norm
+from swe_prune.models.block import Block
 from swe_prune.models.kv_cache import Cache, Positions, empty_cache, positions_and_masks
+from swe_prune.models.layers import ACTIVATIONS, INIT_STDDEV, dense, norm
 
 __all__ = ["ACTIVATIONS",
     "BLOCKS", "GPT", "Block", "Cache", "attention", "build", "empty_cache",
@@ -44,9 +48,23 @@ PARTITION_RULES: tuple[Rule, ...] = (
 )
 """Partition of the parameters over a mesh: hidden axes over "tensor", the others over "fsdp"."""
 
+ATTENTION_RULES: tuple[Rule, ...] = (
+    (r"(query|key|value)/kernel$", ("fsdp", "tensor")),
+    (r"out/kernel$", ("tensor", "fsdp")),
+    PARTITION_RULES[-1],
+)
+"""The same where the MLPs are sparse experts, which have rules of their own."""
+
 POSITION_RULE: Rule = (r"position_embedding$", (None, "fsdp"))
 HEAD_RULE: Rule = (r"head/kernel$", ("fsdp", "tensor"))
-"""Rules for learned positions and an untied output head, if the model has them."""
+EXPERT_RULES: tuple[Rule, ...] = (
+    (r"router/kernel$", ("fsdp", None)),
+    (r"mlp/(up|gate)/kernel$", (None, "fsdp", "tensor")),
+    (r"mlp/down/kernel$", (None, "tensor", "fsdp")),
+)
+HEAD_NORM_RULE: Rule = (r"(query|key)_norm/scale$", ())
+"""Rules for learned positions, an untied output head, sparse experts, and norms with a scale for
+each head, if the model has them."""
 
 
 def _identity(x_NxD: Array) -> Array:
@@ -73,6 +91,11 @@ def build(
     >>> sorted(params["block_0"])
     ['attention', 'attention_norm', 'mlp', 'mlp_norm']
     """
+    _check(config)
+    return GPT(config, vocab_size, constrain)
+
+
+def _check(config: ModelConfig) -> None:
     check_choices(config, "config.model")
     if config.head_width is None and config.width % config.heads:
         raise InputError(
@@ -87,13 +110,54 @@ def build(
         raise InputError(f"config.model.window must be at least 1, got {config.window}")
     if config.positions == "rope":
         rope.check(config, config.head_size)
-    return GPT(config, vocab_size, constrain)
+    for name in ("sliding", "rotary"):
+        given = len(getattr(config, name))
+        if given not in (0, config.layers):
+            raise InputError(
+                f"config.model.{name} must have one entry for each of the {config.layers} layers, "
+                f"or none, got {given}"
+            )
+    if config.scan_layers and (config.sliding or config.rotary):
+        raise InputError(
+            "config.model.scan_layers compiles one block for all layers, and sliding or rotary "
+            "makes layers that differ; set scan_layers=False"
+        )
+    if any(config.sliding) and config.window is None:
+        raise InputError("config.model.sliding needs a window; set config.model.window")
+    if config.sliding_theta is not None and not config.sliding:
+        raise InputError("config.model.sliding_theta needs config.model.sliding; set it")
+    for name in ("attention_scale", "attention_cap", "logit_cap", "logit_divisor"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise InputError(f"config.model.{name} must be above 0, got {value}")
+    if config.position_offset < 0:
+        raise InputError(
+            f"config.model.position_offset must be 0 or more, got {config.position_offset}"
+        )
+    if config.norm_plus_one and (config.norm != "rms" or config.head_norm == "each_head"):
+        raise InputError(
+            "config.model.norm_plus_one needs norm 'rms' and no head_norm 'each_head'; change one"
+        )
+    if config.experts is not None:
+        if not 1 <= config.experts_per_token <= config.experts:
+            raise InputError(
+                f"config.model.experts_per_token must be 1 to experts = {config.experts}, got "
+                f"{config.experts_per_token}"
+            )
+        if not config.gated or config.mlp_bias or (config.mlp_bias is None and config.use_bias):
+            raise InputError(
+                "config.model.experts needs a gated MLP without biases; set gated=True and "
+                "mlp_bias=False"
+            )
 
 
 def partition_rules(config: ModelConfig) -> tuple[Rule, ...]:
     """Returns the partition rules of the model's parameters, for `parallel.partition`."""
     learned = (POSITION_RULE,) if config.positions == "learned" else ()
-    return (*learned, *PARTITION_RULES, *(() if config.tied_head else (HEAD_RULE,)))
+    experts = () if config.experts is None else EXPERT_RULES
+    rules = PARTITION_RULES if config.experts is None else ATTENTION_RULES
+    norms = (HEAD_NORM_RULE,) if config.head_norm == "each_head" else ()
+    return (*learned, *experts, *rules, *norms, *(() if config.tied_head else (HEAD_RULE,)))
 
 
 class GPT(nn.Module):
@@ -188,10 +252,16 @@ class GPT(nn.Module):
             self.vocab_size, cfg.width, embedding_init=init, dtype=cfg.dtype, name="embedding"
         )
         x_BxLxD = embed(tokens_BxL)
+        if cfg.embedding_scale != 1:
+            x_BxLxD = x_BxLxD * jnp.asarray(cfg.embedding_scale, cfg.dtype)
         positions_BxL, positions = positions_and_masks(cfg, batch, length, valid_BxL, cache)
         if cfg.positions == "learned":
-            table = self.param("position_embedding", init, (cfg.context, cfg.width))
-            learned = table[:length] if positions_BxL is None else table[positions_BxL]
+            first = cfg.position_offset
+            table = self.param("position_embedding", init, (first + cfg.context, cfg.width))
+            if positions_BxL is None:
+                learned = table[first : first + length]
+            else:
+                learned = table[positions_BxL + first]
             x_BxLxD = x_BxLxD + learned.astype(cfg.dtype)
         x_NxD = x_BxLxD.reshape(batch * length, cfg.width)
         x_NxD = self.constrain(nn.Dropout(cfg.dropout)(x_NxD, deterministic=not train))
@@ -200,8 +270,8 @@ class GPT(nn.Module):
             keys, values = [], []
             for layer in range(cfg.layers):
                 kv = (cache.keys[layer], cache.values[layer])
-                block = Block(cfg, name=f"block_{layer}")
-                x_NxD, (k, v) = block(x_NxD, batch, train, positions, kv)
+                block = Block(cfg.of_layer(layer), name=f"block_{layer}")
+                x_NxD, (k, v) = block(x_NxD, batch, train, positions.of_layer(cfg, layer), kv)
                 keys.append(k)
                 values.append(v)
             assert positions.valid_BxT is not None
@@ -213,8 +283,8 @@ class GPT(nn.Module):
         else:
             block = nn.remat(Block, static_argnums=(2, 3)) if cfg.remat else Block
             for layer in range(cfg.layers):
-                run = block(cfg, name=f"block_{layer}")
-                x_NxD = self.constrain(run(x_NxD, batch, train, positions))
+                run = block(cfg.of_layer(layer), name=f"block_{layer}")
+                x_NxD = self.constrain(run(x_NxD, batch, train, positions.of_layer(cfg, layer)))
         # 3. Compute the logits with the embedding table or a separate head.
         x_NxD = norm(cfg, "final_norm")(x_NxD)
         if cfg.tied_head:
@@ -225,7 +295,12 @@ class GPT(nn.Module):
             )
         else:
             logits_NxV = dense(cfg, self.vocab_size, "head", cfg.head_bias)(x_NxD)
-        return logits_NxV.astype(jnp.float32).reshape(batch, length, self.vocab_size), cache
+        logits_NxV = logits_NxV.astype(jnp.float32)
+        if cfg.logit_divisor != 1:
+            logits_NxV = logits_NxV / cfg.logit_divisor
+        if cfg.logit_cap is not None:
+            logits_NxV = cfg.logit_cap * jnp.tanh(logits_NxV / cfg.logit_cap)
+        return logits_NxV.reshape(batch, length, self.vocab_size), cache
 
 
 def _scanned(

@@ -1,6 +1,7 @@
 """Positions of tokens, and the cache of keys and values of earlier tokens."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,8 @@ class Positions:
 
     Attributes:
         turn: Cosine and sine of `rope.rotation`, or None without rotary positions.
+        sliding_turn: Cosine and sine for the layers with a window, if these have a theta of their
+            own, else None.
         valid_BxT: False for keys of padding, or None if all keys are valid.
         start: Position of the first token among the keys, or None for 0.
     """
@@ -68,6 +71,16 @@ class Positions:
     turn: tuple[Array, Array] | None = None
     valid_BxT: Array | None = None
     start: Array | None = None
+    sliding_turn: tuple[Array, Array] | None = None
+
+    def of_layer(self, cfg: ModelConfig, layer: int) -> "Positions":
+        """Returns the positions of one layer, as `ModelConfig.of_layer` describes it."""
+        turn = self.turn
+        if self.sliding_turn is not None and cfg.sliding[layer]:
+            turn = self.sliding_turn
+        if cfg.rotary and not cfg.rotary[layer]:
+            turn = None
+        return dataclasses.replace(self, turn=turn, sliding_turn=None)
 
 
 PLAIN = Positions()
@@ -88,10 +101,11 @@ def positions_and_masks(
     """
     # Without padding and cache, the positions are 0, 1, … in every row.
     if valid_BxL is None and cache is None:
-        if cfg.positions == "learned":
+        if cfg.positions != "rope":
             return None, Positions()
         plain_1xL = jnp.arange(length, dtype=jnp.int32)[None]
-        return plain_1xL, Positions(rope.rotation(cfg, cfg.head_size, plain_1xL))
+        turn, sliding_turn = _turns(cfg, plain_1xL)
+        return plain_1xL, Positions(turn, sliding_turn=sliding_turn)
     # Positions count valid tokens only, and continue after those in the cache.
     valid_BxL = jnp.ones((batch, length), bool) if valid_BxL is None else valid_BxL
     before_B, valid_BxT, start = jnp.zeros(batch, jnp.int32), valid_BxL, None
@@ -102,7 +116,16 @@ def positions_and_masks(
     # Padding before the first token would be at -1; it is masked, so any position will do.
     positions_BxL = before_B[:, None] + jnp.cumsum(valid_BxL, axis=1, dtype=jnp.int32) - 1
     positions_BxL = jnp.maximum(positions_BxL, 0)
-    turn = None
+    turn, sliding_turn = _turns(cfg, positions_BxL)
+    return positions_BxL, Positions(turn, valid_BxT, start, sliding_turn)
+
+
+def _turns(cfg: ModelConfig, positions_BxL: Array) -> tuple[Any, Any]:
+    """Returns `rope.rotation` for all layers, and for those with a window that has its own theta."""
+    turn = sliding_turn = None
     if cfg.positions == "rope":
         turn = rope.rotation(cfg, cfg.head_size, positions_BxL)
-    return positions_BxL, Positions(turn, valid_BxT, start)
+        if cfg.sliding_theta is not None and any(cfg.sliding):
+            own = cfg.of_layer(cfg.sliding.index(True))
+            sliding_turn = rope.rotation(own, cfg.head_size, positions_BxL)
+    return turn, sliding_turn

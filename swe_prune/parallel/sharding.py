@@ -50,15 +50,15 @@ def shard_state(state: TrainState, params: PyTree) -> TrainState:
         return jax.tree.map(lambda leaf: _put(leaf, everywhere), part)
 
     # Moments have the path and the shape of their parameter; factored ones only the path.
-    like_of = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+    like_of = dict(tree.named_leaves(params))
 
-    def moment(path: Any, leaf: Any) -> Any:
-        like = tree.by_suffix(path, like_of)
+    def moment(name: str, leaf: Any) -> Any:
+        like = tree.by_suffix(name, like_of)
         if like is None or leaf.shape != like.shape:
             return _put(leaf, everywhere)
         return _put(leaf, like.sharding)
 
-    opt_state = jax.tree_util.tree_map_with_path(moment, state.opt_state)
+    opt_state = tree.map_named(moment, state.opt_state)
     stats = state.stats
     if stats is not None:
         stats = dataclasses.replace(
@@ -66,6 +66,7 @@ def shard_state(state: TrainState, params: PyTree) -> TrainState:
             start=whole(stats.start),
             count=whole(stats.count),
             weight_sum=whole(stats.weight_sum),
+            settings=whole(stats.settings),
             buffers={name: shard_like(part, params) for name, part in stats.buffers.items()},
         )
     return dataclasses.replace(

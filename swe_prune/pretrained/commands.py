@@ -1,4 +1,4 @@
-"""`prune`, `finetune` and `evaluate` of a pretrained model."""
+"""`plan`, `prune`, `finetune` and `evaluate` of a pretrained model."""
 
 import dataclasses
 import sys
@@ -7,19 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import PyTree
 from rich.console import Console
+from rich.markup import escape
 
 from swe_prune import data as data_lib
 from swe_prune import interop, masks, recipe, tree
 from swe_prune.errors import InputError
 from swe_prune.evaluation import gate
-from swe_prune.layout import layout as trace_layout
 from swe_prune.models import gpt
-from swe_prune.pretrained import finetuning, judge, texts, tracked
+from swe_prune.pretrained import choice, dry_run, finetuning, judge, texts, tracked
+from swe_prune.pretrained.opening import opened, weights_like
 from swe_prune.pretrained.request import check_trajectory, recipe_of
-from swe_prune.pretrained.settings import EvaluateSettings, FinetuneSettings, PruneSettings
+from swe_prune.pretrained.settings import (
+    EvaluateSettings,
+    FinetuneSettings,
+    PruneSettings,
+)
 from swe_prune.recipe import Recipe
 from swe_prune.runtime.preemption import PREEMPTION
 from swe_prune.training import step
@@ -28,10 +32,6 @@ from swe_prune.trajectory import BUFFERS
 
 WIDTH = 110
 """Columns of what is printed where there is no terminal to ask."""
-
-WHAT_A_MASK_GIVES = (
-    "Zeros make this model no faster and its files no smaller: dense matrix products skip nothing."
-)
 
 
 def main(command: str, given: Any) -> None:
@@ -44,7 +44,9 @@ def main(command: str, given: Any) -> None:
     Raises:
         InputError: As each command.
     """
-    run = {"prune": prune, "finetune": finetune, "evaluate": evaluate}[command]
+    run = {"plan": dry_run.plan, "prune": prune, "finetune": finetune, "evaluate": evaluate}[
+        command
+    ]
     with PREEMPTION.installed():
         run(given, Progress(), Console(width=None if sys.stdout.isatty() else WIDTH))
 
@@ -58,8 +60,9 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     """
     request = recipe_of(given)
     interop.check_free(given.out)
-    checkpoint = interop.open_pretrained(given.model, compute_dtype=given.compute_dtype)
+    checkpoint = opened(given, progress)
     check_trajectory(request, tracked.there(checkpoint.path), given.model)
+    chosen, layout = dry_run.chosen_weights(request, checkpoint, given)
     text = texts.read(given.evaluation, checkpoint)
     batches, calibration = [], None
     if request.reads_batches:
@@ -84,14 +87,14 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     module = gpt.build(model.config, model.vocab_size)
     reads_trajectory = bool(request.needs & set(BUFFERS))
     stats = tracked.read(checkpoint.path, model.params) if reads_trajectory else None
-    layout = trace_layout(module, model.params, jax.ShapeDtypeStruct((1, 2), jnp.int32))
     dense = judge.judge(module, model.params, model, text, given)
     gate(dense.perplexity, uniform=model.vocab_size, at_most=given.at_most)
     begun = time.perf_counter()
-    kernels = len([1 for one in jax.tree.leaves(tree.prunable(model.params)) if one])
+    kernels = sum(jax.tree.leaves(chosen))
+    if choice.rules(given):
+        progress.say(escape(choice.sentence(given, chosen)))
     with progress.phase(f"pruning by {given.criterion}", kernels) as advance:
         done = iter(range(1, kernels + 1))
-        prunable = tree.prunable(model.params) if stats is None else None
         loss = step.loss_fn(module)
         evidence = recipe.measure(
             [request],
@@ -99,7 +102,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
             model.params,
             batches,
             loss=loss,
-            prunable=prunable,
+            prunable=chosen,
             stats=stats,
             at_once=1,
         )
@@ -107,7 +110,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
             request,
             model.params,
             evidence,
-            prunable=prunable,
+            prunable=chosen,
             layout=layout,
             model=module,
             blocks=gpt.BLOCKS,
@@ -124,6 +127,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
         request,
         calibration=calibration,
         evaluation={"text": text.name, "dense": dense.as_json(), "pruned": found.as_json()},
+        rules=choice.rules(given) or None,
         commit=interop.commit_of_code(),
     )
     folder = interop.export(given.out, model, params, mask=mask, record=record)
@@ -131,7 +135,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     console.print(
         f"Removed {counted.pruned:,} of {counted.total:,} prunable weights "
         f"({counted.sparsity:.2%}; {counted.pruned / tree.size(params):.2%} of all) "
-        f"in {seconds:.1f} s. {WHAT_A_MASK_GIVES}",
+        f"in {seconds:.1f} s. {dry_run.WHAT_A_MASK_GIVES}",
         highlight=False,
         soft_wrap=True,
     )
@@ -148,26 +152,28 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     """
     finetuning.checked(given)
     interop.check_free(given.out)
-    checkpoint = interop.open_pretrained(given.model, compute_dtype=given.compute_dtype)
+    checkpoint = opened(given, progress)
+    choice.of_checkpoint(checkpoint, given)
     text, used = (texts.read(name, checkpoint) for name in (given.evaluation, given.text))
     texts.keep_apart(used, text)
     _check_window("--train-window", given.train_window, checkpoint)
     model = checkpoint.read(dtype=given.dtype)
-    mask = interop.read_masks(model.path) if _has_masks(model.path) else None
+    recorded = _has_masks(model.path)
+    mask = interop.read_masks(model.path) if recorded else _held_zeros(model, given, console)
     module = gpt.build(model.config, model.vocab_size)
     trained = gpt.build(dataclasses.replace(model.config, remat=given.remat), model.vocab_size)
     before = judge.judge(module, model.params, model, text, given)
     gate(before.perplexity, uniform=model.vocab_size, at_most=given.at_most)
     teacher = None
     if given.teacher is not None:
-        teacher = _like(model, interop.load(given.teacher, tokenizer=False), given.teacher)
+        teacher = weights_like(model, given.teacher, given.teacher_prefix, progress)
     start, dtypes = finetuning.as_float32(model.params)
     params, mask, stats = finetuning.tuned(trained, start, mask, teacher, used, given, progress)
     params = tree.map_named(lambda name, leaf: leaf.astype(dtypes[name]), params)
     after = judge.judge(module, params, model, text, given)
     how = {"text": used.name, **{k: getattr(given, k) for k in ("steps", "batch", "learning_rate")}}
     record = None
-    if mask is not None:
+    if recorded:
         record = interop.PruningRecord(
             **_record_of(model.path),
             commit=interop.commit_of_code(),
@@ -177,8 +183,11 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
 
     def also(folder: Path) -> None:
         if stats is not None:
-            tracked.write(folder, stats, {"every": given.track_every, **how})
+            tracked.write(
+                folder, stats, {"every": given.track_every, "rules": choice.rules(given), **how}
+            )
 
+    mask = mask if recorded else None  # no record says how others made their zeros
     folder = interop.export(given.out, model, params, mask=mask, record=record, also=also)
     finetuning.forget(given)
     _show(console, {"before": before, "fine-tuned": after}, given.prompts, text.name)
@@ -192,12 +201,12 @@ def evaluate(given: EvaluateSettings, progress: Progress, console: Console) -> d
     Raises:
         InputError: anything that is wrong with the settings, the models or the text.
     """
-    model = interop.load(given.model, dtype=given.dtype, compute_dtype=given.compute_dtype)
+    model = opened(given, progress).read(dtype=given.dtype)
     text = texts.read(given.evaluation, model)
     module = gpt.build(model.config, model.vocab_size)
     rows, dense = {}, None
     if given.dense is not None:
-        dense = _like(model, interop.load(given.dense, tokenizer=False), given.dense)
+        dense = weights_like(model, given.dense, given.dense_prefix, progress)
         rows["dense"] = judge.judge(module, dense, model, text, given)
         gate(rows["dense"].perplexity, uniform=model.vocab_size, at_most=given.at_most)
     rows["model"] = judge.judge(module, model.params, model, text, given, dense=dense)
@@ -221,18 +230,21 @@ def _show(
         console.print(line, highlight=False, soft_wrap=isinstance(line, str), markup=False)
 
 
-def _like(model: interop.Pretrained, other: interop.Pretrained, name: str) -> PyTree:
-    """Returns another model's weights, of the same shapes."""
-    shapes = [
-        {leaf_name: leaf.shape for leaf_name, leaf in tree.named_leaves(one.params)}
-        for one in (model, other)
-    ]
-    if shapes[0] != shapes[1]:
-        raise InputError(
-            f"{name} has other tensors than {model.path}, so they cannot be compared; give the "
-            "model that it was made from"
-        )
-    return other.params
+def _held_zeros(
+    model: interop.Pretrained, given: FinetuneSettings, console: Console
+) -> PyTree | None:
+    """Returns masks of the zeros of a model without a mask file; None if it has none."""
+    mask = None if given.zeros == "free" else masks.of_zeros(model.params)
+    found = None if mask is None else masks.summary(mask)
+    if found is None or not found.pruned:
+        return None
+    console.print(
+        f"{found.pruned:,} of {found.total:,} prunable weights ({100 * found.sparsity:.1f} %) are "
+        "0 and stay so; --zeros=free lets them train.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return mask
 
 
 def _has_masks(path: Path) -> bool:
@@ -248,4 +260,8 @@ def _record_of(path: Path) -> dict[str, Any]:
             f"{path / 'pruning.json'} does not say how the model was pruned ({error}); prune it "
             "again with this version"
         ) from None
-    return {"recipe": request, "calibration": before.get("calibration")}
+    return {
+        "recipe": request,
+        "calibration": before.get("calibration"),
+        "rules": before.get("rules"),
+    }

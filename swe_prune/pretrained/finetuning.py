@@ -6,6 +6,7 @@ when the same command is given again.
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from swe_prune import data as data_lib
 from swe_prune import parallel, resumable, trajectory, tree
 from swe_prune.config import ParallelConfig, PhaseConfig
 from swe_prune.errors import InputError
+from swe_prune.pretrained import choice
 from swe_prune.pretrained.settings import FinetuneSettings
 from swe_prune.pretrained.texts import Text
 from swe_prune.runtime import storage
@@ -63,6 +65,11 @@ def checked(settings: FinetuneSettings) -> None:
             f"--track-every={settings.track_every} takes no snapshot in --steps={settings.steps}; "
             "lower it"
         )
+    if choice.rules(settings) and not settings.track and settings.lora_rank is None:
+        raise InputError(
+            f"--{next(iter(choice.rules(settings)))} chooses the weights to track or to adapt; "
+            "give --track or --lora-rank with it"
+        )
     if settings.track:
         trajectory.check_measures(settings.measures)
     if settings.lora_alpha is not None and settings.lora_rank is None:
@@ -105,11 +112,13 @@ def tuned(
     )
     optimizer = optimizer_lib.build(phase, settings.steps)
     fixed = state_lib.Frozen(teacher=teacher)
-    stats = trajectory.init(params, settings.measures) if settings.track else None
+    chosen = choice.prunable(params, **choice.rules(settings))
+    stats = trajectory.init(params, settings.measures, chosen) if settings.track else None
     if settings.lora_rank is not None:
         key = jax.random.key(settings.seed)
         alpha = settings.lora_alpha or 2.0 * settings.lora_rank
-        adapters = lora.init(params, settings.lora_rank, alpha, key)
+        targets = [f"^{re.escape(name)}$" for name, mark in tree.named_leaves(chosen) if mark]
+        adapters = lora.init(params, settings.lora_rank, alpha, key, targets)
         fixed = dataclasses.replace(fixed, base=params, masks=masks)
         state = state_lib.create(adapters, optimizer, settings.seed)
     else:

@@ -116,7 +116,7 @@ def judge(
         settings.new_tokens,
         sampling=GREEDY,
         seed=0,
-        eos_id=model.tokenizer.eos_id,
+        eos_id=model.tokenizer.eos_ids or None,
     )
     distance = None
     if dense is not None:

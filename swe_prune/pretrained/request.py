@@ -6,7 +6,7 @@ from swe_prune import importance
 from swe_prune.blockwise import METHODS
 from swe_prune.config import literal
 from swe_prune.errors import InputError
-from swe_prune.pretrained.settings import PruneSettings
+from swe_prune.pretrained.settings import RequestSettings
 from swe_prune.recipe import Recipe, check
 from swe_prune.trajectory import BUFFERS
 
@@ -20,7 +20,7 @@ _NO_OPTIMIZER = {
 }
 
 
-def recipe_of(settings: PruneSettings) -> Recipe:
+def recipe_of(settings: RequestSettings) -> Recipe:
     """Returns the recipe of the settings, checked in all that needs no model.
 
     Raises:
@@ -42,8 +42,10 @@ def recipe_of(settings: PruneSettings) -> Recipe:
         sparsity=settings.sparsity,
         scope=settings.scope,
         pattern=settings.pattern,
+        restore=settings.restore,
         method=method,
         seed=settings.seed,
+        zeros=settings.zeros,
     )
     try:
         check(request, unavailable=_NO_OPTIMIZER)

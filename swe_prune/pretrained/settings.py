@@ -31,6 +31,29 @@ class ModelSettings:
         None, "dtype of the weights; default: as stored"
     )
     compute_dtype: Literal["float32", "bfloat16"] = option("float32", "dtype of the computation")
+    prefix: str | None = option(
+        None, "prefix of the names of the tensors, such as _orig_mod., which is removed"
+    )
+    tokenizer: str | None = option(
+        None,
+        "tokenizer.json, folder or GGUF file of another tokenizer; default: the model's own",
+        metavar="PATH",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ChoiceSettings:
+    """The weights that may be pruned."""
+
+    include: tuple[str, ...] = option(
+        (), "rule (regular expression) of weights to choose; may be given again", metavar="RULE"
+    )
+    exclude: tuple[str, ...] = option(
+        (), "rule of weights to leave dense; may be given again", metavar="RULE"
+    )
+    blocks: str | None = option(
+        None, "range of blocks as a Python slice, such as 0:15 or -4:", metavar="START:STOP"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +77,17 @@ class JudgingSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class PruneSettings(ModelSettings, JudgingSettings):
-    """`prune --model`."""
+class RequestSettings(ModelSettings, ChoiceSettings):
+    """What is to be pruned, and how: `plan --model`."""
 
-    out: str = option("", "folder to write, which must not exist", metavar="DIR")
     criterion: str = option("", "registered criterion, or sparsegpt or wanda_variant")
     sparsity: float | None = option(None, "fraction of the prunable weights to remove, in [0, 1)")
     pattern: str | None = option(None, "shape of what is removed, such as 2:4 or row")
     scope: Literal["tensor", "global", "row"] = option("tensor", "where the sparsity is met")
+    zeros: Literal["keep", "free"] = option("keep", "weights that are 0 already: removed, or free")
+    restore: Literal["admm"] | None = option(
+        None, "update of the weights that stay, for the mask of the criterion: admm"
+    )
     allocation: str | None = option(None, "rule for the sparsity of each tensor, such as owl")
     options: tuple[str, ...] = option(
         (), "NAME=VALUE of the criterion; may be given again", name="option"
@@ -82,7 +108,14 @@ class PruneSettings(ModelSettings, JudgingSettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneSettings(ModelSettings, JudgingSettings):
+class PruneSettings(RequestSettings, JudgingSettings):
+    """`prune --model`."""
+
+    out: str = option("", "folder to write, which must not exist", metavar="DIR")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneSettings(ModelSettings, ChoiceSettings, JudgingSettings):
     """`finetune --model`."""
 
     out: str = option("", "folder to write, which must not exist", metavar="DIR")
@@ -101,9 +134,15 @@ class FinetuneSettings(ModelSettings, JudgingSettings):
     weight_decay: float = option(0.0, "weight decay of AdamW")
     checkpoint_every: int = option(50, "steps between checkpoints; a killed run resumes from one")
     remat: bool = option(False, "rematerialization of activations: less memory, more time")
+    zeros: Literal["keep", "free"] = option(
+        "keep", "zeros of a model without a mask file: held at 0, or free"
+    )
     lora_rank: int | None = option(None, "rank of the adapters; default: the weights are trained")
     lora_alpha: float | None = option(None, "scale of the adapters; default: twice the rank")
     teacher: str | None = option(None, "dense model to distill from", metavar="PATH")
+    teacher_prefix: str | None = option(
+        None, "prefix of the names of the teacher's tensors", metavar="PREFIX"
+    )
     distillation: float = option(0.5, "weight of the distance to the teacher in the loss")
     temperature: float = option(1.0, "temperature of the distance to the teacher")
     seed: int = option(0, "seed of the order of the text")
@@ -116,6 +155,14 @@ class EvaluateSettings(ModelSettings, JudgingSettings):
     dense: str | None = option(
         None, "model that it was pruned from, to compare with", metavar="PATH"
     )
+    dense_prefix: str | None = option(
+        None, "prefix of the names of the dense model's tensors", metavar="PREFIX"
+    )
 
 
-COMMANDS = {"prune": PruneSettings, "finetune": FinetuneSettings, "evaluate": EvaluateSettings}
+COMMANDS = {
+    "plan": RequestSettings,
+    "prune": PruneSettings,
+    "finetune": FinetuneSettings,
+    "evaluate": EvaluateSettings,
+}

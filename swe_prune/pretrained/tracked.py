@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from swe_prune import trajectory
 from swe_prune.checkpoint import Checkpoints
 from swe_prune.errors import InputError
+from swe_prune.pretrained import choice
 from swe_prune.trajectory import TrajectoryStats
 
 FOLDER = "trajectory"
@@ -24,7 +25,7 @@ def write(folder: Path, stats: TrajectoryStats, about: Mapping[str, Any]) -> Non
     Args:
         folder: of the model.
         stats: with their measures.
-        about: how they came to be: text, steps, cadence.
+        about: how they came to be: text, steps, cadence, and the rules of the weights.
     """
     place = folder / FOLDER
     with contextlib.closing(Checkpoints(place, keep=1)) as store:
@@ -36,6 +37,27 @@ def write(folder: Path, stats: TrajectoryStats, about: Mapping[str, Any]) -> Non
 def there(folder: Path) -> bool:
     """Returns whether a trajectory lies beside a model; a file has none beside it."""
     return (folder / FOLDER / ABOUT).is_file()
+
+
+def narrowed(folder: Path, params: PyTree, chosen: PyTree) -> PyTree:
+    """Returns those of the chosen weights that the trajectory beside a model tracks.
+
+    Args:
+        folder: of the model.
+        params: of the model, which may be abstract.
+        chosen: bool pytree, as `choice.prunable` returns it.
+
+    Raises:
+        InputError: it tracks none of them.
+    """
+    rules = _about(folder)["rules"]
+    both = jax.tree.map(lambda one, two: one and two, chosen, choice.prunable(params, **rules))
+    if not any(jax.tree.leaves(both)):
+        raise InputError(
+            f"the trajectory of {folder} tracks none of the chosen weights, but those of "
+            f"{choice.shown(rules)}; choose among them, or track the fine-tuning again"
+        )
+    return both
 
 
 def read(folder: Path, params: PyTree) -> TrajectoryStats | None:
@@ -51,13 +73,18 @@ def read(folder: Path, params: PyTree) -> TrajectoryStats | None:
     if not there(folder):
         return None
     place = folder / FOLDER
-    try:
-        about = json.loads((place / ABOUT).read_text())
-        measures = tuple(about["measures"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{place / ABOUT} is damaged ({error}); track the fine-tuning again"
-        ) from None
-    like = jax.eval_shape(lambda p: trajectory.init(p, measures), params)
+    about = _about(folder)
+    measures = tuple(about["measures"])
+    chosen = choice.prunable(params, **about["rules"])
+    like = jax.eval_shape(lambda p: trajectory.init(p, measures, chosen), params)
     with contextlib.closing(Checkpoints(place, keep=1)) as store:
         return store.restore(like)[0]
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    path = folder / FOLDER / ABOUT
+    try:
+        about = json.loads(path.read_text())
+        return {"measures": list(about["measures"]), "rules": dict(about.get("rules") or {})}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); track the fine-tuning again") from None

@@ -30,7 +30,9 @@ def name_of(row: Row) -> str:
     method = f"blockwise {row.method}" if row.method else ""
     schedule = "" if row.schedule == "one_shot" else row.schedule
     recovery = {"finetune": "", "none": "no recovery"}.get(row.recovery, row.recovery)
-    parts = [row.criterion, method, row.options, row.allocation, row.pattern, schedule, recovery]
+    restore = f"+ {row.restore}" if row.restore else ""
+    parts = [row.criterion, method, restore, row.options, row.allocation, row.pattern, schedule]
+    parts.append(recovery)
     return " ".join(filter(None, parts))
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt32
 from swe_prune import counting, masks, select, tree
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.layout import copies_of
-from swe_prune.sparse_training.masked import check_fits
+from swe_prune.masks.fitting import check_fits
 
 REGROWN = ("keep", "reset")
 """Value of a weight that is dropped and grown in one update: "keep" its own, or "reset" to 0."""
@@ -59,8 +59,9 @@ def drop_and_grow(
     """
     _check(params, mask, fraction, grow_scores, regrown)
     copies = copies_of(layout)
+    grown_by_name: dict[str, Array] = {}
 
-    def exchange(name: str, keep: Array, weight: Array, score: Array) -> dict[str, Array]:
+    def exchange(name: str, keep: Array, weight: Array, score: Array) -> Array:
         # With copies, counts and selections run over all other axes.
         stacked = copies(name, keep.shape)
         axes = tuple(a for a in range(keep.ndim) if a not in stacked) if stacked else None
@@ -72,13 +73,11 @@ def drop_and_grow(
         stay = select.top_k_mask(by_size, kept, axes=axes, name=name)
         by_score = select.restrict(score, ~stay, name)
         grown = select.top_k_mask(by_score, more, axes=axes, name=name)
-        return {"stay": stay, "new": stay | grown}
+        grown_by_name[name] = stay | grown
+        return stay
 
-    done = tree.map_named(exchange, mask, params, grow_scores)
-    stay, new = (
-        tree.map_tracked(lambda _, both, kind=kind: both[kind], mask, done)
-        for kind in ("stay", "new")
-    )
+    stay = tree.map_named(exchange, mask, params, grow_scores)
+    new = tree.map_named(lambda name, _: grown_by_name[name], mask)
     # What was active and still is has a value to go on with; of the regrown only if they keep it.
     held = stay if regrown == "reset" else tree.map_tracked(jnp.logical_and, mask, new)
     return masks.apply(params, held), new, masks.hold_moments(opt_state, held)

@@ -1,34 +1,10 @@
-"""A masked weight with a gradient of its own, and the check that a mask fits its weight."""
+"""A masked weight with a gradient of its own."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
-
-from swe_prune.errors import InputError
-
-
-def check_fits(name: str, mask: Any, weight: Any, what: str = "weight") -> None:
-    """Raises InputError for a mask that is not bool or has another shape than its array.
-
-    Args:
-        name: Name of the tensor.
-        mask: Mask of the tensor.
-        weight: Array that the mask belongs to, or None where one is missing.
-        what: Word for the array in error messages.
-    """
-    if not jnp.issubdtype(getattr(mask, "dtype", None) or object, jnp.bool_):
-        raise InputError(
-            f"the mask of {name!r} is of {getattr(mask, 'dtype', type(mask).__name__)}, not bool; "
-            "give True where a weight stays"
-        )
-    if weight is None or jnp.shape(weight) != mask.shape:
-        found = "none" if weight is None else f"of shape {jnp.shape(weight)}"
-        raise InputError(
-            f"the mask of {name!r} has shape {mask.shape} and the {what} is {found}; make both "
-            "from the same parameters"
-        )
 
 
 # A derivative rule: w + stop_gradient(w · m − w) would make NaN of an infinity, and custom_vjp has

@@ -30,7 +30,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from swe_prune import counting, masks, select, tree
 from swe_prune.errors import InputError, did_you_mean
-from swe_prune.sparse_training.masked import check_fits, masked
+from swe_prune.masks.fitting import check_fits
+from swe_prune.sparse_training.masked import masked
 
 LEAST_KEPT = 0.005
 """The share of a tensor that a threshold always leaves."""
@@ -75,14 +76,14 @@ def forward(params: PyTree, scores: PyTree, mask: PyTree) -> PyTree:
     [[0.0, 5.0], [10.0, 15.0]]
     """
 
-    def leaf(name: str, keep: Any, weight: Any, score: Any) -> Any:
+    def leaf(name: str, weight: Any, keep: Any, score: Any) -> Any:
         if keep is None:
             return weight
         check_fits(name, keep, weight)
         check_fits(name, keep, score, "score")
         return masked(weight, keep, score)
 
-    return tree.map_leaves(leaf, mask, params, scores)
+    return tree.map_leaves(leaf, params, mask, scores)
 
 
 def hard_masks(

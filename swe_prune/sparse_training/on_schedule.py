@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from swe_prune import importance, masks, schedules, select, tree
 from swe_prune.errors import InputError
 from swe_prune.layout import copies_of
-from swe_prune.sparse_training.masked import check_fits
+from swe_prune.masks.fitting import check_fits
 
 _NOT_MONOTONE = {"reduce": ("l2", "abs_sum"), "across": ("prod",)}
 
@@ -98,7 +98,8 @@ def prune_on_schedule(
                 f"criterion {score!r} has no weights to score; give the parameters after the mask"
             )
         prunable = tree.map_leaves(lambda _, weight, keep: keep is not None, args[0], mask)
-        return importance.score(score, *args, prunable=prunable, **named)
+        # Which zeros stay is the mask's to say, and one that regrows may bring them back.
+        return importance.score(score, *args, prunable=prunable, **{"zeros": "free", **named})
 
     def renewed(mask: PyTree, share: Any, args: tuple[Any, ...], named: dict[str, Any]) -> PyTree:
         scores = tree.map_leaves(_fitting, mask, scored(mask, args, named))
@@ -108,6 +109,8 @@ def prune_on_schedule(
         if allocate is not None:
             amount = allocate(scores, amount, *args)
         scores = tree.map_named(lambda name, keep, s: select.restrict(s, keep, name), mask, scores)
+        if allocate is not None:
+            scores = tree.map_tracked(_may_return, scores)
         made = masks.by_sparsity(scores, amount, scope, **options)
 
         def leaf(name: str, keep: Any, new: Any) -> Any:
@@ -140,6 +143,12 @@ def prune_on_schedule(
         )
 
     return update
+
+
+def _may_return(score: Array) -> Array:
+    """Returns scores in which what was pruned still ranks last, but is not lost: not −inf."""
+    lowest = jnp.finfo(jnp.float32).min
+    return jnp.where(score == -jnp.inf, lowest, jnp.maximum(score, jnp.nextafter(lowest, 0.0)))
 
 
 def _fitting(name: str, keep: Any, score: Any) -> Any:

@@ -1,12 +1,11 @@
 """Sparse in the forward pass, dense in the gradient: the straight-through estimator."""
 
-from typing import Any
-
 import jax
 from jaxtyping import Array, Float, PyTree
 
-from swe_prune import importance, masks, tree
-from swe_prune.sparse_training.masked import check_fits, masked
+from swe_prune import importance, masks
+from swe_prune.masks.fitting import map_masked
+from swe_prune.sparse_training.masked import masked
 
 
 def straight_through(params: PyTree, mask: PyTree) -> PyTree:
@@ -27,14 +26,7 @@ def straight_through(params: PyTree, mask: PyTree) -> PyTree:
     >>> jax.grad(loss)({"w": jnp.array([1.0, 2.0])})["w"].tolist()
     [3.0, 3.0]
     """
-
-    def leaf(name: str, keep: Any, weight: Any) -> Any:
-        if keep is None:
-            return weight
-        check_fits(name, keep, weight)
-        return masked(weight, keep, None)
-
-    return tree.map_leaves(leaf, mask, params)
+    return map_masked(lambda weight, keep: masked(weight, keep, None), params, mask)
 
 
 def ste_magnitude(
@@ -67,5 +59,5 @@ def ste_magnitude(
     [[0.0, -3.0]]
     """
     fixed = jax.lax.stop_gradient(params)
-    scores = importance.score("magnitude", fixed, prunable=prunable, layout=layout)
+    scores = importance.score("magnitude", fixed, prunable=prunable, layout=layout, zeros="free")
     return straight_through(params, masks.by_sparsity(scores, sparsity, scope, layout=layout))

@@ -138,7 +138,7 @@ def _further(
     of the dense model, whose trajectory, moments or calibration it has read. What is pruned stays
     pruned, unless an allocation gives its tensor more weights than before.
     """
-    request = cell.recipe
+    request = dataclasses.replace(cell.recipe, zeros="free")  # the masks say what stays pruned
 
     def score(params: PyTree) -> PyTree:
         return recipe.score(request, params, dense.evidence, experiment.prunable, experiment.layout)

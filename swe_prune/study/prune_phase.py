@@ -144,8 +144,8 @@ def _prune_cell(
     params, masks = pruned(experiment, cell, dense)
     loss = finite(experiment.validation_loss(params), cell.name)
     seconds = time.perf_counter() - begun
-    # A method may have changed the weights that stay, so recovery starts from its own.
-    if cell.recipe.method is not None:
+    # A method or a restoration may have changed the weights that stay, so recovery starts from its own.
+    if cell.recipe.updates_weights:
         save(folder / "start", params, cell)
     save(folder / "masks", masks, cell)
     edges = histograms.histogram_edges(dense.state.params, masks)
@@ -179,6 +179,7 @@ def _asked(experiment: Experiment, cell: Cell) -> dict[str, Any]:
         "sparsity": "" if request.target is None else request.target,
         "rate": "" if request.rate is None else request.rate,
         "pattern": request.pattern or "",
+        "restore": request.restore or "",
         "schedule": cell.schedule,
         "recovery": cell.recovery.label,
     }

@@ -28,6 +28,7 @@ class Row:
         sparsity: Share of the prunable weights to remove; None for the paper's rule.
         rate: Multiple of the standard deviation of the scores, of the paper's rule only.
         pattern: Shape of what is removed, or empty for single weights.
+        restore: How the weights that stay make up for those that go, or empty.
         schedule: When to prune, such as "one_shot" or "cubic".
         recovery: Training after pruning, such as "none", "finetune" or "rewind-200".
         steps: Steps of that training.
@@ -60,6 +61,7 @@ class Row:
     sparsity: float | None = None
     rate: float | None = None
     pattern: str = ""
+    restore: str = ""
     schedule: str
     recovery: str
     steps: int

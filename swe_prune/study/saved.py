@@ -76,7 +76,7 @@ def starting_values(experiment: Experiment, dense: TrainState, cell: Cell | None
         dense: the dense phase's last state.
         cell: one that was pruned block after block goes on with what that left.
     """
-    if cell is not None and cell.recipe.method is not None:
+    if cell is not None and cell.recipe.updates_weights:
         return restored(experiment.workdir.cell(cell) / "start", experiment.abstract_params)
     if experiment.config.prune.values_from == "final":
         return dense.params

@@ -99,10 +99,7 @@ def train_step(
     step = state.step + 1
     stats = state.stats
     if stats is not None:
-        # A loop of one turn or none, since XLA updates its carry in place; on either branch of
-        # lax.cond it copies the statistics, in every step.
-        due = (step % track_every == 0).astype(jnp.int32)
-        stats = jax.lax.fori_loop(0, due, lambda _, kept: trajectory.update(kept, params), stats)
+        stats = trajectory.update(stats, params, when=step % track_every == 0)
     metrics = {"loss": loss, "grad_norm": grad_norm}
     metrics |= {"skipped": skipped, "skipped_in_row": in_row}
     if state.masks is not None:

@@ -3,11 +3,10 @@
     python tests/golden/make_pretrained_golden.py
 
 Each is a folder as transformers writes it, of a few KB, and golden.npz with tokens, which of them
-are padding, and the logits. Run it again where a family is added; the seeds are fixed. Made with
-torch 2.13 and transformers 5.24.
+are padding, and the logits. Those that are there stay as they are; delete a folder to make it
+again, with the same seed. Made with torch 2.13 and 2.14 and transformers 5.24.
 """
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +46,8 @@ LONG = {
     "short_factor": [1.5],
     "long_factor": [4.0],
 }
+DEFAULT = {"rope_type": "default", "rope_theta": 100.0}
+GEMMA = SIZES | {"head_dim": 6, "query_pre_attn_scalar": 9, "sliding_window": 4}
 MODELS = {
     "gpt2": ("gpt2", {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16}),
     "llama_biases_llama3": (
@@ -64,6 +65,43 @@ MODELS = {
         "phi3",
         SIZES | {"original_max_position_embeddings": 8, "rope_parameters": LONG},
     ),
+    "qwen2_window": (
+        "qwen2",
+        SIZES | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", SIZES | {"head_dim": 6, "rope_parameters": DEFAULT}),
+    "granite": (
+        "granite",
+        SIZES
+        | {"embedding_multiplier": 1.5, "residual_multiplier": 0.5}
+        | {"attention_multiplier": 0.3, "logits_scaling": 2.0},
+    ),
+    "stablelm": (
+        "stablelm",
+        SIZES
+        | {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": True}
+        | {"rope_parameters": DEFAULT | {"partial_rotary_factor": 0.5}},
+    ),
+    "smollm3": ("smollm3", SIZES | {"no_rope_layers": [1, 0]}),
+    "olmo2": ("olmo2", SIZES),
+    "gpt_neox": (
+        "gpt_neox",
+        SIZES | {"rope_parameters": DEFAULT | {"partial_rotary_factor": 0.5}},
+    ),
+    "opt": ("opt", SIZES | {"ffn_dim": 12, "word_embed_proj_dim": 8}),
+    "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3_text": (
+        "gemma3_text",
+        GEMMA
+        | {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0},
+            },
+        },
+    ),
+    "mixtral": ("mixtral", SIZES | {"num_local_experts": 3}),
 }
 
 
@@ -83,7 +121,7 @@ def make(name: str, seed: int) -> None:
     for case, lengths in {"long": [LENGTH, LENGTH], "padded": [LENGTH, 5], "short": [6, 4]}.items():
         # Loaded anew: bfloat16 rounded its frequencies, and some remember their longest text.
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            FOLDER / name, dtype=torch.float32
+            FOLDER / name, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         length = max(lengths)
         tokens_BxL = rng.integers(0, VOCAB, (2, length))
@@ -103,11 +141,11 @@ def make(name: str, seed: int) -> None:
 
 
 def main() -> None:
-    """Makes all of them anew."""
-    shutil.rmtree(FOLDER, ignore_errors=True)
+    """Makes those that are missing."""
     with torch.no_grad():
         for seed, name in enumerate(MODELS):
-            make(name, seed)
+            if not (FOLDER / name).exists():
+                make(name, seed)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from swe_prune import interop, parallel, tree
 from swe_prune.config import ParallelConfig
-from swe_prune.interop import hf_config, safetensors_folder, slices
+from swe_prune.interop import folder_files, hf_config, slices
 from swe_prune.interop.pretrained import Pretrained
 from swe_prune.models import gpt
 
@@ -71,5 +71,5 @@ def test_the_sharded_model_goes_out_as_the_whole_one_does(made, tmp_path):
     whole = NamedSharding(mesh, P())
     params = jax.device_put(made.params, whole)
     path = interop.export(tmp_path / "again", made, params)
-    name = safetensors_folder.WEIGHTS
+    name = folder_files.WEIGHTS
     assert (path / name).read_bytes() == (tmp_path / "model" / name).read_bytes()

@@ -15,16 +15,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from swe_prune.errors import InputError
-
-DENSE_BY_DEFAULT = {
-    "embedding": r"(?i)embed|(^|/)w[tp]e(/|$)",  # token and position tables, GPT-2's wte and wpe
-    # The output head, but not "MultiHeadDotProductAttention", "multi_head" or "attention/head_0".
-    "output head": r"(?i)^((?!\w*att(n|ention))[^/]*/)*(?!multi)"
-    r"(\w+_)?(head|logits|classifier)(_\d+)?(/|$)",
-    "norm": r"(?i)norm|(^|/)ln\w*(/|$)",
-    "bias": r"(?i)(^|/)bias(/|$)",  # by name, since a DenseGeneral bias has two axes
-}
-"""Kinds of weights that stay dense by default, each with the rule that matches it."""
+from swe_prune.tree import pairing
+from swe_prune.tree.dense_rules import DENSE_BY_DEFAULT as DENSE_BY_DEFAULT
+from swe_prune.tree.holders import Held as Held
+from swe_prune.tree.holders import held as held
+from swe_prune.tree.holders import opt_state_of as opt_state_of
+from swe_prune.tree.pairing import is_absent as is_absent
+from swe_prune.tree.pairing import placed_leaves as placed_leaves
+from swe_prune.tree.pairing import short as short
 
 
 def is_none(leaf: Any) -> bool:
@@ -35,11 +33,17 @@ def is_none(leaf: Any) -> bool:
 def named_leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:
     """Yields (name, leaf) in the order of `jax.tree.leaves`, None leaves included.
 
+    A name does not depend on how the leaf is held: a Flax box, such as `nnx.Param` or
+    `nn.Partitioned`, adds nothing to it.
+
+    Raises:
+        InputError: If two leaves have the same name.
+
     >>> list(named_leaves({"a": {"kernel": 1}, "b": None}))
     [('a/kernel', 1), ('b', None)]
     """
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)[0]:
-        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+    names, leaves, _ = pairing.flatten(tree)
+    yield from zip(names, leaves, strict=True)
 
 
 def map_named(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
@@ -47,11 +51,11 @@ def map_named(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
 
     Args:
         f: Function of a name, a leaf of `tree`, and the matching leaf of each tree in `rest`.
-        tree: Pytree to map over.
-        *rest: Pytrees with the structure of `tree`.
+        tree: Pytree to map over; the result has its containers.
+        *rest: Pytrees with the names of `tree`; see `map_leaves`.
 
     Raises:
-        InputError: If a tree in `rest` has a different structure.
+        InputError: If a tree in `rest` has other names, or two leaves have the same name.
     """
 
     def unless_none(name: str, leaf: Any, *others: Any) -> Any:
@@ -63,24 +67,25 @@ def map_named(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
 def map_leaves(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """Returns the tree of `f(name, leaf, *leaves of rest)`; `f` also receives None leaves.
 
+    Leaves belong together by name, so the containers may differ: a dict and a FrozenDict or an
+    `nnx.State`, a list and a tuple, boxed and unboxed leaves, an NNX module and its pure dict. A
+    tree in `rest` may have more leaves if they are None. It may lack what no mask can have: None,
+    functions, and `nnx.Variable`s other than `nnx.Param`; for these `f` receives None.
+
     Args:
         f: Function of a name, a leaf of `tree`, and the matching leaf of each tree in `rest`.
-        tree: Pytree to map over.
-        *rest: Pytrees with the structure of `tree`.
+        tree: Pytree to map over; the result has its containers.
+        *rest: Pytrees with the names of `tree`.
 
     Raises:
-        InputError: If a tree in `rest` has a different structure.
+        InputError: If a tree in `rest` has other names, or two leaves have the same name; the
+            first path that differs is in the message.
+
+    >>> map_leaves(lambda name, a, b: a + b, {"w": (1, 2)}, {"w": [10, 20]})
+    {'w': (11, 22)}
     """
-    paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)
-    try:
-        others = [treedef.flatten_up_to(other) for other in rest]
-    except ValueError as error:
-        raise InputError(
-            f"two pytrees that belong together differ in structure: {error}; make one from the "
-            "other, with None for dense leaves"
-        ) from error
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-    leaves = [leaf for _, leaf in paths]
+    names, leaves, treedef = pairing.flatten(tree)
+    others = [pairing.aligned(names, tree, treedef, other) for other in rest]
     return treedef.unflatten(map(f, names, leaves, *others))
 
 
@@ -89,17 +94,21 @@ def map_tracked(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     return map_named(lambda _, *leaves: f(*leaves), tree, *rest)
 
 
-def by_suffix(path: tuple[Any, ...], of_params: Mapping[Any, Any]) -> Any:
+def by_suffix(name: str, of_params: Mapping[str, Any]) -> Any:
     """Returns the value of the parameter that a leaf of an optimizer's state belongs to, or None.
 
-    A part of the state belongs to a parameter when its path ends in the parameter's, which is so
+    A part of the state belongs to a parameter when its name ends in the parameter's, which is so
     in all of optax; of several the longest.
 
     Args:
-        path: Key path of the leaf in the state.
-        of_params: Values by the key paths of the parameters.
+        name: Name of the leaf in the state.
+        of_params: Values by the names of the parameters.
+
+    >>> by_suffix("0/mu/a/w", {"w": 1, "a/w": 2})
+    2
     """
-    ends = (path[start:] for start in range(len(path) + 1))  # the longest first
+    parts = name.split("/")
+    ends = ("/".join(parts[start:]) for start in range(len(parts) + 1))  # the longest first
     return next((of_params[end] for end in ends if end in of_params), None)
 
 
@@ -119,7 +128,8 @@ def prunable(
 
     A leaf is prunable if an `include` rule matches its name (`re.search`) and no `exclude` rule
     does. Without `include`, all floating-point leaves with two or more axes are included. Without
-    `exclude`, embeddings, norms, biases and the output head are excluded (`DENSE_BY_DEFAULT`).
+    `exclude`, embeddings, norms, biases, routers and the output head are excluded, under the names
+    that the usual frameworks give them (`DENSE_BY_DEFAULT`).
 
     Args:
         params: Pytree of arrays; only floating-point leaves can be prunable.

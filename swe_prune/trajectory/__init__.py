@@ -26,60 +26,37 @@ error of each mean and sum (TwoSum; Knuth, TAOCP 2, 4.2.2) in an additional bflo
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from swe_prune import tree
 from swe_prune.errors import InputError, check_choice
+from swe_prune.trajectory.restored import from_dict, restored
+from swe_prune.trajectory.stats import BUFFERS, SETTINGS, TrajectoryStats, check_settings
 
-BUFFERS: Mapping[str, tuple[str, ...]] = {
-    "late_mean": ("late_mean",),
-    "late_mean_abs": ("late_mean_abs",),
-    "mean": ("mean",),
-    "variance": ("mean", "sum_of_squares"),
-    "mean_abs": ("mean_abs",),
-    "votes": ("votes",),
-    "path_length": ("path_length", "last"),
-    "displacement": ("first", "last"),
-    "sign_flips": ("sign_flips", "last"),
-    "last": ("last",),
-}
-"""Buffers that each measure needs; a buffer that two measures share is allocated once."""
+__all__ = [
+    "BUFFERS",
+    "TrajectoryStats",
+    "check_measures",
+    "check_settings",
+    "from_dict",
+    "init",
+    "memory",
+    "merge",
+    "read",
+    "restored",
+    "update",
+]
 
 _CARRIED = ("late_mean", "late_mean_abs", "mean", "sum_of_squares", "mean_abs", "path_length")
 _CARRY = "_carry"  # suffix of the buffer that stores another buffer's rounding error
 _HOLD_INITIAL = ("first", "last")  # start as the weights at init; the others start at zero
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrajectoryStats:
-    """Statistics of the snapshots start + 1 … start + count.
-
-    Attributes:
-        start: Number of snapshots before the first of these, int32.
-        count: Number of snapshots in these statistics, int32.
-        weight_sum: Sum Σ wₜ as a float32 and its rounding error, shape (2,).
-        buffers: Float32 pytrees like the parameters by buffer name, None where dense. If
-            compensated, means and sums also have a bfloat16 buffer named "…_carry".
-        measures: Names of the tracked measures.
-        power: Exponent of t' in the weights of the late means.
-        window_start: First snapshot of the late means, counted from 1.
-        vote_rate: Multiple of the standard deviation that a weight must exceed for a vote.
-    """
-
-    start: Int[Array, ""]
-    count: Int[Array, ""]
-    weight_sum: Float[Array, "2"]
-    buffers: dict[str, PyTree]
-    measures: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-    power: float = dataclasses.field(metadata={"static": True})
-    window_start: int = dataclasses.field(metadata={"static": True})
-    vote_rate: float = dataclasses.field(metadata={"static": True})
 
 
 def init(
@@ -152,6 +129,7 @@ def init(
         count=jnp.zeros((), jnp.int32),
         weight_sum=jnp.zeros(2, jnp.float32),
         buffers={name: buffer(name) for name in sorted(needed)},
+        settings=jnp.asarray([power, window_start, vote_rate], jnp.float32),
         measures=measures,
         power=float(power),
         window_start=int(window_start),
@@ -172,16 +150,41 @@ def check_measures(measures: Sequence[str]) -> None:
         check_choice(measure, BUFFERS, "measure")
 
 
-def update(stats: TrajectoryStats, params: PyTree) -> TrajectoryStats:
+def update(
+    stats: TrajectoryStats | Mapping[str, Any],
+    params: PyTree,
+    *,
+    when: bool | Bool[Array, ""] = True,
+    layout: PyTree | None = None,
+) -> TrajectoryStats:
     """Returns the statistics updated with one snapshot.
 
     All operations are elementwise, except the standard deviation of `votes`, so the update fuses,
     and buffers can be donated and sharded.
 
     Args:
-        stats: Statistics from `init` or a previous update.
-        params: Pytree of weights with the structure given to `init`.
+        stats: Statistics from `init` or a previous update; or the dict that orbax restores without
+            a target.
+        params: Pytree of weights with the names and shapes given to `init`.
+        when: Whether to take the snapshot, such as `step % 50 == 0`. Inside a jit that donates the
+            statistics, a traced condition that is false costs nothing.
+        layout: Pytree of `layout.Axes` like `params`: the threshold of `votes` is then one for
+            each copy of a stacked tensor. Give the same in every update.
+
+    Raises:
+        InputError: If a weight has another shape than its statistics, the names differ, or the
+            statistics were restored under other settings.
     """
+    stats = restored(stats)
+    if isinstance(when, Tracer):
+        # A fori_loop of 0 or 1 iterations, since XLA updates its carry in place; on either branch
+        # of lax.cond it copies the statistics, in every step.
+        turns = jnp.asarray(when).astype(jnp.int32)
+        return jax.lax.fori_loop(0, turns, lambda _, kept: _update(kept, params, layout), stats)
+    return _update(stats, params, layout) if when else stats
+
+
+def _update(stats: TrajectoryStats, params: PyTree, layout: PyTree | None) -> TrajectoryStats:
     count = stats.count + 1
     position = stats.start + count - stats.window_start + 1  # t' of this snapshot
     # Snapshots before the window get weight 0, so the late means stay 0 until it starts.
@@ -190,17 +193,26 @@ def update(stats: TrajectoryStats, params: PyTree) -> TrajectoryStats:
     weight_sum = _add_compensated(stats.weight_sum, weight)
     late_share = jnp.where(inside, weight / jnp.where(inside, weight_sum[0], 1.0), 0.0)
     share = 1.0 / count.astype(jnp.float32)
+    axes = {} if layout is None else dict(tree.named_leaves(layout))
 
-    def leaf(_: Any, weight: Any, *old: Array) -> dict[str, Array]:
+    def leaf(name: str, _: Any, weight: Any, *old: Array) -> dict[str, Array]:
         before = dict(zip(stats.buffers, old, strict=True))
-        return _advance(before, weight.astype(jnp.float32), late_share, share, stats.vote_rate)
+        _check_shapes(name, weight, old, "the weight")
+        copies = getattr(axes.get(name), "copies", ())
+        value = weight.astype(jnp.float32)
+        return _advance(before, value, late_share, share, stats.vote_rate, copies)
 
     buffers = _per_leaf(leaf, stats.buffers, params, *stats.buffers.values())
     return dataclasses.replace(stats, count=count, weight_sum=weight_sum, buffers=buffers)
 
 
 def _advance(
-    old: dict[str, Array], weight: Array, late_share: Array, share: Array, vote_rate: float
+    old: dict[str, Array],
+    weight: Array,
+    late_share: Array,
+    share: Array,
+    vote_rate: float,
+    copies: tuple[int, ...],
 ) -> dict[str, Array]:
     """Returns the buffers of one tensor after a snapshot; computes only those that exist."""
     size = jnp.abs(weight)
@@ -235,7 +247,10 @@ def _advance(
         add("path_length", jnp.abs(weight - old["last"]))
     # The threshold depends on the whole tensor; this is the only reduction.
     if "votes" in old:
-        new["votes"] += size > jnp.std(size, ddof=min(1, size.size - 1)) * vote_rate
+        along = tuple(axis for axis in range(size.ndim) if axis not in copies)
+        number = math.prod(size.shape[axis] for axis in along)
+        spread = jnp.std(size, axis=along, ddof=min(1, number - 1), keepdims=bool(copies))
+        new["votes"] += size > spread * vote_rate
     if "sign_flips" in old:
         new["sign_flips"] += jnp.sign(weight) * jnp.sign(old["last"]) < 0
     if "last" in old:
@@ -270,9 +285,11 @@ def merge(a: TrajectoryStats, b: TrajectoryStats) -> TrajectoryStats:
         b: Statistics of the later snapshots.
 
     Raises:
-        InputError: If the two were created with different settings.
+        InputError: If the two were created with different settings, or for weights of different
+            names or shapes.
     """
-    for field in ("measures", "power", "window_start", "vote_rate"):
+    a, b = restored(a), restored(b)
+    for field in ("measures", *SETTINGS):
         if getattr(a, field) != getattr(b, field):
             raise InputError(
                 f"statistics with {field} = {getattr(a, field)!r} and {getattr(b, field)!r} cannot "
@@ -290,7 +307,8 @@ def merge(a: TrajectoryStats, b: TrajectoryStats) -> TrajectoryStats:
     late_share = jnp.where(total > 0, b.weight_sum[0] / jnp.where(total > 0, total, 1.0), 0.0)
     between = share * a.count.astype(jnp.float32)
 
-    def leaf(_: Any, *both: Array) -> dict[str, Array]:
+    def leaf(name: str, _: Any, *both: Array) -> dict[str, Array]:
+        _check_shapes(name, both[0], both[1:], "the earlier statistics")
         x = dict(zip(a.buffers, both[: len(a.buffers)], strict=True))
         y = dict(zip(a.buffers, both[len(a.buffers) :], strict=True))
         return _joined(x, y, late_share, share, between, b.count > 0)
@@ -346,29 +364,47 @@ def _joined(
     return {name: new[name] for name in x}
 
 
+def _check_shapes(name: str, array: Any, others: Sequence[Any], what: str) -> None:
+    """Refuses arrays of one tensor that differ in shape, since they would broadcast."""
+    for other in others:
+        if other is None or jnp.shape(other) != jnp.shape(array):
+            found = "none" if other is None else f"of shape {jnp.shape(other)}"
+            raise InputError(
+                f"{what} of {tree.short(name)!r} has shape {jnp.shape(array)} and its statistics "
+                f"are {found}; track and update the same parameters"
+            )
+
+
 def _per_leaf(f: Any, buffers: dict[str, PyTree], *trees: PyTree) -> dict[str, PyTree]:
-    """Applies `f(leaf, *leaves of trees)` to each tracked tensor and collects the buffers."""
+    """Applies `f(name, leaf, *leaves of trees)` to each tracked tensor; returns the buffers."""
     first = next(iter(buffers.values()))
-    new = tree.map_tracked(f, first, *trees)
+    new: dict[str, dict[str, Array]] = {}
+
+    def leaf(name: str, *leaves: Any) -> Any:
+        new[name] = f(name, *leaves)
+
+    tree.map_named(leaf, first, *trees)
     return {
-        name: tree.map_tracked(lambda _, of_leaf, name=name: of_leaf[name], first, new)
-        for name in buffers
+        name: tree.map_named(lambda path, _, name=name: new[path][name], buffer)
+        for name, buffer in buffers.items()
     }
 
 
-def read(stats: TrajectoryStats, measure: str) -> PyTree:
+def read(stats: TrajectoryStats | Mapping[str, Any], measure: str) -> PyTree:
     """Returns one measure as a float32 pytree like the parameters, None where dense.
 
     Before the first snapshot every mean, fraction and count is 0.
 
     Args:
-        stats: Statistics that track the measure.
+        stats: Statistics that track the measure; or the dict that orbax restores without a target.
         measure: Name of the measure.
 
     Raises:
-        InputError: If the measure is unknown or was not tracked.
+        InputError: If the measure is unknown or was not tracked, or the statistics were restored
+            under other settings.
     """
     check_choice(measure, BUFFERS, "measure")
+    stats = restored(stats)
     if any(name not in stats.buffers for name in BUFFERS[measure]):
         raise InputError(
             f"measure {measure!r} was not tracked; include it in "

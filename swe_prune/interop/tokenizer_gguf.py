@@ -1,0 +1,124 @@
+"""The tokenizer inside a GGUF file.
+
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (the keys), and
+https://github.com/ggml-org/llama.cpp, src/llama-vocab.cpp (what is meant where a key is missing).
+"""
+
+from typing import Any
+
+import numpy as np
+
+from swe_prune.errors import InputError
+from swe_prune.interop.gguf_file import GgufFile
+from swe_prune.interop.optional import require
+from swe_prune.interop.token_ids import read_ids
+from swe_prune.interop.tokenizer import PretrainedTokenizer, checked
+from swe_prune.interop.tokenizer_models import (
+    PRE_TOKENIZERS,
+    byte_level,
+    sentencepiece_bpe,
+    unigram,
+)
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # of tokenizer.ggml.token_type
+
+
+def from_gguf(file: GgufFile, vocab_size: int) -> PretrainedTokenizer | None:
+    """Returns the tokenizer that is inside a GGUF file; None where there is none.
+
+    Raises:
+        InputError: If this kind of tokenizer is not supported, or it is damaged or does not fit the
+            vocabulary.
+    """
+    model = file.get("tokenizer.ggml.model")
+    if model is None:
+        return None
+    tokens = file.get("tokenizer.ggml.tokens", [])
+    if not tokens:
+        raise InputError(f"{file.path} lacks the tokens of its tokenizer; download it again")
+    ids = {key: _id(file, key) for key in ("bos", "eos")}
+    bos, eos_ids = read_ids(
+        {f"{file.path}'s metadata": {f"{key}_token_id": one for key, one in ids.items()}},
+        min(vocab_size, len(tokens)),
+    )
+    backend = _backend(file, model, tokens)
+    tokenizers = require("tokenizers", "the tokenizer of a GGUF file")
+    kinds = file.get("tokenizer.ggml.token_type", [])
+    added = [
+        tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
+        for token, kind in zip(tokens, kinds, strict=False)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+    backend.add_tokens(added)
+    # SentencePiece begins every text with a token unless told otherwise.
+    first = [bos] if file.get("tokenizer.ggml.add_bos_token", model == "llama") else []
+    last = [*eos_ids] if file.get("tokenizer.ggml.add_eos_token", model == "t5") else []
+    surround(backend, [one for one in first if one is not None], last)
+    template = file.get("tokenizer.chat_template")
+    return checked(PretrainedTokenizer(backend, bos, eos_ids, template), vocab_size, str(file.path))
+
+
+def surround(backend: Any, first: list[int], last: list[int]) -> None:
+    """Makes a tokenizer put tokens before and after every text, where it is asked to."""
+    if not first and not last:
+        return
+    # A template cannot have tokens with a colon, so they are named by their ids.
+    before, after = ([f"token{one}:0" for one in some] for some in (first, last))
+    tokenizers = require("tokenizers", "a tokenizer")
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=[*before, "$A:0", *after],
+        pair=[*before, "$A:0", *after, *before, "$B:0", *after],
+        special_tokens=[
+            {"id": f"token{one}", "ids": [one], "tokens": [backend.id_to_token(one)]}
+            for one in {*first, *last}
+        ],
+    )
+
+
+def _backend(file: GgufFile, model: str, tokens: list[str]) -> Any:
+    where = str(file.path)
+    pre = file.get("tokenizer.ggml.pre")
+    vocab = {token: number for number, token in enumerate(tokens)}
+    if model == "gpt2" and pre in PRE_TOKENIZERS:
+        return byte_level(vocab, file.get("tokenizer.ggml.merges", []), pre, where)
+    if model not in ("llama", "t5"):
+        kinds = f"{model!r} with {pre!r}" if model == "gpt2" else f"{model!r}"
+        raise InputError(
+            f"{file.path} has a tokenizer of the kind {kinds}, which is not supported; supported "
+            f"are 'gpt2' with {', '.join(PRE_TOKENIZERS)}, and SentencePiece, 'llama' and 't5'; "
+            "give the model's tokenizer.json with --tokenizer=PATH (tokenizer= in Python)"
+        )
+    scores = file.get("tokenizer.ggml.scores") or []
+    kinds = file.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    if not len(tokens) == len(scores) == len(kinds):
+        raise InputError(
+            f"{file.path} has {len(tokens)} tokens with {len(scores)} scores and {len(kinds)} "
+            "kinds, which must be as many; download it again"
+        )
+    if not np.isfinite(scores).all():
+        raise InputError(f"{file.path} has a token whose score is not finite; download it again")
+    unknown = _id(file, "unknown")
+    if unknown is None and _UNKNOWN in kinds:
+        unknown = kinds.index(_UNKNOWN)
+    if unknown is not None and not (type(unknown) is int and 0 <= unknown < len(tokens)):
+        raise InputError(
+            f"{file.path} has {unknown!r} as the id of unknown tokens, which must be below "
+            f"{len(tokens)}; download it again"
+        )
+    prefix_space = bool(file.get("tokenizer.ggml.add_space_prefix", True))
+    if model == "t5":
+        charsmap = bytes(file.get("tokenizer.ggml.precompiled_charsmap") or [])
+        single = bool(file.get("tokenizer.ggml.remove_extra_whitespaces", False))
+        return unigram(tokens, scores, unknown, prefix_space, single, charsmap, where)
+    # Control tokens and bytes never come from merges.
+    normal = {
+        token: score
+        for token, score, kind in zip(tokens, scores, kinds, strict=True)
+        if kind == _NORMAL
+    }
+    name = None if unknown is None else tokens[unknown]
+    return sentencepiece_bpe(vocab, normal, name, prefix_space, where)
+
+
+def _id(file: GgufFile, name: str) -> Any:
+    return file.get(f"tokenizer.ggml.{name}_token_id")

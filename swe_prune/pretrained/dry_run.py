@@ -1,0 +1,83 @@
+"""`plan` of a pretrained model: what `prune` would remove, printed without reading a weight."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from swe_prune import interop, recipe, tree
+from swe_prune.layout import layout as trace_layout
+from swe_prune.models import gpt
+from swe_prune.pretrained import choice, tracked
+from swe_prune.pretrained.opening import opened
+from swe_prune.pretrained.request import check_trajectory, recipe_of
+from swe_prune.pretrained.settings import RequestSettings
+from swe_prune.training.progress import Progress
+from swe_prune.trajectory import BUFFERS
+
+WHAT_A_MASK_GIVES = (
+    "Zeros make this model no faster and its files no smaller: dense matrix products skip nothing."
+)
+
+
+def chosen_weights(
+    request: recipe.Recipe, checkpoint: interop.PretrainedSource, given: RequestSettings
+) -> tuple[PyTree, PyTree]:
+    """Returns which weights to prune, and the layout of all, checked against the request.
+
+    Args:
+        request: Request to check.
+        checkpoint: Model, of which no weight is read.
+        given: Settings with the rules that choose weights.
+
+    Returns:
+        Bool pytree, which a criterion of a trajectory narrows to what is tracked; pytree of
+        `layout.Axes`.
+
+    Raises:
+        InputError: Rules or blocks that choose nothing, or a request that the shapes do not admit.
+    """
+    chosen = choice.of_checkpoint(checkpoint, given)
+    params = choice.abstract_params(checkpoint)
+    if request.needs & set(BUFFERS):
+        chosen = tracked.narrowed(checkpoint.path, params, chosen)
+    module = gpt.build(checkpoint.config, checkpoint.vocab_size)
+    layout = trace_layout(module, params, jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    recipe.check(request, params, chosen, layout=layout)
+    return chosen, layout
+
+
+def plan(given: RequestSettings, progress: Progress, console: Console) -> None:
+    """Prints what `prune` would remove and from where, without reading a weight or a text.
+
+    Raises:
+        InputError: anything that is wrong with the settings or the model.
+    """
+    request = recipe_of(given)
+    checkpoint = opened(given, progress)
+    check_trajectory(request, tracked.there(checkpoint.path), given.model)
+    chosen, _ = chosen_weights(request, checkpoint, given)
+    params = choice.abstract_params(checkpoint)
+    table = Table(title=escape(str(checkpoint.path)))
+    for heading in ("tensor", "shape", "weights", "prunable?"):
+        table.add_column(
+            heading, overflow="fold", justify="right" if heading == "weights" else "left"
+        )
+    marks = dict(tree.named_leaves(chosen))
+    for name, leaf in tree.named_leaves(params):
+        reason = tree.dense_reason(name, leaf) or "not chosen"
+        verdict = "prunable" if marks[name] else f"dense: {reason}"
+        table.add_row(*map(escape, (name, str(leaf.shape), f"{tree.size(leaf):,}", verdict)))
+    console.print(table)
+    total = tree.size(params)
+    count = sum(tree.size(leaf) for name, leaf in tree.named_leaves(params) if marks[name])
+    amount = round(count * (request.target or 0.0))
+    for line in (
+        choice.sentence(given, chosen),
+        f"{count:,} of {total:,} weights are prunable ({count / total:.1%}); by {request.name!r} "
+        f"at sparsity {request.target:g} about {amount:,} would go ({amount / total:.1%} of all).",
+        WHAT_A_MASK_GIVES,
+    ):
+        console.print(escape(line), highlight=False, soft_wrap=True)

@@ -1,0 +1,59 @@
+"""Opening of the models of a command, with a line for what lies next to them and is not read."""
+
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+from jaxtyping import PyTree
+from rich.markup import escape
+
+from swe_prune import interop, tree
+from swe_prune.errors import InputError
+from swe_prune.pretrained.settings import ModelSettings
+from swe_prune.training.progress import Progress
+
+T = TypeVar("T")
+
+
+def opened(given: ModelSettings, progress: Progress) -> interop.PretrainedSource:
+    """Opens the model of a command, and says what lies next to it and is not read."""
+    tokenizer = True if given.tokenizer is None else given.tokenizer
+    return _said(
+        progress,
+        lambda: interop.open_pretrained(
+            given.model,
+            compute_dtype=given.compute_dtype,
+            tokenizer=tokenizer,
+            prefix=given.prefix,
+        ),
+    )
+
+
+def _said(progress: Progress, run: Callable[[], T]) -> T:
+    """Runs a function and prints the warnings for the user as lines."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        result = run()
+    for one in caught:
+        if one.category is UserWarning:
+            progress.say(escape(f"Note: {one.message}."))
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    return result
+
+
+def weights_like(
+    model: interop.Pretrained, name: str, prefix: str | None, progress: Progress
+) -> PyTree:
+    """Returns another model's weights, of the same shapes."""
+    other = _said(progress, lambda: interop.load(name, tokenizer=False, prefix=prefix))
+    shapes = [
+        {leaf_name: leaf.shape for leaf_name, leaf in tree.named_leaves(one.params)}
+        for one in (model, other)
+    ]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"{name} has other tensors than {model.path}, so they cannot be compared; give the "
+            "model that it was made from"
+        )
+    return other.params

@@ -1,0 +1,187 @@
+"""SentencePiece vocabularies in GGUF files give the ids of SentencePiece's own rules."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from interop_gguf_writer import finish, write
+from interop_tiny import model
+
+from swe_prune import interop
+from swe_prune.errors import InputError
+
+tokenizers = pytest.importorskip("tokenizers", reason="makes tokenizers")
+
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6
+CORPUS = "the cat sat on the mat, isn't it? the 12345 cats don't care; aaaa"
+TEXTS = [
+    "the cat's 2024 mats", "", " lead", "trail  ", "a  b   c", "x\n\ty", "naïve 日本 🙂 THE",
+    "aaaaaaa", "the<s>cat", "the<user>cat<user> sat", "</s>",
+]  # fmt: skip
+
+
+def vocabulary():
+    """(token, score, kind) of each id: what a training of SentencePiece leaves."""
+    text = SPACE + CORPUS.replace(" ", SPACE)
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=80, show_progress=False)
+    made.train_from_iterator([CORPUS] * 3, trainer)
+    merged = sorted((number, token) for token, number in made.get_vocab().items() if len(token) > 1)
+    rows = [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL)]
+    rows += [(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
+    rows += [(token, -float(rank), NORMAL) for rank, (_, token) in enumerate(merged)]
+    rows += [(char, -1000.0 - i, NORMAL) for i, char in enumerate(sorted(set(text)))]
+    return [*rows, ("<user>", 0.0, USER)]
+
+
+ROWS = vocabulary()
+SIZE = len(ROWS)
+IDS = {token: number for number, (token, _, _) in enumerate(ROWS)}
+SCORES = {token: score for token, score, kind in ROWS if kind == NORMAL}
+
+
+def in_gguf(tmp_path, kind="llama", **changes):
+    metadata = {
+        "tokenizer.ggml.model": kind,
+        "tokenizer.ggml.tokens": [token for token, _, _ in ROWS],
+        "tokenizer.ggml.scores": [score for _, score, _ in ROWS],
+        "tokenizer.ggml.token_type": [one for _, _, one in ROWS],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    path = tmp_path / f"{kind}.gguf"
+    changes = {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    finish(write(path, model("llama", vocab_size=SIZE), **(metadata | changes)))
+    return path
+
+
+def spans(text, prefix_space):
+    """What lies between user-defined tokens, with its spaces as SentencePiece has them."""
+    for number, part in enumerate(text.split("<user>")):
+        if number:
+            yield None
+        if part:
+            yield (SPACE if prefix_space else "") + part.replace(" ", SPACE)
+
+
+def in_bytes(symbol):
+    return [IDS[symbol]] if symbol in SCORES else [IDS[f"<0x{b:02X}>"] for b in symbol.encode()]
+
+
+def merged(text, prefix_space=True):
+    """SentencePiece's BPE: the neighbours whose token has the best score merge, leftmost first."""
+    ids = []
+    for span in spans(text, prefix_space):
+        symbols = list(span or "")
+        while True:
+            joined = [a + b for a, b in itertools.pairwise(symbols)]
+            best = max((SCORES.get(one, -math.inf) for one in joined), default=-math.inf)
+            if best == -math.inf:
+                break
+            at = next(i for i, one in enumerate(joined) if SCORES.get(one) == best)
+            symbols[at : at + 2] = [joined[at]]
+        ids += [IDS["<user>"]] if span is None else [*itertools.chain(*map(in_bytes, symbols))]
+    return ids
+
+
+def best_path(text):
+    """SentencePiece's unigram model: the best sum of scores over all ways to cut."""
+    ids = []
+    for span in spans(text, True):
+        if span is None:
+            ids.append(IDS["<user>"])
+            continue
+        best = [(0.0, [])] + [(-math.inf, [])] * len(span)
+        for end in range(1, len(span) + 1):
+            for start in range(max(0, end - 12), end):
+                piece = span[start:end]
+                # A character that is not there costs 10 more than the worst token.
+                unknown = min(SCORES.values()) - 10 if end - start == 1 else -math.inf
+                total = best[start][0] + SCORES.get(piece, unknown)
+                if total > best[end][0]:
+                    best[end] = (total, [*best[start][1], piece])
+        ids += itertools.chain(*map(in_bytes, best[-1][1]))
+    return ids
+
+
+@pytest.mark.parametrize("prefix_space", [True, False])
+def test_merges_follow_the_scores(tmp_path, prefix_space):
+    path = in_gguf(tmp_path, add_space_prefix=prefix_space)
+    found = interop.load(path).tokenizer
+    rng = np.random.default_rng(0)
+    letters = [*sorted(set(CORPUS)), "é", "日"]
+    texts = TEXTS + ["".join(rng.choice(letters, 20)) for _ in range(50)]
+    for text in texts:
+        ids = found.encode(text).tolist()
+        assert ids == merged(text, prefix_space), text
+        decoded = found.decode(ids)
+        assert decoded.replace(" ", "") == text.replace(" ", "")
+        if "<user>" not in text:
+            assert decoded == text
+    assert (found.bos_id, found.eos_ids, found.vocab_size) == (1, (2,), SIZE)
+    assert found.encode("cat", template=True).tolist() == [1, *found.encode("cat")]
+    assert found.encode("the<s>cat", special=True).tolist().count(1) == 1
+
+
+def test_the_unigram_model_takes_the_best_sum(tmp_path):
+    # Scores of words far apart, so that no two ways to cut are equally good.
+    scores = {token: -10.0 / len(token) - 0.01 * i for i, token in enumerate(SCORES)}
+    path = in_gguf(tmp_path, "t5", scores=[scores.get(token, 0.0) for token, _, _ in ROWS])
+    found = interop.load(path).tokenizer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{__name__}.SCORES", scores)
+        # The package's unigram model takes control tokens from any text.
+        for text in [text for text in TEXTS if "s>" not in text]:
+            assert found.encode(text).tolist() == best_path(text), text
+    assert found.encode("cat", template=True).tolist() == [*found.encode("cat"), 2]
+    single = in_gguf(tmp_path, "t5", remove_extra_whitespaces=True)
+    found = interop.load(single).tokenizer
+    assert found.encode("  the   cat ").tolist() == found.encode("the cat").tolist()
+
+
+def test_what_is_put_around_a_text_is_what_the_file_says(tmp_path):
+    path = in_gguf(tmp_path, add_bos_token=False, add_eos_token=True)
+    found = interop.load(path).tokenizer
+    assert found.encode("cat", template=True).tolist() == [*found.encode("cat"), 2]
+
+
+def test_it_goes_out_with_the_model(tmp_path):
+    loaded = interop.load(in_gguf(tmp_path))
+    path = interop.export(tmp_path / "out", loaded)
+    again = interop.load(path).tokenizer
+    for text in TEXTS:
+        assert again.encode(text).tolist() == loaded.tokenizer.encode(text).tolist()
+        assert again.decode(again.encode(text)) == loaded.tokenizer.decode(again.encode(text))
+    assert (again.bos_id, again.eos_ids) == (1, (2,))
+
+
+def test_transformers_gives_the_same_ids(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="compares with its tokenizers")
+    loaded = interop.load(in_gguf(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(interop.export(tmp_path / "out", loaded))
+    for text in TEXTS:
+        ours = loaded.tokenizer.encode(text, special=True, template=True)
+        assert theirs(text)["input_ids"] == ours.tolist(), text
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"scores": None}, f"has {SIZE} tokens with 0 scores"),
+        ({"scores": [0.0] * 5}, f"has {SIZE} tokens with 5 scores and {SIZE} kinds"),
+        ({"scores": [math.nan] * SIZE}, "a token whose score is not finite"),
+        ({"unknown_token_id": SIZE}, f"{SIZE} as the id of unknown tokens, which must be below"),
+        ({"eos_token_id": SIZE}, f"eos_token_id in .* must be an id .*, got {SIZE}"),
+        ({"bos_token_id": "<s>"}, "bos_token_id in .* must be an id .*, got '<s>'"),
+        ({"tokens": None}, "lacks the tokens of its tokenizer"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_damaged_vocabulary_is_refused(tmp_path, kind, changes, sentence):
+    path = in_gguf(tmp_path, kind, **changes)
+    with pytest.raises(InputError, match=sentence) as caught:
+        interop.load(path)
+    assert "\n" not in str(caught.value)
