@@ -455,7 +455,7 @@ def test_leaves_that_are_no_arrays_are_dense_everywhere():
 def test_an_equinox_module_is_pruned_whole_with_its_own_layout(given):
     module = equinox_module()
     scores = importance.score("magnitude", module)
-    way = {"input_axes": lambda name, shape: (1,)}
+    way: dict[str, Any] = {"input_axes": lambda name, shape: (1,)}
     if given == "layout":
         way = {"layout": layout(lambda m, x: jax.vmap(m.up)(x) @ m.down.weight.T, module, ROWS)}
     mask = masks.by_sparsity(scores, 0.5, pattern="2:4", **way)

