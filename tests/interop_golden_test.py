@@ -18,7 +18,9 @@ NAMES = sorted(path.name for path in FOLDER.iterdir())
 
 
 def test_every_family_is_there():
-    there = {json.loads((FOLDER / name / "config.json").read_text())["model_type"] for name in NAMES}
+    there = {
+        json.loads((FOLDER / name / "config.json").read_text())["model_type"] for name in NAMES
+    }
     assert there == set(interop.FAMILIES)
 
 

@@ -41,7 +41,7 @@ def _llama_like(
     epsilon: float = 1e-6,
     kv_heads: int | None = None,
     head_width: int | None = None,
-    activation: Key = Key("hidden_act", "activation", str, "silu"),
+    activation: Key | None = None,
     tied: bool = False,
 ) -> tuple[Key, ...]:
     return _sizes(
@@ -49,7 +49,7 @@ def _llama_like(
         Key("num_key_value_heads", "kv_heads", default=kv_heads),
         Key("head_dim", "head_width", default=head_width),
         Key("rms_norm_eps", "norm_epsilon", float, epsilon),
-        activation,
+        activation or Key("hidden_act", "activation", str, "silu"),
         *keys,
         context=context,
         tied=tied,

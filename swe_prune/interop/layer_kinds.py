@@ -45,7 +45,8 @@ def read_layers(hf: Mapping[str, Any], family: Family, fields: Mapping[str, Any]
         window = None
     kinds = _list(hf, "layer_types", layers)
     if kinds is None:
-        sliding = [window is not None and family.layers.slides(hf, i) for i in range(layers)]
+        off = family.layers.switch is not None and window is None
+        sliding = [not off and family.layers.slides(hf, layer) for layer in range(layers)]
     else:
         if unknown := {str(kind) for kind in kinds} - {SLIDING, FULL}:
             raise InputError(

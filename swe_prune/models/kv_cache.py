@@ -122,7 +122,7 @@ def positions_and_masks(
 
 
 def _turns(cfg: ModelConfig, positions_BxL: Array) -> tuple[Any, Any]:
-    """Returns `rope.rotation` for all layers, and for those with a window that has its own theta."""
+    """Returns `rope.rotation` for all layers, and for those with a window and its own theta."""
     turn = sliding_turn = None
     if cfg.positions == "rope":
         turn = rope.rotation(cfg, cfg.head_size, positions_BxL)
