@@ -139,16 +139,15 @@ class ModelConfig:
         return self.hidden_ratio * self.width if self.hidden is None else self.hidden
 
     def of_layer(self, layer: int) -> "ModelConfig":
-        """Returns the config of one layer: with its own window and rotary positions, if any."""
-        changes: dict[str, Any] = {}
+        """Returns the config of one layer, with a window and rotary positions only if it has them.
+
+        Layers that are alike have equal configs. `sliding_theta` is None where it does not apply.
+        """
+        changes: dict[str, Any] = {"sliding": (), "rotary": ()}
         if self.sliding and not self.sliding[layer]:
-            changes["window"] = None
-        elif self.sliding and self.sliding_theta is not None:
-            changes["rope"] = RopeConfig(theta=self.sliding_theta, share=self.rope.share)
+            changes |= {"window": None, "sliding_theta": None}
         if self.rotary and not self.rotary[layer]:
             changes["positions"] = "none"
-        if self.sliding or self.rotary:
-            changes |= {"sliding": (), "rotary": (), "sliding_theta": None}
         return dataclasses.replace(self, **changes)
 
 

@@ -130,6 +130,59 @@ REFUSED = {
         changed("mistral", layer_types=["full_attention", "sliding_attention"]),
         "supported is sliding_attention in all",
     ),
+    "unknown layers": (
+        changed("gemma2", layer_types=["chunked_attention"] * 3),
+        "layers of the types chunked_attention; supported are full_attention and sliding",
+    ),
+    "too few layers": (
+        changed("gemma2", layer_types=["full_attention"]),
+        "layer_types in .* one entry for each of the 3 layers",
+    ),
+    "layers of words": (changed("smollm3", no_rope_layers="all"), "no_rope_layers in .* 'all'"),
+    "no window": (
+        changed("gemma2", sliding_window=None),
+        "sliding_attention without sliding_window; add it",
+    ),
+    "window off": (
+        changed("qwen3 biases", use_sliding_window=False),
+        "sliding_attention without use_sliding_window; add it",
+    ),
+    "pattern": (
+        changed("gemma3_text", sliding_window_pattern=0),
+        "sliding_window_pattern in .* at least 1, got 0",
+    ),
+    "both directions": (
+        changed("gemma3_text", use_bidirectional_attention=True),
+        "use_bidirectional_attention = True.*supported for gemma3_text is False",
+    ),
+    "unused cap": (
+        changed("gemma3_text", attn_logit_softcapping=50.0),
+        "attn_logit_softcapping = 50.0.*supported for gemma3_text is None",
+    ),
+    "scaled window": (
+        changed(
+            "gemma3_text nested",
+            rope_parameters={
+                "full_attention": {"rope_type": "default"},
+                "sliding_attention": {"rope_type": "linear", "factor": 2.0},
+            },
+        ),
+        "'linear' in layers of the type sliding_attention",
+    ),
+    "rope of one kind": (
+        changed("gemma3_text nested", rope_parameters={"rope_type": "default"}),
+        "rope_parameters in .* mapping for 'full_attention'",
+    ),
+    "norm behind": (
+        changed("opt", do_layer_norm_before=False),
+        "do_layer_norm_before = False.*supported for opt is True",
+    ),
+    "projected words": (
+        changed("opt", word_embed_proj_dim=8),
+        "word_embed_proj_dim = 8.*supported for opt is hidden_size, 16",
+    ),
+    "no experts": (changed("mixtral", num_local_experts=0), "num_local_experts in .* got 0"),
+    "images": (changed("gemma3_text", model_type="gemma3"), "'gemma3'.*gemma3_text, mixtral"),
 }
 
 

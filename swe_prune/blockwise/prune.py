@@ -207,7 +207,7 @@ def prune_blocks(
     pruned: dict[str, Any] = {}
     masks: dict[str, Any] = {}
     reports: list[KernelReport] = []
-    runner: _Runner | None = None
+    runners: list[_Runner] = []  # several where blocks differ, such as layers with a window
     for index, of_kinds in enumerate(wires):
         path = of_kinds[0].path
         wanted = {
@@ -215,8 +215,10 @@ def prune_blocks(
             for name, shape in shapes.items()
             if name.startswith(path + "/")
         }
-        if runner is None or not runner.fits(of_kinds, wanted):
+        runner = next((one for one in runners if one.fits(of_kinds, wanted)), None)
+        if runner is None:
             runner = _Runner(of_kinds, wanted, plan.hessian)
+            runners.append(runner)
         own = block_graph.part(variables, path)
         new, kept = _one_block(runner, path, own, states, counts, plan, reports, progress)
         if index + 1 < len(wires):

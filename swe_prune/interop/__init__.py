@@ -8,9 +8,13 @@
 pretrained          `load` and `open_pretrained`, and the models that they return
 exporting           `export`, which writes a folder that transformers loads
 families            settings in config.json of each model family
+family              what such a table says
 hf_config           config.json <-> ModelConfig
+layer_kinds         layers that differ in config.json <-> ModelConfig
 rope_settings       rotary positions in config.json <-> RopeConfig
-tensor_names        tables of the parameters in each stored tensor
+tensor_names        tables of the parameters in each tensor of a folder
+tensor_names_gguf   tables of the parameters in each tensor of a GGUF file
+tensor_rows         what such a table says
 slices              the tables applied to one model: slices of stored tensors
 load_params         stored tensors to parameters, one at a time, with their shardings
 folder_files        files of a folder that hold the weights

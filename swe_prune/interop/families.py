@@ -35,16 +35,13 @@ def _sizes(*keys: Key, context: int, tied: bool = False) -> tuple[Key, ...]:
     )
 
 
-_SILU = Key("hidden_act", "activation", str, "silu")
-
-
 def _llama_like(
     *keys: Key,
     context: int,
     epsilon: float = 1e-6,
     kv_heads: int | None = None,
     head_width: int | None = None,
-    activation: Key = _SILU,
+    activation: Key | None = None,
     tied: bool = False,
 ) -> tuple[Key, ...]:
     return _sizes(
@@ -52,7 +49,7 @@ def _llama_like(
         Key("num_key_value_heads", "kv_heads", default=kv_heads),
         Key("head_dim", "head_width", default=head_width),
         Key("rms_norm_eps", "norm_epsilon", float, epsilon),
-        activation,
+        activation or Key("hidden_act", "activation", str, "silu"),
         *keys,
         context=context,
         tied=tied,

@@ -45,7 +45,8 @@ def read_layers(hf: Mapping[str, Any], family: Family, fields: Mapping[str, Any]
         window = None
     kinds = _list(hf, "layer_types", layers)
     if kinds is None:
-        sliding = [window is not None and family.layers.slides(hf, i) for i in range(layers)]
+        off = family.layers.switch is not None and window is None
+        sliding = [not off and family.layers.slides(hf, layer) for layer in range(layers)]
     else:
         if unknown := {str(kind) for kind in kinds} - {SLIDING, FULL}:
             raise InputError(
@@ -84,11 +85,13 @@ def write_layers(config: ModelConfig, family: Family) -> dict[str, Any]:
 def simplified(config: ModelConfig) -> ModelConfig:
     """Normalizes settings of layers that are alike after all."""
     changes: dict[str, Any] = {}
+    theta = config.sliding_theta
+    own = config.rope if theta is None else RopeConfig(theta=theta, share=config.rope.share)
     if config.window is None or (config.sliding and not any(config.sliding)):
         changes = {"window": None, "sliding": (), "sliding_theta": None}
     elif config.sliding and all(config.sliding):
-        changes = {"sliding": (), "sliding_theta": None, "rope": config.of_layer(0).rope}
-    elif config.rope == RopeConfig(theta=config.sliding_theta or 0, share=config.rope.share):
+        changes = {"sliding": (), "sliding_theta": None, "rope": own}
+    elif own == dataclasses.replace(config.rope, original_context=None):
         changes = {"sliding_theta": None}
     if config.rotary and all(config.rotary):
         changes["rotary"] = ()

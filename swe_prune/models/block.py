@@ -85,9 +85,10 @@ class Attention(nn.Module):
         q_BxLxHxK = heads("query", cfg.heads)
         k_BxTxGxK, v_BxTxGxK = heads("key", cfg.key_heads), heads("value", cfg.key_heads)
         # Rotate queries and keys by their positions.
-        if positions.turn is not None:
-            q_BxLxHxK = rope.rotate(q_BxLxHxK, positions.turn)
-            k_BxTxGxK = rope.rotate(k_BxTxGxK, positions.turn)
+        turn = positions.turn_of(cfg)
+        if turn is not None:
+            q_BxLxHxK = rope.rotate(q_BxLxHxK, turn)
+            k_BxTxGxK = rope.rotate(k_BxTxGxK, turn)
         start = 0 if positions.start is None else positions.start
         # Write the new keys and values to the KV cache, and attend to all of it.
         if kv is not None:

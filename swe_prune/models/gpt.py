@@ -271,7 +271,7 @@ class GPT(nn.Module):
             for layer in range(cfg.layers):
                 kv = (cache.keys[layer], cache.values[layer])
                 block = Block(cfg.of_layer(layer), name=f"block_{layer}")
-                x_NxD, (k, v) = block(x_NxD, batch, train, positions.of_layer(cfg, layer), kv)
+                x_NxD, (k, v) = block(x_NxD, batch, train, positions, kv)
                 keys.append(k)
                 values.append(v)
             assert positions.valid_BxT is not None
@@ -284,7 +284,7 @@ class GPT(nn.Module):
             block = nn.remat(Block, static_argnums=(2, 3)) if cfg.remat else Block
             for layer in range(cfg.layers):
                 run = block(cfg.of_layer(layer), name=f"block_{layer}")
-                x_NxD = self.constrain(run(x_NxD, batch, train, positions.of_layer(cfg, layer)))
+                x_NxD = self.constrain(run(x_NxD, batch, train, positions))
         # 3. Compute the logits with the embedding table or a separate head.
         x_NxD = norm(cfg, "final_norm")(x_NxD)
         if cfg.tied_head:

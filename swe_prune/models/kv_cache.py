@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from swe_prune.config import ModelConfig
+from swe_prune.config import ModelConfig, RopeConfig
 from swe_prune.errors import InputError
 from swe_prune.models import rope
 
@@ -73,14 +73,15 @@ class Positions:
     start: Array | None = None
     sliding_turn: tuple[Array, Array] | None = None
 
-    def of_layer(self, cfg: ModelConfig, layer: int) -> "Positions":
-        """Returns the positions of one layer, as `ModelConfig.of_layer` describes it."""
-        turn = self.turn
-        if self.sliding_turn is not None and cfg.sliding[layer]:
-            turn = self.sliding_turn
-        if cfg.rotary and not cfg.rotary[layer]:
-            turn = None
-        return dataclasses.replace(self, turn=turn, sliding_turn=None)
+    def turn_of(self, cfg: ModelConfig) -> tuple[Array, Array] | None:
+        """Returns the cosine and sine for a layer, or None if it has no rotary positions.
+
+        Args:
+            cfg: Config of the layer, from `ModelConfig.of_layer`.
+        """
+        if cfg.positions != "rope":
+            return None
+        return self.turn if cfg.sliding_theta is None else self.sliding_turn
 
 
 PLAIN = Positions()
@@ -121,11 +122,12 @@ def positions_and_masks(
 
 
 def _turns(cfg: ModelConfig, positions_BxL: Array) -> tuple[Any, Any]:
-    """Returns `rope.rotation` for all layers, and for windowed layers with their own theta."""
+    """Returns `rope.rotation` for all layers, and for those with a window and its own theta."""
     turn = sliding_turn = None
     if cfg.positions == "rope":
         turn = rope.rotation(cfg, cfg.head_size, positions_BxL)
-        if cfg.sliding_theta is not None and any(cfg.sliding):
-            own = cfg.of_layer(cfg.sliding.index(True))
-            sliding_turn = rope.rotation(own, cfg.head_size, positions_BxL)
+        if cfg.sliding_theta is not None:
+            own = RopeConfig(theta=cfg.sliding_theta, share=cfg.rope.share)
+            sliding = dataclasses.replace(cfg, rope=own)
+            sliding_turn = rope.rotation(sliding, cfg.head_size, positions_BxL)
     return turn, sliding_turn

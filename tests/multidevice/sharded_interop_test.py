@@ -28,15 +28,19 @@ HF = {
 }
 
 
-@pytest.fixture
-def made(tmp_path):
-    family, config, vocab_size = hf_config.read_config(HF)
+EXPERTS = HF | {"model_type": "mixtral", "num_local_experts": 3}
+
+
+@pytest.fixture(params=[HF, EXPERTS], ids=lambda hf: hf["model_type"])
+def made(tmp_path, request):
+    hf = request.param
+    family, config, vocab_size = hf_config.read_config(hf)
     rng = np.random.default_rng(0)
     shapes = slices.param_shapes(config, vocab_size)
     params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     params = jax.tree.map(jax.numpy.asarray, slices.nested(params))
     made = Pretrained(
-        config, vocab_size, params, None, family, tmp_path / "none", "safetensors", HF
+        config, vocab_size, params, None, family, tmp_path / "none", "safetensors", hf
     )
     interop.export(tmp_path / "model", made)
     return made
@@ -63,7 +67,7 @@ def test_each_device_reads_its_slice(made, tmp_path, monkeypatch):
         assert leaf.sharding == dict(tree.named_leaves(shardings))[name]
         np.testing.assert_array_equal(leaf, dict(tree.named_leaves(made.params))[name])
     divided = [size for name, size in read if name == "block_0/mlp/gate/kernel"]
-    assert divided == [16 * 32 // 8] * 8
+    assert divided == [16 * 32 // 8] * 8 * (made.config.experts or 1)
 
 
 def test_the_sharded_model_goes_out_as_the_whole_one_does(made, tmp_path):
