@@ -288,18 +288,18 @@ def most_alive(layers, monkeypatch, **options):
     model = Plain(layers, width=32)
     host = jax.tree.map(np.asarray, made(model, rows(4, 32)))
     batches = [rows(4, 32, seed) for seed in range(6)]
-    seen, whole = [], blockwise.prune.sparsegpt
+    seen, whole = [], blockwise.kernels.sparsegpt
 
     def watched(weight, hessian, *rest):
         seen.append(bytes_alive())
         return whole(weight, hessian, *rest)
 
-    monkeypatch.setattr(blockwise.prune, "sparsegpt", watched)
+    monkeypatch.setattr(blockwise.kernels, "sparsegpt", watched)
     before = bytes_alive()
     blockwise.prune_blocks(
         model, host, batches, blocks=BLOCKS, method="sparsegpt", sparsity=0.5, **options
     )
-    monkeypatch.setattr(blockwise.prune, "sparsegpt", whole)
+    monkeypatch.setattr(blockwise.kernels, "sparsegpt", whole)
     assert len(seen) == 2 * layers
     block = host["params"]["block_0"]
     hessians = 4 * sum(

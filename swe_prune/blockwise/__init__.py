@@ -3,13 +3,16 @@
 admm         ADMM: the update of the weights that stay, for a mask that is given or its own
 sparsegpt    SparseGPT: a kernel's mask, and the update of the weights that stay
 wanda        Wanda's masks: the lowest of each output, and its variant
-block_graph  how the blocks of a Linen model are run alone
+block_graph  how the blocks of a Linen or NNX model are run alone
 nnx_blocks   NNX models as `block_graph` runs them
+kernels      one kernel: its mask, the update of the weights that stay, the report
+runner       the activations between blocks, and the compiled programs of a block
 prune        the whole: each block on the inputs that the already pruned blocks before it give
 """
 
 from swe_prune.blockwise.admm import admm
-from swe_prune.blockwise.prune import METHODS, RESTORES, KernelReport, prune_blocks
+from swe_prune.blockwise.kernels import METHODS, RESTORES, KernelReport
+from swe_prune.blockwise.prune import prune_blocks
 from swe_prune.blockwise.sparsegpt import SolverReport, sparsegpt
 from swe_prune.blockwise.wanda import wanda_mask, wanda_variant_mask
 

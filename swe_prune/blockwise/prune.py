@@ -6,7 +6,6 @@ activations between two blocks of all the calibration batches.
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,71 +17,15 @@ from flax import linen as nn
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-from swe_prune import counting, importance, patterns, select, tree
+from swe_prune import importance, patterns, tree
 from swe_prune.allocation import Allocation
-from swe_prune.blockwise import block_graph, nnx_blocks, wanda
-from swe_prune.blockwise.admm import admm, squared_error
-from swe_prune.blockwise.sparsegpt import BLOCK, SolverReport, check_sparsity, sparsegpt
-from swe_prune.calibration import batching as of_batches
+from swe_prune.blockwise import block_graph, nnx_blocks
+from swe_prune.blockwise.kernels import METHODS, RESTORES, KernelReport, Plan, prune_kernel
+from swe_prune.blockwise.runner import Runner, captured
+from swe_prune.blockwise.sparsegpt import BLOCK, check_sparsity
 from swe_prune.calibration import layer_inputs as measuring
 from swe_prune.errors import InputError, check_choice, did_you_mean
-from swe_prune.layout import Axes, axes_by_name, axes_of, conventional_axes
-
-METHODS = ("wanda", "wanda_variant", "sparsegpt", "admm", "magnitude")
-RESTORES = (None, "admm")
-DAMPING: Mapping[str, float] = {"sparsegpt": 0.01, "admm": 0.1}
-"""Default share of the Hessian's mean diagonal that is added to it, by method."""
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelReport:
-    """What was done to a kernel.
-
-    Attributes:
-        name: of the kernel.
-        removed: weights that its mask removes.
-        total: weights that it has.
-        solver: of SparseGPT and ADMM, else None.
-        restored: whether the weights that stay were restored and kept so; see `holdout`.
-    """
-
-    name: str
-    removed: int
-    total: int
-    solver: SolverReport | None = None
-    restored: bool = False
-
-    @property
-    def sparsity(self) -> float:
-        """Share removed."""
-        return self.removed / self.total
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """How kernels are pruned: the method or the masks, the settings, and the sparsity of each."""
-
-    method: str
-    masks: Mapping[str, Any] | None
-    restore: str | None
-    shares: Mapping[str, float]
-    pattern: str | None
-    block: int
-    damping: float | None
-    donate: bool
-    keep_zeros: bool
-    held_out: int = 0
-
-    @property
-    def hessian(self) -> bool:
-        return self.restore is not None or self.method in ("sparsegpt", "admm")
-
-    @property
-    def calibrated(self) -> bool:
-        return self.hessian or (self.masks is None and self.method != "magnitude")
-
-    def damping_of(self, solver: str) -> float:
-        return DAMPING[solver] if self.damping is None else self.damping
+from swe_prune.layout import conventional_axes
 
 
 def prune_blocks(
@@ -200,14 +143,14 @@ def prune_blocks(
     }
     shares = dict.fromkeys(shapes, 0.0) if given else _shares(shapes, sparsity, pattern)
     keep_zeros = zeros == "keep"
-    plan = _Plan(method, given, restore, shares, pattern, block, damping, donate, keep_zeros)
+    plan = Plan(method, given, restore, shares, pattern, block, damping, donate, keep_zeros)
     run = functools.partial(call or measuring.applied, model)
-    wires, states, counts, held_out = _captured(run, variables, batches, holdout, paths, offload)
+    wires, states, counts, held_out = captured(run, variables, batches, holdout, paths, offload)
     plan = dataclasses.replace(plan, held_out=held_out)
     pruned: dict[str, Any] = {}
     masks: dict[str, Any] = {}
     reports: list[KernelReport] = []
-    runners: list[_Runner] = []  # several where blocks differ, such as layers with a window
+    runners: list[Runner] = []  # several where blocks differ, such as layers with a window
     for index, of_kinds in enumerate(wires):
         path = of_kinds[0].path
         wanted = {
@@ -217,7 +160,7 @@ def prune_blocks(
         }
         runner = next((one for one in runners if one.fits(of_kinds, wanted)), None)
         if runner is None:
-            runner = _Runner(of_kinds, wanted, plan.hessian)
+            runner = Runner(of_kinds, wanted, plan.hessian)
             runners.append(runner)
         own = block_graph.part(variables, path)
         new, kept = _one_block(runner, path, own, states, counts, plan, reports, progress)
@@ -287,12 +230,12 @@ def _prune_nnx(
 
 
 def _one_block(
-    runner: "_Runner",
+    runner: Runner,
     path: str,
     own: Mapping[str, PyTree],
     states: list[block_graph.Activations],
     counts: list[int],
-    plan: _Plan,
+    plan: Plan,
     reports: list[KernelReport],
     progress: Callable[[KernelReport], None] | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -309,7 +252,7 @@ def _one_block(
     new, kept = {}, {}
     for name in runner.wanted:
         weight, given = (block_graph.leaf(tree_of["params"], name) for tree_of in (part, own))
-        *done, report = _kernel(
+        *done, report = prune_kernel(
             f"{path}/{name}",
             weight,
             axes[name],
@@ -338,7 +281,7 @@ def _in_place_of(given: Any, new: Any) -> Any:
 
 
 def _advance(
-    runner: "_Runner",
+    runner: Runner,
     own: Mapping[str, PyTree],
     new: Mapping[str, Any],
     states: list[block_graph.Activations],
@@ -388,341 +331,3 @@ def _shares(
         if name not in named:
             raise InputError(f"no sparsity is given for {name!r}; name it, or exclude it")
     return {name: check_sparsity(named[name], pattern)[0] for name in shapes}
-
-
-def _captured(
-    run: Callable[[Any, Any], Any],
-    variables: Mapping[str, PyTree],
-    batches: Iterable[PyTree],
-    holdout: Iterable[PyTree],
-    paths: list[str],
-    offload: bool,
-) -> tuple[list[list[block_graph.Wire]], list[block_graph.Activations], list[int], int]:
-    """Returns the blocks, for each kind of batch; what goes into the first; the sequences.
-
-    The last is the number of batches that are held out, which come last.
-    """
-    kinds: dict[str, int] = {}
-    of_kinds: list[list[block_graph.Wire]] = []
-    states: list[block_graph.Activations] = []
-    counts: list[int] = []
-    before = block_graph.without(variables, paths)
-    first = jax.jit(
-        lambda variables, batch: block_graph.into_first(lambda: run(variables, batch), paths)
-    )
-    held_out = 0
-    marked = itertools.chain(((one, 0) for one in batches), ((one, 1) for one in holdout))
-    for number, (batch, held) in enumerate(marked):
-        held_out += held
-        counts.append(of_batches.sequences(batch, number))
-        shapes = str(of_batches.shapes(batch))
-        if shapes not in kinds:
-            kinds[shapes] = len(of_kinds)
-            of_kinds.append(_wires(run, variables, batch, paths, number))
-            _check_order(of_kinds, number)
-        given = first(before, batch)
-        states.append(block_graph.Activations(_kept(given, offload), [], kinds[shapes]))
-    if len(states) == held_out:
-        raise of_batches.nothing_given()
-    if len(paths) > 1:
-        _start_as_second(of_kinds, states)
-    return [list(wires) for wires in zip(*of_kinds, strict=True)], states, counts, held_out
-
-
-def _start_as_second(
-    of_kinds: list[list[block_graph.Wire]], states: list[block_graph.Activations]
-) -> None:
-    """Puts what goes into the first block where the second finds what goes into it."""
-    moves = []
-    for wires in of_kinds:
-        wires[0], moved = block_graph.as_second(wires[0], wires[1])
-        moves.append((moved, _asked(wires, "given")))
-    for at, state in enumerate(states):
-        moved, asked = moves[state.kind]
-        made = [None] * (max(moved, default=-1) + 1)
-        for number, given in moved.items():
-            made[number] = state.given[given]
-        states[at] = block_graph.Activations(_less(state.given, asked), made, state.kind)
-
-
-def _asked(wires: Iterable[block_graph.Wire], kind: str) -> set[int]:
-    """Returns the numbers of what blocks ask for from a place."""
-    return {source.value for wire in wires for source in wire.sources if source.kind == kind}
-
-
-def _less(leaves: Sequence[Any], asked: set[int]) -> list[Any]:
-    """Returns the leaves that are asked for, None in between for the others."""
-    return [
-        leaf if number in asked else None
-        for number, leaf in enumerate(leaves[: max(asked, default=-1) + 1])
-    ]
-
-
-def _wires(
-    run: Callable[[Any, Any], Any], variables: Any, batch: Any, paths: list[str], number: int
-) -> list[block_graph.Wire]:
-    found: list[block_graph.Wire] = []
-
-    def traced(variables: Any, batch: Any) -> None:
-        found.extend(block_graph.trace(lambda: run(variables, batch), paths))
-
-    measuring.traced(traced, of_batches.shapes(variables), batch, number)
-    return found
-
-
-def _check_order(of_kinds: list[list[block_graph.Wire]], number: int) -> None:
-    orders = [[wire.path for wire in wires] for wires in of_kinds]
-    if orders[0] != orders[-1]:
-        raise InputError(
-            f"calibration batch {number} runs through the blocks in another order than batch 0; "
-            "give batches that run through them alike"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class _OnHost:
-    """An array that was brought to host memory, and how it was divided over devices.
-
-    `sharding` is None of one that jax was free to place: bound to its device it would be of another
-    kind to the compiled programs, and they would be compiled again.
-    """
-
-    value: np.ndarray
-    sharding: Any
-
-
-def _kept(leaves: Sequence[Any], offload: bool) -> list[Any]:
-    if not offload:
-        return list(leaves)
-    return [
-        _OnHost(jax.device_get(leaf), leaf.sharding if leaf.committed else None)
-        if isinstance(leaf, jax.Array)
-        else leaf
-        for leaf in leaves
-    ]
-
-
-def _on_device(state: block_graph.Activations) -> block_graph.Activations:
-    return jax.tree.map(
-        lambda leaf: (
-            jax.device_put(leaf.value, leaf.sharding) if isinstance(leaf, _OnHost) else leaf
-        ),
-        state,
-    )
-
-
-class _Runner:
-    """A block's compiled programs, which the blocks that are like it share."""
-
-    def __init__(
-        self,
-        wires: list[block_graph.Wire],
-        wanted: Mapping[str, Any],
-        hessian: bool,
-    ) -> None:
-        self.wires, self.wanted = wires, dict(wanted)
-        self.tracing = measuring.Tracing(self._run)
-        self.measure = measuring.make_measure_fn(self.tracing, self.wanted, hessian=hessian)
-        self.step = measuring.make_accumulate_step(self.measure)
-        self.known: dict[str, Any] = {}
-        self.forward = jax.jit(self._run)
-        self.found: dict[str, Axes] | None = None
-
-    def _run(self, variables: Any, state: block_graph.Activations) -> list[Array]:
-        return self.wires[state.kind].run(variables, state.given, state.made)
-
-    def axes(self, part: PyTree, state: block_graph.Activations) -> dict[str, Axes]:
-        """Returns the axes of the block's kernels by name, traced once."""
-        if self.found is None:
-            # The shapes are enough: nothing comes back from host memory for them.
-            given = of_batches.shapes(
-                jax.tree.map(lambda leaf: leaf.value if isinstance(leaf, _OnHost) else leaf, state)
-            )
-            of = axes_of(axes_by_name(self.tracing(part, given)))
-            self.found = {name: of(name, shape) for name, shape in self.wanted.items()}
-        return self.found
-
-    def fits(self, wires: list[block_graph.Wire], wanted: Mapping[str, Any]) -> bool:
-        """Returns whether another block is like this one."""
-        pairs = zip(wires, self.wires, strict=True)
-        return self.wanted == dict(wanted) and all(a.alike(b) for a, b in pairs)
-
-    def measured(
-        self, part: PyTree, states: list[block_graph.Activations], counts: list[int]
-    ) -> dict[str, Any]:
-        """Returns the sums of the block's kernels over all batches."""
-        sums, _ = measuring.accumulate(
-            self.measure,
-            part,
-            map(_on_device, states),
-            step=self.step,
-            count=lambda _, number: counts[number],
-            known=self.known,
-        )
-        measuring.check_used(self.wanted, sums)
-        return sums
-
-    def advanced(
-        self,
-        part: PyTree,
-        state: block_graph.Activations,
-        later: list[list[block_graph.Wire]],
-        offload: bool,
-    ) -> block_graph.Activations:
-        """Returns what goes into the next block, less what no later block asks for."""
-        made = self.forward(part, _on_device(state))
-        wires = [of_kinds[state.kind] for of_kinds in later]
-        made = _less(made, _asked(wires[:1], "made"))
-        given = _less(state.given, _asked(wires, "given"))
-        return block_graph.Activations(given, _kept(made, offload), state.kind)
-
-
-def _kernel(
-    name: str,
-    weight: Array,
-    axes: Axes,
-    sums: dict[str, Array] | None,
-    guard: dict[str, Array] | None,
-    n: int,
-    plan: _Plan,
-) -> tuple[Array, Array, KernelReport]:
-    """Returns a kernel pruned, its mask, and the report."""
-    weight_RxC = patterns.as_matrix(weight, axes)
-    keep = None if plan.masks is None else patterns.as_matrix(plan.masks[name], axes)
-    share = plan.shares[name]
-    if not axes.copies:
-        new, mask, report, restored = _matrix(name, weight_RxC, keep, sums, guard, n, share, plan)
-    else:
-        # Each copy, such as an expert, is a kernel of its own.
-        stacked = weight_RxC.reshape(-1, *weight_RxC.shape[-2:])
-        keeps: Any = [None] * len(stacked) if keep is None else keep.reshape(stacked.shape)
-        done = []
-        for at, one_RxC in enumerate(stacked):
-            own, held = (_of_copy(some, at, len(stacked)) for some in (sums, guard))
-            label = f"{name}[{at}]"
-            done.append(_matrix(label, one_RxC, keeps[at], own, held, n, share, plan))
-        news, kept, reports, kept_so = zip(*done, strict=True)
-        new, mask = (jnp.stack(some).reshape(weight_RxC.shape) for some in (news, kept))
-        report, restored = _joined(reports), any(kept_so)
-    removed = mask.size - int(_count_true(mask))
-    return (
-        patterns.from_matrix(new, weight.shape, axes),
-        patterns.from_matrix(mask, weight.shape, axes),
-        KernelReport(name, removed, weight.size, report, restored),
-    )
-
-
-def _of_copy(sums: dict[str, Array] | None, at: int, copies: int) -> dict[str, Array] | None:
-    """Returns the sums of one copy of a kernel."""
-    if sums is None:
-        return None
-    return {
-        kind: value.reshape(copies, *(value.shape[-2:] if kind == "outer" else (-1,)))[at]
-        for kind, value in sums.items()
-    }
-
-
-def _matrix(
-    name: str,
-    weight_RxC: Array,
-    keep_RxC: Array | None,
-    sums: dict[str, Array] | None,
-    guard: dict[str, Array] | None,
-    n: int,
-    share: float,
-    plan: _Plan,
-) -> tuple[Array, Array, SolverReport | None, bool]:
-    """Returns a matrix pruned, its mask, the solver's report, and whether it was restored."""
-    if plan.pattern is not None:
-        patterns.check_divides(name, len(weight_RxC), patterns.parse_n_of_m(plan.pattern)[1])
-    hessian: Any = None  # there where the plan needs it
-    if sums is not None and plan.hessian:
-        hessian = _scaled(sums.pop("outer").reshape([len(weight_RxC)] * 2), 2 / n)
-    zeros = "keep" if plan.keep_zeros else "free"
-    report: SolverReport | None = None
-    # Choose the mask, unless it is given.
-    if keep_RxC is not None:
-        pruned_RxC = _zeroed(weight_RxC, keep_RxC)
-    elif plan.method == "sparsegpt":
-        damping = plan.damping_of("sparsegpt")
-        pruned_RxC, keep_RxC, report = sparsegpt(
-            weight_RxC, hessian, share, plan.pattern, plan.block, damping, zeros
-        )
-    elif plan.method == "admm":
-        own = share if plan.pattern is None else None
-        damping = plan.damping_of("admm")
-        pruned_RxC, keep_RxC, report = admm(
-            weight_RxC, hessian, own, plan.pattern, damping=damping, zeros=zeros
-        )
-    else:
-        by_input = sums["square"] if sums is not None and plan.method != "magnitude" else None
-        score_RxC = _scores(weight_RxC, by_input, n)
-        if plan.keep_zeros:
-            score_RxC = _zeros_last(score_RxC, weight_RxC)
-        keep_RxC = _ranked(name, score_RxC, share, plan)
-        pruned_RxC = _zeroed(weight_RxC, keep_RxC)
-    if plan.restore is None or (plan.method == "admm" and plan.masks is None):
-        return pruned_RxC, keep_RxC, report, False
-    # Restore the weights that stay, if that holds on the inputs of the held-out batches.
-    damping = plan.damping_of("admm")
-    restored_RxC, _, solved = admm(weight_RxC, hessian, mask=keep_RxC, damping=damping)
-    if guard is not None:
-        outer_RxR = guard["outer"].reshape([len(weight_RxC)] * 2)
-        alone, with_update = (
-            float(squared_error(kernel, weight_RxC, outer_RxR))
-            for kernel in (_zeroed(weight_RxC, keep_RxC), restored_RxC)
-        )
-        if with_update > alone:
-            return pruned_RxC, keep_RxC, report, False
-    return restored_RxC, keep_RxC, solved, True
-
-
-def _joined(given: Sequence[SolverReport | None]) -> SolverReport | None:
-    """Returns the report of all copies of a kernel, with the largest damping."""
-    reports = [report for report in given if report is not None]
-    if len(reports) < 2:
-        return reports[0] if reports else None
-    dead, removed, error = (
-        sum(getattr(report, field) for report in reports) for field in ("dead", "removed", "error")
-    )
-    return SolverReport(max(report.damping for report in reports), dead, removed, error)
-
-
-@jax.jit
-def _scores(weight_RxC: Array, square: Array | None, n: int) -> Array:
-    score_RxC = jnp.abs(weight_RxC.astype(jnp.float32))
-    return score_RxC if square is None else score_RxC * jnp.sqrt(square / n).reshape(-1, 1)
-
-
-@jax.jit
-def _zeros_last(score_RxC: Array, weight_RxC: Array) -> Array:
-    return jnp.where((weight_RxC == 0) & ~jnp.isnan(score_RxC), -jnp.inf, score_RxC)
-
-
-@jax.jit
-def _zeroed(weight_RxC: Array, mask_RxC: Array) -> Array:
-    return jnp.where(mask_RxC, weight_RxC, 0)
-
-
-@jax.jit
-def _count_true(mask_RxC: Array) -> counting.Count:
-    return counting.count_true([mask_RxC])
-
-
-@functools.partial(jax.jit, donate_argnums=0)  # a Hessian is large: not twice
-def _scaled(sum_RxR: Array, factor: float) -> Array:
-    return sum_RxR * factor
-
-
-def _ranked(name: str, score_RxC: Array, share: float, plan: _Plan) -> Array:
-    there_RxC = score_RxC != -jnp.inf  # what was 0 before
-    if plan.pattern is not None:
-        n, m = patterns.parse_n_of_m(plan.pattern)
-        return patterns.n_of_m_mask(score_RxC, n, m, name) & there_RxC
-    if plan.method == "magnitude":
-        keep = score_RxC.size - int(score_RxC.size * share)
-        return select.top_k_mask(score_RxC, keep, name=name) & there_RxC
-    if plan.method == "wanda":  # rounded and with its ties broken as in the reference
-        return wanda.wanda_mask(score_RxC, share, rounding="down", ties="last")
-    # The variant adds scores up, to which a weight that is gone adds nothing.
-    return wanda.wanda_variant_mask(jnp.where(there_RxC, score_RxC, 0), share) & there_RxC
