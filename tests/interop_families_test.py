@@ -1,6 +1,7 @@
 """config.json <-> ModelConfig, and the tables of names."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -283,3 +284,28 @@ def test_the_tables_say_which_rows_lie_interleaved():
     kernel = np.tile(np.arange(6.0), (16, 1))
     stored = bound.write({"block_0/attention/query/kernel": kernel})
     np.testing.assert_array_equal(stored[:, 0], [0, 3, 1, 4, 2, 5])
+
+
+SIZES = {  # layers, heads, key heads, width, hidden, vocabulary; weights as published
+    "qwen2": ((24, 14, 2, 896, 4864, 151936), {"tie_word_embeddings": True}, 494_032_768),
+    "qwen3": ((28, 16, 8, 1024, 3072, 151936), {"tie_word_embeddings": True}, 596_049_920),
+    "gemma2": ((26, 8, 4, 2304, 9216, 256000), {}, 2_614_341_888),
+    "gemma3_text": ((26, 4, 1, 1152, 6912, 262144), {}, 999_885_952),
+    "gpt_neox": ((6, 8, 8, 512, 2048, 50304), {}, 70_426_624),
+    "opt": ((12, 12, 12, 768, 3072, 50272), {"ffn_dim": 3072}, 125_239_296),
+    "smollm3": ((36, 16, 4, 2048, 11008, 128256), {}, 3_075_098_624),
+    "olmo2": ((16, 16, 16, 2048, 8192, 100352), {}, 1_484_916_736),
+    "granite": ((40, 32, 8, 2048, 8192, 49155), {"tie_word_embeddings": True}, 2_533_531_648),
+    "mixtral": ((32, 32, 8, 4096, 14336, 32000), {}, 46_702_792_704),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_published_models_have_as_many_weights_as_published(name):
+    numbers, more, published = SIZES[name]
+    keys = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size",
+            "intermediate_size", "vocab_size")  # fmt: skip
+    hf = {"model_type": name} | dict(zip(keys, numbers, strict=True)) | more
+    _, config, vocab_size = hf_config.read_config(hf)
+    shapes = slices.param_shapes(config, vocab_size)
+    assert sum(math.prod(shape) for shape in shapes.values()) == published

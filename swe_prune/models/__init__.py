@@ -2,6 +2,7 @@
 
 gpt        one decoder for all model families: `build`, and the partition rules of its parameters
 block      decoder block: attention and MLP
+checks     checks of the config
 experts    MLP of sparse experts
 layers     dense layers, norms and activations
 attention  causal attention

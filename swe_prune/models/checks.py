@@ -1,0 +1,79 @@
+"""Checks of the decoder's config, each with a sentence that says what to change."""
+
+from swe_prune.config import ModelConfig, check_choices
+from swe_prune.errors import InputError
+from swe_prune.models import rope
+
+
+def check(config: ModelConfig) -> None:
+    """Checks the sizes and choices of the decoder.
+
+    Raises:
+        InputError: If a setting is unknown, or settings do not fit together.
+    """
+    check_choices(config, "config.model")
+    if config.head_width is None and config.width % config.heads:
+        raise InputError(
+            f"config.model.width must be a multiple of heads = {config.heads}, got {config.width}"
+        )
+    if config.key_heads < 1 or config.heads % config.key_heads:
+        raise InputError(
+            f"config.model.kv_heads must be a divisor of heads = {config.heads}, "
+            f"got {config.kv_heads}"
+        )
+    if config.window is not None and config.window < 1:
+        raise InputError(f"config.model.window must be at least 1, got {config.window}")
+    if config.positions == "rope":
+        rope.check(config, config.head_size)
+    _check_layers(config)
+    _check_numbers(config)
+    if config.experts is not None:
+        _check_experts(config)
+
+
+def _check_layers(config: ModelConfig) -> None:
+    for name in ("sliding", "rotary"):
+        given = len(getattr(config, name))
+        if given not in (0, config.layers):
+            raise InputError(
+                f"config.model.{name} must have one entry for each of the {config.layers} layers, "
+                f"or none, got {given}"
+            )
+    if config.scan_layers and (config.sliding or config.rotary):
+        raise InputError(
+            "config.model.scan_layers compiles one block for all layers, and sliding or rotary "
+            "makes layers that differ; set scan_layers=False"
+        )
+    if any(config.sliding) and config.window is None:
+        raise InputError("config.model.sliding needs a window; set config.model.window")
+    if config.sliding_theta is not None and not config.sliding:
+        raise InputError("config.model.sliding_theta needs config.model.sliding; set it")
+
+
+def _check_numbers(config: ModelConfig) -> None:
+    for name in ("attention_scale", "attention_cap", "logit_cap", "logit_divisor"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise InputError(f"config.model.{name} must be above 0, got {value}")
+    if config.position_offset < 0:
+        raise InputError(
+            f"config.model.position_offset must be 0 or more, got {config.position_offset}"
+        )
+    if config.norm_plus_one and (config.norm != "rms" or config.head_norm == "each_head"):
+        raise InputError(
+            "config.model.norm_plus_one needs norm 'rms' and no head_norm 'each_head'; change one"
+        )
+
+
+def _check_experts(config: ModelConfig) -> None:
+    assert config.experts is not None
+    if not 1 <= config.experts_per_token <= config.experts:
+        raise InputError(
+            f"config.model.experts_per_token must be 1 to experts = {config.experts}, got "
+            f"{config.experts_per_token}"
+        )
+    if not config.gated or config.mlp_bias or (config.mlp_bias is None and config.use_bias):
+        raise InputError(
+            "config.model.experts needs a gated MLP without biases; set gated=True and "
+            "mlp_bias=False"
+        )
