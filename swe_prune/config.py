@@ -670,7 +670,7 @@ def _validate_cell(cell: CellConfig, path: str, must: Callable[..., None]) -> No
     must(cell.recovery != "none", f"{path}.recovery", rule, cell.recovery)
     at_once = cell.rate is not None or cell.method is not None or cell.n_of_m
     at_once = at_once or cell.restore is not None
-    rule = f"{ONE_SHOT!r}, since a rate, a method, an n:m pattern or a restoration prunes at once"
+    rule = f"{ONE_SHOT!r}, since a rate, a restoration, a method or an n:m pattern prunes at once"
     must(not at_once, f"{path}.schedule", rule, schedule)
     if schedule in ("cubic", "iterative"):
         return

@@ -22,25 +22,25 @@ LEARNED = RNG.normal(size=SHAPE).astype(np.float32)
 
 
 def stats():
-    tracked = trajectory.init({"w": THETA[0]}, tuple(trajectory.BUFFERS))
+    tracked = trajectory.init({"kernel": THETA[0]}, tuple(trajectory.BUFFERS))
     for theta in THETA[1:]:
-        tracked = trajectory.update(tracked, {"w": theta})
+        tracked = trajectory.update(tracked, {"kernel": theta})
     return tracked
 
 
 def score(name, **options):
     return importance.score(
         name,
-        {"w": jnp.asarray(THETA[-1])},
+        {"kernel": jnp.asarray(THETA[-1])},
         stats=stats(),
         measured={
-            "second_moment": {"w": SQUARE},
-            "gradient": {"w": GRAD},
-            "gradient_square": {"w": SQUARE},
-            "learned": {"w": LEARNED},
+            "second_moment": {"kernel": SQUARE},
+            "gradient": {"kernel": GRAD},
+            "gradient_square": {"kernel": SQUARE},
+            "learned": {"kernel": LEARNED},
         },
         **options,
-    )["w"]
+    )["kernel"]
 
 
 W, SEEN, V, G = WIDE[-1], WIDE[1:], SQUARE.astype(np.float64), GRAD.astype(np.float64)
@@ -100,8 +100,8 @@ def lamp_by_loop(w):
 
 def test_lamp_is_the_square_over_the_squares_that_are_not_smaller():
     np.testing.assert_allclose(score("lamp"), lamp_by_loop(W), rtol=1e-5)
-    zeros = importance.score("lamp", {"w": jnp.zeros((3, 2))}, zeros="free")
-    assert zeros["w"].tolist() == [[0, 0]] * 3
+    zeros = importance.score("lamp", {"kernel": jnp.zeros((3, 2))}, zeros="free")
+    assert zeros["kernel"].tolist() == [[0, 0]] * 3
 
 
 def test_lamp_evens_out_the_scales_of_tensors():
@@ -126,8 +126,8 @@ def test_bezier_removes_its_share_of_every_bin(seed, method, upscale, symmetric)
     weight = rng.normal(size=(50, 3)).astype(np.float32)
     control = (1.0, 0.14, 0.14, 0.1)
     scores = importance.score(
-        "bezier", {"w": weight}, seed=seed, method=method, symmetric=symmetric
-    )["w"]
+        "bezier", {"kernel": weight}, seed=seed, method=method, symmetric=symmetric
+    )["kernel"]
     bins, curve = 8, bezier_by_numpy(control, 8)
     share = np.minimum(curve * upscale if method == "*" else curve + upscale, 1)
     for unit in range(3):
@@ -158,16 +158,18 @@ def test_bezier_peaks_in_the_middle_and_a_flat_curve_removes_nothing():
         rtol=1e-5, atol=1e-6,
     )  # fmt: skip
     assert [bezier_lib.bin_count(n) for n in (4, 9, 15, 16, 100)] == [2, 4, 4, 4, 10]
-    flat = importance.score("bezier", {"w": THETA[-1]}, control=(0.5, 0.5, 0.5, 0.5))["w"]
+    flat = importance.score("bezier", {"kernel": THETA[-1]}, control=(0.5, 0.5, 0.5, 0.5))["kernel"]
     assert np.isinf(flat).all()
 
 
 def test_bezier_swe_bins_the_late_mean():
     late = jnp.asarray(LATE, jnp.float32)
-    binned = importance.score("bezier", {"w": trajectory.read(stats(), "late_mean")["w"]})["w"]
+    binned = importance.score(
+        "bezier", {"kernel": trajectory.read(stats(), "late_mean")["kernel"]}
+    )["kernel"]
     np.testing.assert_array_equal(score("bezier_swe"), binned)
     np.testing.assert_allclose(
-        trajectory.read(stats(), "late_mean")["w"], late, rtol=1e-5, atol=1e-6
+        trajectory.read(stats(), "late_mean")["kernel"], late, rtol=1e-5, atol=1e-6
     )
 
 
@@ -175,7 +177,7 @@ def test_bezier_swe_bins_the_late_mean():
                                      {"control": (1.0, 0.0, 0.0, float("nan"))}])  # fmt: skip
 def test_a_bezier_that_is_none_is_refused(options):
     with pytest.raises(InputError, match=r"of 'bezier' (is|must be)"):
-        importance.score("bezier", {"w": THETA[-1]}, **options)
+        importance.score("bezier", {"kernel": THETA[-1]}, **options)
 
 
 PARAMS = {"a": {"kernel": jnp.asarray(THETA[-1])}, "b": {"bias": jnp.ones(4)}}
@@ -235,12 +237,12 @@ def test_the_second_moment_is_found_in_any_chain(name):
 
 @pytest.mark.parametrize("shape", [(12, 10), (10, 12), (3, 12, 10)])
 def test_adafactors_vectors_are_multiplied_out(shape):
-    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)}
+    params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)}
     optimizer = optax.adafactor(1e-3, min_dim_size_to_factor=2)
     state = jax.jit(optimizer.init)(params)
     _, state = jax.jit(optimizer.update)(jax.tree.map(jnp.cos, params), state, params)
-    v = np.asarray(importance.second_moment(state, params)["w"], np.float64)
-    square = np.cos(np.asarray(params["w"], np.float64)) ** 2
+    v = np.asarray(importance.second_moment(state, params)["kernel"], np.float64)
+    square = np.cos(np.asarray(params["kernel"], np.float64)) ** 2
     # A first step's vectors are the means of the squares, times one factor for all.
     rows, columns = square.mean(-1, keepdims=True), square.mean(-2, keepdims=True)
     expected = rows * columns / rows.mean(-2, keepdims=True)
@@ -255,15 +257,15 @@ def test_an_optimizer_without_a_second_moment_is_named_as_such(optimizer):
 
 
 def test_a_need_of_another_shape_is_refused_by_its_tensor():
-    with pytest.raises(InputError, match="'gradient' of 'w' has shape"):
-        importance.score("snip", {"w": THETA[-1]}, measured={"gradient": {"w": GRAD.T}})
-    with pytest.raises(InputError, match="'gradient', which was not measured for 'w'"):
-        importance.score("snip", {"w": THETA[-1]}, measured={"gradient": {"w": None}})
+    with pytest.raises(InputError, match="'gradient' of 'kernel' has shape"):
+        importance.score("snip", {"kernel": THETA[-1]}, measured={"gradient": {"kernel": GRAD.T}})
+    with pytest.raises(InputError, match="'gradient', which was not measured for 'kernel'"):
+        importance.score("snip", {"kernel": THETA[-1]}, measured={"gradient": {"kernel": None}})
 
 
 def test_curvature_costs_no_memory_and_no_pass():
     """The compiled scores of a curvature criterion hold no temporary beside their output."""
-    params = {"w": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
+    params = {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
     moments = optax.ScaleByAdamState(jnp.int32(1), params, params)
     compiled = (
         jax.jit(lambda p, s: importance.score("magnitude_curvature", p, opt_state=s))

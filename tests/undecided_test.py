@@ -65,18 +65,18 @@ def test_statistics_without_a_snapshot_are_refused():
 
 @pytest.mark.parametrize("scope", ["tensor", "global", "row"])
 def test_ties_that_decide_are_warned_of(scope):
-    equal = {"a": jnp.ones((6, 8)), "b": jnp.ones((6, 8))}
+    equal = {name: {"kernel": jnp.ones((6, 8))} for name in "ab"}
     with pytest.warns(UndecidedWarning, match="scores tie: .* decides 48 of the 48") as found:
         mask = masks.by_sparsity(equal, 0.5, scope)
     assert masks.summary(mask).pruned == 48
     if scope == "global":  # whole tensors go by index
-        assert any("every weight of 'b' is removed" in str(one.message) for one in found)
+        assert any("every weight of 'b/kernel' is removed" in str(one.message) for one in found)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "block:2x2"])
 def test_equal_scores_are_warned_of_under_patterns(pattern):
     with pytest.warns(UndecidedWarning, match="scores tie"):
-        masks.by_sparsity({"a": jnp.ones((8, 8))}, 0.5, pattern=pattern)
+        masks.by_sparsity({"kernel": jnp.ones((8, 8))}, 0.5, pattern=pattern)
 
 
 def test_scores_that_decide_bring_no_warning():
@@ -84,7 +84,7 @@ def test_scores_that_decide_bring_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for scope in masks.SCOPES:
-            masks.by_sparsity({"w": few.reshape(20, 50)}, 0.5, scope)
+            masks.by_sparsity({"kernel": few.reshape(20, 50)}, 0.5, scope)
         jax.jit(lambda s: masks.by_sparsity(s, 0.5))({"w": jnp.ones(8)})
         masks.by_sparsity({"w": jnp.where(few < 500, -jnp.inf, few)}, 0.5)
 
