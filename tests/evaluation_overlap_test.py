@@ -49,6 +49,9 @@ def test_nothing_is_missed_and_nothing_made_up(first, second, n):
 )
 @hypothesis.settings(max_examples=30, deadline=None)
 def test_a_passage_that_was_put_in_is_found_where_it_is(length, at, to, rows):
+    # By chance the texts may agree right before or after the passage, which is longer then.
+    before = at > 0 and to > 0 and A[at - 1] == B[to - 1]
+    hypothesis.assume(not before and A[at + length] != B[to + length])
     copied = B.copy()
     copied[to : to + length] = A[at : at + length]
     given_first, given_second = (A.reshape(3, -1), copied) if rows else (A, copied)
