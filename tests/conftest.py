@@ -1,10 +1,9 @@
 import contextlib
-import importlib.util
-import mmap
 import os
 import platform
+import subprocess
+import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 
@@ -41,7 +40,7 @@ def pytest_configure(config):
     """
     given = os.environ.get("XLA_FLAGS", "")
     wanted = FLAGS + (X86_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else ())
-    added = [flag for flag in wanted if flag not in given and _is_known(flag)]
+    added = _known([flag for flag in wanted if flag not in given])
     os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
     # Tests compare with float64 to float32's precision; a GPU would round its products to TF32.
     os.environ.setdefault(PRECISION, "highest")
@@ -57,17 +56,17 @@ def pytest_configure(config):
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [filters, *CACHE_WARNINGS]))
 
 
-def _is_known(flag):
-    """Returns whether the installed XLA has the flag; XLA aborts on one that it does not have."""
-    name = flag.removeprefix("--").partition("=")[0].encode()
-    (package,) = importlib.util.find_spec("jaxlib").submodule_search_locations
-    for library in Path(package).glob("libjax_common.*"):
-        with (
-            library.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
-        ):
-            return text.find(name) >= 0
-    return False
+def _known(flags):
+    """Returns the flags that the installed XLA has; it aborts a process on one that it lacks."""
+    if not flags or _starts_with(flags):
+        return list(flags)
+    return [flag for flag in flags if _starts_with([flag])]
+
+
+def _starts_with(flags):
+    env = {**os.environ, "XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    return subprocess.run(command, env=env, capture_output=True, check=False).returncode == 0
 
 
 def _make_room(folder):
