@@ -450,7 +450,7 @@ class Walk:
 
     def _scan(self, eqn: Any, cells: list[Cell]) -> list[Cell]:
         params, body = eqn.params, eqn.params["jaxpr"]
-        consts, carried = params["num_consts"], params["num_carry"]
+        consts, carried = _scan_counts(params)
         fixed, start = cells[:consts], cells[consts : consts + carried]
         rows = cells[consts + carried :]
         self._depth += 1
@@ -490,7 +490,7 @@ class Walk:
         depth: int,
     ) -> tuple[list[Cell], Sums]:
         infos: list[Cell] = []
-        carried = params["num_carry"]
+        _, carried = _scan_counts(params)
 
         def iteration(carry: Any, row: Any) -> Any:
             cells = [
@@ -662,6 +662,15 @@ def _distinct(found: Sequence[View]) -> tuple[View, ...]:
         places = tuple(at if isinstance(at, int) else id(at) for at in view.places)
         known.setdefault((view, places), view)
     return tuple(known.values())
+
+
+def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns the numbers of constants and of carried values of a scan."""
+    if "num_carry" in params:
+        return params["num_consts"], params["num_carry"]
+    # From jax 0.12 on, the arguments are grouped in a tree instead.
+    consts, carried, _ = (len(list(group)) for group in params["ft_in"].unpack())
+    return consts, carried
 
 
 def _zeros(shapes: Any) -> Any:
