@@ -1,5 +1,7 @@
 """Checks of calibration batches, whose arrays share a first axis over the sequences."""
 
+from typing import Any
+
 import jax
 from jaxtyping import PyTree
 
@@ -38,7 +40,14 @@ def shapes(tree: PyTree) -> PyTree:
     """Replaces the arrays of a pytree by abstract arrays; other leaves stay."""
     return jax.tree.map(
         lambda leaf: (
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf
+            jax.ShapeDtypeStruct(leaf.shape, _dtype(leaf)) if hasattr(leaf, "shape") else leaf
         ),
         tree,
     )
+
+
+def _dtype(leaf: Any) -> Any:
+    """Returns the dtype that JAX gives an array, such as int32 for NumPy's int64."""
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return leaf.dtype
+    return jax.dtypes.canonicalize_dtype(leaf.dtype)

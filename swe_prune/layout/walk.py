@@ -291,6 +291,12 @@ class Walk:
             starts = [0] * len(old)
             starts[params["axis"]] = sum(params["sizes"][:number])
             return views.sliced(view, old, new, starts)
+        if name == "unstack":  # a slice at each position, without the axis
+            axis = params["axis"]
+            starts = [0] * len(old)
+            starts[axis] = number
+            one = [1 if at == axis else size for at, size in enumerate(old)]
+            return views.squeezed(views.sliced(view, old, one, starts), [axis])
         if name == "dynamic_slice" and at == 0:
             return views.sliced(view, old, new, [cell.value for cell in cells[1 : 1 + len(old)]])
         if name == "gather" and at == 0:
