@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from swe_prune import tree
@@ -48,6 +49,6 @@ def shapes(tree: PyTree) -> PyTree:
 
 def _dtype(leaf: Any) -> Any:
     """Returns the dtype that JAX gives an array, such as int32 for NumPy's int64."""
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return leaf.dtype
     return jax.dtypes.canonicalize_dtype(leaf.dtype)
