@@ -1,6 +1,6 @@
 """One-shot pruning of a pretrained model, from the bare checkpoint, in and out of its domain.
 
-    python benchmarks/one_shot.py                      SmolLM2-135M, one seed, some 40 minutes
+    python benchmarks/one_shot.py                      SmolLM2-135M, one seed
     python benchmarks/one_shot.py --seeds 0 1 2 --scored=16384 --sparsities 0.5 0.6 0.7
 
 Every method gets the same calibration windows of Shakespeare's plays, nothing else, and the model

@@ -396,7 +396,7 @@ def measure(
     measured = calibration.measure(
         frozenset().union(*(recipe.needs for recipe in recipes)) & MEASURES,
         model,
-        {"params": params} if isinstance(model, nn.Module) else params,
+        params,
         batches,
         loss=loss,
         prunable=prunable,

@@ -17,6 +17,7 @@ from swe_prune import allocation, importance, patterns, select
 from swe_prune.blockwise.sparsegpt import SolverReport, check_kernel
 from swe_prune.errors import InputError, check_choice
 from swe_prune.importance import hessian
+from swe_prune.masks.fitting import check_fits
 
 ITERATIONS = 20
 CHOOSING = 15
@@ -112,10 +113,7 @@ def _checked(
         raise InputError(
             "a mask says itself what goes, so sparsity and pattern must be None; leave them out"
         )
-    if mask.shape != weight_RxC.shape or mask.dtype != bool:
-        raise InputError(
-            f"the mask must be bool of shape {weight_RxC.shape}, got {mask.dtype} of {mask.shape}"
-        )
+    check_fits("kernel", mask, weight_RxC)
     check_kernel(weight_RxC, hessian_RxR, 0.0, None)
     return 0.0, None
 

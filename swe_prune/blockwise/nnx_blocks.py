@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from swe_prune import tree
+from swe_prune.layout.trace import inputs_of
 
 _INTERCEPTOR: contextvars.ContextVar[Any] = contextvars.ContextVar("interceptor", default=None)
 
@@ -76,38 +77,10 @@ def variables_of(module: nnx.Module, params: PyTree) -> dict[str, dict[str, Any]
     given = dict(tree.named_leaves(params))
     _, weights, rest = nnx.split(module, nnx.Param, ...)
     own, others = (dict(tree.named_leaves(part)) for part in (weights, rest))
-    found = {"params": nested({name: given.get(name, leaf) for name, leaf in own.items()})}
+    found = {"params": tree.nested({name: given.get(name, leaf) for name, leaf in own.items()})}
     if others:
-        found["rest"] = nested({name: given.get(name, leaf) for name, leaf in others.items()})
+        found["rest"] = tree.nested({name: given.get(name, leaf) for name, leaf in others.items()})
     return found
-
-
-def nested(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested dicts of leaves by name.
-
-    >>> nested({"blocks/0/kernel": 1})
-    {'blocks': {'0': {'kernel': 1}}}
-    """
-    root: dict[str, Any] = {}
-    for name, leaf in named.items():
-        *folders, last = name.split("/")
-        node = root
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = leaf
-    return root
-
-
-def like(params: PyTree, found: Mapping[str, Any]) -> PyTree:
-    """Returns the leaves of nested dicts in the structure of `params`."""
-    named = dict(tree.named_leaves(found))
-    return tree.map_leaves(lambda name, _: named.get(name), params)
-
-
-def marks(variables: Mapping[str, Any], prunable: PyTree) -> PyTree:
-    """Returns a bool pytree like nested dicts, of one like the module's parameters."""
-    named = dict(tree.named_leaves(prunable))
-    return tree.map_leaves(lambda name, _: bool(named.get(name, False)), variables)
 
 
 def runner(
@@ -129,8 +102,7 @@ def runner(
             _reporting(_at(fresh, path), path)
         if call is not None:
             return call(fresh, batch)
-        has_inputs = isinstance(batch, Mapping) and "inputs" in batch
-        return fresh(batch["inputs"] if has_inputs else batch)
+        return fresh(inputs_of(batch))
 
     return run
 

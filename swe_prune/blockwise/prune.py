@@ -26,6 +26,7 @@ from swe_prune.blockwise.sparsegpt import BLOCK, check_sparsity
 from swe_prune.calibration import layer_inputs as measuring
 from swe_prune.errors import InputError, check_choice, did_you_mean
 from swe_prune.layout import conventional_axes
+from swe_prune.masks.fitting import check_mask
 
 
 def prune_blocks(
@@ -100,34 +101,18 @@ def prune_blocks(
 
     Sources: those of `sparsegpt`, `admm` and `wanda`, whose references all go block after block.
     """
-    if isinstance(model, nnx.Module):
-        return _prune_nnx(
-            model,
-            variables,
-            batches,
-            call=call,
-            prunable=prunable,
-            blocks=blocks,
-            sparsity=sparsity,
-            method=method,
-            pattern=pattern,
-            mask=mask,
-            restore=restore,
-            holdout=holdout,
-            block=block,
-            damping=damping,
-            offload=offload,
-            donate=donate,
-            zeros=zeros,
-            progress=progress,
-        )
-    if not isinstance(model, nn.Module | nnx_blocks.Functional):
+    is_nnx = isinstance(model, nnx.Module)
+    if not is_nnx and not isinstance(model, nn.Module):
         raise InputError(
             f"model must be a Linen or an NNX module whose blocks are modules, got "
             f"{type(model).__name__}; prune a plain function at once, by a criterion such as wanda "
             "with measured=calibration.inputs(fn, params, batches)"
         )
-    params = measuring.params_of(variables)
+    # Results are like what was given; an NNX module is run from nested dicts of the same names.
+    alike = variables if is_nnx else measuring.params_of(variables)
+    if is_nnx:
+        variables = nnx_blocks.variables_of(model, variables)
+    params = variables["params"]
     check_choice(method, METHODS, "method")
     check_choice(restore, RESTORES, "restore")
     check_choice(zeros, importance.ZEROS, "zeros")
@@ -144,7 +129,10 @@ def prune_blocks(
     shares = dict.fromkeys(shapes, 0.0) if given else _shares(shapes, sparsity, pattern)
     keep_zeros = zeros == "keep"
     plan = Plan(method, given, restore, shares, pattern, block, damping, donate, keep_zeros)
-    run = functools.partial(call or measuring.applied, model)
+    if is_nnx:
+        run = nnx_blocks.runner(model, paths, call)
+    else:
+        run = functools.partial(call or measuring.applied, model)
     wires, states, counts, held_out = captured(run, variables, batches, holdout, paths, offload)
     plan = dataclasses.replace(plan, held_out=held_out)
     pruned: dict[str, Any] = {}
@@ -168,7 +156,7 @@ def prune_blocks(
             _advance(runner, own, new, states, wires[index + 1 :], offload)
         pruned |= {f"{path}/{name}": leaf for name, leaf in new.items()}
         masks |= {f"{path}/{name}": leaf for name, leaf in kept.items()}
-    return _with(params, pruned), _only(params, masks), tuple(reports)
+    return _with(alike, pruned), _only(alike, masks), tuple(reports)
 
 
 def _given_masks(
@@ -179,54 +167,11 @@ def _given_masks(
         raise InputError(
             "a mask says itself what goes, so sparsity and pattern must be None; leave them out"
         )
-    found: dict[str, Array] = {}
-
-    def one(name: str, weight: Any, keep: Any) -> None:
-        if keep is None:
-            return
-        if keep.dtype != bool or keep.shape != weight.shape:
-            raise InputError(
-                f"the mask of {name!r} must be bool of shape {weight.shape}, got {keep.dtype} of "
-                f"{keep.shape}; make it from these parameters"
-            )
-        found[name] = keep
-
-    tree.map_leaves(one, params, mask)
+    check_mask(mask, params)
+    found = {name: keep for name, keep in tree.named_leaves(mask) if keep is not None}
     if not found:
         raise InputError("every mask is None, that is dense, so there is nothing to prune")
     return found
-
-
-def _prune_nnx(
-    model: nnx.Module,
-    params: PyTree,
-    batches: Iterable[PyTree],
-    *,
-    call: Callable[..., Any] | None,
-    prunable: PyTree | None,
-    mask: PyTree | None,
-    blocks: str | Sequence[str],
-    **settings: Any,
-) -> tuple[PyTree, PyTree, tuple[KernelReport, ...]]:
-    """Returns what `prune_blocks` returns, in the structure of an NNX module's parameters."""
-    if prunable is None:
-        prunable = tree.prunable(params)
-    variables = nnx_blocks.variables_of(model, params)
-    if mask is not None:
-        mask = nnx_blocks.like(variables["params"], mask)
-    names = [name for name, _ in tree.named_leaves(variables["params"])]
-    run = nnx_blocks.runner(model, block_graph.find(names, blocks), call)
-    pruned, masks, reports = prune_blocks(
-        nnx_blocks.functional(model),
-        variables,
-        batches,
-        call=lambda _, own, batch: run(own, batch),
-        prunable=nnx_blocks.marks(variables["params"], prunable),
-        mask=mask,
-        blocks=blocks,
-        **settings,
-    )
-    return nnx_blocks.like(params, pruned), nnx_blocks.like(params, masks), reports
 
 
 def _one_block(

@@ -14,7 +14,7 @@ from swe_prune.calibration import batching
 from swe_prune.calibration.products import input_sums
 from swe_prune.errors import InputError
 from swe_prune.layout import axes_by_name
-from swe_prune.layout.trace import Traced, function_of, one_sentence, trace
+from swe_prune.layout.trace import Traced, function_of, inputs_of, one_sentence, trace
 
 Call = Callable[[Any, Any, Any], Any]
 Run = Callable[[Any, Any], Any]
@@ -123,8 +123,7 @@ def _peeked(batches: Iterable[PyTree]) -> tuple[PyTree, Iterable[PyTree]]:
 
 def applied(model: nn.Module, variables: Any, batch: Any) -> Any:
     """Returns the model applied to a batch, or to the batch's "inputs"."""
-    has_inputs = isinstance(batch, Mapping) and "inputs" in batch
-    return model.apply(variables, batch["inputs"] if has_inputs else batch)
+    return model.apply(variables, inputs_of(batch))
 
 
 def params_of(variables: Any) -> PyTree:

@@ -174,7 +174,9 @@ def _of_copies(
             value = jnp.moveaxis(jnp.broadcast_to(value, weight.shape), copies, first)
         return value
 
-    mapped = lambda given: function(**given, **static)  # noqa: E731
+    def mapped(given: dict[str, Any]) -> Any:
+        return function(**given, **static)
+
     for _ in copies:
         mapped = jax.vmap(mapped)
     scored = mapped({need: copies_first(need, value) for need, value in given.items()})

@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 
 from swe_prune import tree
 from swe_prune.errors import InputError, check_choice
-from swe_prune.interop.slices import ParamSlice, Shape, StoredTensor, nested
+from swe_prune.interop.slices import ParamSlice, Shape, StoredTensor
 from swe_prune.interop.tensor_rows import Table
 
 Shardings = Callable[[str, Shape], jax.sharding.Sharding] | PyTree | None
@@ -144,7 +144,7 @@ def read_params(
         shape = (len(parts), *parts[0][1].shape)
         read = functools.partial(_stacked, source, parts)
         params[name] = _to_device(read, name, shape, dtype, sharding_of)
-    return nested({one.name: params[one.name] for tensor in bound for one in tensor.parts})
+    return tree.nested({one.name: params[one.name] for tensor in bound for one in tensor.parts})
 
 
 def _stacked(

@@ -16,7 +16,6 @@ from jaxtyping import PyTree
 from swe_prune import tree
 from swe_prune.errors import InputError
 from swe_prune.interop.optional import require
-from swe_prune.interop.slices import nested
 from swe_prune.masks.fitting import check_mask
 
 FILE = "masks.safetensors"
@@ -68,7 +67,7 @@ def read_masks(path: str | Path) -> dict[str, Any]:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is damaged: {error}; export it again") from None
-    return nested(leaves)
+    return tree.nested(leaves)
 
 
 def _bits(packed: np.ndarray, shape: list[int]) -> Any:

@@ -153,7 +153,7 @@ def param_shapes(config: ModelConfig, vocab_size: int) -> dict[str, Shape]:
 def abstract_params(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
     """Returns the parameters of the model as float32 shapes in a nested dict."""
     shapes = param_shapes(config, vocab_size)
-    return nested({k: jax.ShapeDtypeStruct(shape, jnp.float32) for k, shape in shapes.items()})
+    return tree.nested({k: jax.ShapeDtypeStruct(shape, jnp.float32) for k, shape in shapes.items()})
 
 
 @functools.lru_cache(maxsize=64)  # tracing takes longer than everything else for a small model
@@ -163,22 +163,6 @@ def _shapes_of_one_layer(config: ModelConfig, vocab_size: int) -> tuple[tuple[st
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     made = jax.eval_shape(model.init, key, tokens)["params"]
     return tuple((name, tuple(leaf.shape)) for name, leaf in tree.named_leaves(made))
-
-
-def nested(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts a mapping by parameter name to a nested dict.
-
-    >>> nested({"a/b": 1, "a/c": 2})
-    {'a': {'b': 1, 'c': 2}}
-    """
-    whole: dict[str, Any] = {}
-    for name, leaf in params.items():
-        *folders, last = name.split("/")
-        inner = whole
-        for folder in folders:
-            inner = inner.setdefault(folder, {})
-        inner[last] = leaf
-    return whole
 
 
 def _bound(

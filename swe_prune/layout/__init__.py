@@ -25,7 +25,6 @@ from swe_prune.layout.axes import (
     conventional_axes,
     copies_of,
     copy_labels,
-    per_copy,
     split,
 )
 from swe_prune.layout.trace import Traced, function_of, one_sentence, trace
@@ -121,6 +120,5 @@ __all__ = [
     "copies_of",
     "copy_labels",
     "layout",
-    "per_copy",
     "split",
 ]

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
@@ -188,25 +187,6 @@ def copies_of(layout: PyTree | None) -> Callable[[str, tuple[int, ...]], tuple[i
         return () if found is None else _checked(name, shape, found).copies
 
     return copies
-
-
-def per_copy(
-    function: Callable[..., Array], copies: tuple[int, ...], *arrays: Array | None
-) -> Array:
-    """Returns `function` of each copy's arrays, with the copies where they were.
-
-    Args:
-        function: Function of arrays of one copy that returns an array with the axes of the first.
-        copies: Axes over copies, of every array.
-        *arrays: Arrays that share the sizes of those axes.
-    """
-    if not copies:
-        return function(*arrays)
-    mapped = function
-    # The innermost map runs over the last copies' axis of what the outer ones leave.
-    for axis in sorted(copies, reverse=True)[::-1]:
-        mapped = jax.vmap(mapped, in_axes=axis, out_axes=axis)
-    return mapped(*arrays)
 
 
 def split(named: Mapping[str, Any], layout: PyTree | None) -> dict[str, Any]:

@@ -52,11 +52,11 @@ def function_of(fn: Any, params: PyTree) -> Callable[[PyTree, PyTree], Any]:
         InputError: `fn` is none of these.
     """
     if isinstance(fn, nn.Module):
-        return lambda params, batch: fn.apply(_variables(params), _inputs(batch))
+        return lambda params, batch: fn.apply(_variables(params), inputs_of(batch))
     if isinstance(fn, nnx.Module):
         if isinstance(params, nnx.Module):
-            return lambda params, batch: params(_inputs(batch))
-        return lambda params, batch: _with_state(fn, params)(_inputs(batch))
+            return lambda params, batch: params(inputs_of(batch))
+        return lambda params, batch: _with_state(fn, params)(inputs_of(batch))
     if not callable(fn):
         raise InputError(
             "fn must be a function of (params, batch), a Linen module or an NNX module, got "
@@ -69,7 +69,8 @@ def _variables(params: Any) -> Any:
     return params if isinstance(params, Mapping) and "params" in params else {"params": params}
 
 
-def _inputs(batch: Any) -> Any:
+def inputs_of(batch: Any) -> Any:
+    """Returns what a model is applied to: the batch, or the batch's "inputs" if it has them."""
     return batch["inputs"] if isinstance(batch, Mapping) and "inputs" in batch else batch
 
 

@@ -1,6 +1,7 @@
 """How many weights a mask keeps, exactly, per tensor and in all."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 from jaxtyping import Array, PyTree
@@ -78,9 +79,7 @@ def revived(params: PyTree, mask: PyTree) -> counting.Count:
     >>> int(revived({"w": jnp.array([0.5, 0.0])}, {"w": jnp.array([False, False])}))
     1
     """
-    found: list[Array] = []
-    map_masked(lambda weight, keep: found.append(~keep & (weight != 0)), params, mask)
-    return counting.count_true(found)
+    return _count(lambda weight, keep: ~keep & (weight != 0), params, mask)
 
 
 def zeros(params: PyTree, mask: PyTree) -> int:
@@ -97,6 +96,13 @@ def zeros(params: PyTree, mask: PyTree) -> int:
     >>> zeros({"w": jnp.array([0.5, 0.0])}, {"w": jnp.array([False, True])})
     1
     """
-    found: dict[str, Array] = {}
-    map_masked(lambda weight, keep: found.setdefault(str(len(found)), weight == 0), params, mask)
-    return sum(int(n) for n in jax.device_get(kept_counts(found)).values())
+    return int(_count(lambda weight, _: weight == 0, params, mask))
+
+
+def _count(
+    condition: Callable[[Array, Array], Array], params: PyTree, mask: PyTree
+) -> counting.Count:
+    """Returns for how many masked weights a condition of weight and mask holds."""
+    found: list[Array] = []
+    map_masked(lambda weight, keep: found.append(condition(weight, keep)), params, mask)
+    return counting.count_true(found)

@@ -258,6 +258,22 @@ def size(values: PyTree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(values))
 
 
+def nested(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the nested dict of leaves by name.
+
+    >>> nested({"a/b": 1, "a/c": 2})
+    {'a': {'b': 1, 'c': 2}}
+    """
+    whole: dict[str, Any] = {}
+    for name, leaf in named.items():
+        *folders, last = name.split("/")
+        inner = whole
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[last] = leaf
+    return whole
+
+
 def described(values: PyTree) -> str:
     """Returns the dtypes and shapes of arrays, for error messages.
 
