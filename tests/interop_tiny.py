@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from swe_prune import tree
 from swe_prune.interop import hf_config, slices
 from swe_prune.interop.exporting import export
 from swe_prune.interop.pretrained import Pretrained
@@ -197,7 +198,7 @@ def random_params(config, vocab_size=VOCAB, dtype="float32", seed=0):
         values = rng.normal(size=shape) * (0.2 if name.endswith(("scale", "bias")) else 0.4)
         around = name.endswith("scale") and not config.norm_plus_one
         made[name] = jnp.asarray(values + around, dtype)
-    return slices.nested(made)
+    return tree.nested(made)
 
 
 def model(name, dtype="float32", **changes):

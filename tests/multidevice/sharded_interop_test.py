@@ -38,7 +38,7 @@ def made(tmp_path, request):
     rng = np.random.default_rng(0)
     shapes = slices.param_shapes(config, vocab_size)
     params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    params = jax.tree.map(jax.numpy.asarray, slices.nested(params))
+    params = jax.tree.map(jax.numpy.asarray, tree.nested(params))
     made = Pretrained(
         config, vocab_size, params, None, family, tmp_path / "none", "safetensors", hf
     )
