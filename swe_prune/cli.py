@@ -8,6 +8,7 @@ command again to go on), 130 stopped by Ctrl-C.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -32,6 +33,7 @@ from swe_prune.runtime.supervisor import SUPERVISED
 from swe_prune.version import __version__
 
 if TYPE_CHECKING:
+    from swe_prune.ledger import Factors
     from swe_prune.study import Experiment
 
 PROGRAM = "python -m swe_prune"
@@ -385,12 +387,13 @@ def _dispatch(parsed: Parsed, distributed: bool, elapsed: Callable[[], float]) -
     config = _config(given, parsed.overrides)
 
     # What computes is imported only once there is something to do.
-    from swe_prune import study
+    from swe_prune import ledger, study
     from swe_prune.runtime import processes
     from swe_prune.runtime.preemption import PREEMPTION
     from swe_prune.training.progress import Progress, duration
 
     processes.check_same(config_lib.flat(config) | _versions())
+    place = ledger.of_country(config.ledger.country, pue=config.ledger.pue)
     text = getattr(given, "shard", None)
     shard = None if text is None else study.parse(text)
     experiment = study.setup(config, workdir, shard)
@@ -400,7 +403,11 @@ def _dispatch(parsed: Parsed, distributed: bool, elapsed: Callable[[], float]) -
 
     progress = Progress(Console(quiet=True) if processes.index() > 0 else None)
     claimed = study.claim(experiment.workdir, config, shard, progress.say)
-    with claimed, PREEMPTION.installed():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(claimed)
+        stack.enter_context(PREEMPTION.installed())
+        book = ledger.Ledger(workdir / "ledger", process=processes.index())
+        stack.enter_context(ledger.opened(book))
         progress.say(study.memory_line(experiment))
         if command == "evaluate":
             rows = study.evaluate(experiment, progress)
@@ -409,10 +416,22 @@ def _dispatch(parsed: Parsed, distributed: bool, elapsed: Callable[[], float]) -
             if command == "finetune":
                 study.control(experiment, progress)
             getattr(study, command)(experiment, progress)
+        spent = processes.first(lambda: _account(workdir, place))
         if command == "run":
             processes.first(lambda: _report(workdir))
-            progress.say(f"Finished in {duration(elapsed())}.")
+            progress.say(f"Finished in {duration(elapsed())}. {spent}")
     processes.end()
+
+
+def _account(workdir: epath.Path, place: "Factors") -> str:
+    """Writes ledger.csv from all attempts so far, and returns the summary."""
+    from swe_prune import ledger
+
+    entries = ledger.read(workdir / "ledger")
+    if not entries:
+        return ""
+    ledger.write(workdir / "ledger.csv", entries, place)
+    return ledger.summary(entries, place)
 
 
 def _forced(devices: int, arguments: Sequence[str]) -> int:

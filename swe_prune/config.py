@@ -252,6 +252,14 @@ class SamplesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LedgerConfig:
+    """Where the energy of a run comes from, for its carbon and water; see `swe_prune.ledger`."""
+
+    country: str = "WORLD"  # country of the electricity: three letters of ISO 3166, or "WORLD"
+    pue: float | None = None  # energy of the building per energy of the devices; None: a survey's
+
+
+@dataclasses.dataclass(frozen=True)
 class CellConfig(Recipe):
     """One cell of a study, for each of its seeds: a recipe, its schedule and the recovery.
 
@@ -321,6 +329,7 @@ class Config:
     calibration: CalibrationConfig = CalibrationConfig()  # text for criteria that need data
     samples: SamplesConfig = SamplesConfig()  # text to generate with every model
     parallel: ParallelConfig = ParallelConfig()  # mesh and partition rules
+    ledger: LedgerConfig = LedgerConfig()  # place of the run, for its carbon and water
     log_every: int = 10  # steps between logged metrics
     keep_finetuned: bool = False  # whether to save the fine-tuned parameters of every cell
 
@@ -332,8 +341,8 @@ class Config:
     def without_switches(self) -> "Config":
         """Returns this config with the settings that do not change the result at their defaults.
 
-        These are how devices divide the work, and what saves memory or compile time: a run may
-        resume with other values of them. Only dropout's random numbers depend on them.
+        These are how devices divide the work, what saves memory or compile time, and the place of
+        the run: a run may resume with other values of them. Only dropout's random numbers depend on them.
         """
         return dataclasses.replace(
             self,
@@ -341,6 +350,7 @@ class Config:
             train=dataclasses.replace(self.train, accumulate=1),
             finetune=dataclasses.replace(self.finetune, accumulate=1),
             parallel=ParallelConfig(),
+            ledger=LedgerConfig(),
         )
 
     def fingerprint(self) -> str:

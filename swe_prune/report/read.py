@@ -16,6 +16,7 @@ from typing import Any
 
 from etils import epath
 
+from swe_prune import ledger
 from swe_prune.config import from_dict
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.report.records import (
@@ -75,7 +76,14 @@ def load(workdir: epath.PathLike) -> Results:
         trajectories,
         dense,
         details,
+        ledger.read(workdir / "ledger"),
+        _factors(config),
     )
+
+
+def _factors(config: Mapping[str, Any] | None) -> ledger.Factors:
+    place = (config or {}).get("ledger", {})
+    return ledger.of_country(place.get("country", ledger.WORLD), pue=place.get("pue"))
 
 
 def read_rows(path: epath.Path) -> tuple[list[Row], int]:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from swe_prune.ledger import Entry, Factors
 from swe_prune.study.results import COLUMNS, Row
 
 GROUPS = {
@@ -92,6 +93,8 @@ class Results:
     trajectories: dict[int, Trajectory]
     dense: dict[int, dict[str, Any]]
     details: dict[CellKey, Detail]
+    ledger: list[Entry] = dataclasses.field(default_factory=list)
+    factors: Factors | None = None
 
     @property
     def seeds(self) -> list[int]:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from swe_prune import ledger
 from swe_prune.report import comparison, curves, stats, tables, weights
 from swe_prune.report.formats import DASH, NBSP, count, number, percent, plural, seeds_of, signed
 from swe_prune.report.look import Picture
@@ -64,7 +65,11 @@ def content(results: Results) -> dict[str, Any]:
         "histograms": _histograms(results, subject),
         "training": _training(results),
         "language": _language(results, cells),
-        "tables": [*(tables.cells(cells, group) for group in present), tables.seeds(results)],
+        "tables": [
+            *(tables.cells(cells, group) for group in present),
+            tables.seeds(results),
+            *tables.costs(results),
+        ],
         "config": settings(results),
         "fingerprint": (results.fingerprint or "")[:12],
         "cost": cost(results),
@@ -236,6 +241,9 @@ def _setting(value: Any) -> str:
 
 
 def cost(results: Results) -> str:
-    """Returns what the cells took, as measured."""
+    """Returns what the cells took, and the whole run by its ledger."""
     minutes = sum(row.seconds for row in results.rows) / 60
-    return f"The {plural(len(results.rows), 'cell')} took {minutes:.1f} minutes in all."
+    text = f"The {plural(len(results.rows), 'cell')} took {minutes:.1f} minutes in all."
+    if results.ledger and results.factors is not None:
+        text += f" {ledger.summary(results.ledger, results.factors)}"
+    return text

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from swe_prune import ledger
 from swe_prune.report import stats
 from swe_prune.report.comparison import Comparison
 from swe_prune.report.formats import (
@@ -44,6 +45,18 @@ class Table:
     def groups(self) -> list[list[Sequence[str]]]:
         """The rows, those with the same first entry together."""
         return [list(rows) for _, rows in itertools.groupby(self.rows, key=lambda row: row[0])]
+
+
+def costs(results: Results) -> list[Table]:
+    """Returns what every phase took over all attempts, no table without a ledger."""
+    if not results.ledger or results.factors is None:
+        return []
+    caption = (
+        "Time, energy, carbon and water by phase, of all attempts; intervals in brackets. "
+        f"Energy at the building's meter; meters: {ledger.sources(results.ledger)}."
+    )
+    head = ["Phase", "Seconds", "Energy", "Carbon", "Water"]
+    return [Table(caption, head, ledger.lines(results.ledger, results.factors))]
 
 
 def comparison(found: Comparison) -> Table:

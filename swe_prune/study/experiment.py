@@ -171,6 +171,10 @@ class Experiment:
         """Returns how long a cell trains after pruning begins."""
         return self.tunings[cell.recovery].steps if cell.recovery in self.tunings else 0
 
+    def tokens(self, steps: int) -> int:
+        """Returns the number of tokens that so many steps train on."""
+        return steps * self.config.data.batch * self.config.window
+
     def batches(self, seed: int) -> Any:
         """Returns the training iterator for one seed of the data order."""
         settings = self.config

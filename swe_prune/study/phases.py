@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import PyTree
 
 from swe_prune import masks as masks_lib
-from swe_prune import resumable, tree
+from swe_prune import ledger, resumable, tree
 from swe_prune.errors import InputError
 from swe_prune.runtime.locks import lock_for_run
 from swe_prune.study import (
@@ -47,7 +47,9 @@ def train(experiment: Experiment, progress: Progress) -> None:
             if exists(folder / "result.json"):
                 progress.say(f"dense model, seed {seed}: done before")
             else:
-                _train_seed(experiment, seed, progress)
+                with ledger.measure("train", cell=f"seed_{seed}") as entry:
+                    _train_seed(experiment, seed, progress)
+                    entry.tokens = experiment.tokens(experiment.train_steps)
 
 
 def _train_seed(experiment: Experiment, seed: int, progress: Progress) -> None:
@@ -115,7 +117,9 @@ def control(experiment: Experiment, progress: Progress) -> None:
         name = f"{folder.name}, seed {seed}"
         with lock_for_run(folder, name, progress.say):
             if not exists(folder / "result.json"):
-                _control(experiment, seed, recovery, name, progress)
+                with ledger.measure("control", cell=f"seed_{seed}/{folder.name}") as entry:
+                    _control(experiment, seed, recovery, name, progress)
+                    entry.tokens = experiment.tokens(experiment.tunings[recovery].steps)
     results.write(experiment.workdir, grid.cells(experiment.config))
 
 
@@ -157,7 +161,9 @@ def finetune(experiment: Experiment, progress: Progress) -> None:
             count += 1
             name = f"cell {count}/{total} {cell.name}"
             with lock_for_run(experiment.workdir.cell(cell), name, progress.say):
-                finetune_phase.finetune_cell(experiment, cell, dense, progress, name)
+                with ledger.measure("finetune", cell=f"seed_{seed}/{cell.name}") as entry:
+                    finetune_phase.finetune_cell(experiment, cell, dense, progress, name)
+                    entry.tokens = experiment.tokens(experiment.tuning_steps(cell))
             results.write(experiment.workdir, grid.cells(experiment.config))
 
 

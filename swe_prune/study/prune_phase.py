@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from swe_prune import masks as masks_lib
-from swe_prune import parallel, recipe, tree
+from swe_prune import ledger, parallel, recipe, tree
 from swe_prune.errors import InputError
 from swe_prune.models import gpt
 from swe_prune.recipe import Evidence
@@ -56,6 +56,11 @@ def todo(experiment: Experiment, missing: str | None) -> list[tuple[int, list[Ce
 
 def load_and_measure(experiment: Experiment, seed: int, cells: list[Cell]) -> DenseModel:
     """Returns the dense model of a seed, with the calibration that these cells need."""
+    with ledger.measure("calibrate", cell=f"seed_{seed}"):
+        return _load_and_measure(experiment, seed, cells)
+
+
+def _load_and_measure(experiment: Experiment, seed: int, cells: list[Cell]) -> DenseModel:
     state = load_dense(experiment, seed)
     start = starting_values(experiment, state)
     requests = [cell.recipe for cell in cells]
@@ -132,7 +137,8 @@ def prune_seed(experiment: Experiment, seed: int, cells: list[Cell], progress: P
             folder = experiment.workdir.cell(cell)
             with lock_for_run(folder, f"cell {cell.name} of seed {seed}", progress.say):
                 if not exists(folder / "result.json"):
-                    _prune_cell(experiment, cell, dense, dense_result)
+                    with ledger.measure("prune", cell=f"seed_{seed}/{cell.name}"):
+                        _prune_cell(experiment, cell, dense, dense_result)
             advance(done, {})
 
 
