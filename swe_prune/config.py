@@ -342,7 +342,8 @@ class Config:
         """Returns this config with the settings that do not change the result at their defaults.
 
         These are how devices divide the work, what saves memory or compile time, and the place of
-        the run: a run may resume with other values of them. Only dropout's random numbers depend on them.
+        the run: a run may resume with other values of them. Only dropout's random numbers depend on
+        them.
         """
         return dataclasses.replace(
             self,

@@ -111,6 +111,29 @@ def test_running_again_changes_nothing(finished, plays_dir, capsys):
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
 
 
+def test_every_phase_is_in_the_ledger_once(finished, plays_dir):
+    rows = list(csv.DictReader((finished / "ledger.csv").read_text().splitlines()))
+    settings = tiny.config(plays_dir)
+    cells = [f"seed_{cell.seed}/{cell.name}" for cell in grid.cells(settings)]
+    by_phase = {}
+    for row in rows:
+        by_phase.setdefault(row["phase"], []).append(row["cell"])
+        assert row["status"] == "done"
+        assert 0 <= float(row["joules_low"]) <= float(row["joules"]) <= float(row["joules_high"])
+    assert sorted(by_phase["prune"]) == sorted(by_phase["finetune"]) == sorted(cells)
+    assert (
+        len(by_phase["train"])
+        == len(by_phase["control"])
+        == len({c.seed for c in grid.cells(settings)})
+    )
+    (trained, *_) = (row for row in rows if row["phase"] == "train")
+    per_step = settings.data.batch * settings.window
+    assert int(trained["tokens"]) == settings.train.steps * per_step
+    page = (finished / "report" / "report.html").read_text()
+    assert "CO2e" in page
+    assert "finetune" in page
+
+
 def test_evaluate_computes_the_recorded_losses_again(finished, plays_dir):
     shared = study.setup(tiny.config(plays_dir), finished)
     rows = study.evaluate(shared, Progress())

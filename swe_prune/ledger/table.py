@@ -9,7 +9,7 @@ from etils import epath
 
 from swe_prune.ledger.book import KILLED, Entry
 from swe_prune.ledger.factors import Factors, footprint, pictured
-from swe_prune.ledger.interval import Interval, text
+from swe_prune.ledger.interval import text
 from swe_prune.ledger.meters import ZERO
 from swe_prune.runtime import storage
 

@@ -7,8 +7,8 @@ import jax
 from etils import epath
 from jaxtyping import PyTree
 
+from swe_prune import ledger, resumable
 from swe_prune import masks as masks_lib
-from swe_prune import resumable
 from swe_prune.errors import RunError
 from swe_prune.study import gradual, histograms, prune_phase, samples
 from swe_prune.study.experiment import Experiment
@@ -37,6 +37,24 @@ def finetune_cell(
     result = result_of(folder / "result.json")
     if "finetuned_loss" in result:  # by another process, while this one waited
         return
+    with ledger.measure("finetune", cell=f"seed_{cell.seed}/{cell.name}") as entry:
+        _finetune(experiment, cell, dense, progress, name, result)
+        entry.tokens = experiment.tokens(experiment.tuning_steps(cell))
+    progress.say(
+        f"{name}: sparsity {result['sparsity_prunable']:.3f}, loss {result['pruned_loss']:.4f} "
+        f"pruned, {result['finetuned_loss']:.4f} fine-tuned"
+    )
+
+
+def _finetune(
+    experiment: Experiment,
+    cell: Cell,
+    dense: DenseModel,
+    progress: Progress,
+    name: str,
+    result: dict[str, Any],
+) -> None:
+    folder = experiment.workdir.cell(cell)
     tuning = experiment.tunings[cell.recovery]
     start = starting_values(experiment, dense.state, cell)
     begin = recovery_start(experiment, cell.seed, cell.recovery, start)
@@ -74,10 +92,6 @@ def finetune_cell(
         save(folder / "finetuned", params, cell, tuning.steps)
     write_result(folder / "result.json", result)
     remove(folder / "checkpoints")
-    progress.say(
-        f"{name}: sparsity {result['sparsity_prunable']:.3f}, loss {result['pruned_loss']:.4f} "
-        f"pruned, {result['finetuned_loss']:.4f} fine-tuned"
-    )
 
 
 def _replace_masks(

@@ -5,8 +5,8 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from swe_prune import masks as masks_lib
 from swe_prune import ledger, resumable, tree
+from swe_prune import masks as masks_lib
 from swe_prune.errors import InputError
 from swe_prune.runtime.locks import lock_for_run
 from swe_prune.study import (
@@ -161,9 +161,7 @@ def finetune(experiment: Experiment, progress: Progress) -> None:
             count += 1
             name = f"cell {count}/{total} {cell.name}"
             with lock_for_run(experiment.workdir.cell(cell), name, progress.say):
-                with ledger.measure("finetune", cell=f"seed_{seed}/{cell.name}") as entry:
-                    finetune_phase.finetune_cell(experiment, cell, dense, progress, name)
-                    entry.tokens = experiment.tokens(experiment.tuning_steps(cell))
+                finetune_phase.finetune_cell(experiment, cell, dense, progress, name)
             results.write(experiment.workdir, grid.cells(experiment.config))
 
 

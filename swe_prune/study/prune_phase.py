@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from swe_prune import masks as masks_lib
 from swe_prune import ledger, parallel, recipe, tree
+from swe_prune import masks as masks_lib
 from swe_prune.errors import InputError
 from swe_prune.models import gpt
 from swe_prune.recipe import Evidence
