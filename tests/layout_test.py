@@ -414,6 +414,28 @@ def mixed_precision():
 
 
 @case
+def complex_activations():
+    spectrum = np.fft.fft(f64(X))
+    rows = np.concatenate([spectrum.real, spectrum.imag])  # Σ |x|² and Re Σ x̄ xᵀ
+
+    def run(w, x):
+        return jnp.abs(jnp.fft.fft(x) @ w.astype(jnp.complex64))
+
+    return plain(run, drawn(D, H), IN_OUT, rows)
+
+
+@case
+def real_and_imaginary_parts():
+    params = {"real": drawn(D, H), "imag": drawn(D, H, seed=1)}
+
+    def run(p, x):
+        w = lax.complex(p["real"], p["imag"])
+        return (x.astype(jnp.complex64) @ w).real
+
+    return Case(run, params, {"real": (IN_OUT, X), "imag": (IN_OUT, X)}, X)
+
+
+@case
 def low_rank():
     params = {"w": drawn(D, H), "a": drawn(D, 2), "b": drawn(2, H)}
     rows = f64(X) @ f64(params["a"])
@@ -541,6 +563,16 @@ def experts_combined_in_the_last_product():
         sent = jnp.einsum("bd,bke->ebd", x, jax.nn.one_hot(chosen, E))
         inside = jnp.tanh(jnp.einsum("ebd,edh->ebh", sent, p["up"]))
         return jnp.einsum("ebh,ehd->bd", inside, p["down"])
+
+    return experts_case(run)
+
+
+@case
+def experts_that_take_what_a_one_hot_weighs():
+    def run(p, x):
+        mine = jax.nn.one_hot(jnp.argmax(x @ p["router"], axis=1), E)
+        inside = jnp.tanh(jnp.einsum("be,bd,edh->bh", mine, x, p["up"]))
+        return jnp.einsum("bhe,ehd->bd", inside[:, :, None] * mine[:, None], p["down"])
 
     return experts_case(run)
 
@@ -780,6 +812,21 @@ PARTLY_TOLD = {
     "looked up for each token": (
         lambda w, x: jnp.einsum("bd,bdh->bh", x, w[jnp.argmax(x[:, :E], 1)]), (E, D, H)
     ),
+    "picked for each token by a one-hot": (
+        lambda w, x: jnp.einsum(
+            "bd,bdh->bh", x, jnp.einsum("be,edh->bdh", jax.nn.one_hot(jnp.argmax(x[:, :E], 1), E), w)
+        ),
+        (E, D, H),
+    ),
+    "chosen for each token by a switch": (
+        jax.vmap(
+            lambda w, x: lax.switch(
+                jnp.argmax(x[:E]), [lambda x, e=e: x @ w[e] for e in range(E)], x
+            ),
+            (None, 0),
+        ),
+        (E, D, H),
+    ),
 }  # fmt: skip
 
 
@@ -820,6 +867,29 @@ def test_a_tied_embedding_and_a_lookup_are_dense_with_the_reason():
     }
     assert found["tied"].last
     assert not found["w"].last
+
+
+def test_a_table_that_a_one_hot_reads_is_an_embedding():
+    tokens = np.array([[0, 3, 4]])
+    params = {"table": drawn(5, D), "w": drawn(D, D)}
+
+    def run(p, tokens):
+        return jnp.tanh(jax.nn.one_hot(tokens, 5) @ p["table"]) @ p["w"]
+
+    found = layout(run, params, tokens)
+    reasons = {n: tree.dense_reason(n, params[n], axes=found[n]) for n in params}
+    assert reasons == {"table": "read by a lookup", "w": ""}
+
+
+def test_learned_tokens_that_are_repeated_for_each_sequence_are_no_kernel():
+    params = {"first": drawn(1, 1, D), "more": drawn(2, D), "w": drawn(D, D)}
+
+    def run(p, x):
+        tokens = [jnp.tile(p[name], (len(x), 1, 1)) for name in ("first", "more")]
+        return jnp.concatenate([*tokens, x], axis=1) @ p["w"]
+
+    found = layout(run, params, drawn(B, 2, D))
+    assert [found[name].kind for name in params] == ["vector", "vector", "kernel"]
 
 
 def test_a_learned_initial_state_is_no_kernel():

@@ -74,8 +74,11 @@ def _sums(name: str, product: Product, hessian: bool) -> Sums:
     x, inputs, copies = {"dot": _of_dot, "ragged": _of_ragged, "conv": _of_conv}[product.kind](
         name, product
     )
-    x_KxNxR = _ordered(x.astype(jnp.float32), inputs, len(copies))
-    found = _reduced(x_KxNxR, product, hessian)
+    # Of complex activations Σ |x|² and Re Σ x̄ xᵀ, which are sums over both parts.
+    parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+    ordered = [_ordered(part.astype(jnp.float32), inputs, len(copies)) for part in parts]
+    sums = [_reduced(x_KxNxR, product, hessian) for x_KxNxR in ordered]
+    found = jax.tree.map(lambda *each: sum(each), *sums)
     # Copies that all get these activations have the same sums.
     shared = [
         piece

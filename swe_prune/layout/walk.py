@@ -32,10 +32,36 @@ _CALLS = (
 _INNER = ("call_jaxpr", "jaxpr", "fun_jaxpr")
 _ELEMENTWISE = frozenset(
     (
-        *("abs", "add", "add_any", "and", "atan2", "cbrt", "ceil", "clamp", "conj", "copy"),
-        *("copy_p", "cos", "cosh", "device_put", "digamma", "div", "eq", "erf", "erf_inv", "erfc"),
-        *("exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "lgamma"),
-        *("log", "log1p", "logistic", "lt", "max", "min", "mul", "name", "ne", "neg", "nextafter"),
+        *("abs", "add", "add_any", "and", "atan2", "cbrt", "ceil", "clamp", "complex", "conj"),
+        *(
+            "copy",
+            "copy_p",
+            "cos",
+            "cosh",
+            "device_put",
+            "digamma",
+            "div",
+            "eq",
+            "erf",
+            "erf_inv",
+            "erfc",
+        ),
+        *("exp", "exp2", "expm1", "floor", "ge", "gt", "imag", "integer_pow", "is_finite"),
+        *(
+            "le",
+            "lgamma",
+            "log",
+            "log1p",
+            "logistic",
+            "lt",
+            "max",
+            "min",
+            "mul",
+            "name",
+            "ne",
+            "neg",
+            "nextafter",
+        ),
         *("not", "optimization_barrier", "or", "pow", "real", "reduce_precision", "rem", "round"),
         *("rsqrt", "select_n", "sharding_constraint", "reshard", "mesh_cast", "pvary", "pcast"),
         *("sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor"),
@@ -49,6 +75,11 @@ _JOINS = (
     *("scatter_add", "scatter_mul", "scatter_min", "scatter_max", "select_and_scatter_add"),
 )
 _RANKS = ("top_k", "approx_top_k", "argmax", "argmin", "sort")
+_INDEX, _ONE_HOT = -1, -2
+"""In place of a weight in the view of 0, 1, 2, …, and of what is 0 but where data equals it."""
+_MOVES = ("convert_element_type", "broadcast_in_dim", "reshape", "transpose", "squeeze")
+_WEIGHS = ("mul", "reduce_sum", "dot_general")
+"""What leaves an index an index and a one-hot a selection, and what the latter alone."""
 _PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 
 
@@ -62,6 +93,7 @@ class Cell(NamedTuple):
         sources: Weights whose products with data it comes from, with no such product in between.
         experts: Views of weights with copies, in which the dimensions that run over the copies
             are those of an activation that each copy gave.
+        index: Views of an index or of a one-hot, with the dimension that it counts.
     """
 
     value: Any = None
@@ -69,6 +101,7 @@ class Cell(NamedTuple):
     data: bool = False
     sources: frozenset[int] = frozenset()
     experts: tuple[View, ...] = ()
+    index: tuple[View, ...] = ()
 
     @property
     def is_weight(self) -> bool:
@@ -186,15 +219,17 @@ class Walk:
         if name in _PRODUCTS:
             leaves = [view.leaf for cell in cells if cell.is_weight for view in cell.views]
             sources = frozenset(leaves) if leaves and data else sources
+        picks = name in _PICKS or _chooses(eqn, cells) or _picks_matrices(eqn, cells)
         found = [
-            self._views(eqn, cells, getattr(var.aval, "shape", ()), number)
+            self._views(eqn, cells, getattr(var.aval, "shape", ()), number, picks)
             for number, var in enumerate(eqn.outvars)
         ]
-        if name in _PICKS and any(found):
-            data = cells[0].data  # a weight that the data picks is a weight
+        if picks and any(found):
+            data = name in _PICKS and cells[0].data  # a weight that the data picks is a weight
         experts = self._experts(eqn, cells, found)
+        index = self._index(eqn, cells)
         return [
-            Cell(value, held, data, sources, experts)
+            Cell(value, held, data, sources, experts, index)
             for value, held in zip(outputs, found, strict=True)
         ]
 
@@ -225,6 +260,25 @@ class Walk:
                     moved.append(dataclasses.replace(result, inner=(), whole=True))
         return tuple(dict.fromkeys(moved))
 
+    def _index(self, eqn: Any, cells: list[Cell]) -> tuple[View, ...]:
+        """Returns the dimensions of a value that count 0, 1, 2, …, or that a one-hot has."""
+        name, shape = eqn.primitive.name, getattr(eqn.outvars[0].aval, "shape", ())
+        if name == "iota":
+            counted = Piece(0, shape[eqn.params["dimension"]], 1)
+            dims = [(counted,) if at == eqn.params["dimension"] else () for at in range(len(shape))]
+            return (View(_INDEX, tuple(dims)),)
+        moved = []
+        for at, cell in enumerate(cells):
+            for view in cell.index:
+                compared = name == "eq" and view.leaf == _INDEX and cells[1 - at].data
+                weighed = name in _WEIGHS and view.leaf == _ONE_HOT
+                if compared or weighed or name in _MOVES:
+                    result = self._view(eqn, cells, at, view, eqn.invars[at].aval.shape, shape)
+                    if result is not None and result.wide:
+                        leaf = _ONE_HOT if compared else view.leaf
+                        moved.append(dataclasses.replace(result, leaf=leaf, whole=True))
+        return tuple(moved)
+
     def _call(self, inner: Any, cells: list[Cell]) -> list[Cell]:
         closed = inner if hasattr(inner, "consts") else core.ClosedJaxpr(inner, ())
         results, sums = self.run(closed, cells)
@@ -240,10 +294,11 @@ class Walk:
     # Views: what becomes of the axes of the weights.
 
     def _views(
-        self, eqn: Any, cells: list[Cell], shape: tuple[int, ...], number: int
+        self, eqn: Any, cells: list[Cell], shape: tuple[int, ...], number: int, picks: bool
     ) -> tuple[View, ...]:
         """Returns the views of one of the results, of the equation's operands that are weights."""
-        if any(cell.data for cell in cells) and eqn.primitive.name not in _PICKS:
+        by_data = any(cell.data for cell in cells) and eqn.primitive.name not in _PICKS
+        if by_data and not picks:
             # Activations, whatever they are made of.
             for view in (view for cell in cells for view in cell.views):
                 pieces = (*(piece for _, piece in view.scanned), *view.picked)
@@ -257,6 +312,8 @@ class Walk:
             old = eqn.invars[at].aval.shape
             for view in cell.views:
                 result = self._view(eqn, cells, at, view, old, shape, number)
+                if result is not None and by_data:
+                    result = _picked(eqn, at, view, result)
                 if result is not None:
                     found.append(result)
         return _distinct(found)
@@ -277,7 +334,7 @@ class Walk:
         if name == "reshape":
             result = views.reshaped(view, old, new)
             if result is None and not any(cell.data for cell in cells):
-                self.opaque.setdefault(view.leaf, name)
+                return view.with_dims([()] * len(new), whole=False)  # a product cannot be told
             return result
         if name == "broadcast_in_dim":
             return views.broadcast(view, new, old, params["broadcast_dimensions"])
@@ -320,7 +377,7 @@ class Walk:
             return None  # a statistic of the weight, such as its norm
         if (name.startswith("reduce_") and "axes" in params) or name in _RANKS:
             return None
-        if name in _ELEMENTWISE:
+        if name in _ELEMENTWISE or name == "tile":
             return views.broadcast(view, new, old, range(len(old)))
         if old and new and not any(cell.data for cell in cells):
             self.opaque.setdefault(view.leaf, name)
@@ -379,6 +436,13 @@ class Walk:
                 roles |= self._over_experts(view, other, contracted, their)
                 if kind == "dot":
                     roles |= self._expert_axis(view, roles)
+                    hot = _by_one_hot(view, other, contracted, their)
+                    if any(view.dims[at] and at not in hot for at in contracted):
+                        roles |= dict.fromkeys(hot, "copies")
+                    elif hot and _picks_matrices(eqn, cells):
+                        continue
+                    elif hot:
+                        self.looked_up.add(view.leaf)
                 # Repeated over the inputs it is a scale, not a kernel.
                 sizes = eqn.invars[side].aval.shape
                 repeated = any(sizes[at] > 1 and not view.dims[at] for at in contracted)
@@ -466,6 +530,7 @@ class Walk:
                 value=None,
                 views=tuple(views.enter_scan(v, depth) for v in cell.views),
                 experts=(),
+                index=(),
             )
             for cell in rows
         ]
@@ -481,7 +546,7 @@ class Walk:
         self._add(sums)
         return [
             # Stacked over the iterations, a weight in it is not followed any further.
-            cell if at < carried else cell._replace(views=(), experts=())
+            cell if at < carried else cell._replace(views=(), experts=(), index=())
             for at, cell in enumerate(results)
         ]
 
@@ -734,6 +799,51 @@ def _dims_roles(ndim: int, contracted: Sequence[int], batched: Sequence[int]) ->
         at: "inputs" if at in contracted else "copies" if at in batched else "outputs"
         for at in range(ndim)
     }
+
+
+def _by_one_hot(
+    view: View, other: Cell, contracted: Sequence[int], their: Sequence[int]
+) -> list[int]:
+    """Returns the dimensions of a weight that a product sums over with a one-hot."""
+    hot = [one for one in other.index if one.leaf == _ONE_HOT]
+    pairs = zip(contracted, their, strict=True)
+    return [own for own, at in pairs if view.dims[own] and any(one.dims[at] for one in hot)]
+
+
+def _chooses(eqn: Any, cells: list[Cell]) -> bool:
+    """Returns whether data chooses between weights, as a switch under `vmap` does."""
+    chosen = eqn.primitive.name == "select_n" and cells[0].data
+    return chosen and not any(cell.data for cell in cells[1:])
+
+
+def _picks_matrices(eqn: Any, cells: list[Cell]) -> bool:
+    """Returns whether a product with a one-hot picks matrices out of a stack of them."""
+    if eqn.primitive.name != "dot_general":
+        return False
+    for at, (cell, other) in enumerate(zip(cells, reversed(cells), strict=True)):
+        summed, _ = _dot_sides(eqn.params["dimension_numbers"], at)
+        their, _ = _dot_sides(eqn.params["dimension_numbers"], 1 - at)
+        for view in cell.views if cell.is_weight and other.data else ():
+            rest = view.with_dims([dim for d, dim in enumerate(view.dims) if d not in summed])
+            named = [d for d in summed if view.dims[d]]
+            if named and named == _by_one_hot(view, other, summed, their) and rest.wide >= 2:
+                return True
+    return False
+
+
+def _picked(eqn: Any, at: int, view: View, result: View) -> View:
+    """Returns the view of a weight of which data has picked copies or chosen values."""
+    pieces: list[Piece] = []
+    if eqn.primitive.name == "dot_general":
+        summed, _ = _dot_sides(eqn.params["dimension_numbers"], at)
+        pieces = [piece for d in summed for piece in view.dims[d]]
+    return dataclasses.replace(
+        result,
+        picked=(*result.picked, *pieces),
+        places=(*result.places, *(None for _ in pieces)),
+        inner=view.inner,
+        whole=False,
+    )
 
 
 def _of_product(eqn: Any, cells: list[Cell], at: int, view: View) -> View | None:
