@@ -265,6 +265,26 @@ def nnx_vmap():
 
 
 @case
+def equinox_ensemble_of_shared_inputs():
+    def member(key):
+        return eqx.nn.MLP(D, 2, H, 1, activation=jnp.tanh, key=key)
+
+    members = eqx.filter_vmap(member)(jax.random.split(KEY, E))
+    first = members.layers[0]
+    hidden = np.tanh(f64(X) @ f64(first.weight).swapaxes(1, 2) + f64(first.bias)[:, None])
+    of_member = Axes((2,), (1,), (0,))
+    want = {
+        "layers/0/weight": (of_member, np.stack([X] * E)),
+        "layers/1/weight": (of_member, hidden),
+    }
+
+    def run(members, x):
+        return eqx.filter_vmap(lambda member: jax.vmap(member)(x))(members)
+
+    return Case(run, members, want, X)
+
+
+@case
 def equinox_mlp():
     model = eqx.nn.MLP(D, D, H, 1, activation=jnp.tanh, key=KEY)
     first = model.layers[0]
@@ -814,7 +834,9 @@ PARTLY_TOLD = {
     ),
     "picked for each token by a one-hot": (
         lambda w, x: jnp.einsum(
-            "bd,bdh->bh", x, jnp.einsum("be,edh->bdh", jax.nn.one_hot(jnp.argmax(x[:, :E], 1), E), w)
+            "bd,bdh->bh",
+            x,
+            jnp.einsum("be,edh->bdh", jax.nn.one_hot(jnp.argmax(x[:, :E], 1), E), w),
         ),
         (E, D, H),
     ),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from swe_prune.errors import InputError
+from swe_prune.layout import walked
 from swe_prune.layout.trace import Traced, array_leaves
 from swe_prune.layout.views import Piece
 from swe_prune.layout.walk import Product, SumKey, Sums, Walk
@@ -52,7 +53,7 @@ def input_sums(
         name = traced.names[product.view.leaf]
         return _sums(name, product, hessian) if name in wanted else {}
 
-    walk = Walk(traced.shapes, measure)
+    walk = Walk(traced.shapes, measure, walked(traced)[0].members)
     _, sums = walk.run(traced.closed, traced.cells(array_leaves(params, batch)))
     by_leaf: dict[int, list[tuple[SumKey, Any]]] = {}
     for key, value in sums.items():

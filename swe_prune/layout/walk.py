@@ -92,7 +92,7 @@ class Cell(NamedTuple):
         data: Whether it depends on the batch.
         sources: Weights whose products with data it comes from, with no such product in between.
         experts: Views of weights with copies, in which the dimensions that run over the copies
-            are those of an activation that each copy gave.
+            are those of an activation that each copy gave; not `whole` where they may be outputs.
         index: Views of an index or of a one-hot, with the dimension that it counts.
     """
 
@@ -150,9 +150,16 @@ class Walk:
         ranked: Weights whose products are ranked.
         opaque: Operation that cannot be followed, by weight.
         expert_axes: Axis over experts that all get the same activations, by weight.
+        members: Axis over members that all get the same activations, by weight, where a product
+            further on shows it. A walk that is given it takes the axis for copies.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], measure: Measure | None = None):
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        measure: Measure | None = None,
+        members: Mapping[int, int] | None = None,
+    ):
         self.shapes = shapes
         self.measure = measure
         self.uses: dict[int, list[Any]] = {}
@@ -162,6 +169,7 @@ class Walk:
         self.ranked: set[int] = set()
         self.opaque: dict[int, str] = {}
         self.expert_axes: dict[int, int] = {}
+        self.members: dict[int, int] = dict(members or {})
         self._sums: Sums = {}
         self._depth = 0
 
@@ -245,26 +253,28 @@ class Walk:
             if name == "dot_general" and cell.is_weight and not any(found):
                 # Only the copies of the weight remain; its outputs are new to the activation.
                 batched = _dot_sides(eqn.params["dimension_numbers"], at)[1]
-                given += tuple(
-                    view.with_dims(
-                        [
-                            dim if i in batched or self._over(view, dim) else ()
-                            for i, dim in enumerate(view.dims)
-                        ]
-                    )
-                    for view in cell.views
-                )
+                for view in cell.views:
+                    over = [
+                        i in batched or self._over(view, dim) for i, dim in enumerate(view.dims)
+                    ]
+                    shown = any(over)
+                    if not shown:
+                        every = range(len(over))
+                        first = _first_axis(view, self.shapes[view.leaf], every)
+                        over = [i == first for i in every]
+                    dims = [dim if here else () for dim, here in zip(view.dims, over, strict=True)]
+                    given += (view.with_dims(dims, whole=shown),)
             for view in given:
                 result = self._view(eqn, cells, at, view, eqn.invars[at].aval.shape, shape)
                 if result is not None and result.wide:
-                    moved.append(dataclasses.replace(result, inner=(), whole=True))
+                    moved.append(dataclasses.replace(result, inner=(), whole=view.whole))
         return tuple(dict.fromkeys(moved))
 
     def _index(self, eqn: Any, cells: list[Cell]) -> tuple[View, ...]:
         """Returns the dimensions of a value that count 0, 1, 2, …, or that a one-hot has."""
         name, shape = eqn.primitive.name, getattr(eqn.outvars[0].aval, "shape", ())
         if name == "iota":
-            counted = Piece(0, shape[eqn.params["dimension"]], 1)
+            counted = Piece(0, eqn.params["shape"][eqn.params["dimension"]], 1)
             dims = [(counted,) if at == eqn.params["dimension"] else () for at in range(len(shape))]
             return (View(_INDEX, tuple(dims)),)
         moved = []
@@ -435,6 +445,7 @@ class Walk:
                 roles = _dims_roles(len(view.dims), contracted, batched)
                 roles |= self._over_experts(view, other, contracted, their)
                 if kind == "dot":
+                    self._find_members(view, other, batched, theirs)
                     roles |= self._expert_axis(view, roles)
                     hot = _by_one_hot(view, other, contracted, their)
                     if any(view.dims[at] and at not in hot for at in contracted):
@@ -477,16 +488,27 @@ class Walk:
         To a product the first axis of a weight (experts, in, out) is one more output. It is one
         over experts where a router before it ranks as many outputs.
         """
-        shape = self.shapes[view.leaf]
-        free = [at for at, dim in enumerate(view.dims) if dim and roles[at] != "copies"]
-        if len(free) != 3 or not self.ranked:
+        free = [at for at, role in roles.items() if role != "copies"]
+        first = _first_axis(view, self.shapes[view.leaf], free)
+        if first is None or roles[first] != "outputs":
             return {}
-        first = min(free, key=lambda at: view.dims[at][0].axis)
-        ((axis, size, _), *more) = view.dims[first]
-        if roles[first] != "outputs" or more or size != shape[axis] or size not in self._routed():
+        ((axis, size, _),) = view.dims[first]
+        if self.members.get(view.leaf) != axis and size not in self._routed():
             return {}
         self.expert_axes[view.leaf] = axis
         return {first: "copies"}
+
+    def _find_members(
+        self, view: View, other: Cell, batched: Sequence[int], theirs: Sequence[int]
+    ) -> None:
+        """Notes the weights before, of which this one's copies take one part of the result each.
+
+        So it is in an ensemble under `vmap`, whose first weights all get the same activations.
+        """
+        for own, at in zip(batched, theirs, strict=True):
+            for before in other.experts if view.dims[own] else ():
+                if before.dims[at] and not before.whole:
+                    self.members[before.leaf] = before.dims[at][0].axis
 
     def _routed(self) -> set[int]:
         """Returns the numbers of outputs of the routers that were seen."""
@@ -510,7 +532,9 @@ class Walk:
         for own, at in zip(contracted, their, strict=True):
             size = math.prod(piece.size for piece in view.dims[own])
             if any(
-                expert.dims[at] and math.prod(piece.size for piece in expert.dims[at]) == size
+                expert.whole
+                and expert.dims[at]
+                and math.prod(piece.size for piece in expert.dims[at]) == size
                 for expert in other.experts
             ):
                 found[own] = "copies"
@@ -681,7 +705,8 @@ class Walk:
         """Returns a copy of all that was found, or goes back to it."""
         if again is not None:
             self.__dict__ |= copy.deepcopy(again)
-        names = ("uses", "tentative", "looked_up", "copies", "ranked", "opaque", "expert_axes")
+        names = ("uses", "tentative", "looked_up", "copies", "ranked", "opaque")
+        names += ("expert_axes", "members")
         return {name: copy.deepcopy(getattr(self, name)) for name in names}
 
     def _settle(
@@ -720,6 +745,17 @@ def _covers(view: View, roles: Mapping[int, str], shape: Sequence[int]) -> bool:
     for piece in (*pieces, *(piece for _, piece in view.scanned), *view.picked):
         sizes[piece.axis] = sizes.get(piece.axis, 1) * piece.size
     return all(size == shape[axis] for axis, size in sizes.items())
+
+
+def _first_axis(view: View, shape: Sequence[int], free: Sequence[int]) -> int | None:
+    """Returns the dimension that runs over the first of three free axes alone, or None."""
+    named = [at for at in free if view.dims[at]]
+    if len(named) != 3:
+        return None
+    first = min(named, key=lambda at: view.dims[at][0].axis)
+    piece = view.dims[first][0]
+    alone = len(view.dims[first]) == 1 and piece.size == shape[piece.axis]
+    return first if alone else None
 
 
 def _size(dim: views.Dim) -> int:
