@@ -189,6 +189,12 @@ def prune(
             "swe_prune.prune counts and reports, which a traced program cannot; call it outside "
             "of jit, or use importance.score and masks.by_sparsity inside"
         )
+    for name, leaf in tree.named_leaves(weights):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise InputError(
+                f"{tree.short(name)!r} is abstract, a shape without numbers; give the weights "
+                "themselves"
+            )
     evidence, prunable = _given(holder, stats, opt_state, measured, prunable)
     layout = _layout(params, holder, layout, model, batch)
     if prunable is None and evidence.stats is None:

@@ -265,6 +265,26 @@ def nnx_vmap():
 
 
 @case
+def equinox_ensemble_of_shared_inputs():
+    def member(key):
+        return eqx.nn.MLP(D, 2, H, 1, activation=jnp.tanh, key=key)
+
+    members = eqx.filter_vmap(member)(jax.random.split(KEY, E))
+    first = members.layers[0]
+    hidden = np.tanh(f64(X) @ f64(first.weight).swapaxes(1, 2) + f64(first.bias)[:, None])
+    of_member = Axes((2,), (1,), (0,))
+    want = {
+        "layers/0/weight": (of_member, np.stack([X] * E)),
+        "layers/1/weight": (of_member, hidden),
+    }
+
+    def run(members, x):
+        return eqx.filter_vmap(lambda member: jax.vmap(member)(x))(members)
+
+    return Case(run, members, want, X)
+
+
+@case
 def equinox_mlp():
     model = eqx.nn.MLP(D, D, H, 1, activation=jnp.tanh, key=KEY)
     first = model.layers[0]
@@ -414,6 +434,28 @@ def mixed_precision():
 
 
 @case
+def complex_activations():
+    spectrum = np.fft.fft(f64(X))
+    rows = np.concatenate([spectrum.real, spectrum.imag])  # Σ |x|² and Re Σ x̄ xᵀ
+
+    def run(w, x):
+        return jnp.abs(jnp.fft.fft(x) @ w.astype(jnp.complex64))
+
+    return plain(run, drawn(D, H), IN_OUT, rows)
+
+
+@case
+def real_and_imaginary_parts():
+    params = {"real": drawn(D, H), "imag": drawn(D, H, seed=1)}
+
+    def run(p, x):
+        w = lax.complex(p["real"], p["imag"])
+        return (x.astype(jnp.complex64) @ w).real
+
+    return Case(run, params, {"real": (IN_OUT, X), "imag": (IN_OUT, X)}, X)
+
+
+@case
 def low_rank():
     params = {"w": drawn(D, H), "a": drawn(D, 2), "b": drawn(2, H)}
     rows = f64(X) @ f64(params["a"])
@@ -541,6 +583,16 @@ def experts_combined_in_the_last_product():
         sent = jnp.einsum("bd,bke->ebd", x, jax.nn.one_hot(chosen, E))
         inside = jnp.tanh(jnp.einsum("ebd,edh->ebh", sent, p["up"]))
         return jnp.einsum("ebh,ehd->bd", inside, p["down"])
+
+    return experts_case(run)
+
+
+@case
+def experts_that_take_what_a_one_hot_weighs():
+    def run(p, x):
+        mine = jax.nn.one_hot(jnp.argmax(x @ p["router"], axis=1), E)
+        inside = jnp.tanh(jnp.einsum("be,bd,edh->bh", mine, x, p["up"]))
+        return jnp.einsum("bhe,ehd->bd", inside[:, :, None] * mine[:, None], p["down"])
 
     return experts_case(run)
 
@@ -780,6 +832,23 @@ PARTLY_TOLD = {
     "looked up for each token": (
         lambda w, x: jnp.einsum("bd,bdh->bh", x, w[jnp.argmax(x[:, :E], 1)]), (E, D, H)
     ),
+    "picked for each token by a one-hot": (
+        lambda w, x: jnp.einsum(
+            "bd,bdh->bh",
+            x,
+            jnp.einsum("be,edh->bdh", jax.nn.one_hot(jnp.argmax(x[:, :E], 1), E), w),
+        ),
+        (E, D, H),
+    ),
+    "chosen for each token by a switch": (
+        jax.vmap(
+            lambda w, x: lax.switch(
+                jnp.argmax(x[:E]), [lambda x, e=e: x @ w[e] for e in range(E)], x
+            ),
+            (None, 0),
+        ),
+        (E, D, H),
+    ),
 }  # fmt: skip
 
 
@@ -820,6 +889,29 @@ def test_a_tied_embedding_and_a_lookup_are_dense_with_the_reason():
     }
     assert found["tied"].last
     assert not found["w"].last
+
+
+def test_a_table_that_a_one_hot_reads_is_an_embedding():
+    tokens = np.array([[0, 3, 4]])
+    params = {"table": drawn(5, D), "w": drawn(D, D)}
+
+    def run(p, tokens):
+        return jnp.tanh(jax.nn.one_hot(tokens, 5) @ p["table"]) @ p["w"]
+
+    found = layout(run, params, tokens)
+    reasons = {n: tree.dense_reason(n, params[n], axes=found[n]) for n in params}
+    assert reasons == {"table": "read by a lookup", "w": ""}
+
+
+def test_learned_tokens_that_are_repeated_for_each_sequence_are_no_kernel():
+    params = {"first": drawn(1, 1, D), "more": drawn(2, D), "w": drawn(D, D)}
+
+    def run(p, x):
+        tokens = [jnp.tile(p[name], (len(x), 1, 1)) for name in ("first", "more")]
+        return jnp.concatenate([*tokens, x], axis=1) @ p["w"]
+
+    found = layout(run, params, drawn(B, 2, D))
+    assert [found[name].kind for name in params] == ["vector", "vector", "kernel"]
 
 
 def test_a_learned_initial_state_is_no_kernel():

@@ -151,13 +151,19 @@ def variables():
     return Net().init(jax.random.key(0), jnp.ones((2, 8)))
 
 
-@pytest.mark.parametrize("kind", ["flax", "own"])
+@pytest.mark.parametrize("kind", ["flax", "own", "dict"])
 def test_a_training_state_is_pruned_with_its_own_optimizer(kind):
     params, tx = variables()["params"], optax.adam(1e-2)
     _, opt_state = tx.update(jax.tree.map(jnp.cos, params), tx.init(params), params)
     state: Any = OwnState(3, params, opt_state)
     if kind == "flax":
         state = TrainState(3, Net().apply, params, tx, opt_state)
+    if kind == "dict":  # as a checkpoint restores it
+        state = {"step": 3, "params": params, "opt_state": opt_state}
+        pruned = swe_prune.prune(state, 0.5, verbose=False)
+        assert pruned.criterion == "magnitude_curvature"
+        assert pruned.params["opt_state"] is opt_state
+        return
     pruned = swe_prune.prune(state, 0.5, verbose=False)
     assert type(pruned.params) is type(state)
     assert pruned.criterion == "magnitude_curvature"

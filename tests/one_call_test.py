@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 import swe_prune
 from swe_prune import importance, masks, trajectory
@@ -91,6 +92,13 @@ def test_zeros_stay_through_fine_tuning():
         (lambda: swe_prune.prune(PARAMS, criterion="wanda"), "needs 'input_norm'"),
         (lambda: swe_prune.prune({"bias": jnp.ones(3)}), "no weight is prunable"),
         (lambda: jax.jit(lambda p: swe_prune.prune(p).params)(PARAMS), "outside of jit"),
+        (lambda: swe_prune.prune(jax.eval_shape(lambda: PARAMS)), "'down/kernel' is abstract"),
+        (lambda: swe_prune.prune(nn.Dense(3)), "a Linen module holds no weights"),
+        (lambda: swe_prune.prune((PARAMS, ADAM.init(PARAMS))), "optimizer's state at '1/0'"),
+        (
+            lambda: swe_prune.prune({"kernel": jnp.arange(4)}),
+            r"kernel \(not a floating-point array",
+        ),
     ],
 )
 def test_what_it_cannot_do_is_refused_in_a_sentence(call, sentence):

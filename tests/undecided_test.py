@@ -32,7 +32,10 @@ def after(tx, steps=2):
     return state
 
 
-@pytest.mark.parametrize("tx", [optax.adam(1.0), optax.adamw(1.0), optax.rmsprop(1.0)])
+FACTORED = optax.adafactor(1.0, min_dim_size_to_factor=2)
+
+
+@pytest.mark.parametrize("tx", [optax.adam(1.0), optax.adamw(1.0), optax.rmsprop(1.0), FACTORED])
 def test_a_second_moment_that_is_all_zero_is_refused(tx):
     state = tx.init(PARAMS)
     for call in (
@@ -46,6 +49,19 @@ def test_a_second_moment_that_is_all_zero_is_refused(tx):
     ):
         with pytest.raises(InputError, match=r"second moment of every prunable weight is 0.*give"):
             call()
+
+
+@pytest.mark.parametrize(
+    "tx", [optax.adagrad(1.0), optax.yogi(1.0), optax.rmsprop(1.0, initial_scale=1.0)]
+)
+def test_a_second_moment_that_is_still_as_it_began_is_none(tx):
+    pruned = swe_prune.prune(PARAMS, opt_state=tx.init(PARAMS), verbose=False)
+    assert pruned.criterion == "magnitude"
+    assert "one still the same for every weight" in pruned.why
+    with pytest.raises(InputError, match="still the same for every weight"):
+        importance.score("magnitude_curvature", PARAMS, opt_state=tx.init(PARAMS))
+    pruned = swe_prune.prune(PARAMS, opt_state=after(tx), verbose=False)
+    assert pruned.criterion == "magnitude_curvature"
 
 
 def test_statistics_without_a_snapshot_are_refused():

@@ -37,7 +37,8 @@ def captured(
         lambda variables, batch: block_graph.into_first(lambda: run(variables, batch), paths)
     )
     held_out = 0
-    marked = itertools.chain(((one, 0) for one in batches), ((one, 1) for one in holdout))
+    given_batches, given_holdout = of_batches.each(batches), of_batches.each(holdout)
+    marked = itertools.chain(((b, 0) for b in given_batches), ((b, 1) for b in given_holdout))
     for number, (batch, held) in enumerate(marked):
         held_out += held
         counts.append(of_batches.sequences(batch, number))

@@ -1,5 +1,6 @@
 """Checks of calibration batches, whose arrays share a first axis over the sequences."""
 
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -8,6 +9,24 @@ from jaxtyping import PyTree
 
 from swe_prune import tree
 from swe_prune.errors import InputError
+
+
+def each(batches: Any) -> Iterator[PyTree]:
+    """Returns the iterator over calibration batches.
+
+    Raises:
+        InputError: If it is one batch, whose rows or keys would be taken for batches, or nothing
+            to iterate over.
+    """
+    one = isinstance(batches, Mapping | str) or hasattr(batches, "shape")
+    if one or not isinstance(batches, Iterable):
+        is_array = hasattr(batches, "shape")
+        raise InputError(
+            "calibration takes batches, such as a list of them, got "
+            f"{tree.described(batches) if is_array else f'a {type(batches).__name__}'}; give "
+            "[batch], or list(batches) of an array that stacks them"
+        )
+    return iter(batches)
 
 
 def sequences(batch: PyTree, number: int) -> int:

@@ -113,7 +113,7 @@ def _separated(fn: Any, params: PyTree, call: Call | None) -> tuple[PyTree, dict
 
 
 def _peeked(batches: Iterable[PyTree]) -> tuple[PyTree, Iterable[PyTree]]:
-    rest = iter(batches)
+    rest = batching.each(batches)
     try:
         first = next(rest)
     except StopIteration:

@@ -72,7 +72,7 @@ def gradients(
     }
     # Stream the batches; a new shape is checked before it is run.
     known, n, number = set(), 0, -1
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(batching.each(batches)):
         n += batching.sequences(batch, number)
         shapes = str(batching.shapes(batch))
         if shapes not in known:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from swe_prune.errors import InputError
+from swe_prune.layout import walked
 from swe_prune.layout.trace import Traced, array_leaves
 from swe_prune.layout.views import Piece
 from swe_prune.layout.walk import Product, SumKey, Sums, Walk
@@ -52,7 +53,7 @@ def input_sums(
         name = traced.names[product.view.leaf]
         return _sums(name, product, hessian) if name in wanted else {}
 
-    walk = Walk(traced.shapes, measure)
+    walk = Walk(traced.shapes, measure, walked(traced)[0].members)
     _, sums = walk.run(traced.closed, traced.cells(array_leaves(params, batch)))
     by_leaf: dict[int, list[tuple[SumKey, Any]]] = {}
     for key, value in sums.items():
@@ -74,8 +75,11 @@ def _sums(name: str, product: Product, hessian: bool) -> Sums:
     x, inputs, copies = {"dot": _of_dot, "ragged": _of_ragged, "conv": _of_conv}[product.kind](
         name, product
     )
-    x_KxNxR = _ordered(x.astype(jnp.float32), inputs, len(copies))
-    found = _reduced(x_KxNxR, product, hessian)
+    # Of complex activations Σ |x|² and Re Σ x̄ xᵀ, which are sums over both parts.
+    parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+    ordered = [_ordered(part.astype(jnp.float32), inputs, len(copies)) for part in parts]
+    sums = [_reduced(x_KxNxR, product, hessian) for x_KxNxR in ordered]
+    found = jax.tree.map(lambda *each: sum(each), *sums)
     # Copies that all get these activations have the same sums.
     shared = [
         piece

@@ -63,7 +63,7 @@ def best(
         prunable = tree.prunable(params) if stats is None else tracked(params, stats)
     found = moments(opt_state, params, prunable)
     if not found.found:
-        lacks = "an optimizer without a second moment"
+        lacks = "an optimizer without a second moment, or one still the same for every weight"
         if has_second_moment(opt_state, params):
             lacks += f" of the prunable weights ({_listed(found.lacking)})"
         return Best("magnitude", f"it has {lacks}, {_NO_BETTER}", scope)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune import tree
@@ -44,8 +45,9 @@ def second_moment(opt_state: PyTree, params: PyTree) -> PyTree:
     found = moments_by_name(opt_state, params)
     if not found:
         raise InputError(
-            "the optimizer's state holds no second moment laid out like the parameters; use Adam "
-            "or another that keeps squared gradients, or a criterion without 'second_moment'"
+            "the optimizer's state holds no second moment laid out like the parameters, or one "
+            "that is still the same for every weight; use Adam or another that keeps squared "
+            "gradients, after its first updates, or a criterion without 'second_moment'"
         )
     return tree.map_named(lambda name, _: found.get(name), params)
 
@@ -64,7 +66,9 @@ def _moments(opt_state: PyTree, shapes: dict[str, tuple[int, ...]]) -> Iterator[
     for field in _FIELDS:
         for state in _nodes(opt_state, (field,)):
             if type(state).__name__ not in _OTHERS:
-                yield from _arrays(_field(state, field), shapes)
+                found = list(_arrays(_field(state, field), shapes))
+                if not _as_it_began(state, [moment for _, moment in found]):
+                    yield from found
     for state in _nodes(opt_state, ("v_row", "v_col", "v")):
         rows, columns, wholes = (
             dict(_arrays(_field(state, field), shapes)) for field in ("v_row", "v_col", "v")
@@ -74,6 +78,19 @@ def _moments(opt_state: PyTree, shapes: dict[str, tuple[int, ...]]) -> Iterator[
                 yield name, whole
             elif name in shapes and len(shapes[name]) >= 2:
                 yield name, _multiplied_out(rows[name], columns[name], shapes[name])
+
+
+def _as_it_began(state: Any, moments: list[Any]) -> bool:
+    """Returns whether no gradient has come to moments that begin at another number than 0.
+
+    Those of AdaGrad, Yogi and RMSProp may. Where the state counts its steps, that says it too.
+    """
+    fields = state if isinstance(state, Mapping) else getattr(state, "_fields", ())
+    count = _field(state, "count") if "count" in fields else 0  # a tuple has a method of this name
+    if not moments or any(isinstance(one, Tracer) for one in (count, *moments)) or np.any(count):
+        return False
+    first = next((jnp.ravel(one)[0] for one in moments if one.size), 0)
+    return bool(first != 0) and all(bool((one == first).all()) for one in moments)
 
 
 def _arrays(part: PyTree, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Any]]:
@@ -108,4 +125,4 @@ def _multiplied_out(
     second, largest = (int(axis) for axis in np.argsort(shape)[-2:])
     rows = jnp.expand_dims(row, largest)
     mean = jnp.mean(rows, axis=second, keepdims=True)
-    return rows / mean * jnp.expand_dims(column, second)
+    return rows / jnp.where(mean == 0, 1, mean) * jnp.expand_dims(column, second)

@@ -68,13 +68,22 @@ def layout(fn: Any, params: PyTree, batch: PyTree) -> PyTree:
 
 def axes_by_name(traced: Traced) -> dict[str, Axes | None]:
     """Returns the axes of every weight of a traced function by name."""
-    walk = Walk(traced.shapes)
-    results, _ = walk.run(traced.closed, traced.cells())
+    walk, results = walked(traced)
     last = _last(results, traced.closed.out_avals)
     return {
         name: _axes(walk, number, len(shape), number == last)
         for number, (name, shape) in enumerate(zip(traced.names, traced.shapes, strict=True))
     }
+
+
+def walked(traced: Traced) -> tuple[Walk, list[Cell]]:
+    """Returns what a walk through a traced function found, and its results."""
+    walk = Walk(traced.shapes)
+    results, _ = walk.run(traced.closed, traced.cells())
+    if walk.members:  # which only products further on have shown
+        walk = Walk(traced.shapes, members=walk.members)
+        results, _ = walk.run(traced.closed, traced.cells())
+    return walk, results
 
 
 def _axes(walk: Walk, number: int, ndim: int, last: bool) -> Axes | None:
@@ -121,4 +130,5 @@ __all__ = [
     "copy_labels",
     "layout",
     "split",
+    "walked",
 ]

@@ -32,10 +32,36 @@ _CALLS = (
 _INNER = ("call_jaxpr", "jaxpr", "fun_jaxpr")
 _ELEMENTWISE = frozenset(
     (
-        *("abs", "add", "add_any", "and", "atan2", "cbrt", "ceil", "clamp", "conj", "copy"),
-        *("copy_p", "cos", "cosh", "device_put", "digamma", "div", "eq", "erf", "erf_inv", "erfc"),
-        *("exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "lgamma"),
-        *("log", "log1p", "logistic", "lt", "max", "min", "mul", "name", "ne", "neg", "nextafter"),
+        *("abs", "add", "add_any", "and", "atan2", "cbrt", "ceil", "clamp", "complex", "conj"),
+        *(
+            "copy",
+            "copy_p",
+            "cos",
+            "cosh",
+            "device_put",
+            "digamma",
+            "div",
+            "eq",
+            "erf",
+            "erf_inv",
+            "erfc",
+        ),
+        *("exp", "exp2", "expm1", "floor", "ge", "gt", "imag", "integer_pow", "is_finite"),
+        *(
+            "le",
+            "lgamma",
+            "log",
+            "log1p",
+            "logistic",
+            "lt",
+            "max",
+            "min",
+            "mul",
+            "name",
+            "ne",
+            "neg",
+            "nextafter",
+        ),
         *("not", "optimization_barrier", "or", "pow", "real", "reduce_precision", "rem", "round"),
         *("rsqrt", "select_n", "sharding_constraint", "reshard", "mesh_cast", "pvary", "pcast"),
         *("sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor"),
@@ -49,6 +75,11 @@ _JOINS = (
     *("scatter_add", "scatter_mul", "scatter_min", "scatter_max", "select_and_scatter_add"),
 )
 _RANKS = ("top_k", "approx_top_k", "argmax", "argmin", "sort")
+_INDEX, _ONE_HOT = -1, -2
+"""In place of a weight in the view of 0, 1, 2, …, and of what is 0 but where data equals it."""
+_MOVES = ("convert_element_type", "broadcast_in_dim", "reshape", "transpose", "squeeze")
+_WEIGHS = ("mul", "reduce_sum", "dot_general")
+"""What leaves an index an index and a one-hot a selection, and what the latter alone."""
 _PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
 
 
@@ -61,7 +92,8 @@ class Cell(NamedTuple):
         data: Whether it depends on the batch.
         sources: Weights whose products with data it comes from, with no such product in between.
         experts: Views of weights with copies, in which the dimensions that run over the copies
-            are those of an activation that each copy gave.
+            are those of an activation that each copy gave; not `whole` where they may be outputs.
+        index: Views of an index or of a one-hot, with the dimension that it counts.
     """
 
     value: Any = None
@@ -69,6 +101,7 @@ class Cell(NamedTuple):
     data: bool = False
     sources: frozenset[int] = frozenset()
     experts: tuple[View, ...] = ()
+    index: tuple[View, ...] = ()
 
     @property
     def is_weight(self) -> bool:
@@ -117,9 +150,16 @@ class Walk:
         ranked: Weights whose products are ranked.
         opaque: Operation that cannot be followed, by weight.
         expert_axes: Axis over experts that all get the same activations, by weight.
+        members: Axis over members that all get the same activations, by weight, where a product
+            further on shows it. A walk that is given it takes the axis for copies.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], measure: Measure | None = None):
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        measure: Measure | None = None,
+        members: Mapping[int, int] | None = None,
+    ):
         self.shapes = shapes
         self.measure = measure
         self.uses: dict[int, list[Any]] = {}
@@ -129,6 +169,7 @@ class Walk:
         self.ranked: set[int] = set()
         self.opaque: dict[int, str] = {}
         self.expert_axes: dict[int, int] = {}
+        self.members: dict[int, int] = dict(members or {})
         self._sums: Sums = {}
         self._depth = 0
 
@@ -186,15 +227,17 @@ class Walk:
         if name in _PRODUCTS:
             leaves = [view.leaf for cell in cells if cell.is_weight for view in cell.views]
             sources = frozenset(leaves) if leaves and data else sources
+        picks = name in _PICKS or _chooses(eqn, cells) or _picks_matrices(eqn, cells)
         found = [
-            self._views(eqn, cells, getattr(var.aval, "shape", ()), number)
+            self._views(eqn, cells, getattr(var.aval, "shape", ()), number, picks)
             for number, var in enumerate(eqn.outvars)
         ]
-        if name in _PICKS and any(found):
-            data = cells[0].data  # a weight that the data picks is a weight
+        if picks and any(found):
+            data = name in _PICKS and cells[0].data  # a weight that the data picks is a weight
         experts = self._experts(eqn, cells, found)
+        index = self._index(eqn, cells)
         return [
-            Cell(value, held, data, sources, experts)
+            Cell(value, held, data, sources, experts, index)
             for value, held in zip(outputs, found, strict=True)
         ]
 
@@ -210,20 +253,41 @@ class Walk:
             if name == "dot_general" and cell.is_weight and not any(found):
                 # Only the copies of the weight remain; its outputs are new to the activation.
                 batched = _dot_sides(eqn.params["dimension_numbers"], at)[1]
-                given += tuple(
-                    view.with_dims(
-                        [
-                            dim if i in batched or self._over(view, dim) else ()
-                            for i, dim in enumerate(view.dims)
-                        ]
-                    )
-                    for view in cell.views
-                )
+                for view in cell.views:
+                    over = [
+                        i in batched or self._over(view, dim) for i, dim in enumerate(view.dims)
+                    ]
+                    shown = any(over)
+                    if not shown:
+                        every = range(len(over))
+                        first = _first_axis(view, self.shapes[view.leaf], every)
+                        over = [i == first for i in every]
+                    dims = [dim if here else () for dim, here in zip(view.dims, over, strict=True)]
+                    given += (view.with_dims(dims, whole=shown),)
             for view in given:
                 result = self._view(eqn, cells, at, view, eqn.invars[at].aval.shape, shape)
                 if result is not None and result.wide:
-                    moved.append(dataclasses.replace(result, inner=(), whole=True))
+                    moved.append(dataclasses.replace(result, inner=(), whole=view.whole))
         return tuple(dict.fromkeys(moved))
+
+    def _index(self, eqn: Any, cells: list[Cell]) -> tuple[View, ...]:
+        """Returns the dimensions of a value that count 0, 1, 2, …, or that a one-hot has."""
+        name, shape = eqn.primitive.name, getattr(eqn.outvars[0].aval, "shape", ())
+        if name == "iota":
+            counted = Piece(0, eqn.params["shape"][eqn.params["dimension"]], 1)
+            dims = [(counted,) if at == eqn.params["dimension"] else () for at in range(len(shape))]
+            return (View(_INDEX, tuple(dims)),)
+        moved = []
+        for at, cell in enumerate(cells):
+            for view in cell.index:
+                compared = name == "eq" and view.leaf == _INDEX and cells[1 - at].data
+                weighed = name in _WEIGHS and view.leaf == _ONE_HOT
+                if compared or weighed or name in _MOVES:
+                    result = self._view(eqn, cells, at, view, eqn.invars[at].aval.shape, shape)
+                    if result is not None and result.wide:
+                        leaf = _ONE_HOT if compared else view.leaf
+                        moved.append(dataclasses.replace(result, leaf=leaf, whole=True))
+        return tuple(moved)
 
     def _call(self, inner: Any, cells: list[Cell]) -> list[Cell]:
         closed = inner if hasattr(inner, "consts") else core.ClosedJaxpr(inner, ())
@@ -240,10 +304,11 @@ class Walk:
     # Views: what becomes of the axes of the weights.
 
     def _views(
-        self, eqn: Any, cells: list[Cell], shape: tuple[int, ...], number: int
+        self, eqn: Any, cells: list[Cell], shape: tuple[int, ...], number: int, picks: bool
     ) -> tuple[View, ...]:
         """Returns the views of one of the results, of the equation's operands that are weights."""
-        if any(cell.data for cell in cells) and eqn.primitive.name not in _PICKS:
+        by_data = any(cell.data for cell in cells) and eqn.primitive.name not in _PICKS
+        if by_data and not picks:
             # Activations, whatever they are made of.
             for view in (view for cell in cells for view in cell.views):
                 pieces = (*(piece for _, piece in view.scanned), *view.picked)
@@ -257,6 +322,8 @@ class Walk:
             old = eqn.invars[at].aval.shape
             for view in cell.views:
                 result = self._view(eqn, cells, at, view, old, shape, number)
+                if result is not None and by_data:
+                    result = _picked(eqn, at, view, result)
                 if result is not None:
                     found.append(result)
         return _distinct(found)
@@ -277,7 +344,7 @@ class Walk:
         if name == "reshape":
             result = views.reshaped(view, old, new)
             if result is None and not any(cell.data for cell in cells):
-                self.opaque.setdefault(view.leaf, name)
+                return view.with_dims([()] * len(new), whole=False)  # a product cannot be told
             return result
         if name == "broadcast_in_dim":
             return views.broadcast(view, new, old, params["broadcast_dimensions"])
@@ -320,7 +387,7 @@ class Walk:
             return None  # a statistic of the weight, such as its norm
         if (name.startswith("reduce_") and "axes" in params) or name in _RANKS:
             return None
-        if name in _ELEMENTWISE:
+        if name in _ELEMENTWISE or name == "tile":
             return views.broadcast(view, new, old, range(len(old)))
         if old and new and not any(cell.data for cell in cells):
             self.opaque.setdefault(view.leaf, name)
@@ -378,7 +445,15 @@ class Walk:
                 roles = _dims_roles(len(view.dims), contracted, batched)
                 roles |= self._over_experts(view, other, contracted, their)
                 if kind == "dot":
+                    self._find_members(view, other, batched, theirs)
                     roles |= self._expert_axis(view, roles)
+                    hot = _by_one_hot(view, other, contracted, their)
+                    if any(view.dims[at] and at not in hot for at in contracted):
+                        roles |= dict.fromkeys(hot, "copies")
+                    elif hot and _picks_matrices(eqn, cells):
+                        continue
+                    elif hot:
+                        self.looked_up.add(view.leaf)
                 # Repeated over the inputs it is a scale, not a kernel.
                 sizes = eqn.invars[side].aval.shape
                 repeated = any(sizes[at] > 1 and not view.dims[at] for at in contracted)
@@ -413,16 +488,27 @@ class Walk:
         To a product the first axis of a weight (experts, in, out) is one more output. It is one
         over experts where a router before it ranks as many outputs.
         """
-        shape = self.shapes[view.leaf]
-        free = [at for at, dim in enumerate(view.dims) if dim and roles[at] != "copies"]
-        if len(free) != 3 or not self.ranked:
+        free = [at for at, role in roles.items() if role != "copies"]
+        first = _first_axis(view, self.shapes[view.leaf], free)
+        if first is None or roles[first] != "outputs":
             return {}
-        first = min(free, key=lambda at: view.dims[at][0].axis)
-        ((axis, size, _), *more) = view.dims[first]
-        if roles[first] != "outputs" or more or size != shape[axis] or size not in self._routed():
+        ((axis, size, _),) = view.dims[first]
+        if self.members.get(view.leaf) != axis and size not in self._routed():
             return {}
         self.expert_axes[view.leaf] = axis
         return {first: "copies"}
+
+    def _find_members(
+        self, view: View, other: Cell, batched: Sequence[int], theirs: Sequence[int]
+    ) -> None:
+        """Notes the weights before, of which this one's copies take one part of the result each.
+
+        So it is in an ensemble under `vmap`, whose first weights all get the same activations.
+        """
+        for own, at in zip(batched, theirs, strict=True):
+            for before in other.experts if view.dims[own] else ():
+                if before.dims[at] and not before.whole:
+                    self.members[before.leaf] = before.dims[at][0].axis
 
     def _routed(self) -> set[int]:
         """Returns the numbers of outputs of the routers that were seen."""
@@ -446,7 +532,9 @@ class Walk:
         for own, at in zip(contracted, their, strict=True):
             size = math.prod(piece.size for piece in view.dims[own])
             if any(
-                expert.dims[at] and math.prod(piece.size for piece in expert.dims[at]) == size
+                expert.whole
+                and expert.dims[at]
+                and math.prod(piece.size for piece in expert.dims[at]) == size
                 for expert in other.experts
             ):
                 found[own] = "copies"
@@ -466,6 +554,7 @@ class Walk:
                 value=None,
                 views=tuple(views.enter_scan(v, depth) for v in cell.views),
                 experts=(),
+                index=(),
             )
             for cell in rows
         ]
@@ -481,7 +570,7 @@ class Walk:
         self._add(sums)
         return [
             # Stacked over the iterations, a weight in it is not followed any further.
-            cell if at < carried else cell._replace(views=(), experts=())
+            cell if at < carried else cell._replace(views=(), experts=(), index=())
             for at, cell in enumerate(results)
         ]
 
@@ -616,7 +705,8 @@ class Walk:
         """Returns a copy of all that was found, or goes back to it."""
         if again is not None:
             self.__dict__ |= copy.deepcopy(again)
-        names = ("uses", "tentative", "looked_up", "copies", "ranked", "opaque", "expert_axes")
+        names = ("uses", "tentative", "looked_up", "copies", "ranked", "opaque")
+        names += ("expert_axes", "members")
         return {name: copy.deepcopy(getattr(self, name)) for name in names}
 
     def _settle(
@@ -655,6 +745,17 @@ def _covers(view: View, roles: Mapping[int, str], shape: Sequence[int]) -> bool:
     for piece in (*pieces, *(piece for _, piece in view.scanned), *view.picked):
         sizes[piece.axis] = sizes.get(piece.axis, 1) * piece.size
     return all(size == shape[axis] for axis, size in sizes.items())
+
+
+def _first_axis(view: View, shape: Sequence[int], free: Sequence[int]) -> int | None:
+    """Returns the dimension that runs over the first of three free axes alone, or None."""
+    named = [at for at in free if view.dims[at]]
+    if len(named) != 3:
+        return None
+    first = min(named, key=lambda at: view.dims[at][0].axis)
+    piece = view.dims[first][0]
+    alone = len(view.dims[first]) == 1 and piece.size == shape[piece.axis]
+    return first if alone else None
 
 
 def _size(dim: views.Dim) -> int:
@@ -734,6 +835,51 @@ def _dims_roles(ndim: int, contracted: Sequence[int], batched: Sequence[int]) ->
         at: "inputs" if at in contracted else "copies" if at in batched else "outputs"
         for at in range(ndim)
     }
+
+
+def _by_one_hot(
+    view: View, other: Cell, contracted: Sequence[int], their: Sequence[int]
+) -> list[int]:
+    """Returns the dimensions of a weight that a product sums over with a one-hot."""
+    hot = [one for one in other.index if one.leaf == _ONE_HOT]
+    pairs = zip(contracted, their, strict=True)
+    return [own for own, at in pairs if view.dims[own] and any(one.dims[at] for one in hot)]
+
+
+def _chooses(eqn: Any, cells: list[Cell]) -> bool:
+    """Returns whether data chooses between weights, as a switch under `vmap` does."""
+    chosen = eqn.primitive.name == "select_n" and cells[0].data
+    return chosen and not any(cell.data for cell in cells[1:])
+
+
+def _picks_matrices(eqn: Any, cells: list[Cell]) -> bool:
+    """Returns whether a product with a one-hot picks matrices out of a stack of them."""
+    if eqn.primitive.name != "dot_general":
+        return False
+    for at, (cell, other) in enumerate(zip(cells, reversed(cells), strict=True)):
+        summed, _ = _dot_sides(eqn.params["dimension_numbers"], at)
+        their, _ = _dot_sides(eqn.params["dimension_numbers"], 1 - at)
+        for view in cell.views if cell.is_weight and other.data else ():
+            rest = view.with_dims([dim for d, dim in enumerate(view.dims) if d not in summed])
+            named = [d for d in summed if view.dims[d]]
+            if named and named == _by_one_hot(view, other, summed, their) and rest.wide >= 2:
+                return True
+    return False
+
+
+def _picked(eqn: Any, at: int, view: View, result: View) -> View:
+    """Returns the view of a weight of which data has picked copies or chosen values."""
+    pieces: list[Piece] = []
+    if eqn.primitive.name == "dot_general":
+        summed, _ = _dot_sides(eqn.params["dimension_numbers"], at)
+        pieces = [piece for d in summed for piece in view.dims[d]]
+    return dataclasses.replace(
+        result,
+        picked=(*result.picked, *pieces),
+        places=(*result.places, *(None for _ in pieces)),
+        inner=view.inner,
+        whole=False,
+    )
 
 
 def _of_product(eqn: Any, cells: list[Cell], at: int, view: View) -> View | None:

@@ -30,6 +30,11 @@ def check_fits(name: str, mask: Any, weight: Any, what: str = "weight") -> None:
 
 def check_bool(name: str, mask: Any) -> None:
     """Raises InputError for a mask that is not a bool array, such as a score or a 0/1 float."""
+    if isinstance(mask, bool):
+        raise InputError(
+            f"the mask of {tree.short(name)!r} is a single {mask}, not an array; give an element "
+            "for each weight, or None where the tensor is dense"
+        )
     dtype = getattr(mask, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.bool_):
         raise InputError(

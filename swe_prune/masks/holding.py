@@ -7,6 +7,7 @@ import optax
 from jaxtyping import PyTree
 
 from swe_prune import tree
+from swe_prune.errors import InputError
 from swe_prune.masks.fitting import check_mask, map_masked
 
 
@@ -46,8 +47,14 @@ def keep(
             become a constant of the compiled program.
 
     Raises:
-        InputError: The mask is not bool. At `init` and `update`: it is of other parameters.
+        InputError: The mask is not bool, or `optimizer` is none. At `init` and `update`: the mask
+            is of other parameters.
     """
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise InputError(
+            f"optimizer must be an optax transformation, got a {type(optimizer).__name__}; call "
+            "masks.keep(optimizer, mask)"
+        )
     inner = optax.with_extra_args_support(optimizer)
 
     check_mask(mask)

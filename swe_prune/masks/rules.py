@@ -50,7 +50,7 @@ def by_std(
     >>> by_std({"w": jnp.array([0.0, 1.0, 5.0])}, 1.0)["w"].tolist()
     [False, False, True]
     """
-    if not select.is_traced(rate) and not 0 <= float(rate) <= _LARGEST:
+    if not select.is_traced(rate) and not _is_rate(rate):
         raise InputError(f"rate = {rate!r} is no multiple of a standard deviation; give 0 or more")
     named = _scored(scores)
     traced = select.is_traced(list(named.values()), rate)
@@ -67,6 +67,11 @@ def by_std(
             raise InputError(f"rate = {rate!r} prunes every weight; lower it")
         undecided.warn(named, dict(zip(named, kept, strict=True)), ranked=False)
     return _like(scores, named, kept)
+
+
+def _is_rate(rate: Any) -> bool:
+    is_number = hasattr(rate, "__float__") and jnp.ndim(rate) == 0
+    return is_number and 0 <= float(rate) <= _LARGEST
 
 
 def _std_masks(

@@ -176,6 +176,11 @@ def update(
             statistics were restored under other settings.
     """
     stats = restored(stats)
+    if jnp.shape(when):
+        raise InputError(
+            f"when must be a single truth value, got an array of shape {jnp.shape(when)}; reduce "
+            "it, as by .any()"
+        )
     if isinstance(when, Tracer):
         # A fori_loop of 0 or 1 iterations, since XLA updates its carry in place; on either branch
         # of lax.cond it copies the statistics, in every step.

@@ -167,9 +167,14 @@ def prunable(
         for name, leaf in weights.items()
     }
     if not any(chosen.values()):
+        told = [
+            f"{name} ({dense_reason(name, leaf, include, exclude, axes.get(name))})"
+            for name, leaf in named_leaves(params)
+            if hasattr(leaf, "shape")
+        ]
         raise InputError(
             f"no weight is prunable under include={include!r}, exclude={exclude!r}; "
-            f"widen the rules. Weights: {_abbreviated(list(weights)) or 'none'}"
+            f"widen the rules. Weights: {_abbreviated(told) or 'none'}"
         )
     return map_named(lambda name, _: chosen.get(name, False), params)
 

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+from flax import linen as nn
 from flax import nnx
 from flax.core import FrozenDict
 from jaxtyping import PyTree
@@ -45,10 +47,11 @@ def held(holder: Any) -> Held:
         holder: NNX module, whose `nnx.Param`s are the weights; training state, such as
             `flax.training.train_state.TrainState`: any dataclass or NamedTuple with `params` and
             one of `opt_state`, `tx` and `step`; mapping of Linen's collections with "params" among
-            others; or a pytree of weights.
+            others, or a training state as such a mapping; or a pytree of weights.
 
     Raises:
-        InputError: If the object is an optimizer, which holds no weights.
+        InputError: If the object is an optimizer or a Linen module, which hold no weights, or has
+            an optimizer's state among the weights.
     """
     if isinstance(holder, nnx.Optimizer):
         raise InputError(
@@ -65,8 +68,18 @@ def held(holder: Any) -> Held:
             opt_state=getattr(holder, "opt_state", None),
             stats=getattr(holder, "stats", None),
         )
+    if isinstance(holder, nn.Module):
+        raise InputError(
+            "a Linen module holds no weights to prune; give the params that its init returns"
+        )
     if isinstance(holder, Mapping) and COLLECTION in holder and len(holder) > 1:
         return _of_variables(holder)
+    state = _optimizer_state_in(holder)
+    if state is not None:
+        raise InputError(
+            f"the weights hold an optimizer's state at {pairing.short(state)!r}, whose moments are "
+            "no weights; give the weights alone, with opt_state= for the state"
+        )
     return Held(holder, lambda new: new)
 
 
@@ -75,6 +88,18 @@ def opt_state_of(given: Any) -> PyTree | None:
     if isinstance(given, nnx.Optimizer) or _is_train_state(given):
         return getattr(given, "opt_state", None)
     return given
+
+
+def _optimizer_state_in(holder: Any) -> str | None:
+    """Returns the path of a state of optax in a pytree, or None."""
+
+    def is_state(node: Any) -> bool:
+        of_optax = type(node).__module__.partition(".")[0] == "optax"
+        return of_optax and hasattr(node, "_fields") and not pairing.is_absent(node)
+
+    paths = jax.tree_util.tree_flatten_with_path(holder, is_leaf=is_state)[0]
+    found = (path for path, node in paths if is_state(node))
+    return next((jax.tree_util.keystr(p, simple=True, separator="/") for p in found), None)
 
 
 def _updated(module: nnx.Module, weights: PyTree) -> nnx.Module:
@@ -111,6 +136,7 @@ def _of_variables(variables: Mapping[str, Any]) -> Held:
         inside,
         put_back=lambda new: with_params(inside.put_back(new), variables),
         like=like,
+        opt_state=variables.get("opt_state") if inside.opt_state is None else inside.opt_state,
         lower=lambda given: (
             given[COLLECTION] if isinstance(given, Mapping) and COLLECTION in given else given
         ),
