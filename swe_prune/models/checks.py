@@ -1,8 +1,38 @@
 """Checks of the decoder's config, each with a sentence that says what to change."""
 
+import math
+import operator
+from typing import Any
+
+import numpy as np
+
 from swe_prune.config import ModelConfig, check_choices
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, shown
 from swe_prune.models import rope
+
+_SIZE = (1, 2**31 - 1)  # positions and sizes are int32 on the devices
+_FLOAT = (0.0, float(np.finfo(np.float32).max))
+_POSITIVE = (float(np.finfo(np.float32).tiny), _FLOAT[1])
+
+RANGES: dict[str, tuple[float, float]] = {
+    "layers": (1, 10_000),
+    **dict.fromkeys(
+        ("heads", "width", "context", "vocab_size", "hidden_ratio", "hidden", "kv_heads",
+         "head_width", "window", "experts", "experts_per_token", "rope.original_context"), _SIZE
+    ),
+    "position_offset": (0, _SIZE[1]),
+    "dropout": (0.0, 1.0),
+    **dict.fromkeys(
+        ("norm_epsilon", "embedding_scale", "residual_scale", "attention_scale", "attention_cap",
+         "logit_divisor", "logit_cap", "sliding_theta", "rope.theta", "rope.factor",
+         "rope.low_frequency", "rope.high_frequency", "rope.beta_fast", "rope.beta_slow",
+         "rope.attention_factor", "rope.short_factors", "rope.long_factors"), _POSITIVE
+    ),
+    "rope.share": (_POSITIVE[0], 1.0),
+    "rope.mscale": _FLOAT,
+    "rope.mscale_all": _FLOAT,
+}
+"""Least and largest value of each number in a `ModelConfig`; integers are those with integers."""  # fmt: skip
 
 
 def check(config: ModelConfig) -> None:
@@ -12,6 +42,11 @@ def check(config: ModelConfig) -> None:
         InputError: If a setting is unknown, or settings do not fit together.
     """
     check_choices(config, "config.model")
+    for field in RANGES:
+        value = operator.attrgetter(field)(config)
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is not None:
+                check_range(one, field, f"config.model.{field}")
     if config.head_width is None and config.width % config.heads:
         raise InputError(
             f"config.model.width must be a multiple of heads = {config.heads}, got {config.width}"
@@ -21,14 +56,34 @@ def check(config: ModelConfig) -> None:
             f"config.model.kv_heads must be a divisor of heads = {config.heads}, "
             f"got {config.kv_heads}"
         )
-    if config.window is not None and config.window < 1:
-        raise InputError(f"config.model.window must be at least 1, got {config.window}")
     if config.positions == "rope":
         rope.check(config, config.head_size)
     _check_layers(config)
     _check_numbers(config)
     if config.experts is not None:
         _check_experts(config)
+
+
+def check_range(value: Any, field: str, what: str) -> None:
+    """Checks a number by the table `RANGES`.
+
+    Args:
+        value: Number to check.
+        field: Field of `ModelConfig`, such as "rope.theta".
+        what: Name of the setting, for the sentence.
+
+    Raises:
+        InputError: The value is no such number, not finite or out of range.
+    """
+    least, most = RANGES[field]
+    whole = isinstance(least, int)
+    ok = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not ok or not least <= value <= most:  # NaN is in no range
+        bound = f"of at least {least}" if least == 0 else "above 0"
+        if math.isfinite(most) and most < (_SIZE if whole else _FLOAT)[1]:
+            bound += f" and at most {most:g}"
+        kind = "an integer" if whole else "a finite number"
+        raise InputError(f"{what} must be {kind} {bound}, got {shown(value)}")
 
 
 def _check_layers(config: ModelConfig) -> None:
@@ -51,14 +106,6 @@ def _check_layers(config: ModelConfig) -> None:
 
 
 def _check_numbers(config: ModelConfig) -> None:
-    for name in ("attention_scale", "attention_cap", "logit_cap", "logit_divisor"):
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise InputError(f"config.model.{name} must be above 0, got {value}")
-    if config.position_offset < 0:
-        raise InputError(
-            f"config.model.position_offset must be 0 or more, got {config.position_offset}"
-        )
     if config.norm_plus_one and (config.norm != "rms" or config.head_norm == "each_head"):
         raise InputError(
             "config.model.norm_plus_one needs norm 'rms' and no head_norm 'each_head'; change one"
