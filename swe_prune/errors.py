@@ -80,7 +80,7 @@ def shown(value: object, most: int = 80) -> str:
     """Returns the repr of a value for a sentence: one line, cut, whatever the value is.
 
     >>> shown([1] * 100, 10)
-    '[1, 1, 1, …'
+    '[1, 1, 1,…'
     """
     try:
         text = repr(value)

@@ -102,7 +102,16 @@ def test_what_is_no_such_file_is_refused_in_a_sentence(tmp_path):
     huge = (2**62).to_bytes(8, "little") + whole[8:]
     deep = b'{"a":' * 100_000
     deep = len(deep).to_bytes(8, "little") + deep
-    for damaged in (deep, b"", b"text", whole[:40], whole[:-5], other, huge, b"\x02\0\0\0\0\0\0\0{}"):
+    for damaged in (
+        deep,
+        b"",
+        b"text",
+        whole[:40],
+        whole[:-5],
+        other,
+        huge,
+        b"\x02\0\0\0\0\0\0\0{}",
+    ):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"cannot be read .*that swe_prune\.save has written"):
             swe_prune.load(path)

@@ -69,8 +69,8 @@ def export(
 
     Raises:
         InputError: If the folder exists or its parent does not, the parameters do not fit the
-            config, the config cannot be expressed in config.json, or only one of mask and record
-            is given.
+            config or are not finite, the config cannot be expressed in config.json, or only one of
+            mask and record is given.
     """
     folder = Path(folder)
     check_free(folder)
@@ -145,7 +145,13 @@ def _contents(
             leaf, keep = leaves[part.name], kept.get(part.name)
             own = part.of(leaf)
             pieces.append(own if keep is None else masks.apply(own, part.of(keep)))
-        return one.join(pieces)
+        joined = one.join(pieces)
+        if not np.isfinite(joined).all():
+            raise InputError(
+                f"{one.name!r} has weights that are NaN or infinite, and no such model is "
+                "exported; correct the parameters"
+            )
+        return joined
 
     return dtype, values
 

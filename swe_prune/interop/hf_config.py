@@ -8,13 +8,14 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from swe_prune.bounds import COUNT, POSITIVE
 from swe_prune.config import ComputeDtype, ModelConfig
 from swe_prune.errors import InputError, check_choice, shown
 from swe_prune.interop.families import ACTIVATIONS, FAMILIES
 from swe_prune.interop.family import NEEDED, Family, Key
 from swe_prune.interop.layer_kinds import read_layers, simplified, write_layers
 from swe_prune.interop.rope_settings import read_rope, read_sliding_theta, write_rope
-from swe_prune.models.checks import RANGES, check, check_range
+from swe_prune.models.checks import RANGES, check
 
 _KINDS = {bool: "true or false", str: "a name"}
 # Fields whose None has a meaning in `ModelConfig`.
@@ -58,8 +59,9 @@ def read_config(
         if rope.scaling == "dynamic":  # it applies beyond the context in config.json
             fields["rope"] = dataclasses.replace(rope, original_context=fields["context"])
             context = fields["context"] * (rope.factor or 1)
-            check_range(context, "rope.factor", "max_position_embeddings * factor in config.json")
+            POSITIVE.check(context, "max_position_embeddings * factor in config.json")
             fields["context"] = int(context)
+            COUNT.check(fields["context"], "max_position_embeddings * factor in config.json")
     config = ModelConfig(**fields)
     try:
         check(config)
@@ -182,7 +184,7 @@ def _value(hf: Mapping[str, Any], key: Key) -> Any:
         value = float(value)
     name = f"{key.name} in config.json"
     if key.field in RANGES:
-        check_range(value, key.field, name)
+        RANGES[key.field].check(value, name)
     elif type(value) is not key.kind:
         raise InputError(f"{name} must be {_KINDS[key.kind]}, got {shown(value)}")
     return value if key.code is None else key.code.read(value)

@@ -15,7 +15,7 @@ from swe_prune.config import ModelConfig, RopeConfig
 from swe_prune.errors import InputError, shown
 from swe_prune.interop.families import FAMILIES
 from swe_prune.interop.family import Family
-from swe_prune.models.checks import check_range
+from swe_prune.models.checks import RANGES
 
 SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 """Supported values of `rope_type`."""
@@ -101,7 +101,9 @@ def read_rope(hf: Mapping[str, Any], family: str) -> RopeConfig:
         for length in ("short", "long"):
             factors = group[f"{length}_factor"]
             if not isinstance(factors, list | tuple):
-                raise InputError(f"{length}_factor in config.json must be a list, got {shown(factors)}")
+                raise InputError(
+                    f"{length}_factor in config.json must be a list, got {shown(factors)}"
+                )
             found[f"{length}_factors"] = tuple(
                 _number(f, f"{length}_factor", f"{length}_factors") for f in factors
             )
@@ -173,8 +175,8 @@ def _share(group: Mapping[str, Any], hf: Mapping[str, Any], family: str) -> floa
     if share != 1 and keys.share is None:
         able = ", ".join(name for name, one in FAMILIES.items() if one.rope.share is not None)
         raise InputError(
-            f"config.json has partial_rotary_factor = {shown(share)}, which model_type {family!r} does "
-            f"not use; supported is 1, and any fraction for {able}"
+            f"config.json has partial_rotary_factor = {shown(share)}, which model_type {family!r} "
+            f"does not use; supported is 1, and any fraction for {able}"
         )
     return _number(share, name, "share")
 
@@ -184,12 +186,12 @@ def _original(group: Mapping[str, Any], hf: Mapping[str, Any], family: str) -> i
     default = PHI3_ORIGINAL if family == "phi3" else None
     value = _first(hf.get(name), group.get(name), default)
     if value is not None:
-        check_range(value, "rope.original_context", f"{name} in config.json")
+        RANGES["rope.original_context"].check(value, f"{name} in config.json")
     return value
 
 
 def _number(value: Any, name: str, field: str = "theta") -> float:
-    check_range(value, f"rope.{field}", f"{name} in config.json")
+    RANGES[f"rope.{field}"].check(value, f"{name} in config.json")
     return float(value)
 
 

@@ -18,6 +18,7 @@ from swe_prune.errors import InputError, first_line, reading
 LARGEST = 100_000_000
 """Bytes that a file other than weights may have, and the header of a safetensors file."""
 
+
 @contextlib.contextmanager
 def reading_in_rust(what: object, advice: str = "get it again") -> Iterator[None]:
     """`reading` that also leaves out what a panic of Rust prints by itself."""
@@ -49,7 +50,9 @@ def check_file(path: Path, most: int | None = LARGEST) -> Path:
     except (OSError, ValueError) as error:  # a name with NUL; a circle of links
         raise InputError(f"{str(path)!r} cannot be read ({first_line(error)})") from None
     if not stat.S_ISREG(found.st_mode):
-        raise InputError(f"{path} is not a regular file, so it is not read; put the file itself there")
+        raise InputError(
+            f"{path} is not a regular file, so it is not read; put the file itself there"
+        )
     if most is not None and found.st_size > most:
         raise InputError(
             f"{path} has {found.st_size:,} bytes, and a file of this kind at most {most:,}; get it "

@@ -22,7 +22,6 @@ from jaxtyping import Int32
 from swe_prune.errors import InputError, reading
 from swe_prune.interop.stranger_files import reading_in_rust
 
-
 GROWTH = 100
 """Largest factor by which a normalizer or decoder may lengthen a text."""
 

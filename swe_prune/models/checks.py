@@ -1,38 +1,31 @@
 """Checks of the decoder's config, each with a sentence that says what to change."""
 
-import math
 import operator
-from typing import Any
 
-import numpy as np
-
+from swe_prune.bounds import COUNT, FRACTION, INDEX, NOT_NEGATIVE, POSITIVE, SHARE, Bound
 from swe_prune.config import ModelConfig, check_choices
-from swe_prune.errors import InputError, shown
+from swe_prune.errors import InputError
 from swe_prune.models import rope
 
-_SIZE = (1, 2**31 - 1)  # positions and sizes are int32 on the devices
-_FLOAT = (0.0, float(np.finfo(np.float32).max))
-_POSITIVE = (float(np.finfo(np.float32).tiny), _FLOAT[1])
-
-RANGES: dict[str, tuple[float, float]] = {
-    "layers": (1, 10_000),
+RANGES: dict[str, Bound] = {
+    "layers": COUNT._replace(most=10_000),
     **dict.fromkeys(
         ("heads", "width", "context", "vocab_size", "hidden_ratio", "hidden", "kv_heads",
-         "head_width", "window", "experts", "experts_per_token", "rope.original_context"), _SIZE
+         "head_width", "window", "experts", "experts_per_token", "rope.original_context"), COUNT
     ),
-    "position_offset": (0, _SIZE[1]),
-    "dropout": (0.0, 1.0),
+    "position_offset": INDEX,
+    "dropout": SHARE,
     **dict.fromkeys(
         ("norm_epsilon", "embedding_scale", "residual_scale", "attention_scale", "attention_cap",
          "logit_divisor", "logit_cap", "sliding_theta", "rope.theta", "rope.factor",
          "rope.low_frequency", "rope.high_frequency", "rope.beta_fast", "rope.beta_slow",
-         "rope.attention_factor", "rope.short_factors", "rope.long_factors"), _POSITIVE
+         "rope.attention_factor", "rope.short_factors", "rope.long_factors"), POSITIVE
     ),
-    "rope.share": (_POSITIVE[0], 1.0),
-    "rope.mscale": _FLOAT,
-    "rope.mscale_all": _FLOAT,
-}
-"""Least and largest value of each number in a `ModelConfig`; integers are those with integers."""  # fmt: skip
+    "rope.share": FRACTION,
+    "rope.mscale": NOT_NEGATIVE,
+    "rope.mscale_all": NOT_NEGATIVE,
+}  # fmt: skip
+"""Range of each number in a `ModelConfig`."""
 
 
 def check(config: ModelConfig) -> None:
@@ -46,7 +39,7 @@ def check(config: ModelConfig) -> None:
         value = operator.attrgetter(field)(config)
         for one in value if isinstance(value, tuple) else (value,):
             if one is not None:
-                check_range(one, field, f"config.model.{field}")
+                RANGES[field].check(one, f"config.model.{field}")
     if config.head_width is None and config.width % config.heads:
         raise InputError(
             f"config.model.width must be a multiple of heads = {config.heads}, got {config.width}"
@@ -62,28 +55,6 @@ def check(config: ModelConfig) -> None:
     _check_numbers(config)
     if config.experts is not None:
         _check_experts(config)
-
-
-def check_range(value: Any, field: str, what: str) -> None:
-    """Checks a number by the table `RANGES`.
-
-    Args:
-        value: Number to check.
-        field: Field of `ModelConfig`, such as "rope.theta".
-        what: Name of the setting, for the sentence.
-
-    Raises:
-        InputError: The value is no such number, not finite or out of range.
-    """
-    least, most = RANGES[field]
-    whole = isinstance(least, int)
-    ok = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not ok or not least <= value <= most:  # NaN is in no range
-        bound = f"of at least {least}" if least == 0 else "above 0"
-        if math.isfinite(most) and most < (_SIZE if whole else _FLOAT)[1]:
-            bound += f" and at most {most:g}"
-        kind = "an integer" if whole else "a finite number"
-        raise InputError(f"{what} must be {kind} {bound}, got {shown(value)}")
 
 
 def _check_layers(config: ModelConfig) -> None:
