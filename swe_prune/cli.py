@@ -410,6 +410,7 @@ def _dispatch(parsed: Parsed, distributed: bool, elapsed: Callable[[], float]) -
             processes.first(lambda: _print_evaluation(rows))
         else:
             if command == "finetune":
+                study.mend(experiment, progress)
                 study.control(experiment, progress)
             getattr(study, command)(experiment, progress)
         if command == "run":

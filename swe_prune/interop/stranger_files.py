@@ -46,7 +46,9 @@ def check_file(path: Path, most: int | None = LARGEST) -> Path:
     try:
         found = path.stat()
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; give the path of a file") from None
+        missing = "is a link to what does not exist; get the file" if path.is_symlink() else ""
+        missing = missing or "does not exist; give the path of a file"
+        raise InputError(f"{path} {missing}") from None
     except (OSError, ValueError) as error:  # a name with NUL; a circle of links
         raise InputError(f"{str(path)!r} cannot be read ({first_line(error)})") from None
     if not stat.S_ISREG(found.st_mode):

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from swe_prune import trajectory
 from swe_prune.checkpoint import Checkpoints
-from swe_prune.errors import InputError, shown
+from swe_prune.errors import DamagedError, InputError, shown
 from swe_prune.interop.stranger_files import inside, read_json
 from swe_prune.pretrained import choice
 from swe_prune.trajectory import TrajectoryStats
@@ -79,8 +79,12 @@ def read(folder: Path, params: PyTree) -> TrajectoryStats | None:
     measures = tuple(about["measures"])
     chosen = choice.prunable(params, **about["rules"])
     like = jax.eval_shape(lambda p: trajectory.init(p, measures, chosen), params)
-    with contextlib.closing(Checkpoints(place, keep=1)) as store:
-        return store.restore(like)[0]
+    try:
+        with contextlib.closing(Checkpoints(place, reading=True)) as store:
+            return store.restore(like)[0]
+    except DamagedError as error:
+        reason = str(error).partition("; ")[0]
+        raise DamagedError(f"{reason}; track the fine-tuning again") from None
 
 
 def _about(folder: Path) -> dict[str, Any]:

@@ -106,6 +106,11 @@ def remove(folder: epath.PathLike) -> None:
     epath.Path(folder).rmtree(missing_ok=True)
 
 
+def discard(path: epath.PathLike) -> None:
+    """Deletes a file if it exists."""
+    epath.Path(path).unlink(missing_ok=True)
+
+
 def move(folder: epath.PathLike, target: epath.PathLike) -> None:
     """Renames a folder, replacing the target if it exists; in a bucket, file by file."""
     remove(target)
