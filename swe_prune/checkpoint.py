@@ -30,6 +30,9 @@ from swe_prune.tree import named_leaves
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every save
 
+AGAIN = "run the command that made it again, which starts from the newest one that is whole"
+"""Advice for a damaged checkpoint."""
+
 
 class Checkpoints:
     """The numbered checkpoints of one phase in one folder.
@@ -38,7 +41,9 @@ class Checkpoints:
         folder: Folder that contains the checkpoints.
     """
 
-    def __init__(self, folder: epath.PathLike, keep: int = 2, keep_every: int = 0):
+    def __init__(
+        self, folder: epath.PathLike, keep: int = 2, keep_every: int = 0, *, reading: bool = False
+    ):
         """Opens the folder, creating it if necessary, and removes incomplete checkpoints.
 
         Args:
@@ -46,8 +51,14 @@ class Checkpoints:
             keep: Number of latest checkpoints to retain.
             keep_every: Number of steps between checkpoints that are retained permanently; 0 for
                 none.
+            reading: Whether the folder is only read, and stays as it is.
+
+        Raises:
+            InputError: There is no such folder to read.
         """
         self.folder = storage.absolute(folder)
+        if reading and not processes.first(self.folder.exists):
+            raise DamagedError(f"{self.folder} does not exist; {AGAIN}")
         # Retain the newest checkpoints and, permanently, one every `keep_every` steps.
         policies: list[Any] = [preservation.LatestN(keep)]
         if keep_every:
@@ -55,12 +66,15 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not reading,
+            read_only=reading,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._drop_incomplete()
+        self._reading = reading
+        if not reading:
+            self._drop_incomplete()
 
     def latest(self) -> int | None:
         """Returns the number of the newest checkpoint, or None."""
@@ -142,9 +156,7 @@ class Checkpoints:
             return self._restore(like, step)
         steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps:
-            raise InputError(
-                f"{self.folder} holds no checkpoint; run the phase that makes it first"
-            )
+            raise DamagedError(f"{self.folder} holds no checkpoint; {AGAIN}")
         # Newest first: rename a damaged checkpoint, and try the previous one.
         for number, earlier in itertools.pairwise(steps):
             try:
@@ -152,7 +164,8 @@ class Checkpoints:
             except DamagedError as error:
                 reason = str(error).partition("; ")[0]
                 warnings.warn(f"{reason}; continuing from {earlier}", stacklevel=2)
-                self._set_aside(number)
+                if not self._reading:
+                    self._set_aside(number)
         return self._restore(like, steps[-1])
 
     def _restore(self, like: PyTree, step: int) -> tuple[PyTree, dict[str, Any]]:
@@ -178,6 +191,20 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+
+    def fault(self, step: int | None = None) -> str | None:
+        """Returns what is wrong with a checkpoint, by default the newest; None: nothing."""
+        step = self.latest() if step is None else step
+        if step is None or step not in self._manager.all_steps():
+            return "it is missing" if step is None else f"checkpoint {step} is missing"
+        return next((one for one in processes.gather(self._fault(step)) if one is not None), None)
+
+    def set_aside_from(self, step: int) -> int | None:
+        """Renames a checkpoint and all later ones; returns the newest that is left, or None."""
+        for number in self._manager.all_steps():
+            if number >= step:
+                self._set_aside(number)
+        return self.latest()
 
     def _drop_incomplete(self) -> None:
         """Removes checkpoints whose process was killed before their checksums were written."""
@@ -238,11 +265,9 @@ class Checkpoints:
 
     def _verify(self, step: int) -> None:
         """Checks the files, divided over the processes; all raise if one finds a fault."""
-        faults = [fault for fault in processes.gather(self._fault(step)) if fault is not None]
-        if faults:
-            raise DamagedError(
-                f"checkpoint {step} in {self.folder} is damaged: {faults[0]}; {self._remedy(step)}"
-            )
+        fault = self.fault(step)
+        if fault is not None:
+            raise DamagedError(f"checkpoint {step} in {self.folder} is damaged: {fault}; {AGAIN}")
 
     def _fault(self, step: int) -> str | None:
         written: dict[str, str] = {}
@@ -267,11 +292,6 @@ class Checkpoints:
                     f"{stored.get(name, 'not in it')} and should be "
                     f"{wanted.get(name, 'absent')}; choose the workdir or the config it belongs to"
                 )
-
-    def _remedy(self, step: int) -> str:
-        earlier = [s for s in self._manager.all_steps() if s < step]
-        resume = f"resume from step {max(earlier)}" if earlier else "start that phase again"
-        return f"delete {self.folder / str(step)} and run the same command to {resume}"
 
 
 def _checksums(folder: epath.Path, names: Sequence[str]) -> dict[str, str]:

@@ -226,6 +226,9 @@ def parse(arguments: Sequence[str]) -> Parsed:
         raise InputError(f"a command must be given, one of {', '.join(COMMANDS)}; see --help")
     if not arguments[0].startswith("-"):
         check_choice(arguments[0], COMMANDS, "the command")
+    nul = next((text for text in arguments if "\0" in text), None)
+    if nul is not None:
+        raise InputError(f"{nul!r} has a NUL character, which no option or path may; leave it out")
     options, rest = _parser().parse_known_args(arguments)
     found = vars(options)
     command = found.pop("command")
@@ -414,6 +417,7 @@ def _dispatch(parsed: Parsed, distributed: bool, elapsed: Callable[[], float]) -
             processes.first(lambda: _print_evaluation(rows))
         else:
             if command == "finetune":
+                study.mend(experiment, progress)
                 study.control(experiment, progress)
             getattr(study, command)(experiment, progress)
         spent = processes.first(lambda: _account(workdir, place))

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
+from swe_prune.bounds import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Bound
 from swe_prune.errors import InputError, check_choice, did_you_mean
 from swe_prune.recipe import Recipe
 from swe_prune.recipe import check as check_recipe
@@ -604,16 +605,33 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     values[leaf] = Text(text)
 
 
-_AT_LEAST_1 = """
+PHASE: dict[str, Bound] = {
+    **dict.fromkeys(("learning_rate", "clip"), POSITIVE),
+    **dict.fromkeys(("final_learning_rate", "weight_decay"), NOT_NEGATIVE),
+    **dict.fromkeys(("b1", "b2"), SHARE),
+    **dict.fromkeys(("accumulate", "keep_latest", "stop_after_skipped"), COUNT),
+}
+"""Range of each number of a phase."""
+
+_COUNTS = """
 model.layers model.heads model.width model.context model.hidden_ratio model.hidden model.kv_heads
 model.head_width model.window data.batch data.eval_windows data.eval_batch data.window
-train.keep_latest train.stop_after_skipped finetune.keep_latest finetune.stop_after_skipped
 trajectory.window_start calibration.windows calibration.batch samples.tokens parallel.data
 parallel.fsdp parallel.tensor log_every
 """
-"""Settings that must be None or at least 1."""
-
-_POSITIVE = "train.learning_rate train.clip finetune.learning_rate finetune.clip"
+_BOUNDS: dict[str, Bound] = {
+    **dict.fromkeys(_COUNTS.split(), COUNT),
+    **{f"{phase}.{key}": one for phase in ("train", "finetune") for key, one in PHASE.items()},
+    "model.dropout": SHARE,
+    "trajectory.power": NOT_NEGATIVE,
+    "trajectory.vote_rate": NOT_NEGATIVE,
+    "calibration.seed": SEED,
+    "study.seeds": SEED,
+    "study.std_seeds": SEED,
+    "study.std_rates": NOT_NEGATIVE,
+    "study.sparsities": SHARE,
+}
+"""Range of each number, or of each member of a list; None is left to the setting's type."""
 
 
 def validate(config: Config) -> None:
@@ -629,14 +647,12 @@ def validate(config: Config) -> None:
 
     # Each setting by itself.
     check_choices(config)
-    for key in _AT_LEAST_1.split():
+    for key, bound in _BOUNDS.items():
         value = operator.attrgetter(key)(config)
-        must(value is None or value >= 1, key, "at least 1", value)
-    for key in _POSITIVE.split():
-        value = operator.attrgetter(key)(config)
-        must(0 < value < math.inf, key, "a finite number above 0", value)
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is not None:
+                bound.check(one, f"config.{key}")
     model, data, study = config.model, config.data, config.study
-    must(0 <= model.dropout < 1, "model.dropout", "in [0, 1)", model.dropout)
     fraction = data.validation_fraction
     must(0 < fraction < 1, "data.validation_fraction", "between 0 and 1", fraction)
     cadence = config.train.checkpoint_every
@@ -654,10 +670,6 @@ def validate(config: Config) -> None:
         must(divides, f"{name}.accumulate", rule, phase.accumulate)
 
     # The study.
-    for rate in study.std_rates:
-        must(0 <= rate < math.inf, "study.std_rates", "finite numbers of at least 0", rate)
-    for sparsity in study.sparsities:
-        must(0 <= sparsity < 1, "study.sparsities", "in [0, 1)", sparsity)
     for scope in study.scopes:
         check_choice(scope, ("tensor", "global", "row"), "config.study.scopes")
     for number, cell in enumerate(study.cells):

@@ -1,11 +1,12 @@
-"""Exceptions with exit codes, and one check for a choice among known names.
+"""Exceptions with exit codes, one check for a choice among known names, and readers' errors.
 
 Each exception carries one sentence: what is wrong, why, and how to fix it. The command line prints
 that sentence alone and exits with `exit_code`; library users catch the built-in type it extends.
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class InputError(ValueError):
@@ -75,6 +76,20 @@ def suggestion(name: object, known: Iterable[str | None]) -> str:
     return f"; did you mean {' or '.join(repr(one) for one in near)}?" if near else ""
 
 
+def shown(value: object, most: int = 80) -> str:
+    """Returns the repr of a value for a sentence: one line, cut, whatever the value is.
+
+    >>> shown([1] * 100, 10)
+    '[1, 1, 1,…'
+    """
+    try:
+        text = repr(value)
+    except Exception as error:  # a repr is anyone's code, and that of a long integer raises
+        text = f"a {type(value).__name__} without a repr ({type(error).__name__})"
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[:most].rstrip()}…"
+
+
 def first_line(error: BaseException) -> str:
     r"""Returns the type and the first line of an error, to quote in a sentence.
 
@@ -83,3 +98,45 @@ def first_line(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].strip()}"[:200] if lines else type(error).__name__
+
+
+READER_ERRORS = (
+    OSError,
+    ValueError,  # of json and numpy; texts that are not UTF-8
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    EOFError,
+    RuntimeError,  # NotImplementedError, and RecursionError of deep JSON, are among them
+)
+"""What packages raise that read a damaged file."""
+
+RUST_ERRORS = ("Exception", "SafetensorError", "PanicException")
+"""Names of what packages in Rust raise: no narrower class, or panics, which are BaseExceptions."""
+
+
+@contextlib.contextmanager
+def reading(what: object, advice: str = "get it again") -> Iterator[None]:
+    """Turns what a package raises while it reads a file into one sentence.
+
+    Only calls of packages, or of code that interprets a file, go inside.
+
+    Args:
+        what: Path or description of the file.
+        advice: Instruction at the end of the sentence.
+
+    Raises:
+        InputError: The reader failed; names the file.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except READER_ERRORS as error:
+        raise InputError(f"{what} cannot be read ({first_line(error)}); {advice}") from None
+    except BaseException as error:
+        if type(error).__name__ not in RUST_ERRORS:
+            raise
+        raise InputError(f"{what} cannot be read ({first_line(error)}); {advice}") from None

@@ -38,15 +38,27 @@ def fails(capsys, arguments):
         ("model.activation=gelo", ("'gelo'", "'gelu'")),
         ("model.vocab_size=9", ("vocab_size = 9 is too small", "raise it")),
         ("study.criteria=['swee']", ("criterion must be one of", "got 'swee'; did you mean 'swe'")),
-        ("study.sparsities=[1.0]", ("config.study.sparsities must be in [0, 1)", "got 1.0")),
-        ("study.sparsities=[-0.1]", ("config.study.sparsities must be in [0, 1)", "got -0.1")),
+        (
+            "study.sparsities=[1.0]",
+            (
+                "config.study.sparsities must be a finite number of at least 0 and below 1",
+                "got 1.0",
+            ),
+        ),
+        (
+            "study.sparsities=[-0.1]",
+            (
+                "config.study.sparsities must be a finite number of at least 0 and below 1",
+                "got -0.1",
+            ),
+        ),
         (
             "study.scopes=['layer']",
             ("config.study.scopes must be one of tensor, global, row", "got 'layer'"),
         ),
         (
             "study.std_rates=[-1.0]",
-            ("config.study.std_rates must be finite numbers of at least 0", "got -1.0"),
+            ("config.study.std_rates must be a finite number of at least 0", "got -1.0"),
         ),
         (
             "trajectory.measures=['late_men']",

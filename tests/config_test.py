@@ -109,7 +109,7 @@ def test_unknown_keys_and_wrong_types_are_refused_by_their_path(values, sentence
             {"model": {"width": 100, "heads": 6}},
             "model.width must be a multiple of model.heads = 6, got 100",
         ),
-        ({"model": {"layers": 0}}, "model.layers must be at least 1, got 0"),
+        ({"model": {"layers": 0}}, "model.layers must be an integer of at least 1, got 0"),
         ({"model": {"kv_heads": 0}}, "model.kv_heads must be at least 1, got 0"),
         ({"model": {"dropout": 1.0}}, r"model.dropout must be in \[0, 1\), got 1.0"),
         ({"model": {"dropout": float("nan")}}, r"model.dropout must be in \[0, 1\), got nan"),
@@ -282,7 +282,7 @@ def test_load_reads_a_file_and_applies_overrides_over_it(write):
         ("model=3", "config.model is a group of settings"),
         ("=3", "config has no setting ''"),
         ("study.seeds={[]: 1}", "config.study.seeds must be a list, got"),
-        ("model.layers=0", "model.layers must be at least 1, got 0"),
+        ("model.layers=0", "model.layers must be an integer of at least 1, got 0"),
     ],
 )
 def test_overrides_are_checked_as_the_file_is(write, override, sentence):
@@ -373,7 +373,9 @@ def test_cells_that_cannot_work_are_named_with_their_number(cell, sentence):
 
 @pytest.mark.parametrize("key", ["windows", "batch"])
 def test_calibration_needs_windows(key):
-    with pytest.raises(InputError, match=f"config.calibration.{key} must be at least 1, got 0"):
+    with pytest.raises(
+        InputError, match=f"config.calibration.{key} must be an integer of at least 1, got 0"
+    ):
         config.validate(config.from_dict({"calibration": {key: 0}}))
 
 

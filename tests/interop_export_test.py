@@ -242,7 +242,7 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch, error):
 
 def test_a_file_that_holds_no_masks_is_refused(tmp_path):
     path, made = folder(tmp_path / "dense", "gpt2")
-    with pytest.raises(InputError, match=re.escape("masks.safetensors is not a file")):
+    with pytest.raises(InputError, match=re.escape("masks.safetensors does not exist")):
         interop.read_masks(path)
     with pytest.raises(InputError, match=r"is not a \S+ mask file"):
         interop.read_masks(path / "model.safetensors")

@@ -119,7 +119,7 @@ def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no model")
     refused(tmp_path / "notes.txt", "neither a folder nor a GGUF file")
     (tmp_path / "config.json").write_text("{")
-    refused(tmp_path, "cannot be read as JSON")
+    refused(tmp_path, "cannot be read")
     (tmp_path / "config.json").write_text("[]")
     refused(tmp_path, "holds no JSON object")
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"]))
@@ -151,15 +151,15 @@ def test_a_truncated_file_is_refused(whole, left):
 def test_a_damaged_file_is_refused(whole):
     content = (whole / WEIGHTS).read_bytes()
     (whole / WEIGHTS).write_bytes(content[:8] + b"?" + content[9:])
-    refused(whole, "no header of safetensors")
+    refused(whole, "the header of .* cannot be read")
     (whole / WEIGHTS).write_bytes(content + b"more")
-    refused(whole, "is damaged")
+    refused(whole, "cannot be read")
 
 
 def test_what_cannot_be_opened_is_a_sentence(whole):
     (whole / WEIGHTS).unlink()
     (whole / WEIGHTS).mkdir()
-    refused(whole, "model.safetensors cannot be read: Is a directory")
+    refused(whole, "model.safetensors is not a regular file")
 
 
 def test_a_truncated_or_missing_shard_is_found_before_any_is_read(sharded, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pretrained_tiny
 import pytest
 
 from swe_prune import cli, interop, tree
+from swe_prune.errors import InputError
 from swe_prune.pretrained import tracked
 
 QUICK = [
@@ -203,6 +205,18 @@ def test_stored_dtypes_are_kept(place, tmp_path):
          "--calibration-windows = 1000000"),
         (["--criterion=wanda", "--sparsity=0.5", "--calibration-window=129"],
          "--calibration-window=129 does not fit the 128 tokens"),
+        (["--criterion=wanda", "--sparsity=0.5", "--calibration-windows=-1"],
+         "--calibration-windows must be an integer of at least 1, got -1"),
+        (["--criterion=wanda", "--sparsity=0.5", "--calibration-window=0"], "--calibration-window"),
+        (["--criterion=wanda", "--sparsity=0.5", "--calibration-batch=0"], "--calibration-batch"),
+        (["--criterion=wanda", "--sparsity=0.5", "--eval-batch=0"], "--eval-batch"),
+        (["--criterion=wanda", "--sparsity=0.5", "--eval-windows=0"], "--eval-windows"),
+        (["--criterion=wanda", "--sparsity=0.5", "--window=0"], "--window"),
+        (["--criterion=wanda", "--sparsity=0.5", "--new-tokens=0"], "--new-tokens"),
+        (["--criterion=wanda", "--sparsity=0.5", "--at-most=nan"], "--at-most"),
+        (["--criterion=wanda", "--sparsity=0.5", "--seed=-1"], "--seed"),
+        (["--criterion=wanda", "--sparsity=nan"], "sparsity"),
+        (["--criterion=wanda", "--sparsity=0.5", "--prefix=\0"], "NUL"),
     ],
 )  # fmt: skip
 def test_bad_settings_get_one_sentence_and_leave_nothing(place, tmp_path, capsys, arguments, said):
@@ -222,7 +236,17 @@ def test_calibration_on_the_evaluation_text_is_refused(place, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--steps=0"], "--steps=0 is none"),
+        (["--steps=0"], "--steps must be an integer of at least 1, got 0"),
+        (["--steps=1" + "0" * 12], "--steps"),
+        (["--learning-rate=nan"], "--learning-rate must be a finite number above 0, got nan"),
+        (["--learning-rate=inf"], "--learning-rate"),
+        (["--learning-rate=-1"], "--learning-rate"),
+        (["--weight-decay=-1"], "--weight-decay"),
+        (["--warmup=-1"], "--warmup"),
+        (["--checkpoint-every=-1"], "--checkpoint-every"),
+        (["--lora-rank=0"], "--lora-rank"),
+        (["--distillation=nan"], "--distillation"),
+        (["--temperature=0"], "--temperature"),
         (["--batch=4", "--accumulate=3"], "does not divide"),
         (["--track", "--lora-rank=2"], "give one of both"),
         (["--track", "--steps=2", "--track-every=3"], "takes no snapshot"),
@@ -246,3 +270,23 @@ def test_an_output_folder_that_exists_is_refused_before_work(place, tmp_path, ca
         assert run(place, out, *more) == 2
         assert "already exists" in capsys.readouterr().err
     assert list(out.iterdir()) == []
+
+
+def test_a_finetuning_that_diverges_in_its_last_steps_exports_nothing(place, tmp_path, capsys):
+    more = ["--steps=2", "--learning-rate=3e38", "--weight-decay=1e38", "--warmup=0"]
+    assert finetune(place, tmp_path / "out", *more) == 1
+    error = capsys.readouterr().err
+    assert "training diverged; remove" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+    # As it says.
+    shutil.rmtree(tmp_path / "out.work")
+    assert finetune(place, tmp_path / "out", "--steps=2", "--learning-rate=1e-4") == 0
+
+
+def test_weights_that_are_not_finite_are_not_exported(place, tmp_path):
+    model = interop.load(place.model)
+    params = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), model.params)
+    with pytest.raises(InputError, match="NaN or infinite"):
+        interop.export(tmp_path / "out", model, params)
+    assert list(tmp_path.iterdir()) == []

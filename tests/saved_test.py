@@ -100,9 +100,20 @@ def test_what_is_no_such_file_is_refused_in_a_sentence(tmp_path):
     whole = path.read_bytes()
     other = whole.replace(b"swe_prune.state.1", b"swe_prune.state.2")
     huge = (2**62).to_bytes(8, "little") + whole[8:]
-    for damaged in (b"", b"text", whole[:40], whole[:-5], other, huge, b"\x02\0\0\0\0\0\0\0{}"):
+    deep = b'{"a":' * 100_000
+    deep = len(deep).to_bytes(8, "little") + deep
+    for damaged in (
+        deep,
+        b"",
+        b"text",
+        whole[:40],
+        whole[:-5],
+        other,
+        huge,
+        b"\x02\0\0\0\0\0\0\0{}",
+    ):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match=r"is not a file that swe_prune\.save has written"):
+        with pytest.raises(InputError, match=r"cannot be read .*that swe_prune\.save has written"):
             swe_prune.load(path)
 
 

@@ -23,7 +23,7 @@ from jaxtyping import PyTree
 from swe_prune import masks, tree
 from swe_prune.errors import InputError
 from swe_prune.interop.families import FAMILIES
-from swe_prune.interop.folder_files import COPIED, TOKENIZER_FILES, read_json
+from swe_prune.interop.folder_files import COPIED, TOKENIZER_FILES
 from swe_prune.interop.hf_config import canonical, read_config, write_config
 from swe_prune.interop.mask_file import FILE as MASKS
 from swe_prune.interop.mask_file import write_masks
@@ -31,6 +31,7 @@ from swe_prune.interop.pretrained import Pretrained
 from swe_prune.interop.pruning_record import FILE as RECORD
 from swe_prune.interop.pruning_record import PruningRecord, record_file
 from swe_prune.interop.slices import StoredTensor, bind, param_shapes
+from swe_prune.interop.stranger_files import inside, read_json
 from swe_prune.interop.tensor_names import SAFETENSORS
 from swe_prune.interop.weights_file import write_folder
 from swe_prune.masks.fitting import check_mask
@@ -68,8 +69,8 @@ def export(
 
     Raises:
         InputError: If the folder exists or its parent does not, the parameters do not fit the
-            config, the config cannot be expressed in config.json, or only one of mask and record
-            is given.
+            config or are not finite, the config cannot be expressed in config.json, or only one of
+            mask and record is given.
     """
     folder = Path(folder)
     check_free(folder)
@@ -144,7 +145,13 @@ def _contents(
             leaf, keep = leaves[part.name], kept.get(part.name)
             own = part.of(leaf)
             pieces.append(own if keep is None else masks.apply(own, part.of(keep)))
-        return one.join(pieces)
+        joined = one.join(pieces)
+        if not np.isfinite(joined).all():
+            raise InputError(
+                f"{one.name!r} has weights that are NaN or infinite, and no such model is "
+                "exported; correct the parameters"
+            )
+        return joined
 
     return dtype, values
 
@@ -199,17 +206,18 @@ def _copy_or_write_tokenizer(model: Pretrained, folder: Path) -> None:
 def _copy(names: Sequence[str], source: Path, folder: Path) -> None:
     """Copies files; the settings in them that name code are left out."""
     for name in names:
-        if not (source / name).is_file():
+        if not os.path.lexists(source / name):
             continue
+        file = inside(source, name)
         if name.endswith("config.json"):
-            content = read_json(source / name)
+            content = read_json(file)
             clean = _without_code(content)
             if clean != content:
                 if "tokenizer_class" in clean and (source / "tokenizer.json").is_file():
                     clean["tokenizer_class"] = "PreTrainedTokenizerFast"  # a class of their code
                 _write_json(folder / name, clean)
                 continue
-        shutil.copyfile(source / name, folder / name)
+        shutil.copyfile(file, folder / name)
 
 
 def _without_code(content: Any) -> Any:

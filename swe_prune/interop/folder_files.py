@@ -3,13 +3,13 @@
 What is in the folder but cannot be read is refused with what to do about it.
 """
 
-import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, reading
+from swe_prune.interop.stranger_files import inside, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -46,23 +46,6 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]+)-of-(?P<count>[0-9]+)\.safe
 _NO_MODEL = ("masks.safetensors", "optimizer.safetensors")  # safetensors without a model's weights
 _STATE = r"optimizer|scheduler|scaler|rng_state|training_args"  # of a training, not of its model
 _SHOWN = 3  # names in an error message
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file.
-
-    Raises:
-        InputError: If there is no such file, or no JSON object in it.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path.parent} is no model folder: it has no {path.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}; get it again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object; get it again")
-    return value
 
 
 def check_model_folder(path: Path) -> None:
@@ -133,12 +116,6 @@ def shards(path: Path) -> list[Path]:
     return [_inside(path, numbers[number]) for number in sorted(numbers)]
 
 
-def check_inside(path: Path, names: Iterable[str]) -> None:
-    """Raises InputError if one of the files is a link that leaves the folder."""
-    for name in names:
-        _check_link(path, name)
-
-
 def stray_shards(path: Path) -> list[str]:
     """Returns the names of the shards of a folder, those of adapters apart."""
     names = [name for name in _names(path) if _SHARD.fullmatch(name)]
@@ -151,32 +128,14 @@ def _inside(path: Path, name: str) -> Path:
         raise InputError(
             f"{path / INDEX} names {name!r}, which leaves its folder; do not use this checkpoint"
         )
-    _check_link(path, name)
-    file = path / name
-    if not file.is_file():
+    if not os.path.lexists(path / name):
         raise InputError(f"{path} lacks {name!r}, which its index names; get that file")
-    return file
-
-
-def _check_link(path: Path, name: str) -> None:
-    """Refuses a link to elsewhere.
-
-    In the cache of Hugging Face a folder's files are links to ../../blobs, which counts as inside.
-    """
-    file = path / name
-    home = path.resolve()
-    homes = [home]
-    if home.parent.name == "snapshots":
-        homes.append(home.parent.parent / "blobs")
-    if not any(file.resolve().is_relative_to(home) for home in homes):
-        raise InputError(
-            f"{path} has {name!r}, a link to {file.resolve()}, which leaves its folder; "
-            "put the file itself there"
-        )
+    return inside(path, name, None)
 
 
 def _names(path: Path) -> list[str]:
-    return sorted(entry.name for entry in path.iterdir())
+    with reading(path, "see to its rights"):
+        return sorted(entry.name for entry in path.iterdir())
 
 
 def _no_weights(path: Path) -> str:

@@ -17,16 +17,31 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from swe_prune.errors import InputError, first_line
+from swe_prune.errors import InputError, shown
+from swe_prune.interop.gguf_header import MAGIC as MAGIC
+from swe_prune.interop.gguf_header import read_header
 from swe_prune.interop.load_params import Entry
 from swe_prune.interop.optional import require
 
-MAGIC = b"GGUF"
 ARCHITECTURES = ("llama", "phi3", "gpt2")
 """Values of `general.architecture` that are supported."""
 
 _KEPT = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # not quantized
+_NUMBER = (int, float)
 _CHUNK = 1 << 20  # numbers to dequantize at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufTensor:
+    """A tensor as it is stored.
+
+    Attributes:
+        kind: Name of its `GGMLQuantizationType`.
+        data: Memory-mapped bytes (rows, bytes of a row).
+    """
+
+    kind: str
+    data: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +51,13 @@ class GgufFile:
     Attributes:
         path: Path of the file.
         entries: Shape and dtype of each tensor by name; quantized tensors are read as float32.
-        tensors: Memory-mapped tensors of the `gguf` package by name.
-        fields: Metadata fields by key, which are read on access.
+        tensors: Stored tensors by name.
+        fields: Metadata values by key.
     """
 
     path: Path
     entries: Mapping[str, Entry]
-    tensors: Mapping[str, Any]
+    tensors: Mapping[str, GgufTensor]
     fields: Mapping[str, Any]
 
     @contextlib.contextmanager
@@ -50,19 +65,32 @@ class GgufFile:
         """Yields a dequantized tensor."""
         yield _values(self.tensors[name], self.entries[name])
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: Any = None, kind: type | tuple[type, ...] = object) -> Any:
         """Returns a metadata value, or the default if the file does not have the key.
 
         Raises:
-            InputError: If the value is a text that is not UTF-8.
+            InputError: The value is of another kind than it must be.
         """
-        field = self.fields.get(key)
-        try:
-            return default if field is None else field.contents()
-        except UnicodeDecodeError as error:
+        value = self.fields.get(key, default)
+        if key in self.fields and not isinstance(value, kind):
             raise InputError(
-                f"{self.path} has {key!r} that is not UTF-8 ({error}); download it again"
-            ) from None
+                f"{self.path} has {key!r} = {shown(value)}, of the wrong type; download it again"
+            )
+        return value
+
+    def values(self, key: str, kind: type | tuple[type, ...]) -> list[Any]:
+        """Returns the members of an array, [] if the file does not have the key.
+
+        Raises:
+            InputError: It is no array, or a member is of another kind.
+        """
+        found = self.get(key, [], list)
+        wrong = next((one for one in found if not isinstance(one, kind)), None)
+        if wrong is not None:
+            raise InputError(
+                f"{self.path} has {shown(wrong)} in {key!r}, of the wrong type; download it again"
+            )
+        return found
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -73,34 +101,33 @@ def read_gguf(path: Path) -> GgufFile:
             `gguf` package cannot dequantize.
     """
     gguf = require("gguf", "reading a GGUF file")
-    with open(path, "rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise InputError(
-                f"{path} is not a GGUF file: it does not begin with {MAGIC.decode()!r}"
-            )
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
-        # The reader slices beyond the end of a truncated file, which fails in many ways.
-        raise InputError(
-            f"{path} is truncated or damaged: its tensors or settings continue after its "
-            f"{path.stat().st_size:,} bytes ({first_line(error)}); download it again"
-        ) from None
-    # Reject unsupported quantizations before any tensor is read.
-    entries = {}
-    for tensor in reader.tensors:
-        kind = tensor.tensor_type
-        if kind.name not in _KEPT and not _undone(gguf, kind):
+    fields, places = read_header(path)
+    size = path.stat().st_size
+    kinds = {int(kind): kind for kind in gguf.GGMLQuantizationType}
+    entries, tensors = {}, {}
+    data = np.memmap(path, np.uint8, "r")
+    for name, one in places.items():
+        kind = kinds.get(one.kind)
+        # Reject unsupported quantizations before any tensor is read.
+        if kind is None or (kind.name not in _KEPT and not _undone(gguf, kind)):
             known = [one.name for one in gguf.GGMLQuantizationType if _undone(gguf, one)]
             raise InputError(
-                f"{path} has {tensor.name!r} quantized as {kind.name}, which is not supported; "
-                f"supported are {', '.join(dict.fromkeys([*_KEPT, *known]))}"
+                f"{path} has {name!r} quantized as {kind.name if kind else one.kind}, which is not "
+                f"supported; supported are {', '.join(dict.fromkeys([*_KEPT, *known]))}"
             )
-        # GGUF lists the axes from the fastest to the slowest.
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        entries[tensor.name] = Entry(shape, _KEPT.get(kind.name, "float32"))
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    return GgufFile(path, entries, tensors, reader.fields)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        last = one.shape[-1] if one.shape else 1
+        row = last // block * block_bytes
+        rows = math.prod(one.shape[:-1])
+        if last % block or one.start + rows * row > size:
+            raise InputError(
+                f"{path} is truncated or damaged: {name!r} of shape {one.shape} does not fit its "
+                f"{size:,} bytes; download it again"
+            )
+        entries[name] = Entry(one.shape, _KEPT.get(kind.name, "float32"))
+        raw = data[one.start : one.start + rows * row].reshape(rows, row)
+        tensors[name] = GgufTensor(kind.name, raw)
+    return GgufFile(path, entries, tensors, fields)
 
 
 def hf_config(file: GgufFile) -> dict[str, Any]:
@@ -110,7 +137,7 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
         InputError: If the architecture is not supported, the model is a mixture of experts, or a
             setting is missing.
     """
-    name = file.get("general.architecture")
+    name = file.get("general.architecture", kind=str)
     if name not in ARCHITECTURES:
         raise InputError(
             f"{file.path} has the architecture {name!r}, which is not supported; "
@@ -146,15 +173,17 @@ def _gpt2(file: GgufFile) -> dict[str, Any]:
 
 
 def _llama_like(file: GgufFile, name: str) -> dict[str, Any]:
-    heads = _needed(file, f"{name}.attention.head_count")
-    width = _needed(file, f"{name}.embedding_length")
+    heads = _needed(file, f"{name}.attention.head_count", int)
+    width = _needed(file, f"{name}.embedding_length", int)
+    if heads < 1:
+        raise InputError(f"{file.path} has {heads} attention heads; download it again")
     config = {
         "hidden_size": width,
         "intermediate_size": _needed(file, f"{name}.feed_forward_length"),
         "num_hidden_layers": _needed(file, f"{name}.block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": file.get(f"{name}.attention.head_count_kv", heads),
-        "head_dim": file.get(f"{name}.attention.key_length", width // heads),
+        "head_dim": file.get(f"{name}.attention.key_length", width // heads, int),
         "max_position_embeddings": _needed(file, f"{name}.context_length"),
         "rms_norm_eps": _decimal(_needed(file, f"{name}.attention.layer_norm_rms_epsilon")),
         "hidden_act": "silu",
@@ -168,9 +197,11 @@ def _llama_like(file: GgufFile, name: str) -> dict[str, Any]:
 
 
 def _rope(file: GgufFile, name: str, head_width: int, context: int) -> dict[str, Any]:
-    rotated = file.get(f"{name}.rope.dimension_count", head_width)
+    rotated = file.get(f"{name}.rope.dimension_count", head_width, int)
+    if head_width < 1:
+        raise InputError(f"{file.path} has heads of width {head_width}; download it again")
     written: dict[str, Any] = {
-        "rope_theta": _decimal(file.get(f"{name}.rope.freq_base", 10000.0)),
+        "rope_theta": _decimal(file.get(f"{name}.rope.freq_base", 10000.0, _NUMBER)),
         "partial_rotary_factor": rotated / head_width,
     }
     original = file.get(f"{name}.rope.scaling.original_context_length") or context
@@ -190,7 +221,7 @@ def _rope(file: GgufFile, name: str, head_width: int, context: int) -> dict[str,
             "short_factor": _factors(file, "rope_factors_short.weight"),
             "long_factor": _factors(file, "rope_factors_long.weight"),
         }
-        attention = file.get(f"{name}.rope.scaling.attn_factor")
+        attention = file.get(f"{name}.rope.scaling.attn_factor", kind=_NUMBER)
         if attention is not None:
             group["attention_factor"] = _decimal(attention)
     elif kind in ("linear", "yarn"):
@@ -219,22 +250,22 @@ def _undone(gguf: Any, kind: Any) -> bool:
 def _factors(file: GgufFile, name: str) -> list[float]:
     if name not in file.entries:
         raise InputError(f"{file.path} lacks {name!r} for its rope scaling; download it again")
-    return [_decimal(float(value)) for value in _values(file.tensors[name], file.entries[name])]
+    values = _values(file.tensors[name], file.entries[name])
+    return [_decimal(float(value)) for value in values.reshape(-1)]
 
 
-def _values(tensor: Any, entry: Entry) -> np.ndarray:
-    quants = require("gguf.quants", "reading a GGUF file")
-    kind = tensor.tensor_type.name
-    if kind == "BF16":
-        return tensor.data.view(np.uint16).view(jnp.dtype("bfloat16")).reshape(entry.shape).copy()
-    if kind in _KEPT:
-        return np.array(tensor.data)
-    values = np.empty(entry.shape, np.float32)
-    rows = max(1, _CHUNK // max(1, entry.shape[-1]))
+def _values(tensor: GgufTensor, entry: Entry) -> np.ndarray:
+    if tensor.kind in _KEPT:
+        return tensor.data.view(jnp.dtype(_KEPT[tensor.kind])).reshape(entry.shape).copy()
+    gguf = require("gguf", "reading a GGUF file")
+    kind = gguf.GGMLQuantizationType[tensor.kind]
+    width = entry.shape[-1]
+    values = np.empty((len(tensor.data), width), np.float32)
+    rows = max(1, _CHUNK // max(1, width))
     for start in range(0, len(values), rows):  # dequantizing needs several times the memory
         part = slice(start, start + rows)
-        values[part] = quants.dequantize(tensor.data[part], tensor.tensor_type)
-    return values
+        values[part] = gguf.quants.dequantize(tensor.data[part], kind)
+    return values.reshape(entry.shape)
 
 
 def _embedding(file: GgufFile) -> Entry:
@@ -243,12 +274,12 @@ def _embedding(file: GgufFile) -> Entry:
     return file.entries["token_embd.weight"]
 
 
-def _needed(file: GgufFile, key: str) -> Any:
-    value = file.get(key)
+def _needed(file: GgufFile, key: str, kind: type | tuple[type, ...] = _NUMBER) -> Any:
+    value = file.get(key, kind=(kind, list) if isinstance(kind, type) else (*kind, list))
     if value is None:
         raise InputError(f"{file.path} lacks the setting {key!r}; download it again")
     if isinstance(value, list):  # one for each layer
-        if len(set(value)) != 1:
+        if len(set(value)) != 1 or not isinstance(value[0], kind):
             raise InputError(
                 f"{file.path} has layers that differ in {key!r}, which is not supported; "
                 "supported is one value for all layers"

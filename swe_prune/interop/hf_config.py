@@ -8,19 +8,16 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from swe_prune.bounds import COUNT, POSITIVE
 from swe_prune.config import ComputeDtype, ModelConfig
-from swe_prune.errors import InputError, check_choice
+from swe_prune.errors import InputError, check_choice, shown
 from swe_prune.interop.families import ACTIVATIONS, FAMILIES
 from swe_prune.interop.family import NEEDED, Family, Key
 from swe_prune.interop.layer_kinds import read_layers, simplified, write_layers
 from swe_prune.interop.rope_settings import read_rope, read_sliding_theta, write_rope
+from swe_prune.models.checks import RANGES, check
 
-_KINDS = {
-    int: "an integer above 0",
-    float: "a number above 0",
-    bool: "true or false",
-    str: "a name",
-}
+_KINDS = {bool: "true or false", str: "a name"}
 # Fields whose None has a meaning in `ModelConfig`.
 _NULLABLE = ("hidden", "head_width", "kv_heads", "window", "attention_cap", "logit_cap")
 
@@ -61,8 +58,16 @@ def read_config(
         fields["sliding_theta"] = read_sliding_theta(hf, family)
         if rope.scaling == "dynamic":  # it applies beyond the context in config.json
             fields["rope"] = dataclasses.replace(rope, original_context=fields["context"])
-            fields["context"] = int(fields["context"] * (rope.factor or 1))
-    config = canonical(ModelConfig(**fields))
+            context = fields["context"] * (rope.factor or 1)
+            POSITIVE.check(context, "max_position_embeddings * factor in config.json")
+            fields["context"] = int(context)
+            COUNT.check(fields["context"], "max_position_embeddings * factor in config.json")
+    config = ModelConfig(**fields)
+    try:
+        check(config)
+    except InputError as error:
+        raise InputError(f"config.json has settings that do not fit together: {error}") from None
+    config = canonical(config)
     return str(name), config, _value(hf, Key("vocab_size", "vocab_size"))
 
 
@@ -177,9 +182,11 @@ def _value(hf: Mapping[str, Any], key: Key) -> Any:
     # JSON may write a float without a decimal point.
     if key.kind is float and type(value) is int:
         value = float(value)
-    positive = key.kind not in (int, float) or (type(value) is key.kind and value > 0)
-    if type(value) is not key.kind or not positive:
-        raise InputError(f"{key.name} in config.json must be {_KINDS[key.kind]}, got {value!r}")
+    name = f"{key.name} in config.json"
+    if key.field in RANGES:
+        RANGES[key.field].check(value, name)
+    elif type(value) is not key.kind:
+        raise InputError(f"{name} must be {_KINDS[key.kind]}, got {shown(value)}")
     return value if key.code is None else key.code.read(value)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from swe_prune.config import ModelConfig, RopeConfig
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, shown
 from swe_prune.interop.families import rotates
 from swe_prune.interop.family import Family
 
@@ -38,7 +38,7 @@ def read_layers(hf: Mapping[str, Any], family: Family, fields: Mapping[str, Any]
         value = hf.get(name, least)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(
-                f"{name} in config.json must be an integer of at least {least}, got {value!r}"
+                f"{name} in config.json must be an integer of at least {least}, got {shown(value)}"
             )
     layers, window = fields["layers"], fields["window"]
     if family.layers.switch is not None and not hf.get(family.layers.switch):
@@ -107,16 +107,19 @@ def _list(hf: Mapping[str, Any], name: str, layers: int) -> list[Any] | None:
     if fits < layers or (fits > layers and name != "no_rope_layers"):
         raise InputError(
             f"{name} in config.json must be a list with one entry for each of the {layers} layers, "
-            f"got {value!r}"
+            f"got {shown(value)}"
         )
     return list(value)
 
 
 def _check_alike(hf: Mapping[str, Any]) -> None:
-    kinds = set(hf.get("layer_types") or ())
+    given = hf.get("layer_types") or ()
+    if not isinstance(given, list | tuple):
+        raise InputError(f"layer_types in config.json must be a list, got {shown(given)}")
+    kinds = {str(kind) for kind in given}
     wanted = SLIDING if hf.get("sliding_window") else FULL
     if kinds - {wanted}:
         raise InputError(
-            f"config.json has layers of the types {', '.join(sorted(map(str, kinds)))}; "
+            f"config.json has layers of the types {', '.join(sorted(kinds))}; "
             f"supported is {wanted} in all of them with this sliding_window"
         )

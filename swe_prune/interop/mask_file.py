@@ -6,6 +6,7 @@ contains the shapes, and the names of the dense parameters.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune import tree
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, reading
 from swe_prune.interop.optional import require
+from swe_prune.interop.safetensors_header import read_header
+from swe_prune.interop.stranger_files import check_file, inside, parse_json
 from swe_prune.masks.fitting import check_mask
 
 FILE = "masks.safetensors"
@@ -51,27 +54,30 @@ def read_masks(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: If the file does not exist, is of another kind, or is damaged.
     """
-    path = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    path = Path(path)
+    path = inside(path, FILE, None) if path.is_dir() else check_file(path, None)
     safetensors = require("safetensors", "reading masks")
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; give an exported folder, or its {FILE}")
     leaves = {}
+    read_header(path)  # finds what the package takes memory for
+    with (
+        reading(path, "export it again"),
+        safetensors.safe_open(path, framework="numpy") as file,
+    ):
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise InputError(f"{path} is not a {FORMAT} mask file; give an exported {FILE}")
+        for name, shape in parse_json(metadata["shapes"], path).items():
+            leaves[name] = None if shape is None else _bits(file.get_tensor(name), shape)
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise InputError(f"{path} is not a {FORMAT} mask file; give an exported {FILE}")
-            for name, shape in json.loads(metadata["shapes"]).items():
-                leaves[name] = None if shape is None else _bits(file.get_tensor(name), shape)
-    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
+        return tree.nested(leaves)
+    except InputError as error:
         raise InputError(f"{path} is damaged: {error}; export it again") from None
-    return tree.nested(leaves)
 
 
 def _bits(packed: np.ndarray, shape: list[int]) -> Any:
-    size = int(np.prod(shape))
+    size = math.prod(shape)
+    if not all(type(one) is int and one >= 0 for one in shape):
+        raise ValueError(f"{shape!r} is no shape")
     if packed.size != -(-size // 8):
         raise ValueError(f"{packed.size} bytes for {size} weights")
     return jnp.asarray(np.unpackbits(packed, count=size).reshape(shape).astype(bool))

@@ -7,22 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from swe_prune.config import ModelConfig
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, reading
 from swe_prune.interop import prefixes
 from swe_prune.interop.folder_files import (
     COPIED,
     INDEX,
     TOKENIZER_FILES,
     WEIGHTS,
-    check_inside,
     check_model_folder,
-    read_json,
 )
 from swe_prune.interop.gguf_file import MAGIC, hf_config, read_gguf
 from swe_prune.interop.hf_config import read_config
 from swe_prune.interop.load_params import Shardings, Source, match, read_params
 from swe_prune.interop.safetensors_folder import read_folder
 from swe_prune.interop.slices import bind
+from swe_prune.interop.stranger_files import check_file, check_inside, read_json
 from swe_prune.interop.tensor_names import SAFETENSORS
 from swe_prune.interop.tensor_names_gguf import GGUF
 from swe_prune.interop.tensor_rows import Table
@@ -184,9 +183,10 @@ def open_pretrained(
     path = located(path)
     if path.is_dir():
         return _folder(path, compute_dtype, tokenizer, prefix)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path} does not exist; give a model's folder or a GGUF file")
-    with open(path, "rb") as file:
+    check_file(path, None)
+    with reading(path, "see to its rights"), open(path, "rb") as file:
         begins = file.read(len(MAGIC))
     if begins != MAGIC and path.suffix != ".gguf":
         raise InputError(
@@ -224,11 +224,13 @@ def _folder(
     path: Path, compute_dtype: str, tokenizer: bool | str | Path, prefix: str | None
 ) -> PretrainedSource:
     check_model_folder(path)
-    check_inside(path, ("config.json", WEIGHTS, INDEX, *COPIED, *TOKENIZER_FILES))
+    check_inside(path, ("config.json", INDEX, *COPIED, *TOKENIZER_FILES))
+    check_inside(path, (WEIGHTS,), None)
     hf = read_json(path / "config.json")
-    family, config, vocab_size = read_config(hf, compute_dtype)
+    family, config, vocab_size = _config(hf, compute_dtype, str(path / "config.json"))
     table = SAFETENSORS[family]
     source = prefixes.without(read_folder(path), prefix, table, str(path))
+    _check_sizes(config, vocab_size, source, path)
     words = None
     if tokenizer is True:
         words = from_folder(path, hf, vocab_size)
@@ -244,13 +246,47 @@ def _gguf(
 ) -> PretrainedSource:
     file = read_gguf(path)
     hf = hf_config(file)
-    family, config, vocab_size = read_config(hf, compute_dtype)
+    family, config, vocab_size = _config(hf, compute_dtype, f"the metadata of {path}")
     words = None
     if tokenizer is True:
         words = from_gguf(file, vocab_size)
     elif tokenizer is not False:
         words = from_path(Path(tokenizer), hf, vocab_size)
-    file = dataclasses.replace(file, fields={})  # half a million small arrays, no longer needed
+    file = dataclasses.replace(file, fields={})  # the texts of a vocabulary, no longer needed
     table = GGUF[family]
     source = prefixes.without(file, prefix, table, str(path))
+    _check_sizes(config, vocab_size, source, path)
     return PretrainedSource(config, vocab_size, words, family, path, "gguf", hf, source, table)
+
+
+def _config(hf: Mapping[str, Any], compute_dtype: str, where: str) -> tuple[str, ModelConfig, int]:
+    try:
+        return read_config(hf, compute_dtype)
+    except InputError as error:  # its sentences say config.json; this is which
+        raise InputError(str(error).replace("config.json", where, 1)) from None
+
+
+def _check_sizes(config: ModelConfig, vocab_size: int, source: Source, path: Path) -> None:
+    """Holds the sizes of a config against the headers, before anything is made in these sizes.
+
+    Raises:
+        InputError: A size is larger than the tensors in the file allow.
+    """
+    largest = max((size for one in source.entries.values() for size in one.shape), default=0)
+    count = len(source.entries)
+    sizes = {
+        "layers": (config.layers, count),
+        "experts": (config.experts or 0, count),
+        "the vocabulary": (vocab_size, largest),
+        "the width": (config.width, largest),
+        "the MLP": (config.hidden_size, largest),
+        "the heads": (config.heads * config.head_size, largest),
+        "the key-value heads": (config.key_heads * config.head_size, largest),
+        "the context": (config.context if config.positions == "learned" else 0, largest),
+    }
+    for name, (size, most) in sizes.items():
+        if size > most:
+            raise InputError(
+                f"config.json of {path} has {size} as the size of {name}, and its {count} tensors, "
+                f"of up to {largest} rows, allow {most}; correct the config, or get both again"
+            )

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from swe_prune import masks
 from swe_prune.errors import InputError
-from swe_prune.interop.folder_files import read_json
+from swe_prune.interop.stranger_files import read_json
 from swe_prune.recipe import Recipe
 from swe_prune.version import __version__
 

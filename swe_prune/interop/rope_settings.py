@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from swe_prune.config import ModelConfig, RopeConfig
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, shown
 from swe_prune.interop.families import FAMILIES
 from swe_prune.interop.family import Family
+from swe_prune.models.checks import RANGES
 
 SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 """Supported values of `rope_type`."""
@@ -62,7 +63,7 @@ def read_rope(hf: Mapping[str, Any], family: str) -> RopeConfig:
     keys = FAMILIES[family].rope
     group = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(group, Mapping):
-        raise InputError(f"the rope settings in config.json must be a mapping, got {group!r}")
+        raise InputError(f"the rope settings in config.json must be a mapping, got {shown(group)}")
     # A group per kind of layer is supported where the family has them.
     if keys.sliding_theta is not None and hf.get("rope_parameters"):
         group = _of_kind(group, "full_attention")
@@ -70,16 +71,16 @@ def read_rope(hf: Mapping[str, Any], family: str) -> RopeConfig:
         raise InputError(
             "config.json has rope settings per kind of layer; only one for all layers is supported"
         )
-    kind = group.get("rope_type") or group.get("type") or "default"
+    kind = _first(group.get("rope_type"), group.get("type"), "default")
     if kind == "su" or (kind == "yarn" and family == "phi3"):
         kind = "longrope"  # the name in early Phi-3 models
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise InputError(
-            f"config.json has the rope type {kind!r}; supported are {', '.join(SCALINGS)}"
+            f"config.json has the rope type {shown(kind)}; supported are {', '.join(SCALINGS)}"
         )
     found: dict[str, Any] = {
         "theta": _number(
-            group.get("rope_theta") or hf.get(keys.theta) or keys.default_theta, keys.theta
+            _first(group.get("rope_theta"), hf.get(keys.theta), keys.default_theta), keys.theta
         ),
         "share": _share(group, hf, family),
         "scaling": "none" if kind == "default" else kind,
@@ -90,18 +91,22 @@ def read_rope(hf: Mapping[str, Any], family: str) -> RopeConfig:
             raise InputError(f"config.json has rope type {kind!r} without {name!r}; add it")
     for name, field in _NUMBERS.get(kind, {}).items():
         if group.get(name) is not None:
-            found[field] = _number(group[name], name)
+            found[field] = _number(group[name], name, field)
     # Settings that only some scalings have.
     if kind in _WITH_ORIGINAL:
         found["original_context"] = _original(group, hf, family)
     if kind == "yarn":
-        found["truncate"] = bool(group.get("truncate", True))
+        found["truncate"] = group.get("truncate") is not False
     if kind == "longrope":
         for length in ("short", "long"):
             factors = group[f"{length}_factor"]
             if not isinstance(factors, list | tuple):
-                raise InputError(f"{length}_factor in config.json must be a list, got {factors!r}")
-            found[f"{length}_factors"] = tuple(_number(f, f"{length}_factor") for f in factors)
+                raise InputError(
+                    f"{length}_factor in config.json must be a list, got {shown(factors)}"
+                )
+            found[f"{length}_factors"] = tuple(
+                _number(f, f"{length}_factor", f"{length}_factors") for f in factors
+            )
     return RopeConfig(**found)
 
 
@@ -123,7 +128,7 @@ def read_sliding_theta(hf: Mapping[str, Any], family: Family) -> float | None:
             f"config.json has the rope type {kind!r} in layers of the type sliding_attention; "
             "supported is 'default'"
         )
-    value = group.get("rope_theta") or hf.get(name) or family.rope.default_sliding_theta
+    value = _first(group.get("rope_theta"), hf.get(name), family.rope.default_sliding_theta)
     return _number(value, name)
 
 
@@ -166,25 +171,30 @@ def write_rope(config: ModelConfig, family: str) -> dict[str, Any]:
 def _share(group: Mapping[str, Any], hf: Mapping[str, Any], family: str) -> float:
     keys = FAMILIES[family].rope
     name = keys.share or "partial_rotary_factor"
-    share = group.get("partial_rotary_factor") or hf.get(name) or keys.default_share
+    share = _first(group.get("partial_rotary_factor"), hf.get(name), keys.default_share)
     if share != 1 and keys.share is None:
         able = ", ".join(name for name, one in FAMILIES.items() if one.rope.share is not None)
         raise InputError(
-            f"config.json has partial_rotary_factor = {share}, which model_type {family!r} does "
-            f"not use; supported is 1, and any fraction for {able}"
+            f"config.json has partial_rotary_factor = {shown(share)}, which model_type {family!r} "
+            f"does not use; supported is 1, and any fraction for {able}"
         )
-    return _number(share, name)
+    return _number(share, name, "share")
 
 
 def _original(group: Mapping[str, Any], hf: Mapping[str, Any], family: str) -> int | None:
     name = "original_max_position_embeddings"
-    value = hf.get(name) or group.get(name) or (PHI3_ORIGINAL if family == "phi3" else None)
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise InputError(f"{name} in config.json must be a number of tokens, got {value!r}")
+    default = PHI3_ORIGINAL if family == "phi3" else None
+    value = _first(hf.get(name), group.get(name), default)
+    if value is not None:
+        RANGES["rope.original_context"].check(value, f"{name} in config.json")
     return value
 
 
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"{name} in config.json must be a number, got {value!r}")
+def _number(value: Any, name: str, field: str = "theta") -> float:
+    RANGES[f"rope.{field}"].check(value, f"{name} in config.json")
     return float(value)
+
+
+def _first(*values: Any) -> Any:
+    """Returns the first value that is given; 0 is."""
+    return next((one for one in values if one is not None), None)

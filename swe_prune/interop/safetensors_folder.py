@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, reading
 from swe_prune.interop.folder_files import ADAPTER, INDEX, WEIGHTS, indexed, shards, stray_shards
 from swe_prune.interop.load_params import Entry
 from swe_prune.interop.optional import require
@@ -39,7 +39,9 @@ class Folder:
     def open(self, name: str) -> Iterator[Any]:
         """Yields a tensor that can be sliced by one slice for each axis."""
         safetensors = require("safetensors", "reading safetensors")
-        with safetensors.safe_open(self.files[name], framework="numpy") as file:
+        with reading(self.files[name]):
+            file = safetensors.safe_open(self.files[name], framework="numpy")
+        with file:
             yield file.get_slice(name)
 
 

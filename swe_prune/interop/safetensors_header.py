@@ -5,13 +5,14 @@ header, the data).
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, reading
 from swe_prune.interop.load_params import Entry
 from swe_prune.interop.optional import require
+from swe_prune.interop.stranger_files import LARGEST, check_file, parse_json
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Names of dtypes in the header, and ours; others are named as they are."""
@@ -41,31 +42,34 @@ def read_header(path: Path) -> Header:
     Raises:
         InputError: If the file cannot be read, is truncated or damaged, or is not safetensors.
     """
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(_LENGTH), "little")
-            raw = file.read(length) if length <= size - _LENGTH else None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; see to its rights") from None
+    size = check_file(path, None).stat().st_size
+    with reading(path, "see to its rights"), open(path, "rb") as file:
+        length = int.from_bytes(file.read(_LENGTH), "little")
+        raw = file.read(length) if length <= min(size - _LENGTH, LARGEST) else None
+    if length > LARGEST:
+        raise InputError(
+            f"{path} says that its header has {length:,} bytes, which is no header of safetensors; "
+            "get it again"
+        )
     if raw is None:
         raise InputError(
             f"{path} ends within its header, after {size:,} bytes: it is truncated, or no "
             "safetensors; get it again"
         )
     start = _LENGTH + length
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        end = max((one["data_offsets"][1] for one in header.values()), default=0)
-        entries = {
-            name: Entry(tuple(one["shape"]), DTYPES.get(one["dtype"]) or str(one["dtype"]))
-            for name, one in header.items()
-        }
-        offsets = {name: one["data_offsets"] for name, one in header.items()}
-        places = {name: (start + first, start + last) for name, (first, last) in offsets.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        raise InputError(f"{path} has no header of safetensors; get it again") from None
+    header = parse_json(raw, f"the header of {path}")
+    header.pop("__metadata__", None)
+    entries, places, end = {}, {}, 0
+    for name, one in header.items():
+        if not _is_entry(one) or "\0" in name:
+            raise InputError(
+                f"{path} has {name!r} in its header, with {_shown(one)}, which is no tensor of "
+                "safetensors; get it again"
+            )
+        entries[name] = Entry(tuple(one["shape"]), DTYPES.get(one["dtype"], one["dtype"]))
+        first, last = one["data_offsets"]
+        places[name] = (start + first, start + last)
+        end = max(end, last)
     if size < start + end:
         raise InputError(
             f"{path} is truncated: it has {size:,} of {start + end:,} bytes; get it again"
@@ -102,10 +106,21 @@ def _same_bytes(name: str, one: Header, other: Header) -> bool:
     return True
 
 
+def _is_entry(one: Any) -> bool:
+    if not isinstance(one, dict) or not isinstance(one.get("dtype"), str):
+        return False
+    lists = one.get("shape"), one.get("data_offsets")
+    if not all(isinstance(values, list) for values in lists) or len(lists[1]) != 2:
+        return False
+    numbers = [number for values in lists for number in values]
+    return all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
+
+
+def _shown(one: Any) -> str:
+    return f"{one!r:.80}"
+
+
 def _check_opens(path: Path) -> None:
     safetensors = require("safetensors", "reading safetensors")
-    try:
-        with safetensors.safe_open(path, framework="numpy"):
-            pass
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path} is damaged: {error}; get it again") from None
+    with reading(path), safetensors.safe_open(path, framework="numpy"):
+        pass

@@ -7,17 +7,25 @@ text as transformers does. `tokenizer_folder` and `tokenizer_gguf` read them.
 Source: https://github.com/huggingface/tokenizers.
 """
 
+import base64
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, reading
+from swe_prune.interop.stranger_files import reading_in_rust
+
+GROWTH = 100
+"""Largest factor by which a normalizer or decoder may lengthen a text."""
+
+_OTHER = "give the tokenizer that belongs to the model with --tokenizer=PATH (tokenizer= in Python)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +77,8 @@ class PretrainedTokenizer:
             template: add what the tokenizer puts around every text, such as a first token.
         """
         self.backend.encode_special_tokens = not special
-        ids = self.backend.encode(text, add_special_tokens=template).ids
+        with reading_in_rust("the text", _OTHER):
+            ids = self.backend.encode(text, add_special_tokens=template).ids
         return np.asarray(ids, self.dtype)
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, special: bool = True) -> str:
@@ -88,7 +97,8 @@ class PretrainedTokenizer:
                 f"token ids from {ids.min()} to {ids.max()} do not fit the tokenizer's "
                 f"{self.vocab_size}; decode with the tokenizer of the model they are from"
             )
-        return self.backend.decode(ids.tolist(), skip_special_tokens=not special)
+        with reading_in_rust("the token ids", _OTHER):
+            return self.backend.decode(ids.tolist(), skip_special_tokens=not special)
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which transformers loads."""
@@ -118,3 +128,33 @@ def checked(made: PretrainedTokenizer, vocab_size: int, where: str) -> Pretraine
             "model with --tokenizer=PATH (tokenizer= in Python)"
         )
     return made
+
+
+def check_growth(backend: Any, where: str) -> None:
+    """Checks that a tokenizer does not lengthen a text without bound.
+
+    Raises:
+        InputError: The replacements of its normalizer or decoder multiply to more than `GROWTH`.
+    """
+    for part in ("normalizer", "decoder"):
+        with reading(where):
+            state = getattr(backend, part)
+            steps = {} if state is None else json.loads(state.__getstate__())
+            growth = _growth(steps)
+        if growth > GROWTH:
+            raise InputError(
+                f"the {part} of {where} may lengthen a text more than {GROWTH}-fold; {_OTHER}"
+            )
+
+
+def _growth(step: Mapping[str, Any]) -> int:
+    """Returns the largest factor by which one step, or a sequence of steps, lengthens a text."""
+    inner = step.get("normalizers") or step.get("decoders") or ()
+    growth = math.prod(map(_growth, inner))
+    for key in ("content", "prepend"):
+        growth *= max(1, len(step.get(key) or ""))
+    charsmap = base64.b64decode(step.get("precompiled_charsmap") or "")
+    if charsmap:  # four bytes of length, a trie, and the replacements with a NUL after each
+        trie = int.from_bytes(charsmap[:4], "little")
+        growth *= max(map(len, charsmap[4 + trie :].split(b"\0")))
+    return growth

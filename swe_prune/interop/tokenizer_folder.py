@@ -1,15 +1,23 @@
 """The tokenizer of a Hugging Face folder, or one that is given by its path."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from swe_prune.errors import InputError, first_line
-from swe_prune.interop.folder_files import TOKENIZER_FILES, check_inside, read_json
+from swe_prune.errors import InputError, reading
+from swe_prune.interop.folder_files import TOKENIZER_FILES
 from swe_prune.interop.gguf_file import MAGIC, read_gguf
 from swe_prune.interop.optional import require
+from swe_prune.interop.stranger_files import (
+    check_file,
+    check_inside,
+    inside,
+    read_json,
+    reading_in_rust,
+)
 from swe_prune.interop.token_ids import read_ids
-from swe_prune.interop.tokenizer import PretrainedTokenizer, checked
+from swe_prune.interop.tokenizer import PretrainedTokenizer, check_growth, checked
 from swe_prune.interop.tokenizer_gguf import from_gguf, surround
 from swe_prune.interop.tokenizer_models import byte_level
 
@@ -36,9 +44,10 @@ def from_path(path: Path, hf_config: Mapping[str, Any], vocab_size: int) -> Pret
         if found is None:
             raise InputError(f"{path} has no tokenizer; give the path of a tokenizer.json")
         return found
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"tokenizer {path} does not exist; give the path of a tokenizer.json")
-    with open(path, "rb") as file:
+    check_file(path, None)
+    with reading(path, "see to its rights"), open(path, "rb") as file:
         begins = file.read(len(MAGIC))
     if begins == MAGIC:
         found = from_gguf(read_gguf(path), vocab_size)
@@ -63,7 +72,7 @@ def from_folder(
         InputError: If the tokenizer does not fit the vocabulary, is damaged, or is there as
             SentencePiece alone; or if an id in the configs is not one of the vocabulary.
     """
-    check_inside(path, TOKENIZER_FILES)
+    check_inside(path, (*TOKENIZER_FILES, "generation_config.json"))
     said = {f"{path / 'config.json'}": hf_config} | _content(path, "generation_config.json")
     bos, eos_ids = read_ids(said, vocab_size)
     if (path / "tokenizer.json").exists():
@@ -86,14 +95,12 @@ def from_folder(
 
 def _read(path: Path) -> Any:
     tokenizers = require("tokenizers", "reading tokenizer.json")
-    try:
+    check_file(path)
+    with reading_in_rust(path, "get the tokenizer.json again"):
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises no narrower class
-        raise InputError(
-            f"{path} cannot be read as a tokenizer.json: {first_line(error)}; get it again"
-        ) from None
-    backend.no_truncation()
-    backend.no_padding()
+        backend.no_truncation()
+        backend.no_padding()
+    check_growth(backend, str(path))
     return backend
 
 
@@ -107,10 +114,8 @@ def _gpt2(path: Path, bos: int | None) -> Any:
             f"AutoTokenizer.from_pretrained(…).save_pretrained(…), or give one with {_OPTION}"
         )
     vocab = read_json(path / "vocab.json")
-    try:
-        lines = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
-    except ValueError as error:
-        raise InputError(f"{path / 'merges.txt'} cannot be read: {error}; get it again") from None
+    with reading(path / "merges.txt"):
+        lines = inside(path, "merges.txt").read_text(encoding="utf-8").splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")]
     backend = byte_level(vocab, merges, "gpt-2", str(path))
     special = {"<|endoftext|>", *_special(path)}
@@ -130,7 +135,8 @@ def _add_tokens(backend: Any, path: Path) -> None:
         if token in known:
             continue
         how = {"special": token in special, "normalized": token not in special} | settings
-        backend.add_tokens([tokenizers.AddedToken(token, **how)])
+        with reading_in_rust(f"the added token {token!r} of {path}"):
+            backend.add_tokens([tokenizers.AddedToken(token, **how)])
         if (got := backend.token_to_id(token)) != number:
             raise InputError(
                 f"{path} adds the token {token!r} as {number}, and its vocabulary makes it {got}; "
@@ -181,4 +187,5 @@ def _special(path: Path) -> set[str]:
 
 def _content(path: Path, name: str) -> dict[str, dict[str, Any]]:
     """Returns the content of a JSON file by its path, or nothing if there is no such file."""
-    return {str(path / name): read_json(path / name)} if (path / name).exists() else {}
+    there = os.path.lexists(path / name)
+    return {str(path / name): read_json(path / name)} if there else {}

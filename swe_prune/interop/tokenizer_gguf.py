@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, reading
 from swe_prune.interop.gguf_file import GgufFile
 from swe_prune.interop.optional import require
+from swe_prune.interop.stranger_files import reading_in_rust
 from swe_prune.interop.token_ids import read_ids
-from swe_prune.interop.tokenizer import PretrainedTokenizer, checked
+from swe_prune.interop.tokenizer import PretrainedTokenizer, check_growth, checked
 from swe_prune.interop.tokenizer_models import (
     PRE_TOKENIZERS,
     byte_level,
@@ -30,10 +31,10 @@ def from_gguf(file: GgufFile, vocab_size: int) -> PretrainedTokenizer | None:
         InputError: If this kind of tokenizer is not supported, or it is damaged or does not fit the
             vocabulary.
     """
-    model = file.get("tokenizer.ggml.model")
+    model = file.get("tokenizer.ggml.model", kind=str)
     if model is None:
         return None
-    tokens = file.get("tokenizer.ggml.tokens", [])
+    tokens = file.values("tokenizer.ggml.tokens", str)
     if not tokens:
         raise InputError(f"{file.path} lacks the tokens of its tokenizer; download it again")
     ids = {key: _id(file, key) for key in ("bos", "eos")}
@@ -42,19 +43,21 @@ def from_gguf(file: GgufFile, vocab_size: int) -> PretrainedTokenizer | None:
         min(vocab_size, len(tokens)),
     )
     backend = _backend(file, model, tokens)
+    check_growth(backend, str(file.path))
     tokenizers = require("tokenizers", "the tokenizer of a GGUF file")
-    kinds = file.get("tokenizer.ggml.token_type", [])
+    kinds = file.values("tokenizer.ggml.token_type", int)
     added = [
         tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
         for token, kind in zip(tokens, kinds, strict=False)
         if kind in (_CONTROL, _USER_DEFINED)
     ]
-    backend.add_tokens(added)
+    with reading_in_rust(file.path, "download it again"):
+        backend.add_tokens(added)
     # SentencePiece begins every text with a token unless told otherwise.
     first = [bos] if file.get("tokenizer.ggml.add_bos_token", model == "llama") else []
     last = [*eos_ids] if file.get("tokenizer.ggml.add_eos_token", model == "t5") else []
     surround(backend, [one for one in first if one is not None], last)
-    template = file.get("tokenizer.chat_template")
+    template = file.get("tokenizer.chat_template", kind=str)
     return checked(PretrainedTokenizer(backend, bos, eos_ids, template), vocab_size, str(file.path))
 
 
@@ -77,10 +80,10 @@ def surround(backend: Any, first: list[int], last: list[int]) -> None:
 
 def _backend(file: GgufFile, model: str, tokens: list[str]) -> Any:
     where = str(file.path)
-    pre = file.get("tokenizer.ggml.pre")
+    pre = file.get("tokenizer.ggml.pre", kind=str)
     vocab = {token: number for number, token in enumerate(tokens)}
     if model == "gpt2" and pre in PRE_TOKENIZERS:
-        return byte_level(vocab, file.get("tokenizer.ggml.merges", []), pre, where)
+        return byte_level(vocab, file.values("tokenizer.ggml.merges", str), pre, where)
     if model not in ("llama", "t5"):
         kinds = f"{model!r} with {pre!r}" if model == "gpt2" else f"{model!r}"
         raise InputError(
@@ -88,8 +91,8 @@ def _backend(file: GgufFile, model: str, tokens: list[str]) -> Any:
             f"are 'gpt2' with {', '.join(PRE_TOKENIZERS)}, and SentencePiece, 'llama' and 't5'; "
             "give the model's tokenizer.json with --tokenizer=PATH (tokenizer= in Python)"
         )
-    scores = file.get("tokenizer.ggml.scores") or []
-    kinds = file.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    scores = file.values("tokenizer.ggml.scores", (int, float))
+    kinds = file.values("tokenizer.ggml.token_type", int) or [_NORMAL] * len(tokens)
     if not len(tokens) == len(scores) == len(kinds):
         raise InputError(
             f"{file.path} has {len(tokens)} tokens with {len(scores)} scores and {len(kinds)} "
@@ -107,7 +110,8 @@ def _backend(file: GgufFile, model: str, tokens: list[str]) -> Any:
         )
     prefix_space = bool(file.get("tokenizer.ggml.add_space_prefix", True))
     if model == "t5":
-        charsmap = bytes(file.get("tokenizer.ggml.precompiled_charsmap") or [])
+        with reading(where, "download it again"):
+            charsmap = bytes(file.values("tokenizer.ggml.precompiled_charsmap", int))
         single = bool(file.get("tokenizer.ggml.remove_extra_whitespaces", False))
         return unigram(tokens, scores, unknown, prefix_space, single, charsmap, where)
     # Control tokens and bytes never come from merges.

@@ -8,8 +8,9 @@ https://github.com/huggingface/transformers, convert_slow_tokenizer.py and integ
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from swe_prune.errors import InputError, first_line
+from swe_prune.errors import InputError
 from swe_prune.interop.optional import require
+from swe_prune.interop.stranger_files import reading_in_rust
 
 PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe")
 """Values of `tokenizer.ggml.pre` that are supported."""
@@ -105,12 +106,10 @@ def unigram(
         where: Source of the vocabulary for error messages.
     """
     tokenizers = require("tokenizers", "a SentencePiece vocabulary")
-    try:
+    with reading_in_rust(f"the tokenizer of {where}"):
         pieces = list(zip(tokens, scores, strict=True))
         model = tokenizers.models.Unigram(pieces, unknown_id, _has_bytes(tokens))
         first = [tokenizers.normalizers.Precompiled(charsmap)] if charsmap else []
-    except Exception as error:  # the package raises no narrower class
-        raise InputError(_damaged(where, error)) from None
     backend = tokenizers.Tokenizer(model)
     if single_spaces:
         first.append(tokenizers.normalizers.Strip())
@@ -128,12 +127,10 @@ def _bpe(
         raise InputError(
             f"the tokenizer of {where} has an id that is not an integer of at least 0; get it again"
         )
-    try:
+    with reading_in_rust(f"the tokenizer of {where}"):
         return tokenizers.Tokenizer(
             tokenizers.models.BPE(vocab=dict(vocab), merges=list(pairs), **settings)
         )
-    except Exception as error:  # the package raises no narrower class
-        raise InputError(_damaged(where, error)) from None
 
 
 def _merges(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -165,7 +162,3 @@ def _decoder(prefix_space: bool) -> Any:
 
 def _has_bytes(tokens: Any) -> bool:
     return "<0x00>" in tokens
-
-
-def _damaged(where: str, error: Exception) -> str:
-    return f"the tokenizer of {where} is damaged ({first_line(error)}); get it again"

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune import tree
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, reading
 from swe_prune.masks.fitting import check_mask
 from swe_prune.trajectory import TrajectoryStats, from_dict, restored
 
@@ -28,6 +28,7 @@ FORMAT = "swe_prune.state.1"
 
 _DTYPES = {"BOOL": np.dtype(bool), "I32": np.dtype("<i4"), "F32": np.dtype("<f4"),
            "BF16": np.dtype(jnp.bfloat16)}  # fmt: skip
+LARGEST_HEADER = 100_000_000  # bytes, of the format
 _ALIGNED = 8  # the length of the header is a multiple of this
 _FIELDS = ("start", "count", "weight_sum", "settings")  # of the statistics, beside the buffers
 
@@ -110,7 +111,7 @@ def load(path: str | os.PathLike[str]) -> Saved:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} is not a file; give one that swe_prune.save has written")
-    try:
+    with reading(path, "give a file that swe_prune.save has written, or save it again"):
         arrays, about = _read(path)
         parts = {
             part: _nested(
@@ -125,12 +126,6 @@ def load(path: str | os.PathLike[str]) -> Saved:
         if "settings" in about:
             stats = from_dict(_fields_of(parts, about["settings"]))
             stats = _with_measures(stats, about["settings"])
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, OSError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{path} is not a file that swe_prune.save has written, or it is damaged; save it again"
-        ) from None
     masks = parts.get("masks")
     if masks is not None:
         check_mask(masks)
@@ -234,8 +229,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError("the header is longer than the file")
+        if size < 8 or length > min(size - 8, LARGEST_HEADER):
+            raise ValueError("the header is longer than the file, or than safetensors allows")
         header = json.loads(file.read(length))
         metadata = header.pop("__metadata__")
         if metadata["format"] != FORMAT:

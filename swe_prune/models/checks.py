@@ -1,8 +1,31 @@
 """Checks of the decoder's config, each with a sentence that says what to change."""
 
+import operator
+
+from swe_prune.bounds import COUNT, FRACTION, INDEX, NOT_NEGATIVE, POSITIVE, SHARE, Bound
 from swe_prune.config import ModelConfig, check_choices
 from swe_prune.errors import InputError
 from swe_prune.models import rope
+
+RANGES: dict[str, Bound] = {
+    "layers": COUNT._replace(most=10_000),
+    **dict.fromkeys(
+        ("heads", "width", "context", "vocab_size", "hidden_ratio", "hidden", "kv_heads",
+         "head_width", "window", "experts", "experts_per_token", "rope.original_context"), COUNT
+    ),
+    "position_offset": INDEX,
+    "dropout": SHARE,
+    **dict.fromkeys(
+        ("norm_epsilon", "embedding_scale", "residual_scale", "attention_scale", "attention_cap",
+         "logit_divisor", "logit_cap", "sliding_theta", "rope.theta", "rope.factor",
+         "rope.low_frequency", "rope.high_frequency", "rope.beta_fast", "rope.beta_slow",
+         "rope.attention_factor", "rope.short_factors", "rope.long_factors"), POSITIVE
+    ),
+    "rope.share": FRACTION,
+    "rope.mscale": NOT_NEGATIVE,
+    "rope.mscale_all": NOT_NEGATIVE,
+}  # fmt: skip
+"""Range of each number in a `ModelConfig`."""
 
 
 def check(config: ModelConfig) -> None:
@@ -12,6 +35,11 @@ def check(config: ModelConfig) -> None:
         InputError: If a setting is unknown, or settings do not fit together.
     """
     check_choices(config, "config.model")
+    for field in RANGES:
+        value = operator.attrgetter(field)(config)
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is not None:
+                RANGES[field].check(one, f"config.model.{field}")
     if config.head_width is None and config.width % config.heads:
         raise InputError(
             f"config.model.width must be a multiple of heads = {config.heads}, got {config.width}"
@@ -21,8 +49,6 @@ def check(config: ModelConfig) -> None:
             f"config.model.kv_heads must be a divisor of heads = {config.heads}, "
             f"got {config.kv_heads}"
         )
-    if config.window is not None and config.window < 1:
-        raise InputError(f"config.model.window must be at least 1, got {config.window}")
     if config.positions == "rope":
         rope.check(config, config.head_size)
     _check_layers(config)
@@ -51,14 +77,6 @@ def _check_layers(config: ModelConfig) -> None:
 
 
 def _check_numbers(config: ModelConfig) -> None:
-    for name in ("attention_scale", "attention_cap", "logit_cap", "logit_divisor"):
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise InputError(f"config.model.{name} must be above 0, got {value}")
-    if config.position_offset < 0:
-        raise InputError(
-            f"config.model.position_offset must be 0 or more, got {config.position_offset}"
-        )
     if config.norm_plus_one and (config.norm != "rms" or config.head_norm == "each_head"):
         raise InputError(
             "config.model.norm_plus_one needs norm 'rms' and no head_norm 'each_head'; change one"

@@ -46,6 +46,16 @@ def check(config: ModelConfig, head_width: int) -> None:
         raise InputError(
             f"config.model.rope.factor is missing, which scaling {rope.scaling!r} needs; set it"
         )
+    if rope.scaling == "llama3" and rope.low_frequency >= rope.high_frequency:
+        raise InputError(
+            f"config.model.rope.low_frequency must be below high_frequency = {rope.high_frequency}"
+            f", got {rope.low_frequency}"
+        )
+    if rope.scaling == "yarn" and rope.beta_slow > rope.beta_fast:
+        raise InputError(
+            f"config.model.rope.beta_slow must be at most beta_fast = {rope.beta_fast}, got "
+            f"{rope.beta_slow}"
+        )
 
 
 def rotated_width(rope: RopeConfig, head_width: int) -> int:

@@ -23,6 +23,7 @@ from swe_prune.pretrained.settings import (
     EvaluateSettings,
     FinetuneSettings,
     PruneSettings,
+    check_numbers,
 )
 from swe_prune.recipe import Recipe
 from swe_prune.runtime.preemption import PREEMPTION
@@ -47,6 +48,7 @@ def main(command: str, given: Any) -> None:
     run = {"plan": dry_run.plan, "prune": prune, "finetune": finetune, "evaluate": evaluate}[
         command
     ]
+    check_numbers(given)
     with PREEMPTION.installed():
         run(given, Progress(), Console(width=None if sys.stdout.isatty() else WIDTH))
 

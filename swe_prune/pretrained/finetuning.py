@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 from swe_prune import data as data_lib
 from swe_prune import parallel, resumable, trajectory, tree
 from swe_prune.config import ParallelConfig, PhaseConfig
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, RunError
 from swe_prune.pretrained import choice
 from swe_prune.pretrained.settings import FinetuneSettings
 from swe_prune.pretrained.texts import Text
@@ -46,11 +46,6 @@ def checked(settings: FinetuneSettings) -> None:
     Raises:
         InputError: a number out of range, or settings that exclude each other.
     """
-    for name in ("steps", "batch", "accumulate", "train_window", "track_every"):
-        if getattr(settings, name) < 1:
-            raise InputError(
-                f"--{name.replace('_', '-')}={getattr(settings, name)} is none; give 1 or more"
-            )
     if settings.batch % settings.accumulate:
         raise InputError(
             f"--accumulate={settings.accumulate} does not divide --batch={settings.batch}; "
@@ -137,8 +132,18 @@ def tuned(
         work, state, lambda state, batch: step(state, batch, fixed), text, settings, progress
     )
     if settings.lora_rank is not None:
-        return lora.merge(params, state.params, masks), masks, None
-    return state.params, state.masks, state.stats
+        tuned = lora.merge(params, state.params, masks), masks, None
+    else:
+        tuned = state.params, state.masks, state.stats
+    # A step that diverges leaves finite losses before it, and the last has none after it.
+    for name, leaf in tree.named_leaves(tuned[0]):
+        if not bool(jnp.isfinite(leaf).all()):
+            raise RunError(
+                f"{name!r} has weights that are NaN or infinite after {settings.steps} steps: "
+                f"training diverged; remove {work}, which has the checkpoints of this run, and "
+                "give a lower --learning-rate"
+            )
+    return tuned
 
 
 def _fit(

@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any, Literal
 
+from swe_prune.bounds import COUNT, INDEX, PART, POSITIVE, SEED
+from swe_prune.config import PHASE
+
 CALIBRATION = "shakespeare_plays:train"
 EVALUATION = "shakespeare_plays:validation[:2]"
 """Texts that need no download; the second is two plays that are not in the first."""
@@ -15,9 +18,17 @@ def option(default: Any, text: str, **more: Any) -> Any:
         default: Value without the option; "" where the option must be given.
         text: Line of the help.
         **more: `name`, the option's name if it is not the field's; `metavar`, the name of its value
-            in the help.
+            in the help; `bound`, the range of its number.
     """
     return dataclasses.field(default=default, metadata={"help": text, **more})
+
+
+def check_numbers(settings: Any) -> None:
+    """Raises InputError for a number of the settings that is out of its range."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value is not None and "bound" in field.metadata:
+            field.metadata["bound"].check(value, f"--{field.name.replace('_', '-')}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +75,19 @@ class JudgingSettings:
         EVALUATION, "text to evaluate on: a file, or DATASET:SPLIT", metavar="TEXT"
     )
     protocol: str = option("wikitext2", "perplexity protocol, see evaluation.protocols")
-    window: int | None = option(None, "tokens per window; default: the protocol's")
-    eval_windows: int | None = option(None, "number of leading windows to use; default: all")
-    eval_batch: int = option(4, "windows per batch")
+    window: int | None = option(None, "tokens per window; default: the protocol's", bound=COUNT)
+    eval_windows: int | None = option(
+        None, "number of leading windows to use; default: all", bound=COUNT
+    )
+    eval_batch: int = option(4, "windows per batch", bound=COUNT)
     prompts: tuple[str, ...] = option(
         ("Once upon a time",), "text to continue; may be given again", name="prompt"
     )
-    new_tokens: int = option(40, "number of tokens to generate")
+    new_tokens: int = option(40, "number of tokens to generate", bound=COUNT)
     at_most: float | None = option(
-        None, "largest perplexity of the dense model for which to go on; default: any"
+        None,
+        "largest perplexity of the dense model for which to go on; default: any",
+        bound=POSITIVE,
     )
 
 
@@ -98,13 +113,15 @@ class RequestSettings(ModelSettings, ChoiceSettings):
     calibration: str = option(
         CALIBRATION, "text to calibrate on: a file, or DATASET:SPLIT", metavar="TEXT"
     )
-    calibration_windows: int = option(128, "number of random windows to calibrate on")
+    calibration_windows: int = option(128, "number of random windows to calibrate on", bound=COUNT)
     calibration_window: int | None = option(
-        None, "tokens per calibration window; default: the model's context, at most 2048"
+        None,
+        "tokens per calibration window; default: the model's context, at most 2048",
+        bound=COUNT,
     )
-    calibration_batch: int = option(8, "calibration windows per batch")
+    calibration_batch: int = option(8, "calibration windows per batch", bound=COUNT)
     offload: bool = option(False, "weights and activations in host memory but for one block")
-    seed: int = option(0, "seed of the calibration windows and of random criteria")
+    seed: int = option(0, "seed of the calibration windows and of random criteria", bound=SEED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,31 +138,39 @@ class FinetuneSettings(ModelSettings, ChoiceSettings, JudgingSettings):
     out: str = option("", "folder to write, which must not exist", metavar="DIR")
     text: str = option(CALIBRATION, "text to train on: a file, or DATASET:SPLIT", metavar="TEXT")
     track: bool = option(False, "statistics of the trajectory, for prune --criterion=swe")
-    track_every: int = option(5, "steps between snapshots of the trajectory")
+    track_every: int = option(5, "steps between snapshots of the trajectory", bound=COUNT)
     measures: tuple[str, ...] = option(
         ("late_mean",), "measure of the trajectory; may be given again", name="measure"
     )
-    steps: int = option(100, "number of training steps")
-    batch: int = option(8, "windows per step")
-    accumulate: int = option(1, "number of microbatches per step")
-    train_window: int = option(512, "tokens per training window")
-    learning_rate: float = option(2e-5, "peak learning rate")
-    warmup: int = option(10, "number of warm-up steps")
-    weight_decay: float = option(0.0, "weight decay of AdamW")
-    checkpoint_every: int = option(50, "steps between checkpoints; a killed run resumes from one")
+    steps: int = option(100, "number of training steps", bound=COUNT)
+    batch: int = option(8, "windows per step", bound=COUNT)
+    accumulate: int = option(1, "number of microbatches per step", bound=COUNT)
+    train_window: int = option(512, "tokens per training window", bound=COUNT)
+    learning_rate: float = option(2e-5, "peak learning rate", bound=PHASE["learning_rate"])
+    warmup: int = option(10, "number of warm-up steps", bound=INDEX)
+    weight_decay: float = option(0.0, "weight decay of AdamW", bound=PHASE["weight_decay"])
+    checkpoint_every: int = option(
+        50, "steps between checkpoints; a killed run resumes from one", bound=COUNT
+    )
     remat: bool = option(False, "rematerialization of activations: less memory, more time")
     zeros: Literal["keep", "free"] = option(
         "keep", "zeros of a model without a mask file: held at 0, or free"
     )
-    lora_rank: int | None = option(None, "rank of the adapters; default: the weights are trained")
-    lora_alpha: float | None = option(None, "scale of the adapters; default: twice the rank")
+    lora_rank: int | None = option(
+        None, "rank of the adapters; default: the weights are trained", bound=COUNT
+    )
+    lora_alpha: float | None = option(
+        None, "scale of the adapters; default: twice the rank", bound=POSITIVE
+    )
     teacher: str | None = option(None, "dense model to distill from", metavar="PATH")
     teacher_prefix: str | None = option(
         None, "prefix of the names of the teacher's tensors", metavar="PREFIX"
     )
-    distillation: float = option(0.5, "weight of the distance to the teacher in the loss")
-    temperature: float = option(1.0, "temperature of the distance to the teacher")
-    seed: int = option(0, "seed of the order of the text")
+    distillation: float = option(
+        0.5, "weight of the distance to the teacher in the loss", bound=PART
+    )
+    temperature: float = option(1.0, "temperature of the distance to the teacher", bound=POSITIVE)
+    seed: int = option(0, "seed of the order of the text", bound=SEED)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,12 +11,14 @@ from jaxtyping import PyTree
 
 from swe_prune import trajectory
 from swe_prune.checkpoint import Checkpoints
-from swe_prune.errors import InputError
+from swe_prune.errors import DamagedError, InputError, shown
+from swe_prune.interop.stranger_files import inside, read_json
 from swe_prune.pretrained import choice
 from swe_prune.trajectory import TrajectoryStats
 
 FOLDER = "trajectory"
 ABOUT = "about.json"
+_FIELDS = ("measures", "include", "exclude", "blocks")
 
 
 def write(folder: Path, stats: TrajectoryStats, about: Mapping[str, Any]) -> None:
@@ -77,14 +79,32 @@ def read(folder: Path, params: PyTree) -> TrajectoryStats | None:
     measures = tuple(about["measures"])
     chosen = choice.prunable(params, **about["rules"])
     like = jax.eval_shape(lambda p: trajectory.init(p, measures, chosen), params)
-    with contextlib.closing(Checkpoints(place, keep=1)) as store:
-        return store.restore(like)[0]
+    try:
+        with contextlib.closing(Checkpoints(place, reading=True)) as store:
+            return store.restore(like)[0]
+    except DamagedError as error:
+        reason = str(error).partition("; ")[0]
+        raise DamagedError(f"{reason}; track the fine-tuning again") from None
 
 
 def _about(folder: Path) -> dict[str, Any]:
     path = folder / FOLDER / ABOUT
-    try:
-        about = json.loads(path.read_text())
-        return {"measures": list(about["measures"]), "rules": dict(about.get("rules") or {})}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); track the fine-tuning again") from None
+    place = folder / FOLDER
+    for file in place.rglob("*"):  # all that a checkpoint is read from
+        if not file.is_dir() or file.is_symlink():
+            inside(place, str(file.relative_to(place)), None)
+    about = read_json(path)
+    rules = about.get("rules") or {}
+    found = {"measures": about.get("measures")} | (rules if isinstance(rules, dict) else {"": 0})
+    for name, value in found.items():
+        kind = str if name == "blocks" else list
+        texts = value if isinstance(value, list) else []
+        if (
+            name not in _FIELDS
+            or not isinstance(value, kind)
+            or not all(isinstance(text, str) for text in texts)
+        ):
+            raise InputError(
+                f"{path} is damaged: it has {name!r} = {shown(value)}; track the fine-tuning again"
+            )
+    return {"measures": found.pop("measures"), "rules": found}

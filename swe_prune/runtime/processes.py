@@ -102,8 +102,12 @@ def process_address(coordinator: str | None, process: str | None) -> ProcessAddr
         raise InputError(
             "--coordinator=HOST:PORT and --process=I/N belong together; give both, or --distributed"
         )
-    if not re.fullmatch(r".+:[0-9]{1,5}", coordinator):
-        raise InputError(f"--coordinator must be HOST:PORT of process 0, got {coordinator!r}")
+    port = re.fullmatch(r".+:([0-9]{1,5})", coordinator)
+    if not port or not 1 <= int(port[1]) <= 65535:
+        raise InputError(
+            "--coordinator must be HOST:PORT of process 0, with a port up to 65535, got "
+            f"{coordinator!r}"
+        )
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", process)
     if not match or int(match[1]) >= int(match[2]):
         raise InputError(f"--process must be I/N with I from 0 to N - 1, got {process!r}")

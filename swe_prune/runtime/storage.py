@@ -29,6 +29,8 @@ def parse_path(path: epath.PathLike, name: str = "workdir") -> epath.Path:
     'demo'
     """
     text = os.fspath(path)
+    if not text.strip() or "\0" in text:
+        raise InputError(f"{name} must be the path of a folder, got {text!r}; give one")
     if not text.startswith(SCHEME):
         if "://" in text:
             # A Path would create a local folder named "s3:", which is lost with the machine.
@@ -102,6 +104,11 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
 def remove(folder: epath.PathLike) -> None:
     """Deletes a folder and its contents if it exists."""
     epath.Path(folder).rmtree(missing_ok=True)
+
+
+def discard(path: epath.PathLike) -> None:
+    """Deletes a file if it exists."""
+    epath.Path(path).unlink(missing_ok=True)
 
 
 def move(folder: epath.PathLike, target: epath.PathLike) -> None:

@@ -9,6 +9,7 @@ recovery         the training after pruning, of the cells and of their controls
 phases           what is done; each phase is skipped when its result is there
 prune_phase      the phase that prunes
 finetune_phase   the phase that recovers; gradual, pruning during it
+mend             finished phases that were damaged later
 saved            the models on disk
 samples          what a model writes, and how far it is from the dense one
 histograms       what the report draws of the weights
@@ -17,7 +18,7 @@ plan             what would be done, and what it would cost; plan_at_scale, on a
 """
 
 from swe_prune.study.experiment import Experiment, setup
-from swe_prune.study.phases import control, evaluate, finetune, prune, run, train
+from swe_prune.study.phases import control, evaluate, finetune, mend, prune, run, train
 from swe_prune.study.plan import memory_line, plan
 from swe_prune.study.shard import Shard, parse
 from swe_prune.study.workdir import Workdir, claim
@@ -31,6 +32,7 @@ __all__ = [
     "evaluate",
     "finetune",
     "memory_line",
+    "mend",
     "parse",
     "plan",
     "prune",

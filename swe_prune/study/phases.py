@@ -19,6 +19,7 @@ from swe_prune.study import (
 )
 from swe_prune.study.experiment import Experiment
 from swe_prune.study.finetune_phase import recover
+from swe_prune.study.mend import mend_cells, mend_dense
 from swe_prune.study.saved import (
     finite,
     load_dense,
@@ -39,11 +40,25 @@ def run(experiment: Experiment, progress: Progress) -> None:
     finetune(experiment, progress)
 
 
+def mend(experiment: Experiment, progress: Progress) -> None:
+    """Clears what was damaged after it had finished, and makes the dense models of it again."""
+    for seed in sorted({cell.seed for cell in experiment.cells}):
+        folder = experiment.workdir.dense(seed)
+        with lock_for_run(folder, f"dense model of seed {seed}", progress.say):
+            if not exists(folder / "result.json"):
+                continue
+            mend_dense(experiment, seed, progress)
+            if not exists(folder / "result.json"):
+                _train_seed(experiment, seed, progress)
+    mend_cells(experiment, progress)
+
+
 def train(experiment: Experiment, progress: Progress) -> None:
     """Trains the dense model of every seed while tracking its weights."""
     for seed in sorted({cell.seed for cell in experiment.cells}):
         folder = experiment.workdir.dense(seed)
         with lock_for_run(folder, f"dense model of seed {seed}", progress.say):
+            mend_dense(experiment, seed, progress)
             if exists(folder / "result.json"):
                 progress.say(f"dense model, seed {seed}: done before")
             else:
@@ -145,6 +160,7 @@ def _control(
 
 def prune(experiment: Experiment, progress: Progress) -> None:
     """Scores and prunes every cell from its dense checkpoint, and evaluates it as it is."""
+    mend(experiment, progress)
     for seed, cells in prune_phase.todo(experiment, "pruned_loss"):
         prune_phase.prune_seed(experiment, seed, cells, progress)
         results.write(experiment.workdir, grid.cells(experiment.config))

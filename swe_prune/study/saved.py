@@ -10,11 +10,11 @@ from jaxtyping import PyTree
 
 from swe_prune import trajectory, tree
 from swe_prune.checkpoint import Checkpoints
-from swe_prune.errors import InputError, RunError
+from swe_prune.errors import DamagedError, InputError, RunError
 from swe_prune.runtime import processes
 from swe_prune.study.experiment import Experiment
 from swe_prune.study.grid import Cell, Recovery
-from swe_prune.study.workdir import exists
+from swe_prune.study.workdir import exists, remove
 from swe_prune.training.state import TrainState
 
 
@@ -32,7 +32,10 @@ def load_dense(experiment: Experiment, seed: int, step: int | None = None) -> Tr
     like = jax.eval_shape(lambda p: experiment.dense_state(p, seed), experiment.abstract_params)
     like = experiment.place(like)
     # The last one or none: from an earlier one other masks would come.
-    return restored(folder / "checkpoints", like, experiment.train_steps if step is None else step)
+    step = experiment.train_steps if step is None else step
+    return restored(
+        folder / "checkpoints", like, step, "run the command 'train', which makes it again"
+    )
 
 
 def recovery_start(experiment: Experiment, seed: int, recovery: Recovery, params: PyTree) -> PyTree:
@@ -96,14 +99,25 @@ def save(folder: epath.Path, values: PyTree, cell: Cell, step: int = 0) -> None:
         # cannot be asked for then; a copy does not.
         places = jax.tree.map(lambda value: value.sharding, values)
         values = jax.jit(lambda values: values, out_shardings=places)(values)
+    remove(folder)  # of a run that was killed here, or what was damaged later
     with contextlib.closing(Checkpoints(folder, keep=1)) as store:
         store.save(step, values, {"cell": cell.name})
 
 
-def restored(folder: epath.Path, like: PyTree, step: int | None = None) -> PyTree:
-    """Returns the pytree of a folder with a number, or the newest."""
-    with contextlib.closing(Checkpoints(folder)) as store:
-        return store.restore(like, step)[0]
+def restored(
+    folder: epath.Path, like: PyTree, step: int | None = None, advice: str | None = None
+) -> PyTree:
+    """Returns the pytree of a folder with a number, or the newest.
+
+    Raises:
+        InputError: It is damaged; the sentence ends with the advice, by default to remove the cell.
+    """
+    try:
+        with contextlib.closing(Checkpoints(folder, reading=True)) as store:
+            return store.restore(like, step)[0]
+    except DamagedError as error:
+        advice = advice or f"remove {folder.parent} and run the command 'run' to make it again"
+        raise DamagedError(f"{str(error).partition('; ')[0]}; {advice}") from None
 
 
 def finite(loss: float, name: str) -> float:

@@ -13,9 +13,12 @@ from swe_prune.config import Config, flat, from_dict
 from swe_prune.errors import InputError
 from swe_prune.runtime import lease, processes, storage
 from swe_prune.runtime.locks import lock
-from swe_prune.study.grid import Cell, Recovery
+from swe_prune.study.grid import Cell, Recovery, cells
 from swe_prune.study.shard import Shard
 from swe_prune.training.metrics import write_json
+
+CONFIG = "config.json"
+"""File that says what made a workdir: there, and in the folder of every seed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,12 +151,34 @@ def _take(file: IO[str], kind: int, what: str) -> None:
 
 
 def _settle(workdir: Workdir, config: Config) -> None:
-    made_by = workdir.path / "config.json"
-    if made_by.exists():
-        _check_same(workdir, config, read_json(made_by))
-    else:
-        values = dataclasses.asdict(config)
-        write_json(made_by, {"fingerprint": config.fingerprint(), "config": values})
+    stored = _made_by(workdir.path)
+    if stored is not None:
+        _check_same(workdir, config, stored)
+    elif any(workdir.path.glob("seed_*/*/result.json")) or (workdir.path / CONFIG).exists():
+        raise InputError(
+            f"workdir {str(workdir.path)!r} has no {CONFIG} that can be read, so what made its "
+            "results is not known; put the file back or choose another --workdir"
+        )
+    # A copy beside the results of every seed, so that they are known when the first is lost.
+    values = {"fingerprint": config.fingerprint(), "config": dataclasses.asdict(config)}
+    seeds = sorted({cell.seed for cell in cells(config)})
+    for path in (workdir.path, *(workdir.path / f"seed_{seed}" for seed in seeds)):
+        if _stored(path / CONFIG) is None:
+            write_json(path / CONFIG, stored or values)
+
+
+def _made_by(path: epath.Path) -> dict[str, Any] | None:
+    """Returns what made a workdir, by the first file that says so and can be read; else None."""
+    files = (path / CONFIG, *sorted(path.glob(f"seed_*/{CONFIG}")))
+    return next((found for file in files if (found := _stored(file)) is not None), None)
+
+
+def _stored(file: epath.Path) -> dict[str, Any] | None:
+    try:
+        found = read_json(file) if file.exists() else None
+    except InputError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("config"), dict) else None
 
 
 def config_of(path: epath.Path) -> Config:
@@ -162,13 +187,13 @@ def config_of(path: epath.Path) -> Config:
     Raises:
         InputError: it is no workdir of ours, or its config is damaged.
     """
-    made_by = path / "config.json"
-    if not made_by.is_file():
+    stored = _made_by(path)
+    if stored is None:
         raise InputError(
             f"workdir {str(path)!r} has no config.json; give the --workdir of an earlier run, or "
             "--config to make a new one"
         )
-    config = from_dict(read_json(made_by)["config"])
+    config = from_dict(stored["config"])
     assert isinstance(config, Config)
     return config
 
@@ -198,9 +223,9 @@ def read_json(path: epath.Path) -> Any:
     """
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            f"{path} is damaged ({error}); delete it and run the same command to make it again"
+            f"{path} is damaged ({error}); run the command 'run', which makes it again"
         ) from error
 
 

@@ -275,6 +275,10 @@ def nested(named: Mapping[str, Any]) -> dict[str, Any]:
         inner = whole
         for folder in folders:
             inner = inner.setdefault(folder, {})
+            if not isinstance(inner, dict):
+                break
+        if not isinstance(inner, dict) or last in inner:
+            raise InputError(f"{short(name)!r} is the name of a leaf and of a folder; rename one")
         inner[last] = leaf
     return whole
 

@@ -1,0 +1,68 @@
+"""Ranges of numbers, one table of them for config files, command lines and library calls."""
+
+import math
+import numbers
+from typing import Any, NamedTuple
+
+from swe_prune.errors import InputError, shown
+
+_LARGEST = 3.4028234663852886e38  # of float32
+_TINY = 1.1754943508222875e-38
+
+
+class Bound(NamedTuple):
+    """The numbers that a setting may be; NaN is none of them.
+
+    Attributes:
+        least: Least value.
+        most: Largest value.
+        below: Number that the value must be less than.
+        whole: Whether it must be an integer.
+    """
+
+    least: float
+    most: float = _LARGEST
+    below: float = math.inf
+    whole: bool = False
+
+    def check(self, value: Any, what: str) -> None:
+        """Checks a value.
+
+        Args:
+            value: Value to check.
+            what: Name of the setting, for the sentence.
+
+        Raises:
+            InputError: The value is no number, of the wrong kind or out of the range.
+
+        >>> COUNT.check(3, "steps")
+        >>> SHARE.check(2, "rate")
+        Traceback (most recent call last):
+        ...
+        swe_prune.errors.InputError: rate must be a finite number of at least 0 and below 1, got 2
+        """
+        kind = numbers.Integral if self.whole else numbers.Real
+        ok = isinstance(value, kind) and not isinstance(value, bool)
+        if not ok or not (self.least <= value <= self.most and value < self.below):
+            raise InputError(f"{what} must be {self}, got {shown(value)}")
+
+    def __str__(self) -> str:
+        """Returns the range in words."""
+        words = [f"above {0:g}" if self.least == _TINY else f"of at least {self.least:g}"]
+        if math.isfinite(self.below):
+            words.append(f"below {self.below:g}")
+        elif self.most < (COUNT.most if self.whole else _LARGEST):
+            words.append(f"at most {self.most:g}")
+        return f"{'an integer' if self.whole else 'a finite number'} {' and '.join(words)}"
+
+
+COUNT = Bound(1, 2**31 - 1, whole=True)
+"""Sizes and steps, which are int32 on the devices."""
+
+INDEX = Bound(0, 2**31 - 1, whole=True)
+SEED = Bound(0, 2**32 - 1, whole=True)
+POSITIVE = Bound(_TINY)
+NOT_NEGATIVE = Bound(0.0)
+SHARE = Bound(0.0, below=1.0)
+FRACTION = Bound(_TINY, 1.0)
+PART = Bound(0.0, 1.0)

@@ -1,0 +1,101 @@
+"""Finished phases whose files were damaged later: found, and cleared so that they are made again.
+
+A phase is made again from its last whole checkpoint, with the same numbers, since a resumed run is
+bit-identical to an uninterrupted one.
+"""
+
+import contextlib
+import json
+import warnings
+
+from etils import epath
+
+from swe_prune.checkpoint import Checkpoints
+from swe_prune.errors import DamagedError
+from swe_prune.runtime import processes, storage
+from swe_prune.runtime.locks import lock_for_run
+from swe_prune.study.experiment import Experiment
+from swe_prune.study.grid import Cell
+from swe_prune.study.workdir import exists, remove
+from swe_prune.training.progress import Progress
+
+
+def mend_dense(experiment: Experiment, seed: int, progress: Progress) -> None:
+    """Clears the dense phase of a seed if it is finished and damaged; hold its lock."""
+    folder = experiment.workdir.dense(seed)
+    if not exists(folder / "result.json"):
+        return
+    steps = [experiment.train_steps]
+    for cell in experiment.cells:
+        if cell.seed == seed and cell.recovery.kind == "rewind_weights":
+            steps.append(experiment.train_steps - experiment.tunings[cell.recovery].steps)
+    found = {step: _fault(folder / "checkpoints", step) for step in sorted(set(steps))}
+    step, why = next(((at, one) for at, one in found.items() if one), (None, None))
+    if step is not None:
+        with warnings.catch_warnings():  # of one without checksums; it is said below
+            warnings.simplefilter("ignore", UserWarning)
+            store = Checkpoints(folder / "checkpoints")
+        with contextlib.closing(store):
+            left = store.set_aside_from(step)
+        start = "from the start" if left is None else f"from checkpoint {left}"
+        progress.say(f"dense model, seed {seed}: damaged ({why}); it is made again {start}")
+    elif _unreadable(folder / "result.json"):
+        progress.say(f"dense model, seed {seed}: its result is damaged; it is made again")
+    else:
+        return
+    _discard(folder, ("result.json",))
+
+
+def mend_cells(experiment: Experiment, progress: Progress) -> None:
+    """Clears the cells, and the controls, whose results or masks are damaged.
+
+    The masks of a cell that is fine-tuned are not read again, so only `evaluate` finds a fault.
+    """
+    for cell in experiment.cells:
+        folder = experiment.workdir.cell(cell)
+        if not exists(folder / "result.json"):
+            continue
+        with lock_for_run(folder, f"cell {cell.name} of seed {cell.seed}", progress.say):
+            why = _fault_of(folder, cell)
+            if why is not None:
+                progress.say(f"cell {cell.name}: damaged ({why}); it is made again")
+                _discard(folder, ("result.json", "masks", "start", "finetuned"))
+        control = experiment.workdir.control(cell.seed, cell.recovery)
+        if exists(control / "result.json") and _unreadable(control / "result.json"):
+            _discard(control, ("result.json",))
+
+
+def _fault_of(folder: epath.Path, cell: Cell) -> str | None:
+    if _unreadable(folder / "result.json"):
+        return "its result cannot be read"
+    result = processes.first(lambda: json.loads((folder / "result.json").read_text()))
+    if cell.recovery.kind == "none" or "finetuned_loss" in result:
+        return None
+    names = ("masks", "start") if cell.recipe.updates_weights else ("masks",)
+    return next((why for name in names if (why := _fault(folder / name, None))), None)
+
+
+def _fault(folder: epath.Path, step: int | None) -> str | None:
+    try:
+        with contextlib.closing(Checkpoints(folder, reading=True)) as store:
+            return store.fault(step)
+    except DamagedError as error:
+        return str(error).partition("; ")[0]
+
+
+def _unreadable(path: epath.Path) -> bool:
+    def look() -> bool:
+        try:
+            return not isinstance(json.loads(path.read_text()), dict)
+        except (ValueError, RecursionError):
+            return True
+
+    return processes.first(look)
+
+
+def _discard(folder: epath.Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        if name.endswith(".json"):
+            processes.first(lambda: storage.discard(folder / name))  # noqa: B023, called now
+        else:
+            remove(folder / name)
