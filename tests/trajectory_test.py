@@ -140,7 +140,8 @@ def test_the_mode_vote_takes_the_final_threshold_over_all_but_the_last(leave_out
         [params(theta) for theta in thetas], params(thetas[-1]), 0.7, leave_out=leave_out
     )
     threshold = np.abs(np.asarray(thetas[-1], np.float64)).std(ddof=1) * 0.7
-    votes = (np.abs(np.asarray(thetas[: len(thetas) - leave_out], np.float64)) > threshold).astype(int)
+    voting = np.asarray(thetas[: len(thetas) - leave_out], np.float64)
+    votes = (np.abs(voting) > threshold).astype(int)
     # The mode, of ties the smaller one, as scipy.stats.mode has it.
     mode = votes.sum(0) > len(votes) / 2
     np.testing.assert_array_equal(keep["up"]["kernel"], mode)

@@ -16,12 +16,12 @@ snapshot t, and θ(0) is the weight given to `init`. The measures:
     last           θ(n)
 
 `late_mean` is the "clone" of arXiv 2502.17071, in the streaming form of its equation; the default
-power 0.5 is that of the authors' earlier public code (√t'), since we know the paper's abstract
-alone. A public review of the paper (themoonlight.io, March 2025, perhaps written by a machine)
-prints Σ val(n − L) (n − L) / Σ (n − L) over L = 0 … k, with n the last epoch and val the
-"magnitude": `power=1, index="absolute"`, of `late_mean_abs` or, read as the abstract has it, of the
-signed `late_mean`. The running mean and variance follow Welford (Technometrics 4(3), 1962) and their merge
-Chan, Golub and LeVeque (Stanford STAN-CS-79-773, 1979).
+power 0.5 is that of the authors' earlier public code (√t'), since we know no more than the paper's
+abstract. A public review of the paper (themoonlight.io, March 2025, perhaps written by a machine)
+prints Σ val(n − L) (n − L) / Σ (n − L) over L = 0 … k, with n the last epoch and val a "magnitude":
+that is `power=1, index="absolute"`, of `late_mean_abs` or, as the abstract reads, of the signed
+`late_mean`. The running mean and variance follow Welford (Technometrics 4(3), 1962) and their
+merge Chan, Golub and LeVeque (Stanford STAN-CS-79-773, 1979).
 
 Each buffer is one float32 per weight. Float32 drops increments below half a unit in the last place:
 a mean of 100,000 snapshots of a drifting weight has an error of 1e-3, one of 200 snapshots less

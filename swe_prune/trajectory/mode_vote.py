@@ -62,7 +62,9 @@ def mode_vote(
             return None
         size = jnp.abs(final.astype(jnp.float32))
         threshold = jnp.std(size, ddof=min(1, size.size - 1)) * rate
-        votes = sum((jnp.abs(theta.astype(jnp.float32)) > threshold).astype(int) for theta in thetas)
+        votes = sum(
+            (jnp.abs(theta.astype(jnp.float32)) > threshold).astype(int) for theta in thetas
+        )
         return 2 * votes > len(thetas)
 
     return tree.map_named(vote, final, chosen, *voting)
