@@ -17,9 +17,7 @@ from swe_prune.allocation.rounding import (
 )
 
 
-def by_scores(
-    scores: PyTree, sparsity: float, *, max_sparsity: float | None = None
-) -> Allocation:
+def by_scores(scores: PyTree, sparsity: float, *, max_sparsity: float | None = None) -> Allocation:
     """Returns how much of each tensor global selection removes.
 
     The lowest scores of all the tensors together go, ties by the order of the tensors and the flat
