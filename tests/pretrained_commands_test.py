@@ -92,7 +92,11 @@ def test_without_a_criterion_the_best_measured_is_done_and_said(place, tmp_path,
     out = tmp_path / "pruned"
     assert prune(place, out, "--sparsity=0.5") == 0
     said = capsys.readouterr()
-    lines = [line for line in (said.out + said.err).splitlines() if "criterion " in line or "--cr" in line]
+    lines = [
+        line
+        for line in (said.out + said.err).splitlines()
+        if "criterion " in line or "--cr" in line
+    ]
     assert len(lines) == 2
     assert "No criterion was given: weights are ranked by w² E[g²]^0.5 over all tensors" in lines[0]
     assert "--criterion=wanda needs no backward pass" in lines[1]

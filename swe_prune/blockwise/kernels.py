@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from swe_prune import counting, patterns, select
-from swe_prune.blockwise import guard, wanda
-from swe_prune.blockwise.admm import admm, squared_error
+from swe_prune.blockwise import wanda
+from swe_prune.blockwise.admm import admm
 from swe_prune.blockwise.sparsegpt import SolverReport, sparsegpt
 from swe_prune.layout import Axes
 
@@ -31,11 +31,11 @@ class KernelReport:
         total: weights that it has.
         solver: of SparseGPT and ADMM, else None.
         restored: whether the weights that stay were restored and are kept so.
-        held_out: Squared error of the outputs on the held-out batches with the mask alone, and
-            restored; None where nothing was restored or held out. Of a stacked kernel the sums.
-        gave_up: What was worse restored on the held-out batches, so that the weights are those of
-            the mask alone: "kernel", "block" or "model"; None where they are restored, or nothing
-            was.
+        held_out: How far the block's outputs on the held-out batches are from the dense model's
+            with the masks alone, with every kernel restored, and with what was kept; a mean over
+            tokens of squared distances relative to the dense outputs. None: nothing was judged.
+        gave_up: What was better off with the masks alone on the held-out batches, "kernel", "block"
+            or "model", so that the weights are those; None: they are restored, or nothing was.
     """
 
     name: str
@@ -43,7 +43,7 @@ class KernelReport:
     total: int
     solver: SolverReport | None = None
     restored: bool = False
-    held_out: tuple[float, float] | None = None
+    held_out: tuple[float, float, float] | None = None
     gave_up: str | None = None
 
     @property
@@ -106,7 +106,6 @@ def prune_kernel(
     weight: Array,
     axes: Axes,
     sums: Sums | None,
-    held: Sums | None,
     plan: Plan,
 ) -> tuple[Array, Array, Array, KernelReport]:
     """Returns a kernel pruned, the same with its mask alone, the mask, and the report."""
@@ -114,7 +113,7 @@ def prune_kernel(
     keep = None if plan.masks is None else patterns.as_matrix(plan.masks[name], axes)
     share = plan.shares[name]
     if not axes.copies:
-        done = [_matrix(name, weight_RxC, keep, sums, held, share, plan)]
+        done = [_matrix(name, weight_RxC, keep, sums, share, plan)]
         new, alone, mask = done[0][:3]
     else:
         # Each copy, such as an expert, is a kernel of its own.
@@ -122,24 +121,14 @@ def prune_kernel(
         keeps: Any = [None] * len(stacked) if keep is None else keep.reshape(stacked.shape)
         done = []
         for at, one_RxC in enumerate(stacked):
-            own, judge = (_of_copy(some, at, len(stacked)) for some in (sums, held))
-            label = f"{name}[{at}]"
-            done.append(_matrix(label, one_RxC, keeps[at], own, judge, share, plan))
+            own = _of_copy(sums, at, len(stacked))
+            done.append(_matrix(f"{name}[{at}]", one_RxC, keeps[at], own, share, plan))
         new, alone, mask = (
             jnp.stack(some).reshape(weight_RxC.shape) for some in list(zip(*done, strict=True))[:3]
         )
     removed = mask.size - int(_count_true(mask))
-    restored = any(one.restored for *_, one in done)
-    judged = [one.held_out for *_, one in done if one.held_out is not None]
-    report = KernelReport(
-        name,
-        removed,
-        weight.size,
-        _joined([one.solver for *_, one in done]),
-        restored,
-        (sum(one[0] for one in judged), sum(one[1] for one in judged)) if judged else None,
-        None if restored or not judged else "kernel",
-    )
+    solver = _joined([one.solver for *_, one in done])
+    report = KernelReport(name, removed, weight.size, solver, any(d.restored for *_, d in done))
     new, alone, mask = (
         patterns.from_matrix(some, weight.shape, axes) for some in (new, alone, mask)
     )
@@ -160,11 +149,10 @@ def _of_copy(sums: Sums | None, at: int, copies: int) -> Sums | None:
 
 
 class _Done(NamedTuple):
-    """What was done to one matrix; `restored` and `held_out` as in `KernelReport`."""
+    """What was done to one matrix, as in `KernelReport`."""
 
     solver: SolverReport | None
     restored: bool = False
-    held_out: tuple[float, float] | None = None
 
 
 def _matrix(
@@ -172,7 +160,6 @@ def _matrix(
     weight_RxC: Array,
     keep_RxC: Array | None,
     sums: Sums | None,
-    held: Sums | None,
     share: float,
     plan: Plan,
 ) -> tuple[Array, Array, Array, _Done]:
@@ -210,23 +197,13 @@ def _matrix(
         pruned_RxC = zeroed(weight_RxC, keep_RxC)
     if plan.restore is None or (plan.method == "admm" and plan.masks is None):
         return pruned_RxC, pruned_RxC, keep_RxC, _Done(report)
-    # Restore the weights that stay, if that holds on the inputs of the held-out batches.
+    # Restore the weights that stay.
     assert hessian is not None
     damping = plan.damping_of("admm")
     restored_RxC, _, solved = admm(
         weight_RxC, hessian, mask=keep_RxC, damping=damping, cross_RxR=cross
     )
-    if held is None:
-        return restored_RxC, pruned_RxC, keep_RxC, _Done(solved, True)
-    outer_RxR, cross = held.taken("outer", weight_RxC), held.taken("cross", weight_RxC)
-    assert outer_RxR is not None
-    alone, restored = (
-        float(squared_error(kernel_RxC, weight_RxC, outer_RxR, cross))
-        for kernel_RxC in (pruned_RxC, restored_RxC)
-    )
-    if guard.worse(restored, alone):
-        return pruned_RxC, pruned_RxC, keep_RxC, _Done(report, False, (alone, restored))
-    return restored_RxC, pruned_RxC, keep_RxC, _Done(solved, True, (alone, restored))
+    return restored_RxC, pruned_RxC, keep_RxC, _Done(solved, True)
 
 
 def _joined(given: Sequence[SolverReport | None]) -> SolverReport | None:

@@ -89,12 +89,12 @@ def prune_blocks(
             "pruned_inputs", those that the pruned blocks before it give, or on "dense_inputs",
             those that the dense model has; or "dense_outputs", the outputs that the dense model has
             in their place, on the inputs that the pruned blocks give.
-        holdout: Batches that judge what is restored: a kernel, a block and in the end the whole
-            keep their restored weights only if their outputs on these are no farther from their
-            target than with the mask alone; the reports say which. None: the last eighth of
-            `batches`, which then calibrate nothing; of a single batch nothing is judged. ():
-            nothing is. Better of another text than `batches`, so that restoring does not fit that
-            alone.
+        holdout: Batches that judge what is restored: a kernel keeps its restored weights only if
+            its block's outputs on these are then no farther from the dense model's, and so do the
+            block and in the end the model against the masks alone; the reports say which. None: the
+            last eighth of `batches`, which then calibrate nothing; of a single batch nothing is
+            judged. (): nothing is. Better of another text than `batches`, so that restoring does
+            not fit that alone.
         prunable: bool pytree; None: `tree.prunable(params)`. Kernels outside of the blocks stay.
         call: function (module, variables, batch) that runs a Linen module in another way; of an
             NNX module (module, batch).
@@ -157,10 +157,10 @@ def prune_blocks(
     wires, states, counts, held_out = captured(run, variables, batches, holdout, paths, offload)
     streams = Streams.of(states, counts, held_out, target if restore is not None else TARGETS[0])
     del states
-    found: dict[str, tuple[Any, Any]] = {}
+    found: dict[str, Any] = {}
     reports: list[KernelReport] = []
     runners: list[Runner] = []  # several where blocks differ, such as layers with a window
-    whole: dict[str, float] = {}
+    verdict: guard.Verdict | None = None
     for index, of_kinds in enumerate(wires):
         path = of_kinds[0].path
         wanted = {
@@ -174,17 +174,18 @@ def prune_blocks(
             runners.append(runner)
         own = block_graph.part(variables, path)
         later = wires[index + 1 :]
-        done, of_block, whole = _one_block(runner, path, own, streams, plan, later, offload)
+        done, of_block, verdict = _one_block(runner, path, own, streams, plan, later, offload)
         found |= {f"{path}/{name}": leaves for name, leaves in done.items()}
         reports += of_block
         for report in of_block if progress is not None else ():
             progress(report)
-    pruned = {name: new for name, (new, _) in found.items()}
-    masks = {name: keep for name, (_, keep) in found.items()}
-    if whole and not donate and guard.worse(whole["restored"], whole["all"]):
+    pruned = {name: new for name, (new, _, _) in found.items()}
+    masks = {name: keep for name, (_, keep, _) in found.items()}
+    if verdict and not donate and guard.worse(verdict.kept, verdict.all_alone):
         # The whole is better off with the masks alone, whatever each block was.
         weights = dict(tree.named_leaves(params))
-        pruned = {name: zeroed(weights[name], keep) for name, keep in masks.items()}
+        for name, (_, keep, alone) in found.items():
+            pruned[name] = alone if alone is not None else _where(keep, weights[name])
         reports = [dataclasses.replace(one, restored=False, gave_up="model") for one in reports]
     return _with(alike, pruned), _only(alike, masks), tuple(reports)
 
@@ -212,51 +213,60 @@ def _one_block(
     plan: Plan,
     later: list[list[block_graph.Wire]],
     offload: bool,
-) -> tuple[dict[str, tuple[Any, Any]], list[KernelReport], dict[str, float]]:
+) -> tuple[dict[str, Any], list[KernelReport], guard.Verdict | None]:
     """Prunes a block and takes the activations through it.
 
     Returns:
-        The pruned kernels and their masks by name, where its weights came from; the reports; how
-        far the outputs are from the dense block's, as `Streams.apart` says, if that was judged.
+        By name the pruned kernels, their masks and, where masks alone do not give them, the kernels
+        before they were restored, where its weights came from; the reports; what the held-out
+        batches say of the block, if any judge.
     """
     part = jax.tree.map(jnp.asarray, own)
     axes = runner.axes(part, streams.pruned[0])
-    judged = plan.restore is not None and streams.held_out > 0
-    sums: Any = ({}, 0)
-    held: Any = ({}, 0)
+    sums, n = {}, 0
     if runner.wanted and plan.calibrated:
-        sums = streams.sums(runner, part, plan.target)
-    if runner.wanted and judged:
-        held = streams.held_sums(runner, part, plan.target)
+        sums, n = streams.sums(runner, part, plan.target)
     new, alone, kept, reports = {}, {}, {}, []
     for name in runner.wanted:
         weight = block_graph.leaf(part["params"], name)
-        of_kernel = [Sums(some.pop(name), n) if some else None for some, n in (sums, held)]
+        own_sums = Sums(sums.pop(name), n) if sums else None
         new[name], alone[name], kept[name], report = prune_kernel(
-            f"{path}/{name}", weight, axes[name], *of_kernel, plan
+            f"{path}/{name}", weight, axes[name], own_sums, plan
         )
         reports.append(report)
-    # The block as a whole is judged too, since kernels that are each nearer may not add up.
-    whole = {}
+    verdict = None
+    if plan.restore is not None and streams.held_out:
+        verdict = streams.judge(runner, part, alone, new)
+        new = verdict.kernels
+        reports = [_judged(one, path, verdict) for one in reports]
     parts = {"dense": part, "alone": variables_with(part, alone)}
     parts["restored"] = variables_with(part, new)
-    if judged:
-        whole = streams.apart(runner, parts)
-        if guard.worse(whole["restored"], whole["alone"]):
-            new, parts["restored"] = alone, parts["alone"]
-            reports = [
-                dataclasses.replace(one, restored=False, gave_up=one.gave_up or "block")
-                for one in reports
-            ]
-            whole["restored"] = whole["alone"]
     if later:
         streams.advance(runner, parts, later, offload)
     done = {}
     for name in runner.wanted:
-        given, leaves = block_graph.leaf(own["params"], name), (new[name], kept[name])
-        result, keep = jax.device_get(leaves) if isinstance(given, np.ndarray) else leaves
-        done[name] = (_in_place_of(given, result) if plan.donate else result, keep)
-    return done, reports, whole
+        given = block_graph.leaf(own["params"], name)
+        updated = verdict is not None and plan.masks is None and plan.method == "sparsegpt"
+        leaves = new[name], kept[name], alone[name] if updated else None
+        result, *rest = jax.device_get(leaves) if isinstance(given, np.ndarray) else leaves
+        done[name] = (_in_place_of(given, result) if plan.donate else result, *rest)
+    return done, reports, verdict
+
+
+def _judged(report: KernelReport, path: str, verdict: guard.Verdict) -> KernelReport:
+    """Returns the report of a kernel with what the held-out batches say of it."""
+    gave_up = verdict.gave_up.get(report.name.removeprefix(path + "/"))
+    return dataclasses.replace(
+        report,
+        restored=report.restored and gave_up is None,
+        held_out=(verdict.alone, verdict.restored, verdict.kept),
+        gave_up=gave_up,
+    )
+
+
+def _where(keep: Any, weight: Any) -> Any:
+    """Returns the weights that a mask keeps, where the given ones are."""
+    return np.where(keep, weight, 0) if isinstance(weight, np.ndarray) else zeroed(weight, keep)
 
 
 def _in_place_of(given: Any, new: Any) -> Any:

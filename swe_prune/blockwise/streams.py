@@ -61,33 +61,23 @@ class Streams:
             some = list(zip(some, self.dense[:used], strict=True))
         return runner.measured(part, some, counts), sum(counts)
 
-    def held_sums(self, runner: Runner, part: Any, target: str) -> tuple[dict[str, Any], int]:
-        """Returns the same over the batches that judge, always on the result's inputs."""
-        used, counts = self.used, self.counts[self.used :]
-        some: Sequence[Any] = self.pruned[used:]
-        if target == "dense_outputs":
-            some = list(zip(some, self.dense[used:], strict=True))
-        return runner.measured(part, some, counts), sum(counts)
-
-    def apart(self, runner: Runner, parts: Mapping[str, Any]) -> dict[str, float]:
-        """Returns how far a block's outputs are from the dense model's, on the held-out batches.
+    def judge(self, runner: Runner, part: Any, alone: Any, new: Any) -> guard.Verdict:
+        """Returns which of a block's restored kernels are kept, and how far its outputs are.
 
         Args:
             runner: Compiled programs of the block.
-            parts: Variables of the block, "dense", "alone" and "restored".
-
-        Returns:
-            By "alone" and "restored", both on the inputs that the result's blocks give; by "all",
-            with the masks alone in the blocks before it too.
+            part: Variables of the dense block.
+            alone: Its kernels with the masks alone, by name.
+            new: Its kernels restored, by name.
         """
-        used = self.used
-        dense = [runner.whole(parts["dense"], one) for one in self.dense[used:]]
+        dense = [runner.whole(part, one) for one in self.dense[self.used :]]
 
-        def of(name: str, states: Sequence[Any]) -> float:
-            return guard.mean_apart([runner.whole(parts[name], one) for one in states], dense)
+        def apart(kernels: Mapping[str, Any], states: Sequence[Any]) -> float:
+            own = variables_with(part, kernels)
+            return guard.mean_apart([runner.whole(own, one) for one in states], dense)
 
-        inside = {name: of(name, self.pruned[used:]) for name in ("alone", "restored")}
-        return inside | {"all": of("alone", self.alone)}
+        judged = guard.judged(lambda kernels: apart(kernels, self.pruned[self.used :]), alone, new)
+        return dataclasses.replace(judged, all_alone=apart(alone, self.alone))
 
     def advance(self, runner: Runner, parts: Mapping[str, Any], later: Any, offload: bool) -> None:
         """Takes the streams through a block, batch after batch: what it was given is freed.
