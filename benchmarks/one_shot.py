@@ -4,14 +4,17 @@
     python benchmarks/one_shot.py --seeds 0 1 2 --scored=16384 --sparsities 0.5 0.6 0.7
 
 Every method gets the same calibration windows of Shakespeare's plays, nothing else, and the model
-as it comes. `fisher` scores each weight by w² E[g²]^power, one gradient an example, ranks all
-tensors together, and then ADMM restores the weights that stay (`restore="admm"`), block after
-block. Perplexity is that of held-out plays, of Python source (the installed jax package) and of
-prose (the licences of the installed packages). "of SparseGPT" is the increase over the dense
-model's perplexity as a multiple of SparseGPT's, median over seeds.
+as it comes. `fisher-P` scores each weight by w² E[g²]^P, one gradient an example, and ranks all
+tensors together, none of which loses more than 95 %. `+admm` restores the weights that stay, block
+after block, judged on the last eighth of the windows; `+admm:TARGET` towards another target;
+`+admm:blind` without a judge. `sparsegpt@fisher-P` and `admm@fisher-P` prune to the sparsities per
+tensor that `fisher-P` gives. Perplexity is that of held-out plays, of Python source (the installed
+jax package) and of prose (the licences of the installed packages). "of SparseGPT" is the increase
+over the dense model's perplexity as a multiple of SparseGPT's, median over seeds.
 """
 
 import argparse
+import collections
 import importlib.metadata
 import json
 import os
@@ -23,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from swe_prune import blockwise, calibration, data, importance, interop, masks
+from swe_prune import allocation, blockwise, calibration, data, importance, interop, masks, tree
 from swe_prune.evaluation import perplexity, protocols
 from swe_prune.models import gpt
 from swe_prune.training import step
@@ -35,12 +39,21 @@ from swe_prune.training import step
 METHODS = (
     "wanda",
     "sparsegpt",
-    "admm",
+    "sparsegpt@fisher-0.5",
     "fisher-0.5",
     "fisher-0.5+admm",
     "fisher-1",
     "fisher-1+admm",
 )
+MORE = (
+    "admm",
+    "admm@fisher-0.5",
+    "fisher-0.5+admm:blind",
+    "fisher-1+admm:blind",
+    *(f"fisher-{p}+admm:{target}" for p in ("0.5", "1") for target in blockwise.TARGETS[1:]),
+)
+"""Methods and ablations that run only when they are asked for."""
+MAX_SPARSITY = 0.95
 
 
 def parse() -> argparse.Namespace:
@@ -52,7 +65,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=80)
     parser.add_argument("--length", type=int, default=128, help="tokens of a calibration window")
     parser.add_argument("--scored", type=int, default=4096, help="tokens scored of each text")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, *MORE), default=METHODS)
+    parser.add_argument("--gradients", type=Path, help="folder that keeps gradients for reruns")
     parser.add_argument("--out", type=Path, help="JSON file of all the numbers")
     return parser.parse_args()
 
@@ -91,24 +105,52 @@ def prune(method: str, sparsity: float, given: dict[str, Any]) -> tuple[Any, Any
     """Returns the pruned parameters and the masks of one method."""
     arguments: dict[str, Any] = {"blocks": gpt.BLOCKS}
     name, _, restore = method.partition("+")
-    criterion, _, power = name.partition("-")
+    solver, _, ranked = name.rpartition("@") if "fisher" in name else (name, "", "")
     variables = {"params": given["params"]}
-    if criterion != "fisher":
+    scores: Any = None
+    if ranked:
+        power = float(ranked.removeprefix("fisher-"))
+        scores = importance.score(
+            "fisher", given["params"], measured=given["measured"], power=power
+        )
+    if solver:
+        amount: Any = sparsity
+        if ranked:
+            amount = allocation.by_curvature(scores, sparsity, max_sparsity=MAX_SPARSITY)
         params, mask, _ = blockwise.prune_blocks(
-            given["module"], variables, given["batches"], method=method, sparsity=sparsity,
+            given["module"], variables, given["batches"], method=solver, sparsity=amount,
             **arguments,
         )  # fmt: skip
         return params, mask
-    scores = importance.score(
-        "fisher", given["params"], measured=given["measured"], power=float(power)
-    )
-    mask = masks.by_sparsity(scores, sparsity, "global")
+    mask = masks.by_sparsity(scores, sparsity, "global", max_sparsity=MAX_SPARSITY)
     if not restore:
         return masks.apply(given["params"], mask), mask
-    params, mask, _ = blockwise.prune_blocks(
+    restore, _, how = restore.partition(":")
+    if how == "blind":
+        arguments["holdout"] = ()
+    elif how:
+        arguments["target"] = how
+    params, mask, reports = blockwise.prune_blocks(
         given["module"], variables, given["batches"], mask=mask, restore=restore, **arguments
     )
+    gave_up = collections.Counter(one.gave_up for one in reports)
+    kinds = collections.Counter(one.name.split("/")[-2] for one in reports if one.gave_up)
+    print(method, sparsity, dict(gave_up), "not restored:", dict(kinds), flush=True)
     return params, mask
+
+
+def gradients(model: Any, module: Any, batches: Any, keep: Path | None, name: str) -> Any:
+    """Returns E[g²], one gradient an example; from a file where a folder keeps it."""
+    file = keep / f"{name}.npz" if keep is not None else None
+    if file is not None and file.exists():
+        kept = np.load(file)
+        leaves = {one.replace("|", "/"): jnp.asarray(kept[one]) for one in kept.files}
+        return {"gradient_square": tree.map_named(lambda one, _: leaves.get(one), model.params)}
+    measured = calibration.gradients(step.loss_fn(module), model.params, batches, at_once=1)
+    if file is not None:
+        named = tree.named_leaves(measured["gradient_square"])
+        np.savez(file, **{n.replace("/", "|"): np.asarray(x) for n, x in named if x is not None})
+    return measured
 
 
 def main() -> None:
@@ -141,7 +183,8 @@ def main() -> None:
         begun = time.perf_counter()
         measured = None
         if any("fisher" in method for method in options.methods):
-            measured = calibration.gradients(step.loss_fn(module), model.params, batches, at_once=1)
+            name = f"g_{seed}_{options.windows}_{options.length}"
+            measured = gradients(model, module, batches, options.gradients, name)
             jax.block_until_ready(measured)
         backward = time.perf_counter() - begun
         print(f"seed {seed}: gradients in {backward:.0f} s", flush=True)

@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
                 "context": 256,
                 "vocab_size": 65,
                 "dropout": 0.2,
+                "activation": "gelu_exact",  # as in nanoGPT
                 "dtype": "bfloat16",
             },
             "data": {

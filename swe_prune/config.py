@@ -37,6 +37,7 @@ Positions = Literal["learned", "rope", "none"]
 RopeScaling = Literal["none", "linear", "dynamic", "yarn", "llama3", "longrope"]
 ComputeDtype = Literal["float32", "bfloat16"]
 Values = Literal["final", "late_mean"]
+Index = Literal["window", "absolute"]
 Memory = Literal["device", "host"]
 Schedule = Literal["one_shot", "cubic", "iterative", "rigl", "set", "ste", "movement"]
 Recovery = Literal["none", "finetune", "rewarm", "rewind", "rewind_weights"]
@@ -80,7 +81,7 @@ class ModelConfig:
     context: int = 256  # largest number of tokens the model attends to
     vocab_size: int | None = None  # number of token ids; None: the size of the tokenizer
     hidden_ratio: int = 4  # width of the MLP as a multiple of width, where hidden is None
-    activation: Activation = "gelu"  # nonlinearity of the MLP
+    activation: Activation = "gelu"  # nonlinearity of the MLP; "gelu": its tanh form, as in GPT-2
     use_bias: bool = False  # whether dense layers and layer norms have a bias
     qkv_bias: bool | None = None  # bias of queries, keys and values; None: use_bias
     out_bias: bool | None = None  # bias of the attention output; None: use_bias
@@ -201,6 +202,7 @@ class TrajectoryConfig:
     power: float = 0.5  # exponent of a snapshot's number in its weight for late_mean
     window_start: int = 1  # number of the first snapshot that counts for late_mean, from 1
     vote_rate: float = 1.0  # multiple of the standard deviation that earns a weight a vote
+    index: Index = "window"  # what a snapshot's number counts from: the window, or the run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,6 +70,8 @@ class Recipe:
             "free" treats them like the others; see `importance.score`.
         restore: "admm": the weights that stay make up for those that go, block after block, for
             the mask that the criterion or the method chose; see `blockwise.admm`.
+        max_sparsity: Largest share that any tensor loses, with scope "global" and allocations that
+            rank all tensors together; None: of the scope everything, of an allocation its default.
     """
 
     criterion: str | None = None
@@ -83,6 +85,7 @@ class Recipe:
     seed: int = 0
     zeros: str = "keep"
     restore: str | None = None
+    max_sparsity: float | None = None
 
     @property
     def name(self) -> str:
@@ -123,11 +126,14 @@ class Recipe:
     @property
     def needs(self) -> frozenset[str]:
         """What the scores read besides the weights: trajectory measures and `MEASURED` names."""
+        # An allocation by curvature takes the optimizer's where the criterion does.
+        curved = {"gradient_square"} if self._allocates_by("curvature") else set()
         if self.method is not None:
             # OWL reads Wanda's scores of the dense model, for SparseGPT as well.
-            return frozenset({"input_norm"} if self._allocates_by("scores") else ())
+            return frozenset(curved | ({"input_norm"} if self._allocates_by("scores") else set()))
         criterion = importance.get(str(self.criterion))
-        return frozenset((*criterion.measures, *criterion.measured))
+        own = {*criterion.measures, *criterion.measured}
+        return frozenset(own if "second_moment" in own else own | curved)
 
     @property
     def reads_batches(self) -> bool:
@@ -245,6 +251,7 @@ def _check_amount(recipe: Recipe) -> None:
             "allocation": recipe.allocation,
             "pattern": recipe.pattern,
             "method": recipe.method,
+            "max_sparsity": recipe.max_sparsity,
             "scope": None if recipe.scope == "tensor" else recipe.scope,
         }
         for setting, value in clashing.items():
@@ -254,6 +261,8 @@ def _check_amount(recipe: Recipe) -> None:
                     "a rate sets a threshold per tensor; leave one of them out"
                 )
         return
+    if recipe.max_sparsity is not None:
+        _check_max_sparsity(recipe)
     if recipe.sparsity is not None:
         _check_number("sparsity", recipe.sparsity)
         allocation.check_sparsity(recipe.sparsity)
@@ -273,6 +282,22 @@ def _check_amount(recipe: Recipe) -> None:
         raise InputError(
             f"scope 'global' would overrule allocation {recipe.allocation!r}; give scope 'tensor' "
             "or 'row'"
+        )
+
+
+def _check_max_sparsity(recipe: Recipe) -> None:
+    allocation.least_kept(0, recipe.max_sparsity)  # type: ignore[arg-type]
+    known = allocation.get(recipe.allocation).options if recipe.allocation is not None else ()
+    if recipe.scope != "global" and "max_sparsity" not in known:
+        raise InputError(
+            "max_sparsity is for scope 'global' and for allocations that rank all tensors together "
+            f"(curvature, global), got scope {recipe.scope!r} and allocation "
+            f"{recipe.allocation!r}; leave it out"
+        )
+    if recipe.target is not None and recipe.max_sparsity < recipe.target:  # type: ignore[operator]
+        raise InputError(
+            f"max_sparsity = {recipe.max_sparsity:g} is below the sparsity {recipe.target:g} that "
+            "all tensors together must lose; raise it"
         )
 
 
@@ -452,7 +477,10 @@ def prune(
     """
     evidence = Evidence() if evidence is None else evidence
     values = params if values is None else values
-    context = {"params": values, "loss": loss, "batches": batches, "prunable": prunable}
+    context: dict[str, Any] = {"params": values, "loss": loss, "batches": batches}
+    context |= {"prunable": prunable, "curvature": None}
+    if recipe._allocates_by("curvature"):
+        context["curvature"] = _curvature(recipe, values, evidence, prunable, layout)
     if recipe.method is None:
         # All tensors at once, by their scores.
         scores = score(recipe, params, evidence, prunable, layout)
@@ -499,6 +527,19 @@ def prune(
     )
     mask = found if mask is None else mask  # which may have tensors outside of the blocks
     return masks.apply(pruned, mask), mask
+
+
+def _curvature(
+    recipe: Recipe,
+    values: PyTree,
+    evidence: Evidence,
+    prunable: PyTree | None,
+    layout: PyTree | None,
+) -> PyTree:
+    """Returns scores that say what a weight costs the loss, for the allocation by curvature."""
+    name = "fisher" if "gradient_square" in recipe.needs else "magnitude_curvature"
+    ranked = Recipe(name, {"power": 0.5}, sparsity=recipe.target, zeros=recipe.zeros)
+    return score(ranked, values, evidence, prunable, layout)
 
 
 def score(
@@ -590,6 +631,7 @@ def allocate(
     scores: PyTree | None,
     *,
     params: PyTree,
+    curvature: PyTree | None = None,
     loss: Loss | None = None,
     batches: Sequence[PyTree] = (),
     prunable: PyTree | None = None,
@@ -601,6 +643,7 @@ def allocate(
         recipe: Request.
         scores: Scores of the weights, for allocations that read them.
         params: Weights to be pruned.
+        curvature: Scores of a criterion with curvature, for allocations that read them.
         loss: Function of (params, batch), for allocations that read it.
         batches: Calibration batches, for allocations that read them.
         prunable: Bool pytree like the parameters. None: the tensors that have scores.
@@ -615,10 +658,15 @@ def allocate(
     assert target is not None
     if recipe.allocation is None:
         return target
+    options: dict[str, Any] = {}
+    if recipe.max_sparsity is not None:
+        options["max_sparsity"] = recipe.max_sparsity
     return allocation.allocate(
         recipe.allocation,
         target,
+        **options,
         scores=scores,
+        curvature=curvature,
         params=params,
         loss=loss,
         batches=batches,
@@ -642,7 +690,14 @@ def select(recipe: Recipe, scores: PyTree, amount: Any, layout: PyTree | None = 
     if recipe.rate is not None:
         spread = importance.get(str(recipe.criterion)).spread
         return masks.by_std(scores, amount, spread=spread, layout=layout)
-    return masks.by_sparsity(scores, amount, recipe.scope, pattern=recipe.pattern, layout=layout)
+    return masks.by_sparsity(
+        scores,
+        amount,
+        recipe.scope,
+        pattern=recipe.pattern,
+        max_sparsity=recipe.max_sparsity if recipe.scope == "global" else None,
+        layout=layout,
+    )
 
 
 def measures(recipes: Iterable[Recipe]) -> tuple[str, ...]:

@@ -123,6 +123,48 @@ def top_k_masks(
     return masks
 
 
+def top_k_masks_of_each(
+    xs: Sequence[Float[Array, "..."]],
+    k: int | counting.Count,
+    least: Sequence[int],
+    *,
+    axes: Sequence[tuple[int, ...] | None] | None = None,
+    ties: str = "first",
+    names: Sequence[str] | None = None,
+) -> list[Bool[Array, "..."]]:
+    """Returns masks with exactly k True in all, and no fewer than a number in each array.
+
+    The largest `least` elements of each array are retained whatever the others have; the rest of
+    the k are the largest of what is left. Elements of −inf are never among the first.
+
+    Args:
+        xs: Float arrays, as in `top_k_masks`.
+        k: Total number of elements to retain, at least the sum of `least`.
+        least: Smallest number of elements to retain of each array, or of each of its slices.
+        axes: Axes of the slices of each array; None: the whole array.
+        ties: Which of equal elements are retained at the threshold, "first" or "last".
+        names: Names of the arrays in error messages.
+
+    Raises:
+        InputError: As `top_k_masks`.
+
+    >>> masks = top_k_masks_of_each([jnp.array([5.0, 4.0, 3.0]), jnp.array([2.0, 1.0])], 3, [0, 1])
+    >>> [mask.tolist() for mask in masks]
+    [[True, True, False], [True, False]]
+    """
+    along = axes or [None] * len(xs)
+    called = names or [f"scores[{i}]" for i in range(len(xs))]
+    first = [
+        top_k_mask(x, n, axes=of_one, ties=ties, name=name) & (x != -jnp.inf)
+        for x, n, of_one, name in zip(xs, least, along, called, strict=True)
+    ]
+    rest = [jnp.where(mask, -jnp.inf, x) for mask, x in zip(first, xs, strict=True)]
+    taken, wanted = counting.count_true(first), _count_of(k)
+    left = wanted.minus(_at_most(wanted, taken))
+    more = top_k_masks(rest, left, ties=ties, names=names)
+    return [one | other for one, other in zip(first, more, strict=True)]
+
+
 def is_traced(*values: Any) -> bool:
     """Returns whether any leaf of the values is traced, so that its value is unknown."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))

@@ -153,7 +153,7 @@ class Block(nn.Module):
 
 X = np.random.default_rng(0).normal(size=(60, 8)) @ np.random.default_rng(1).normal(size=(8, 8))
 X = X.astype(np.float32)
-BATCHES = [X[:30], X[30:]]
+BATCHES = [X[at : at + 10] for at in range(0, 60, 10)]
 
 
 @functools.cache
@@ -191,7 +191,7 @@ def test_every_methods_mask_can_be_restored(method):
     arguments = {"blocks": r"block_\d", "sparsity": 0.5, "method": method}
     plain, first, _ = blockwise.prune_blocks(Model(), variables(), BATCHES, **arguments)
     better, mask, _ = blockwise.prune_blocks(
-        Model(), variables(), BATCHES, restore="admm", **arguments
+        Model(), variables(), BATCHES, restore="admm", holdout=(), **arguments
     )
     # The mask of the first kernel is the method's; the next sees what the restored one gives.
     np.testing.assert_array_equal(mask["block_0"]["up"]["kernel"], first["block_0"]["up"]["kernel"])
@@ -225,11 +225,22 @@ def test_what_does_not_hold_on_held_out_batches_is_not_kept():
         Model(), variables(), few, holdout=[others], **arguments
     )
     assert not all(report.restored for report in reports)
+    assert {report.gave_up for report in reports} - {None}
+    assert all(report.restored == (report.gave_up is None) for report in reports)
     alone = masks.apply(params, mask)
     for report in reports:
+        before, everything, kept = report.held_out
+        assert kept <= min(before, everything)
         if not report.restored:
             got, wanted = (dict(tree.named_leaves(one))[report.name] for one in (guarded, alone))
             np.testing.assert_array_equal(got, wanted)
+    # The last of the batches judge where none are given.
+    _, _, same = blockwise.prune_blocks(
+        Model(), variables(), [*few, others[:3]], blocks=r"block_\d", mask=mask, restore="admm"
+    )
+    assert [one.gave_up for one in same if one.gave_up] == ["model"] * 0 + [
+        one.gave_up for one in same if not one.restored
+    ]
 
     def drift_on_others(params):
         return float(

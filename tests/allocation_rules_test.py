@@ -767,6 +767,7 @@ def quadratic_loss(params, batch):
 GIVEN = {
     "params": WEIGHTS,
     "scores": jax.tree.map(lambda w: jnp.abs(w) if w.ndim > 1 else None, WEIGHTS),
+    "curvature": jax.tree.map(lambda w: w**2 if w.ndim > 1 else None, WEIGHTS),
     "loss": quadratic_loss,
     "batches": [jnp.float32(1), jnp.float32(2)],
 }

@@ -354,6 +354,7 @@ def test_every_allocation_meets_the_total_to_the_weight(trained, scored, name, s
         name,
         0.37,
         scores=scores,
+        curvature=scores,
         params=trained.params,
         loss=loss,
         batches=[jnp.float32(3.0)],

@@ -5,7 +5,7 @@ import optax
 import pytest
 from flax import nnx
 
-from swe_prune import masks
+from swe_prune import allocation, masks, tree
 from swe_prune.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -46,6 +46,35 @@ def test_global_scope_removes_the_lowest_of_all_together(sparsity):
     flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(given)])
     got = np.concatenate([np.ravel(x) for x in jax.tree.leaves(mask)])
     np.testing.assert_array_equal(got, lowest_removed(flat, sparsity))
+
+
+@pytest.mark.parametrize(("sparsity", "most"), [(0.5, 0.6), (0.7, 0.7), (0.6, 1.0), (0.3, 0.9)])
+def test_no_tensor_loses_more_than_the_largest_sparsity(sparsity, most):
+    given = scores()
+    given["a/kernel"] = given["a/kernel"] - 10  # would lose everything first
+    given["b/kernel"] = given["b/kernel"].at[0].set(-jnp.inf)  # what was 0 before
+    mask = masks.by_sparsity(given, sparsity, "global", max_sparsity=most)
+    flat = {name: np.ravel(leaf) for name, leaf in tree.named_leaves(given) if leaf is not None}
+    kept = {name: np.ravel(leaf) for name, leaf in tree.named_leaves(mask) if leaf is not None}
+    size = sum(leaf.size for leaf in kept.values())
+    assert sum(int(leaf.sum()) for leaf in kept.values()) == size - int(size * sparsity + 0.5)
+    # The best of every tensor, and the largest of all the others, as many as are missing.
+    best = {
+        name: np.argsort(-leaf, kind="stable")[: leaf.size - int(np.ceil(leaf.size * most - 1e-9))]
+        for name, leaf in flat.items()
+    }
+    others = sorted(
+        (-score, at, index)
+        for at, (name, leaf) in enumerate(flat.items())
+        for index, score in enumerate(leaf)
+        if index not in best[name] and score > -np.inf
+    )
+    missing = size - int(size * sparsity + 0.5) - sum(map(len, best.values()))
+    for at, name in enumerate(flat):
+        expected = {*best[name], *(index for _, own, index in others[:missing] if own == at)}
+        np.testing.assert_array_equal(np.flatnonzero(kept[name]), sorted(expected))
+    allocated = allocation.by_scores(given, sparsity, max_sparsity=most)
+    assert allocated.removed == {name: int((~leaf).sum()) for name, leaf in kept.items()}
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5, 0.9])
@@ -114,6 +143,7 @@ def test_std_rule_in_units_of_the_threshold():
     lambda s: masks.by_std(s, 0.5),
     lambda s: masks.by_sparsity(s, 0.4, "tensor"),
     lambda s: masks.by_sparsity(s, 0.4, "global"),
+    lambda s: masks.by_sparsity(s, 0.4, "global", max_sparsity=0.45),
     lambda s: masks.by_sparsity(s, 0.4, "row"),
     lambda s: masks.by_sparsity(s, 0.5, pattern="2:4"),
 ])  # fmt: skip
@@ -124,6 +154,7 @@ def test_masks_made_inside_jit_are_those_made_outside(make):
     jax.tree.map(np.testing.assert_array_equal, inside, outside)
 
 
+MATRIX = {"kernel": jnp.arange(16.0).reshape(4, 4)}
 NAN = {"kernel": jnp.ones((4, 4)), "b": {"kernel": jnp.ones((4, 4)).at[1, 2].set(jnp.nan)}}
 
 
@@ -147,6 +178,9 @@ NAN = {"kernel": jnp.ones((4, 4)), "b": {"kernel": jnp.ones((4, 4)).at[1, 2].set
         (lambda: masks.by_std({"w": None}, 1), "no scores were given"),
         (lambda: masks.by_sparsity({"w": None}, 0.5), "no scores were given"),
         (lambda: masks.by_sparsity({"w": jnp.ones(3)}, 1.0), "must be a number in"),
+        (lambda: masks.by_sparsity(MATRIX, 0.5, max_sparsity=0.9), "is for scope 'global'"),
+        (lambda: masks.by_sparsity(MATRIX, 0.5, "global", max_sparsity=0.4), "asks for 8; raise"),
+        (lambda: masks.by_sparsity(MATRIX, 0.5, "global", max_sparsity=1.1), r"in \(0, 1\]"),
         (lambda: masks.by_sparsity({"w": jnp.ones(3)}, 0.5, "layer"), "none of tensor, global"),
         (lambda: masks.by_sparsity({"kernel": jnp.ones((6, 2))}, 0.5, pattern="2:4"), "6 inputs"),
         (lambda: masks.by_sparsity({"w": jnp.ones((8, 2))}, 0.4, pattern="2:4"), "not 0.4"),

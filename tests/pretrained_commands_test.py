@@ -10,7 +10,7 @@ import numpy as np
 import pretrained_tiny
 import pytest
 
-from swe_prune import cli, interop, tree
+from swe_prune import cli, interop, masks, tree
 from swe_prune.errors import InputError
 from swe_prune.pretrained import tracked
 
@@ -88,6 +88,31 @@ def test_prune_writes_a_model_with_its_zeros_and_its_record(
     printed = capsys.readouterr().out
     assert f"{pruned['perplexity']:.2f}" in printed
     assert "After 'You may':" in printed
+
+
+def test_without_a_criterion_the_best_measured_is_done_and_said(place, tmp_path, capsys):
+    out = tmp_path / "pruned"
+    assert prune(place, out, "--sparsity=0.5") == 0
+    said = capsys.readouterr()
+    lines = [
+        line
+        for line in (said.out + said.err).splitlines()
+        if "criterion " in line or "--cr" in line
+    ]
+    assert len(lines) == 2
+    assert "No criterion was given: weights are ranked by w² E[g²]^0.5 over all tensors" in lines[0]
+    assert "--criterion=wanda needs no backward pass" in lines[1]
+    asked = interop.read_record(out)["recipe"]
+    assert (asked["criterion"], asked["scope"], asked["restore"]) == ("fisher", "global", "admm")
+    mask = interop.read_masks(out)
+    assert zeros(interop.load(out).params, mask) == masks.summary(mask).pruned
+    assert masks.summary(mask).sparsity == pytest.approx(0.5, abs=1e-4)
+    assert max(t.sparsity for t in masks.summary(mask).tensors.values()) <= 0.95
+    # Groups of n:m, and models too large for a backward pass, go by ADMM alone.
+    for more in (["--pattern=2:4"], ["--sparsity=0.5", "--offload"]):
+        given = ["plan", f"--model={place.model}", *more]
+        assert cli.main(given) == 0
+        assert "ADMM chooses the mask" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_swe_needs_the_trajectory_that_a_tracked_finetuning_leaves(place, tmp_path, capsys):

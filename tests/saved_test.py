@@ -125,7 +125,9 @@ def test_flax_serialization_round_trips_and_refuses_other_settings():
     ):
         like = trajectory.init(PARAMS, MEASURES, compensated=True, **SETTINGS)
         assert_same(flax.serialization.from_bytes(like, data), stats)
-        for name, value in (("power", 1.0), ("window_start", 1), ("vote_rate", 1.0)):
+        for name, value in (
+            ("power", 1.0), ("window_start", 1), ("vote_rate", 1.0), ("index", "absolute")
+        ):  # fmt: skip
             other = {**SETTINGS, name: value}
             like = trajectory.init(PARAMS, MEASURES, compensated=True, **other)
             with pytest.raises(InputError, match=f"tracked with {name} = .* restored under"):
@@ -200,4 +202,4 @@ def test_a_snapshot_when_due_costs_nothing_otherwise():
 
 def test_settings_are_stored_beside_the_numbers():
     stats = tracked()
-    assert dataclasses.replace(stats).settings.tolist() == pytest.approx([0.3, 2, 1.5])
+    assert dataclasses.replace(stats).settings.tolist() == pytest.approx([0.3, 2, 1.5, 0])

@@ -23,13 +23,13 @@ def history(n, seed=0, dtype=np.float32):
     return np.asarray(jnp.asarray(walk, dtype))
 
 
-def whole(thetas, measure, *, power=0.5, window_start=1, vote_rate=1.0):
+def whole(thetas, measure, *, power=0.5, window_start=1, vote_rate=1.0, index="window"):
     """A measure over the whole history in float64, by its definition; thetas[0] is θ(0)."""
     theta = np.asarray(thetas).astype(np.float64)
     seen = theta[1:]
     t = np.arange(1, len(theta)).reshape(-1, *[1] * (theta.ndim - 1))
     place = t - window_start + 1
-    late = np.where(place >= 1, np.maximum(place, 1.0) ** power, 0.0)
+    late = np.where(place >= 1, np.maximum(place if index == "window" else t, 1.0) ** power, 0.0)
 
     def late_mean(values):
         return (late * values).sum(0) / late.sum() if late.sum() else 0 * values[0]
@@ -111,6 +111,48 @@ def test_window_counts_from_its_own_first_snapshot(window_start, power):
     thetas, settings = history(9), {"window_start": window_start, "power": power}
     measures = ("late_mean", "late_mean_abs", "mean")
     assert_measures(tracked(thetas, measures, **settings), thetas, measures=measures, **settings)
+
+
+@pytest.mark.parametrize("window_start", [1, 4, 9])
+def test_the_weights_of_the_public_review_count_from_the_first_epoch(window_start):
+    thetas, last = history(9), len(history(9)) - 1
+    settings = {"window_start": window_start, "power": 1, "index": "absolute"}
+    stats = tracked(thetas, ("late_mean", "late_mean_abs"), **settings)
+    assert_measures(stats, thetas, measures=("late_mean", "late_mean_abs"), **settings)
+    # As it is printed: sum over L = 0 ... k of val(n - L) (n - L), over the sum of n - L.
+    ages = range(last - window_start + 1)
+    printed = sum(np.asarray(thetas[last - age], np.float64) * (last - age) for age in ages)
+    printed /= sum(last - age for age in ages)
+    np.testing.assert_allclose(value(stats, "late_mean"), printed, rtol=1e-5, atol=1e-7)
+    # In parts it is the same, as the number counts all the snapshots.
+    early, late = thetas[:6], thetas[5:]
+    parts = [
+        tracked(one, ("late_mean",), start, **settings) for one, start in ((early, 0), (late, 5))
+    ]
+    joined = value(trajectory.merge(*parts), "late_mean")
+    np.testing.assert_allclose(joined, value(stats, "late_mean"), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("leave_out", [0, 3])
+def test_the_mode_vote_takes_the_final_threshold_over_all_but_the_last(leave_out):
+    thetas = history(9, seed=4)[1:]
+    keep = trajectory.mode_vote(
+        [params(theta) for theta in thetas], params(thetas[-1]), 0.7, leave_out=leave_out
+    )
+    threshold = np.abs(np.asarray(thetas[-1], np.float64)).std(ddof=1) * 0.7
+    voting = np.asarray(thetas[: len(thetas) - leave_out], np.float64)
+    votes = (np.abs(voting) > threshold).astype(int)
+    # The mode, of ties the smaller one, as scipy.stats.mode has it.
+    mode = votes.sum(0) > len(votes) / 2
+    np.testing.assert_array_equal(keep["up"]["kernel"], mode)
+
+
+def test_a_mode_vote_without_voters_is_refused():
+    theta = params(history(1)[1])
+    with pytest.raises(InputError, match="leave_out must be from 0 to 1"):
+        trajectory.mode_vote([theta, theta], theta, leave_out=2)
+    with pytest.raises(InputError, match="rate must be 0 or more, got -1"):
+        trajectory.mode_vote([theta], theta, -1)
 
 
 @pytest.mark.parametrize("vote_rate", [0.0, 0.5, 2.0])

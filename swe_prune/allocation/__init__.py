@@ -6,14 +6,21 @@ from swe_prune.allocation.alpha_pruning import (
     hill_alpha,
     tail_exponents,
 )
-from swe_prune.allocation.by_score import by_scores
+from swe_prune.allocation.by_score import by_curvature, by_scores
 from swe_prune.allocation.by_shape import erk, erk_densities, table, uniform
 from swe_prune.allocation.ecoflap import ecoflap, zeroth_order_importance
 from swe_prune.allocation.filling import water_fill
 from swe_prune.allocation.groups import GROUPINGS, Groups, grouped
 from swe_prune.allocation.owl import owl, owl_sparsities
 from swe_prune.allocation.registry import NEEDS, Rule, allocate, get, names
-from swe_prune.allocation.rounding import Allocation, apportion, check_sparsity, removed_count
+from swe_prune.allocation.rounding import (
+    Allocation,
+    apportion,
+    check_room,
+    check_sparsity,
+    least_kept,
+    removed_count,
+)
 from swe_prune.allocation.std_rule import (
     gaussian_rate,
     gaussian_sparsity,
@@ -34,7 +41,9 @@ __all__ = [
     "alpha_pruning",
     "alpha_shares",
     "apportion",
+    "by_curvature",
     "by_scores",
+    "check_room",
     "check_sparsity",
     "ecoflap",
     "erk",
@@ -44,6 +53,7 @@ __all__ = [
     "get",
     "grouped",
     "hill_alpha",
+    "least_kept",
     "names",
     "owl",
     "owl_sparsities",

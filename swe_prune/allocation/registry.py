@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from swe_prune import tree
 from swe_prune.allocation.alpha_pruning import alpha_pruning
-from swe_prune.allocation.by_score import by_scores
+from swe_prune.allocation.by_score import by_curvature, by_scores
 from swe_prune.allocation.by_shape import erk, table, uniform
 from swe_prune.allocation.ecoflap import ecoflap
 from swe_prune.allocation.owl import owl
@@ -26,6 +26,7 @@ from swe_prune.layout import InputAxes, axes_of, copies_of, copy_labels, split
 NEEDS: Mapping[str, str] = {
     "shapes": "pass scores=, or params= with the weights",
     "scores": "pass scores=importance.score(name, params, …)",
+    "curvature": "pass curvature=importance.score('fisher', params, …), or another with curvature",
     "params": "pass params=, the weights",
     "loss": "pass loss=, a function (params, batch) → scalar",
     "batches": "pass batches=, calibration batches for the loss",
@@ -81,6 +82,7 @@ _RULES = {
     name: _rule(name, function)
     for name, function in {
         "alpha_pruning": alpha_pruning,
+        "curvature": by_curvature,
         "ecoflap": ecoflap,
         "erk": erk,
         "global": by_scores,
@@ -96,7 +98,7 @@ def names() -> tuple[str, ...]:
     """Returns the sorted names of all rules.
 
     >>> names()
-    ('alpha_pruning', 'ecoflap', 'erk', 'global', 'owl', 'std', 'table', 'uniform')
+    ('alpha_pruning', 'curvature', 'ecoflap', 'erk', 'global', 'owl', 'std', 'table', 'uniform')
     """
     return tuple(sorted(_RULES))
 
@@ -119,6 +121,7 @@ def allocate(
     sparsity: float | None,
     *,
     scores: PyTree | None = None,
+    curvature: PyTree | None = None,
     params: PyTree | None = None,
     loss: Callable[[PyTree, PyTree], Any] | None = None,
     batches: Iterable[PyTree] | None = None,
@@ -133,6 +136,7 @@ def allocate(
         sparsity: Fraction of all the weights to remove, in [0, 1). None is allowed only for a
             "table" whose sparsities are used unchanged.
         scores: Pytree of scores, None where dense.
+        curvature: Pytree of scores that say what a weight costs the loss, None where dense.
         params: Pytree of weights.
         loss: Function (params, batch) that returns a scalar.
         batches: Calibration batches for the loss.
@@ -156,8 +160,12 @@ def allocate(
             prunable = tree.prunable(params, layout=layout)
         if "input_axes" in rule.options:
             options.setdefault("input_axes", _inputs_of_copies(layout))
+        if curvature is not None:
+            named = {name: leaf for name, leaf in tree.named_leaves(curvature) if leaf is not None}
+            curvature = split(named, layout)
         scores, params, prunable, loss = _in_copies(scores, params, prunable, loss, layout)
-    given = {"scores": scores, "params": params, "loss": loss, "batches": batches}
+    given = {"scores": scores, "curvature": curvature, "params": params, "loss": loss,
+             "batches": batches}  # fmt: skip
     # Shapes come from the scores, or from the prunable weights if there are none.
     given["shapes"] = scores
     if scores is None and params is not None:

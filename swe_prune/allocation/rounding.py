@@ -35,6 +35,41 @@ def removed_count(size: int, sparsity: float) -> int:
     return int(size * sparsity + 0.5)
 
 
+def least_kept(size: int, max_sparsity: float) -> int:
+    """Returns how many elements stay at least when no more than a share may go.
+
+    Raises:
+        InputError: The share is no number in (0, 1].
+
+    >>> least_kept(10, 0.75), least_kept(10, 1.0)
+    (2, 0)
+    """
+    if not isinstance(max_sparsity, int | float | np.number) or not 0 < max_sparsity <= 1:
+        raise InputError(
+            "max_sparsity must be a number in (0, 1], the largest fraction of a tensor to remove, "
+            f"got {max_sparsity!r}"
+        )
+    # Rounded up, so that all tensors together can lose that share.
+    return size - math.ceil(size * max_sparsity * (1 - 1e-12))
+
+
+def check_room(size: int, keep: Any, least: int, max_sparsity: float) -> None:
+    """Raises InputError if fewer elements are to stay than the largest sparsity leaves.
+
+    Args:
+        size: Number of elements of all tensors.
+        keep: Number of them to retain; one that is traced is not checked.
+        least: Number that stays if every tensor loses as much as it may.
+        max_sparsity: Largest fraction of a tensor to remove.
+    """
+    if isinstance(keep, int) and keep < least:
+        raise InputError(
+            f"max_sparsity = {max_sparsity:g} allows to remove {size - least:,} of {size:,} "
+            f"weights, and the sparsity asks for {size - keep:,}; raise max_sparsity or lower the "
+            "sparsity"
+        )
+
+
 def apportion(targets: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
     """Rounds targets to integers that add up to a total, by the largest remainder method.
 

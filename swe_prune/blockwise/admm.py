@@ -33,6 +33,7 @@ def admm(
     iterations: int = ITERATIONS,
     damping: float = 0.1,
     zeros: str = "keep",
+    cross_RxR: Float[Array, "R R"] | None = None,
 ) -> tuple[Float[Array, "R C"], Bool[Array, "R C"], SolverReport]:
     """Returns a kernel pruned and updated to keep its outputs, its mask, and a report.
 
@@ -59,6 +60,9 @@ def admm(
         damping: Share of the mean of the diagonal that is added to it.
         zeros: "keep": weights that are 0 already are removed first and stay so, whatever the
             sparsity. "free": they are ranked like the others.
+        cross_RxR: (2/n) Σ x x'ᵀ of each input x and the input x' that the dense model has in its
+            place: the outputs aimed at are then X' W, in place of X W, and B = C W / d + damping ·
+            mean(diag) · V. The report's error lacks the constant (2/n) ‖X' W‖². None: X' = X.
 
     Raises:
         InputError: Shapes, sparsity, pattern or numbers that do not fit, both a mask and a
@@ -78,7 +82,7 @@ def admm(
         keep, gone = jnp.ones(weight_RxC.shape, bool), _removed(size, share, n_of_m)
     solved_RxC, keep_RxC, error = _solve(
         weight_RxC, hessian_RxR.astype(jnp.float32), keep, damping, gone, n_of_m, iterations,
-        zeros == "keep",
+        zeros == "keep", cross_RxR,
     )  # fmt: skip
     removed = size - keep_RxC.sum()
     dead = hessian.dead(hessian_RxR).sum()
@@ -128,6 +132,7 @@ def _solve(
     n_of_m: tuple[int, int] | None,
     iterations: int,
     keep_zeros: bool,
+    cross_RxR: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Returns the weights, the mask and the error, with the mask given (gone=None) or chosen."""
     dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -135,9 +140,12 @@ def _solve(
     scale_Rx1 = jnp.sqrt(jnp.diag(hessian_RxR))[:, None] + 1e-8
     eye_RxR = jnp.eye(len(hessian_RxR))
     plain_RxR = hessian_RxR / (scale_Rx1 * scale_Rx1.T)
-    gram_RxR = plain_RxR + damping * jnp.mean(jnp.diag(plain_RxR)) * eye_RxR
+    ridge = damping * jnp.mean(jnp.diag(plain_RxR))
+    gram_RxR = plain_RxR + ridge * eye_RxR
     dense_RxC = weight_RxC * scale_Rx1
     wanted_RxC = dot(gram_RxR, dense_RxC)
+    if cross_RxR is not None:
+        wanted_RxC = dot(cross_RxR / scale_Rx1, weight_RxC) + ridge * dense_RxC
     factor = jax.scipy.linalg.cho_factor(gram_RxR + eye_RxR)
     inverse_RxR = jax.scipy.linalg.cho_solve(factor, eye_RxR)
     held_RxC = (weight_RxC == 0) & keep_zeros
@@ -168,15 +176,23 @@ def _solve(
     values_RxC, dual_RxC, mask_RxC = jax.lax.fori_loop(0, iterations, iteration, start)
     solved_RxC = jnp.where(mask_RxC, (values_RxC + dual_RxC) / scale_Rx1, 0)
 
-    return solved_RxC, mask_RxC, squared_error(solved_RxC, weight_RxC, hessian_RxR)
+    return solved_RxC, mask_RxC, squared_error(solved_RxC, weight_RxC, hessian_RxR, cross_RxR)
 
 
 def squared_error(
     kernel_RxC: Float[Array, "R C"],
     weight_RxC: Float[Array, "R C"],
     hessian_RxR: Float[Array, "R R"],
+    cross_RxR: Float[Array, "R R"] | None = None,
 ) -> Float[Array, ""]:
-    """Returns (2/n) ‖X (W' − W)‖², what replacing W by W' costs on the Hessian's inputs."""
-    apart_RxC = kernel_RxC.astype(jnp.float32) - weight_RxC.astype(jnp.float32)
-    moved_RxC = jnp.matmul(hessian_RxR, apart_RxC, precision=jax.lax.Precision.HIGHEST)
-    return jnp.sum(apart_RxC * moved_RxC)
+    """Returns (2/n) ‖X (W' − W)‖², what replacing W by W' costs on the Hessian's inputs.
+
+    With `cross_RxR` it is (2/n) (‖X W' − X' W‖² − ‖X' W‖²), as in `admm`.
+    """
+    dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    kernel_RxC, weight_RxC = kernel_RxC.astype(jnp.float32), weight_RxC.astype(jnp.float32)
+    if cross_RxR is not None:
+        left_RxC = dot(hessian_RxR, kernel_RxC) - 2 * dot(cross_RxR, weight_RxC)
+        return jnp.sum(kernel_RxC * left_RxC)
+    apart_RxC = kernel_RxC - weight_RxC
+    return jnp.sum(apart_RxC * dot(hessian_RxR, apart_RxC))

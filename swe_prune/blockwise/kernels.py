@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from swe_prune import counting, patterns, select
 from swe_prune.blockwise import wanda
-from swe_prune.blockwise.admm import admm, squared_error
+from swe_prune.blockwise.admm import admm
 from swe_prune.blockwise.sparsegpt import SolverReport, sparsegpt
 from swe_prune.layout import Axes
 
@@ -30,7 +30,12 @@ class KernelReport:
         removed: weights that its mask removes.
         total: weights that it has.
         solver: of SparseGPT and ADMM, else None.
-        restored: whether the weights that stay were restored and kept so; see `holdout`.
+        restored: whether the weights that stay were restored and are kept so.
+        held_out: How far the block's outputs on the held-out batches are from the dense model's
+            with the masks alone, with every kernel restored, and with what was kept; a mean over
+            tokens of squared distances relative to the dense outputs. None: nothing was judged.
+        gave_up: What was better off with the masks alone on the held-out batches, "kernel", "block"
+            or "model", so that the weights are those; None: they are restored, or nothing was.
     """
 
     name: str
@@ -38,11 +43,27 @@ class KernelReport:
     total: int
     solver: SolverReport | None = None
     restored: bool = False
+    held_out: tuple[float, float, float] | None = None
+    gave_up: str | None = None
 
     @property
     def sparsity(self) -> float:
         """Share removed."""
         return self.removed / self.total
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Sums over a kernel's inputs by kind, "square", "outer" or "cross", of n sequences."""
+
+    of: dict[str, Array]
+    n: int
+
+    def taken(self, kind: str, weight_RxC: Array) -> Array | None:
+        """Returns 2/n of an R x R sum, which is given up for it, or None if it is not there."""
+        if kind not in self.of:
+            return None
+        return _scaled(self.of.pop(kind).reshape([len(weight_RxC)] * 2), 2 / self.n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,18 +73,23 @@ class Plan:
     method: str
     masks: Mapping[str, Any] | None
     restore: str | None
+    target: str
     shares: Mapping[str, float]
     pattern: str | None
     block: int
     damping: float | None
     donate: bool
     keep_zeros: bool
-    held_out: int = 0
 
     @property
     def hessian(self) -> bool:
         """Whether Hessians are needed."""
         return self.restore is not None or self.method in ("sparsegpt", "admm")
+
+    @property
+    def paired(self) -> bool:
+        """Whether the inputs that the dense model has are needed beside those of the result."""
+        return self.restore is not None and self.target == "dense_outputs"
 
     @property
     def calibrated(self) -> bool:
@@ -79,100 +105,105 @@ def prune_kernel(
     name: str,
     weight: Array,
     axes: Axes,
-    sums: dict[str, Array] | None,
-    guard: dict[str, Array] | None,
-    n: int,
+    sums: Sums | None,
     plan: Plan,
-) -> tuple[Array, Array, KernelReport]:
-    """Returns a kernel pruned, its mask, and the report."""
+) -> tuple[Array, Array, Array, KernelReport]:
+    """Returns a kernel pruned, the same with its mask alone, the mask, and the report."""
     weight_RxC = patterns.as_matrix(weight, axes)
     keep = None if plan.masks is None else patterns.as_matrix(plan.masks[name], axes)
     share = plan.shares[name]
     if not axes.copies:
-        new, mask, report, restored = _matrix(name, weight_RxC, keep, sums, guard, n, share, plan)
+        done = [_matrix(name, weight_RxC, keep, sums, share, plan)]
+        new, alone, mask = done[0][:3]
     else:
         # Each copy, such as an expert, is a kernel of its own.
         stacked = weight_RxC.reshape(-1, *weight_RxC.shape[-2:])
         keeps: Any = [None] * len(stacked) if keep is None else keep.reshape(stacked.shape)
         done = []
         for at, one_RxC in enumerate(stacked):
-            own, held = (_of_copy(some, at, len(stacked)) for some in (sums, guard))
-            label = f"{name}[{at}]"
-            done.append(_matrix(label, one_RxC, keeps[at], own, held, n, share, plan))
-        news, kept, reports, kept_so = zip(*done, strict=True)
-        new, mask = (jnp.stack(some).reshape(weight_RxC.shape) for some in (news, kept))
-        report, restored = _joined(reports), any(kept_so)
+            own = _of_copy(sums, at, len(stacked))
+            done.append(_matrix(f"{name}[{at}]", one_RxC, keeps[at], own, share, plan))
+        new, alone, mask = (
+            jnp.stack(some).reshape(weight_RxC.shape) for some in list(zip(*done, strict=True))[:3]
+        )
     removed = mask.size - int(_count_true(mask))
-    return (
-        patterns.from_matrix(new, weight.shape, axes),
-        patterns.from_matrix(mask, weight.shape, axes),
-        KernelReport(name, removed, weight.size, report, restored),
+    solver = _joined([one.solver for *_, one in done])
+    report = KernelReport(name, removed, weight.size, solver, any(d.restored for *_, d in done))
+    new, alone, mask = (
+        patterns.from_matrix(some, weight.shape, axes) for some in (new, alone, mask)
     )
+    return new, alone, mask, report
 
 
-def _of_copy(sums: dict[str, Array] | None, at: int, copies: int) -> dict[str, Array] | None:
+def _of_copy(sums: Sums | None, at: int, copies: int) -> Sums | None:
     """Returns the sums of one copy of a kernel."""
     if sums is None:
         return None
-    return {
-        kind: value.reshape(copies, *(value.shape[-2:] if kind == "outer" else (-1,)))[at]
-        for kind, value in sums.items()
-    }
+    return Sums(
+        {
+            kind: value.reshape(copies, *((-1,) if kind == "square" else value.shape[-2:]))[at]
+            for kind, value in sums.of.items()
+        },
+        sums.n,
+    )
+
+
+class _Done(NamedTuple):
+    """What was done to one matrix, as in `KernelReport`."""
+
+    solver: SolverReport | None
+    restored: bool = False
 
 
 def _matrix(
     name: str,
     weight_RxC: Array,
     keep_RxC: Array | None,
-    sums: dict[str, Array] | None,
-    guard: dict[str, Array] | None,
-    n: int,
+    sums: Sums | None,
     share: float,
     plan: Plan,
-) -> tuple[Array, Array, SolverReport | None, bool]:
-    """Returns a matrix pruned, its mask, the solver's report, and whether it was restored."""
+) -> tuple[Array, Array, Array, _Done]:
+    """Returns a matrix pruned, the same with its mask alone, the mask, and what was done."""
     if plan.pattern is not None:
         patterns.check_divides(name, len(weight_RxC), patterns.parse_n_of_m(plan.pattern)[1])
-    hessian: Any = None  # there where the plan needs it
+    hessian = cross = None  # there where the plan needs them
     if sums is not None and plan.hessian:
-        hessian = _scaled(sums.pop("outer").reshape([len(weight_RxC)] * 2), 2 / n)
+        hessian, cross = sums.taken("outer", weight_RxC), sums.taken("cross", weight_RxC)
     zeros = "keep" if plan.keep_zeros else "free"
     report: SolverReport | None = None
     # Choose the mask, unless it is given.
     if keep_RxC is not None:
-        pruned_RxC = _zeroed(weight_RxC, keep_RxC)
+        pruned_RxC = zeroed(weight_RxC, keep_RxC)
     elif plan.method == "sparsegpt":
         damping = plan.damping_of("sparsegpt")
+        assert hessian is not None
         pruned_RxC, keep_RxC, report = sparsegpt(
             weight_RxC, hessian, share, plan.pattern, plan.block, damping, zeros
         )
     elif plan.method == "admm":
         own = share if plan.pattern is None else None
         damping = plan.damping_of("admm")
+        assert hessian is not None
         pruned_RxC, keep_RxC, report = admm(
             weight_RxC, hessian, own, plan.pattern, damping=damping, zeros=zeros
         )
     else:
-        by_input = sums["square"] if sums is not None and plan.method != "magnitude" else None
+        by_input, n = (None, 1) if sums is None else (sums.of["square"], sums.n)
+        by_input = None if plan.method == "magnitude" else by_input
         score_RxC = _scores(weight_RxC, by_input, n)
         if plan.keep_zeros:
             score_RxC = _zeros_last(score_RxC, weight_RxC)
         keep_RxC = _ranked(name, score_RxC, share, plan)
-        pruned_RxC = _zeroed(weight_RxC, keep_RxC)
+        pruned_RxC = zeroed(weight_RxC, keep_RxC)
     if plan.restore is None or (plan.method == "admm" and plan.masks is None):
-        return pruned_RxC, keep_RxC, report, False
-    # Restore the weights that stay, if that holds on the inputs of the held-out batches.
+        return pruned_RxC, pruned_RxC, keep_RxC, _Done(report)
+    # Restore the weights that stay.
+    assert hessian is not None
     damping = plan.damping_of("admm")
-    restored_RxC, _, solved = admm(weight_RxC, hessian, mask=keep_RxC, damping=damping)
-    if guard is not None:
-        outer_RxR = guard["outer"].reshape([len(weight_RxC)] * 2)
-        alone, with_update = (
-            float(squared_error(kernel, weight_RxC, outer_RxR))
-            for kernel in (_zeroed(weight_RxC, keep_RxC), restored_RxC)
-        )
-        if with_update > alone:
-            return pruned_RxC, keep_RxC, report, False
-    return restored_RxC, keep_RxC, solved, True
+    restored_RxC, _, solved = admm(
+        weight_RxC, hessian, mask=keep_RxC, damping=damping, cross_RxR=cross
+    )
+    return restored_RxC, pruned_RxC, keep_RxC, _Done(solved, True)
 
 
 def _joined(given: Sequence[SolverReport | None]) -> SolverReport | None:
@@ -198,7 +229,8 @@ def _zeros_last(score_RxC: Array, weight_RxC: Array) -> Array:
 
 
 @jax.jit
-def _zeroed(weight_RxC: Array, mask_RxC: Array) -> Array:
+def zeroed(weight_RxC: Array, mask_RxC: Array) -> Array:
+    """Returns the weights that a mask keeps, 0 elsewhere."""
     return jnp.where(mask_RxC, weight_RxC, 0)
 
 

@@ -19,10 +19,19 @@ from jaxtyping import Array, PyTree
 
 from swe_prune import importance, patterns, tree
 from swe_prune.allocation import Allocation
-from swe_prune.blockwise import block_graph, nnx_blocks
-from swe_prune.blockwise.kernels import METHODS, RESTORES, KernelReport, Plan, prune_kernel
+from swe_prune.blockwise import block_graph, guard, nnx_blocks
+from swe_prune.blockwise.kernels import (
+    METHODS,
+    RESTORES,
+    KernelReport,
+    Plan,
+    Sums,
+    prune_kernel,
+    zeroed,
+)
 from swe_prune.blockwise.runner import Runner, captured
 from swe_prune.blockwise.sparsegpt import BLOCK, check_sparsity
+from swe_prune.blockwise.streams import TARGETS, Streams, variables_with
 from swe_prune.calibration import layer_inputs as measuring
 from swe_prune.errors import InputError, check_choice, did_you_mean
 from swe_prune.layout import conventional_axes
@@ -40,7 +49,8 @@ def prune_blocks(
     pattern: str | None = None,
     mask: PyTree | None = None,
     restore: str | None = None,
-    holdout: Iterable[PyTree] = (),
+    target: str = "pruned_inputs",
+    holdout: Iterable[PyTree] | None = None,
     prunable: PyTree | None = None,
     call: Callable[..., Any] | None = None,
     block: int = BLOCK,
@@ -75,18 +85,26 @@ def prune_blocks(
         restore: "admm" updates the weights that stay by `admm`, for the mask that the method chose
             or that is given, towards the dense kernel's outputs on what the pruned blocks before
             it give. None leaves them as the method does.
-        holdout: Batches that decide for each kernel whether its restored weights are kept: only if
-            their outputs on these are nearer to the dense kernel's than with the mask alone. Of
-            another text than `batches`, so that restoring does not fit that text alone.
+        target: What restoring aims at, one of `TARGETS`: the dense kernel's outputs on
+            "pruned_inputs", those that the pruned blocks before it give, or on "dense_inputs",
+            those that the dense model has; or "dense_outputs", the outputs that the dense model has
+            in their place, on the inputs that the pruned blocks give.
+        holdout: Batches that judge what is restored: a kernel keeps its restored weights only if
+            its block's outputs on these are then no farther from the dense model's, and so do the
+            block and in the end the model against the masks alone; the reports say which. None: the
+            last eighth of `batches`, which then calibrate nothing; of a single batch nothing is
+            judged. (): nothing is. Better of another text than `batches`, so that restoring does
+            not fit that alone.
         prunable: bool pytree; None: `tree.prunable(params)`. Kernels outside of the blocks stay.
         call: function (module, variables, batch) that runs a Linen module in another way; of an
             NNX module (module, batch).
         block: inputs at a time, of "sparsegpt".
         damping: of "sparsegpt" and "admm". None: 0.01 and 0.1.
         offload: keep the activations in host memory, and one batch of them on the device.
-        donate: give up each kernel that is pruned, so that the weights are in memory once: jax
-            arrays are deleted, and numpy arrays that can be written hold the result. An error
-            half-way leaves some of them so.
+        donate: give up each kernel that is pruned, so that the weights are in memory once (those of
+            a block twice where they are restored): jax arrays are deleted, and numpy arrays that
+            can be written hold the result. An error half-way leaves some of them so, and the whole
+            cannot go back to the masks alone any more.
         zeros: What becomes of weights that are 0 already: "keep", removed first and counted in the
             sparsity; or "free".
         progress: called with the report of every kernel as soon as it is pruned.
@@ -115,6 +133,7 @@ def prune_blocks(
     params = variables["params"]
     check_choice(method, METHODS, "method")
     check_choice(restore, RESTORES, "restore")
+    check_choice(target, TARGETS, "target")
     check_choice(zeros, importance.ZEROS, "zeros")
     paths = block_graph.find([name for name, _ in tree.named_leaves(params)], blocks)
     given = None if mask is None else _given_masks(params, mask, sparsity, pattern)
@@ -128,17 +147,20 @@ def prune_blocks(
     }
     shares = dict.fromkeys(shapes, 0.0) if given else _shares(shapes, sparsity, pattern)
     keep_zeros = zeros == "keep"
-    plan = Plan(method, given, restore, shares, pattern, block, damping, donate, keep_zeros)
+    plan = Plan(method, given, restore, target, shares, pattern, block, damping, donate, keep_zeros)
     if is_nnx:
         run = nnx_blocks.runner(model, paths, call)
     else:
         run = functools.partial(call or measuring.applied, model)
+    if restore is None:
+        holdout = ()
     wires, states, counts, held_out = captured(run, variables, batches, holdout, paths, offload)
-    plan = dataclasses.replace(plan, held_out=held_out)
-    pruned: dict[str, Any] = {}
-    masks: dict[str, Any] = {}
+    streams = Streams.of(states, counts, held_out, target if restore is not None else TARGETS[0])
+    del states
+    found: dict[str, Any] = {}
     reports: list[KernelReport] = []
     runners: list[Runner] = []  # several where blocks differ, such as layers with a window
+    verdict: guard.Verdict | None = None
     for index, of_kinds in enumerate(wires):
         path = of_kinds[0].path
         wanted = {
@@ -148,14 +170,23 @@ def prune_blocks(
         }
         runner = next((one for one in runners if one.fits(of_kinds, wanted)), None)
         if runner is None:
-            runner = Runner(of_kinds, wanted, plan.hessian)
+            runner = Runner(of_kinds, wanted, plan.hessian, plan.paired)
             runners.append(runner)
         own = block_graph.part(variables, path)
-        new, kept = _one_block(runner, path, own, states, counts, plan, reports, progress)
-        if index + 1 < len(wires):
-            _advance(runner, own, new, states, wires[index + 1 :], offload)
-        pruned |= {f"{path}/{name}": leaf for name, leaf in new.items()}
-        masks |= {f"{path}/{name}": leaf for name, leaf in kept.items()}
+        later = wires[index + 1 :]
+        done, of_block, verdict = _one_block(runner, path, own, streams, plan, later, offload)
+        found |= {f"{path}/{name}": leaves for name, leaves in done.items()}
+        reports += of_block
+        for report in of_block if progress is not None else ():
+            progress(report)
+    pruned = {name: new for name, (new, _, _) in found.items()}
+    masks = {name: keep for name, (_, keep, _) in found.items()}
+    if verdict and not donate and guard.worse(verdict.kept, verdict.all_alone):
+        # The whole is better off with the masks alone, whatever each block was.
+        weights = dict(tree.named_leaves(params))
+        for name, (_, keep, alone) in found.items():
+            pruned[name] = alone if alone is not None else _where(keep, weights[name])
+        reports = [dataclasses.replace(one, restored=False, gave_up="model") for one in reports]
     return _with(alike, pruned), _only(alike, masks), tuple(reports)
 
 
@@ -178,41 +209,64 @@ def _one_block(
     runner: Runner,
     path: str,
     own: Mapping[str, PyTree],
-    states: list[block_graph.Activations],
-    counts: list[int],
+    streams: Streams,
     plan: Plan,
-    reports: list[KernelReport],
-    progress: Callable[[KernelReport], None] | None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns by name a block's pruned kernels and their masks, where its weights came from."""
+    later: list[list[block_graph.Wire]],
+    offload: bool,
+) -> tuple[dict[str, Any], list[KernelReport], guard.Verdict | None]:
+    """Prunes a block and takes the activations through it.
+
+    Returns:
+        By name the pruned kernels, their masks and, where masks alone do not give them, the kernels
+        before they were restored, where its weights came from; the reports; what the held-out
+        batches say of the block, if any judge.
+    """
     part = jax.tree.map(jnp.asarray, own)
-    sums: dict[str, Any] = {}
-    axes = runner.axes(part, states[0])
-    used = len(states) - plan.held_out
+    axes = runner.axes(part, streams.pruned[0])
+    sums, n = {}, 0
     if runner.wanted and plan.calibrated:
-        sums = runner.measured(part, states[:used], counts[:used])
-    guard: dict[str, Any] = {}
-    if runner.wanted and plan.restore is not None and plan.held_out:
-        guard = runner.measured(part, states[used:], counts[used:])
-    new, kept = {}, {}
+        sums, n = streams.sums(runner, part, plan.target)
+    new, alone, kept, reports = {}, {}, {}, []
     for name in runner.wanted:
-        weight, given = (block_graph.leaf(tree_of["params"], name) for tree_of in (part, own))
-        *done, report = prune_kernel(
-            f"{path}/{name}",
-            weight,
-            axes[name],
-            sums.pop(name, None),
-            guard.pop(name, None),
-            sum(counts[:used]),
-            plan,
+        weight = block_graph.leaf(part["params"], name)
+        own_sums = Sums(sums.pop(name), n) if sums else None
+        new[name], alone[name], kept[name], report = prune_kernel(
+            f"{path}/{name}", weight, axes[name], own_sums, plan
         )
-        new[name], kept[name] = jax.device_get(done) if isinstance(given, np.ndarray) else done
-        if plan.donate:
-            new[name] = _in_place_of(given, new[name])
         reports.append(report)
-        if progress is not None:
-            progress(report)
-    return new, kept
+    verdict = None
+    if plan.restore is not None and streams.held_out:
+        verdict = streams.judge(runner, part, alone, new)
+        new = verdict.kernels
+        reports = [_judged(one, path, verdict) for one in reports]
+    parts = {"dense": part, "alone": variables_with(part, alone)}
+    parts["restored"] = variables_with(part, new)
+    if later:
+        streams.advance(runner, parts, later, offload)
+    done = {}
+    for name in runner.wanted:
+        given = block_graph.leaf(own["params"], name)
+        updated = verdict is not None and plan.masks is None and plan.method == "sparsegpt"
+        leaves = new[name], kept[name], alone[name] if updated else None
+        result, *rest = jax.device_get(leaves) if isinstance(given, np.ndarray) else leaves
+        done[name] = (_in_place_of(given, result) if plan.donate else result, *rest)
+    return done, reports, verdict
+
+
+def _judged(report: KernelReport, path: str, verdict: guard.Verdict) -> KernelReport:
+    """Returns the report of a kernel with what the held-out batches say of it."""
+    gave_up = verdict.gave_up.get(report.name.removeprefix(path + "/"))
+    return dataclasses.replace(
+        report,
+        restored=report.restored and gave_up is None,
+        held_out=(verdict.alone, verdict.restored, verdict.kept),
+        gave_up=gave_up,
+    )
+
+
+def _where(keep: Any, weight: Any) -> Any:
+    """Returns the weights that a mask keeps, where the given ones are."""
+    return np.where(keep, weight, 0) if isinstance(weight, np.ndarray) else zeroed(weight, keep)
 
 
 def _in_place_of(given: Any, new: Any) -> Any:
@@ -223,20 +277,6 @@ def _in_place_of(given: Any, new: Any) -> Any:
     if isinstance(given, jax.Array) and given is not new:
         given.delete()
     return new
-
-
-def _advance(
-    runner: Runner,
-    own: Mapping[str, PyTree],
-    new: Mapping[str, Any],
-    states: list[block_graph.Activations],
-    later: list[list[block_graph.Wire]],
-    offload: bool,
-) -> None:
-    """Puts into `states` what the pruned block gives, one after the other: the old is freed."""
-    part = jax.tree.map(jnp.asarray, {**own, "params": _with(own["params"], new)})
-    for at, state in enumerate(states):
-        states[at] = runner.advanced(part, state, later, offload)
 
 
 def _with(params: PyTree, new: Mapping[str, Any]) -> PyTree:

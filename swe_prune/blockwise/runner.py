@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from swe_prune.blockwise import block_graph
+from swe_prune.blockwise import block_graph, guard
 from swe_prune.calibration import batching as of_batches
 from swe_prune.calibration import layer_inputs as measuring
 from swe_prune.errors import InputError
@@ -20,13 +20,14 @@ def captured(
     run: Callable[[Any, Any], Any],
     variables: Mapping[str, PyTree],
     batches: Iterable[PyTree],
-    holdout: Iterable[PyTree],
+    holdout: Iterable[PyTree] | None,
     paths: list[str],
     offload: bool,
 ) -> tuple[list[list[block_graph.Wire]], list[block_graph.Activations], list[int], int]:
     """Returns the blocks, for each kind of batch; what goes into the first; the sequences.
 
-    The last is the number of batches that are held out, which come last.
+    The last is the number of batches that are held out, which come last; with holdout=None a share
+    of all of them.
     """
     kinds: dict[str, int] = {}
     of_kinds: list[list[block_graph.Wire]] = []
@@ -37,7 +38,7 @@ def captured(
         lambda variables, batch: block_graph.into_first(lambda: run(variables, batch), paths)
     )
     held_out = 0
-    given_batches, given_holdout = of_batches.each(batches), of_batches.each(holdout)
+    given_batches, given_holdout = of_batches.each(batches), of_batches.each(holdout or ())
     marked = itertools.chain(((b, 0) for b in given_batches), ((b, 1) for b in given_holdout))
     for number, (batch, held) in enumerate(marked):
         held_out += held
@@ -51,6 +52,8 @@ def captured(
         states.append(block_graph.Activations(_kept(given, offload), [], kinds[shapes]))
     if len(states) == held_out:
         raise of_batches.nothing_given()
+    if holdout is None:
+        held_out = guard.share_held_out(len(states))
     if len(paths) > 1:
         _start_as_second(of_kinds, states)
     return [list(wires) for wires in zip(*of_kinds, strict=True)], states, counts, held_out
@@ -129,7 +132,7 @@ def _kept(leaves: Sequence[Any], offload: bool) -> list[Any]:
     ]
 
 
-def _on_device(state: block_graph.Activations) -> block_graph.Activations:
+def _on_device(state: Any) -> Any:
     return jax.tree.map(
         lambda leaf: (
             jax.device_put(leaf.value, leaf.sharding) if isinstance(leaf, _OnHost) else leaf
@@ -146,10 +149,13 @@ class Runner:
         wires: list[block_graph.Wire],
         wanted: Mapping[str, Any],
         hessian: bool,
+        paired: bool = False,
     ) -> None:
         self.wires, self.wanted = wires, dict(wanted)
         self.tracing = measuring.Tracing(self._run)
-        self.measure = measuring.make_measure_fn(self.tracing, self.wanted, hessian=hessian)
+        self.measure = measuring.make_measure_fn(
+            self.tracing, self.wanted, hessian=hessian, paired=paired
+        )
         self.step = measuring.make_accumulate_step(self.measure)
         self.known: dict[str, Any] = {}
         self.forward = jax.jit(self._run)
@@ -174,10 +180,8 @@ class Runner:
         pairs = zip(wires, self.wires, strict=True)
         return self.wanted == dict(wanted) and all(a.alike(b) for a, b in pairs)
 
-    def measured(
-        self, part: PyTree, states: list[block_graph.Activations], counts: list[int]
-    ) -> dict[str, Any]:
-        """Returns the sums of the block's kernels over all batches."""
+    def measured(self, part: PyTree, states: Sequence[Any], counts: list[int]) -> dict[str, Any]:
+        """Returns the sums of the block's kernels over all batches, or pairs of them."""
         sums, _ = measuring.accumulate(
             self.measure,
             part,
@@ -188,6 +192,10 @@ class Runner:
         )
         measuring.check_used(self.wanted, sums)
         return sums
+
+    def whole(self, part: PyTree, state: block_graph.Activations) -> list[Array]:
+        """Returns everything that the block gives, on the device."""
+        return self.forward(part, _on_device(state))
 
     def advanced(
         self,

@@ -175,7 +175,7 @@ def _others(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_measure_fn(
-    tracing: Tracing, wanted: Mapping[str, Any], *, hessian: bool
+    tracing: Tracing, wanted: Mapping[str, Any], *, hessian: bool, paired: bool = False
 ) -> Callable[[Any, Any], dict[str, dict[str, Array]]]:
     """Returns a function of (variables, batch) that computes `input_sums`, not yet compiled.
 
@@ -183,12 +183,18 @@ def make_measure_fn(
         tracing: Function that is measured.
         wanted: Mapping whose keys are the names of the weights to measure.
         hessian: Whether to sum the outer products too.
+        paired: Whether a batch is a pair of one and another of the same tokens, to sum the outer
+            products of the first one's inputs with the second one's too.
     """
 
     def measure(variables: Any, batch: Any) -> dict[str, dict[str, Array]]:
+        batch, other = batch if paired else (batch, None)
         traced = tracing(variables, batch)
         given = (_others(variables), batch)
-        return input_sums(traced, variables["params"], given, wanted, hessian=hessian)
+        beside = (_others(variables), other) if paired else None
+        return input_sums(
+            traced, variables["params"], given, wanted, hessian=hessian, beside=beside
+        )
 
     return measure
 

@@ -4,8 +4,9 @@
 brought into the form (copies, N, R), with R in the order of the weight's input axes, and summed.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ def input_sums(
     wanted: Mapping[str, Any],
     *,
     hessian: bool,
+    beside: PyTree | None = None,
 ) -> dict[str, dict[str, Array]]:
     """Returns sums over the inputs of each wanted weight in one call of a function.
 
@@ -40,19 +42,52 @@ def input_sums(
         batch: Pytree of arrays.
         wanted: Mapping whose keys are the names of the weights to measure.
         hessian: Whether to sum the outer products too.
+        beside: Pytree of arrays like `batch`, of the same tokens as another model sees them. None:
+            no sums over pairs.
 
     Returns:
         Sums by name, float32: "square", Σ x², with the weight's shape along its copies and inputs
-        and 1 along its outputs; with `hessian` also "outer", Σ x xᵀ, copies x R x R.
+        and 1 along its outputs; with `hessian` also "outer", Σ x xᵀ, copies x R x R; with `beside`
+        also "cross", Σ x x'ᵀ, of each input x and the input x' that `beside` has in its place.
 
     Raises:
         InputError: A wanted weight is used in a way that cannot be measured.
     """
+    met: dict[str, list[Array]] = {}
+    reduced = functools.partial(_reduced, hessian=hessian)
 
     def measure(product: Product) -> Sums:
         name = traced.names[product.view.leaf]
-        return _sums(name, product, hessian) if name in wanted else {}
+        if name not in wanted:
+            return {}
 
+        def first(x: Array, product: Product) -> dict[str, Array]:
+            met.setdefault(name, []).append(x)
+            return reduced(x, product)
+
+        return _sums(name, product, first if beside is not None else reduced)
+
+    def measure_pairs(product: Product) -> Sums:
+        name = traced.names[product.view.leaf]
+        if name not in wanted:
+            return {}
+
+        def paired(x: Array, product: Product) -> dict[str, Array]:
+            # The second walk meets the same products in the same order.
+            return _crossed(met[name].pop(0), name, x, product)
+
+        return _sums(name, product, paired)
+
+    found = _measured(traced, params, batch, measure)
+    if beside is None:
+        return found
+    crossed = _measured(traced, params, beside, measure_pairs)
+    return {name: {**own, "cross": crossed[name]["outer"]} for name, own in found.items()}
+
+
+def _measured(
+    traced: Traced, params: PyTree, batch: PyTree, measure: Callable[[Product], Sums]
+) -> dict[str, dict[str, Array]]:
     walk = Walk(traced.shapes, measure, walked(traced)[0].members)
     _, sums = walk.run(traced.closed, traced.cells(array_leaves(params, batch)))
     by_leaf: dict[int, list[tuple[SumKey, Any]]] = {}
@@ -64,8 +99,8 @@ def input_sums(
     }
 
 
-def _sums(name: str, product: Product, hessian: bool) -> Sums:
-    """Returns the sums of one product."""
+def _sums(name: str, product: Product, reduced: Callable[[Array, Product], Any]) -> Sums:
+    """Returns the sums of one product, which `reduced` makes of its inputs, copies x N x R."""
     view = product.view
     if not view.whole:
         raise InputError(
@@ -78,7 +113,7 @@ def _sums(name: str, product: Product, hessian: bool) -> Sums:
     # Of complex activations Σ |x|² and Re Σ x̄ xᵀ, which are sums over both parts.
     parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
     ordered = [_ordered(part.astype(jnp.float32), inputs, len(copies)) for part in parts]
-    sums = [_reduced(x_KxNxR, product, hessian) for x_KxNxR in ordered]
+    sums = [reduced(x_KxNxR, product) for x_KxNxR in ordered]
     found = jax.tree.map(lambda *each: sum(each), *sums)
     # Copies that all get these activations have the same sums.
     shared = [
@@ -213,6 +248,17 @@ def _reduced(x: Array, product: Product, hessian: bool) -> dict[str, Array]:
         return sums
 
     return jax.lax.map(of_group, (ends - product.groups, ends))
+
+
+def _crossed(first: Array, name: str, x: Array, product: Product) -> dict[str, Array]:
+    """Returns Σ x x'ᵀ as "outer", where x are the inputs that the first walk met."""
+    if product.groups is not None:
+        raise InputError(
+            f"{name!r} is used in a ragged product, where pairs of inputs may go to different "
+            "groups; restore it with target='dense kernel'"
+        )
+    outer = jnp.matmul(jnp.swapaxes(first, -1, -2), x, precision=PRECISION)
+    return {"square": jnp.sum(x**2, axis=-2), "outer": outer}
 
 
 def _share_of_outputs(product: Product) -> float:

@@ -69,11 +69,14 @@ def swe_spread(weight: Float[Array, "..."], late_mean: Float[Array, "..."]) -> F
 def votes(votes: Float[Array, "..."]) -> Float[Array, "..."]:
     """Share of the snapshots in which |θ(t)| > std(|θ(t)|) · vote_rate.
 
-    A mode vote keeps what has more than half of them; here the share is the score, and its many
+    A vote like that of the authors' code, in one buffer: each snapshot is compared with its own
+    deviation. Theirs takes one threshold per layer, std(|θ(n)|) · rate of the final weights, over
+    all snapshots but the last ones, and keeps what most of them exceed; `trajectory.mode_vote` does
+    that with stored snapshots, and the two masks differ. Here the share is the score, and its many
     ties are broken by flat index.
 
-    When: to repeat the authors' mode vote.
-    Source: public code of Islam et al.; the share in place of the mode is ours.
+    When: as an ablation that asks how often a weight was large instead of how large.
+    Source: this project, after public code of Islam et al.
     """
     return votes
 

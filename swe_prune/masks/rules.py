@@ -96,6 +96,7 @@ def by_sparsity(
     reduce: str = "sum",
     across: str = "sum",
     couplings: Mapping[str, str] | None = None,
+    max_sparsity: float | None = None,
     layout: PyTree | None = None,
     input_axes: InputAxes | None = None,
 ) -> PyTree:
@@ -134,6 +135,8 @@ def by_sparsity(
         reduce: Reduction of a unit's scores within one tensor, one of `patterns.REDUCTIONS`.
         across: Reduction of a neuron's scores over its tensors, one of `patterns.ACROSS`.
         couplings: Couplings of neurons; None means `patterns.FEED_FORWARD`.
+        max_sparsity: With scope "global", the largest share that any tensor loses, in (0, 1]: its
+            best weights stay whatever the others score. None: a tensor may lose everything.
         layout: Pytree of `layout.Axes` like the scores, as `layout.layout` traces it: which axes
             of each tensor are inputs, outputs, and copies. Each copy (a layer of a scan, an
             expert) is a tensor of its own in every scope but "global".
@@ -156,6 +159,11 @@ def by_sparsity(
                 f"{kind} {name!r} is none of {', '.join(names)}; {did_you_mean(name, names)}"
             )
     select.check_ties(ties)
+    if max_sparsity is not None and scope != "global":
+        raise InputError(
+            f"max_sparsity is for scope 'global', where tensors lose different shares, got scope "
+            f"{scope!r}; leave it out"
+        )
     named = _scored(scores)
     axes, copies = axes_of(layout, input_axes), copies_of(layout)
     if isinstance(sparsity, allocation.Allocation):
@@ -188,7 +196,7 @@ def by_sparsity(
         couplings=couplings,
     )
     if scope == "global":
-        kept_units = _global(units, sparsity, rounding, ties)
+        kept_units = _global(units, sparsity, rounding, ties, max_sparsity)
     else:
         kept_units = [_of_units(one, sparsity, rounding, ties, copies, named) for one in units]
     # Each weight gets the fate of its unit.
@@ -279,7 +287,13 @@ def _shown(sparsity: Any, one: patterns.Units) -> str:
     return f"{sparsity:g}"
 
 
-def _global(units: list[patterns.Units], sparsity: Any, rounding: str, ties: str) -> list[Array]:
+def _global(
+    units: list[patterns.Units],
+    sparsity: Any,
+    rounding: str,
+    ties: str,
+    max_sparsity: float | None,
+) -> list[Array]:
     weights = {one.weights for one in units}
     if len(weights) > 1:
         told = ", ".join(f"{one.name!r} of {one.weights}" for one in units[:6])
@@ -289,8 +303,23 @@ def _global(units: list[patterns.Units], sparsity: Any, rounding: str, ties: str
         )
     size = sum(tree.size(one.score) for one in units)
     keep = _keep(size, sparsity, rounding)
-    names = [one.name for one in units]
-    return select.top_k_masks([one.score for one in units], keep, ties=ties, names=names)
+    names, scores = [one.name for one in units], [one.score for one in units]
+    if max_sparsity is None:
+        return select.top_k_masks(scores, keep, ties=ties, names=names)
+    # Each copy of a stacked tensor has its own smallest number.
+    axes = [
+        tuple(a for a in range(one.score.ndim) if a not in one.copies) if one.copies else None
+        for one in units
+    ]
+    sizes = [
+        tree.size(score) if along is None else math.prod(score.shape[a] for a in along)
+        for score, along in zip(scores, axes, strict=True)
+    ]
+    least = [allocation.least_kept(size, max_sparsity) for size in sizes]
+    copies = [tree.size(score) // n for score, n in zip(scores, sizes, strict=True)]
+    total = sum(n * times for n, times in zip(least, copies, strict=True))
+    allocation.check_room(size, keep, total, max_sparsity)
+    return select.top_k_masks_of_each(scores, keep, least, axes=axes, ties=ties, names=names)
 
 
 def _by_row(

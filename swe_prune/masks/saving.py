@@ -22,7 +22,7 @@ from jaxtyping import PyTree
 from swe_prune import tree
 from swe_prune.errors import InputError, reading
 from swe_prune.masks.fitting import check_mask
-from swe_prune.trajectory import TrajectoryStats, from_dict, restored
+from swe_prune.trajectory import TrajectoryStats, encoded, from_dict, restored
 
 FORMAT = "swe_prune.state.1"
 
@@ -84,6 +84,7 @@ def save(
             "power": stats.power,
             "window_start": stats.window_start,
             "vote_rate": stats.vote_rate,
+            "index": stats.index,
         }
     # The header has every place of a leaf, so that names may have any characters.
     arrays: dict[str, Any] = {}
@@ -135,8 +136,9 @@ def load(path: str | os.PathLike[str]) -> Saved:
 def _fields_of(parts: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {name: parts[f"stats/{name}"] for name in _FIELDS}
     stored = [float(one) for one in fields["settings"]]
-    named = [settings[name] for name in ("power", "window_start", "vote_rate")]
-    if any(np.float32(a) != np.float32(b) for a, b in zip(stored, named, strict=True)):
+    names = ("power", "window_start", "vote_rate")
+    named = encoded(*(settings[n] for n in names), settings.get("index", "window"))
+    if any(np.float32(a) != np.float32(b) for a, b in zip(stored, named, strict=False)):
         raise ValueError("the header and the tensors have different settings")
     return fields | {
         "buffers": {

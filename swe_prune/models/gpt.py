@@ -1,8 +1,9 @@
 """Decoder-only Transformer with causal attention, for many model families.
 
-The default is GPT-2 as in nanoGPT: layer norm, learned positions, and a plain MLP. Llama and those
-after it have RMS norm, rotary positions, a gated MLP, and grouped-query attention. What a family
-has of its own is a field of `ModelConfig`: norms of queries and keys (Qwen3, OLMo 2), norms behind
+The default is GPT-2: layer norm, learned positions, and a plain MLP with the tanh form of GELU.
+nanoGPT differs in having the exact GELU, `activation="gelu_exact"`. Llama and those after it have
+RMS norm, rotary positions, a gated MLP, and grouped-query attention. What a family has of its own
+is a field of `ModelConfig`: norms of queries and keys (Qwen3, OLMo 2), norms behind
 attention and MLP, capped scores and logits, layers with a window between layers without (Gemma),
 attention and MLP in parallel (GPT-NeoX), sparse experts (Mixtral). `interop` reads the pretrained
 weights of all of them.

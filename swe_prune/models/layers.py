@@ -12,7 +12,9 @@ from jaxtyping import Array, Float
 from swe_prune.config import ModelConfig
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=True),  # tanh approximation, as in GPT-2
+    # The tanh form is that of OpenAI's GPT-2 and of Hugging Face's "gelu_new"; nanoGPT trains with
+    # PyTorch's default, which is exact.
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,

@@ -18,7 +18,7 @@ from swe_prune.evaluation import gate
 from swe_prune.models import gpt
 from swe_prune.pretrained import choice, dry_run, finetuning, judge, texts, tracked
 from swe_prune.pretrained.opening import opened, weights_like
-from swe_prune.pretrained.request import check_trajectory, recipe_of
+from swe_prune.pretrained.request import check_trajectory, reasons, recipe_of
 from swe_prune.pretrained.settings import (
     EvaluateSettings,
     FinetuneSettings,
@@ -62,6 +62,8 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     """
     request = recipe_of(given)
     interop.check_free(given.out)
+    for line in reasons(given, request):
+        progress.say(escape(line))
     checkpoint = opened(given, progress)
     check_trajectory(request, tracked.there(checkpoint.path), given.model)
     chosen, layout = dry_run.chosen_weights(request, checkpoint, given)
@@ -95,7 +97,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     kernels = sum(jax.tree.leaves(chosen))
     if choice.rules(given):
         progress.say(escape(choice.sentence(given, chosen)))
-    with progress.phase(f"pruning by {given.criterion}", kernels) as advance:
+    with progress.phase(f"pruning by {request.name}", kernels) as advance:
         done = iter(range(1, kernels + 1))
         loss = step.loss_fn(module)
         evidence = recipe.measure(

@@ -12,7 +12,7 @@ from swe_prune.layout import layout as trace_layout
 from swe_prune.models import gpt
 from swe_prune.pretrained import choice, tracked
 from swe_prune.pretrained.opening import opened
-from swe_prune.pretrained.request import check_trajectory, recipe_of
+from swe_prune.pretrained.request import check_trajectory, reasons, recipe_of
 from swe_prune.pretrained.settings import RequestSettings
 from swe_prune.training.progress import Progress
 from swe_prune.trajectory import BUFFERS
@@ -75,6 +75,7 @@ def plan(given: RequestSettings, progress: Progress, console: Console) -> None:
     count = sum(tree.size(leaf) for name, leaf in tree.named_leaves(params) if marks[name])
     amount = round(count * (request.target or 0.0))
     for line in (
+        *reasons(given, request),
         choice.sentence(given, chosen),
         f"{count:,} of {total:,} weights are prunable ({count / total:.1%}); by {request.name!r} "
         f"at sparsity {request.target:g} about {amount:,} would go ({amount / total:.1%} of all).",

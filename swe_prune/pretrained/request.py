@@ -1,8 +1,11 @@
 """From the settings of `prune --model` to the recipe that they ask for."""
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from swe_prune import importance
+from swe_prune import patterns as pattern_lib
 from swe_prune.blockwise import METHODS
 from swe_prune.config import literal
 from swe_prune.errors import InputError
@@ -12,6 +15,9 @@ from swe_prune.trajectory import BUFFERS
 
 BLOCK_BY_BLOCK = tuple(method for method in METHODS if method != "magnitude")
 """Names that prune block by block, as their references do, unless `--at-once` is given."""
+
+MAX_SPARSITY = 0.95
+"""Largest share that a tensor loses where nobody asks for another."""
 
 _NO_OPTIMIZER = {
     "second_moment": "the optimizer's second moment, which a pretrained model does not come with; "
@@ -32,6 +38,8 @@ def recipe_of(settings: RequestSettings) -> Recipe:
         if not equals:
             raise InputError(f"--option={one} has no value; write --option=NAME=VALUE")
         options[name] = literal(value)
+    if settings.criterion is None:
+        settings, options = _filled(settings, options)
     name: str | None = settings.criterion
     at_once = settings.at_once and name in importance.names()
     method = name if name in BLOCK_BY_BLOCK and not at_once else None
@@ -40,9 +48,10 @@ def recipe_of(settings: RequestSettings) -> Recipe:
         options=options,
         allocation=settings.allocation,
         sparsity=settings.sparsity,
-        scope=settings.scope,
+        scope=settings.scope or "tensor",
         pattern=settings.pattern,
-        restore=settings.restore,
+        restore=None if settings.restore == "none" else settings.restore,
+        max_sparsity=settings.max_sparsity,
         method=method,
         seed=settings.seed,
         zeros=settings.zeros,
@@ -50,10 +59,57 @@ def recipe_of(settings: RequestSettings) -> Recipe:
     try:
         check(request, unavailable=_NO_OPTIMIZER)
     except InputError as error:
-        if method is not None and settings.scope != "tensor" and method in importance.names():
+        row_or_global = settings.scope not in (None, "tensor")
+        if method is not None and row_or_global and method in importance.names():
             raise InputError(f"{error}, or give --at-once to rank the dense model") from None
         raise
     return request
+
+
+def _filled(
+    settings: RequestSettings, options: dict[str, Any]
+) -> tuple[RequestSettings, dict[str, Any]]:
+    """Returns the settings and options with what a request without a criterion does."""
+    pattern = settings.pattern
+    if settings.offload or (pattern is not None and pattern_lib.is_n_of_m(pattern)):
+        return dataclasses.replace(settings, criterion="admm"), options
+    scope = settings.scope or ("global" if pattern is None and not settings.allocation else None)
+    most = settings.max_sparsity
+    if scope == "global" and most is None:
+        most = max(MAX_SPARSITY, settings.sparsity or 0.0)
+    filled = dataclasses.replace(
+        settings,
+        criterion="fisher",
+        scope=scope,
+        max_sparsity=most,
+        restore=settings.restore or "admm",
+    )
+    return filled, {"power": 0.5} | options
+
+
+def reasons(settings: RequestSettings, request: Recipe) -> list[str]:
+    """Returns what a request without a criterion does and why, and what others are for."""
+    if settings.criterion is not None:
+        return []
+    if request.method == "admm":
+        does = "ADMM chooses the mask of each kernel and updates the weights that stay; it needs "
+        does += "no backward pass, for which --offload leaves no room"
+        if not settings.offload:
+            does = f"ADMM chooses the mask of each group of pattern {request.pattern} and updates "
+            does += "the weights that stay, which belong together in so small a group"
+    else:
+        does = f"weights are ranked by w² E[g²]^{request.options['power']:g}"
+        if request.scope == "global":
+            most = request.max_sparsity or 1.0
+            does += f" over all tensors together, of which none loses more than {most:.0%}"
+        if request.restore is not None:
+            does += f", and those that stay make up for the others ({request.restore})"
+        does += "; it lost least of all that was measured at equal tokens (docs/results.md)"
+    return [
+        f"No criterion was given: {does}.",
+        "--criterion=wanda needs no backward pass and changes no weight that stays; "
+        "--criterion=sparsegpt is the reference that others compare with.",
+    ]
 
 
 def check_trajectory(request: Recipe, tracked: bool, model: str) -> None:

@@ -95,13 +95,21 @@ class JudgingSettings:
 class RequestSettings(ModelSettings, ChoiceSettings):
     """What is to be pruned, and how: `plan --model`."""
 
-    criterion: str = option("", "registered criterion, or sparsegpt or wanda_variant")
+    criterion: str | None = option(
+        None,
+        "registered criterion, or sparsegpt, admm or wanda_variant; default: the best measured",
+    )
     sparsity: float | None = option(None, "fraction of the prunable weights to remove, in [0, 1)")
     pattern: str | None = option(None, "shape of what is removed, such as 2:4 or row")
-    scope: Literal["tensor", "global", "row"] = option("tensor", "where the sparsity is met")
+    scope: Literal["tensor", "global", "row"] | None = option(
+        None, "where the sparsity is met; default: tensor, without a criterion global"
+    )
+    max_sparsity: float | None = option(
+        None, "largest fraction that any tensor loses, with scope global"
+    )
     zeros: Literal["keep", "free"] = option("keep", "weights that are 0 already: removed, or free")
-    restore: Literal["admm"] | None = option(
-        None, "update of the weights that stay, for the mask of the criterion: admm"
+    restore: Literal["none", "admm"] | None = option(
+        None, "update of the weights that stay; default: none, without a criterion admm"
     )
     allocation: str | None = option(None, "rule for the sparsity of each tensor, such as owl")
     options: tuple[str, ...] = option(

@@ -142,6 +142,7 @@ class Experiment:
             power=settings.power,
             window_start=settings.window_start,
             vote_rate=settings.vote_rate,
+            index=settings.index,
         )
         return state_lib.create(params, self.optimizer, seed, stats=stats)
 

@@ -9,7 +9,10 @@ from swe_prune.sparse_training import rewound_schedule
 
 
 def schedule(phase: PhaseConfig, steps: int) -> optax.Schedule:
-    """Returns the learning rate schedule: linear warm-up from 0, then cosine decay.
+    """Returns the learning rate schedule: linear warm-up, then cosine decay.
+
+    Step i of a warm-up of n steps has the rate peak · (i + 1) / (n + 1), as in nanoGPT, so that the
+    first step moves the weights too and step n is the first at the peak.
 
     Args:
         phase: Settings of the phase; a warm-up longer than the phase is cut to its length.
@@ -17,7 +20,7 @@ def schedule(phase: PhaseConfig, steps: int) -> optax.Schedule:
     """
     warmup = min(to_steps(phase.warmup, total=steps), steps)
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
+        init_value=phase.learning_rate / (warmup + 1),
         peak_value=phase.learning_rate,
         warmup_steps=warmup,
         decay_steps=max(steps, warmup + 1),

@@ -3,7 +3,8 @@
 A snapshot is one observation of the parameters. t = 1, 2, … counts snapshots, θ(t) is the weight at
 snapshot t, and θ(0) is the weight given to `init`. The measures:
 
-    late_mean      Σ wₜ θ(t) / Σ wₜ,  wₜ = t'^power, t' counted from the window's first snapshot
+    late_mean      Σ wₜ θ(t) / Σ wₜ,  wₜ = t'^power, t' counted from the window's first snapshot, or
+                   wₜ = t^power with index="absolute"
     late_mean_abs  Σ wₜ |θ(t)| / Σ wₜ
     mean           Σ θ(t) / n
     variance       Σ (θ(t) − mean)² / n
@@ -15,9 +16,12 @@ snapshot t, and θ(0) is the weight given to `init`. The measures:
     last           θ(n)
 
 `late_mean` is the "clone" of arXiv 2502.17071, in the streaming form of its equation; the default
-power 0.5 is that of the authors' earlier public code (√t), since the paper does not state its
-exponent. The running mean and variance follow Welford (Technometrics 4(3), 1962) and their merge
-Chan, Golub and LeVeque (Stanford STAN-CS-79-773, 1979).
+power 0.5 is that of the authors' earlier public code (√t'), since we know no more than the paper's
+abstract. A public review of the paper (themoonlight.io, March 2025, perhaps written by a machine)
+prints Σ val(n − L) (n − L) / Σ (n − L) over L = 0 … k, with n the last epoch and val a "magnitude":
+that is `power=1, index="absolute"`, of `late_mean_abs` or, as the abstract reads, of the signed
+`late_mean`. The running mean and variance follow Welford (Technometrics 4(3), 1962) and their
+merge Chan, Golub and LeVeque (Stanford STAN-CS-79-773, 1979).
 
 Each buffer is one float32 per weight. Float32 drops increments below half a unit in the last place:
 a mean of 100,000 snapshots of a drifting weight has an error of 1e-3, one of 200 snapshots less
@@ -37,18 +41,28 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from swe_prune import tree
 from swe_prune.errors import InputError, check_choice
+from swe_prune.trajectory.mode_vote import mode_vote
 from swe_prune.trajectory.restored import from_dict, restored
-from swe_prune.trajectory.stats import BUFFERS, SETTINGS, TrajectoryStats, check_settings
+from swe_prune.trajectory.stats import (
+    BUFFERS,
+    INDICES,
+    SETTINGS,
+    TrajectoryStats,
+    check_settings,
+    encoded,
+)
 
 __all__ = [
     "BUFFERS",
     "TrajectoryStats",
     "check_measures",
     "check_settings",
+    "encoded",
     "from_dict",
     "init",
     "memory",
     "merge",
+    "mode_vote",
     "read",
     "restored",
     "update",
@@ -67,6 +81,7 @@ def init(
     power: float = 0.5,
     window_start: int = 1,
     vote_rate: float = 1.0,
+    index: str = "window",
     start: int | Int[Array, ""] = 0,
     compensated: bool = False,
 ) -> TrajectoryStats:
@@ -83,6 +98,9 @@ def init(
             weights.
         window_start: First snapshot of the late means; E − K + 1 for the last K of E snapshots.
         vote_rate: Multiple of the standard deviation that a weight must exceed for a vote.
+        index: What a snapshot's number counts from in its weight: "window", 1 at the window's first
+            snapshot; "absolute", the number t among all snapshots, so that the weights of a late
+            window are nearly equal.
         start: Number of earlier snapshots, if these statistics continue others (see `merge`).
         compensated: Whether to track rounding errors, for two more bytes per weight and mean or
             sum; worthwhile beyond some hundred snapshots.
@@ -98,6 +116,7 @@ def init(
         raise InputError(
             f"window_start must be 1 or more, got {window_start}; snapshots count from 1"
         )
+    check_choice(index, INDICES, "index")
     if not -3 <= power <= 3:
         raise InputError(
             f"power must be from -3 to 3, got {power!r}; others overflow the sum of t'^power"
@@ -129,11 +148,12 @@ def init(
         count=jnp.zeros((), jnp.int32),
         weight_sum=jnp.zeros(2, jnp.float32),
         buffers={name: buffer(name) for name in sorted(needed)},
-        settings=jnp.asarray([power, window_start, vote_rate], jnp.float32),
+        settings=jnp.asarray(encoded(power, window_start, vote_rate, index), jnp.float32),
         measures=measures,
         power=float(power),
         window_start=int(window_start),
         vote_rate=float(vote_rate),
+        index=index,
     )
 
 
@@ -194,7 +214,8 @@ def _update(stats: TrajectoryStats, params: PyTree, layout: PyTree | None) -> Tr
     position = stats.start + count - stats.window_start + 1  # t' of this snapshot
     # Snapshots before the window get weight 0, so the late means stay 0 until it starts.
     inside = position >= 1
-    weight = jnp.where(inside, jnp.maximum(position, 1).astype(jnp.float32) ** stats.power, 0.0)
+    number = position if stats.index == "window" else stats.start + count
+    weight = jnp.where(inside, jnp.maximum(number, 1).astype(jnp.float32) ** stats.power, 0.0)
     weight_sum = _add_compensated(stats.weight_sum, weight)
     late_share = jnp.where(inside, weight / jnp.where(inside, weight_sum[0], 1.0), 0.0)
     share = 1.0 / count.astype(jnp.float32)

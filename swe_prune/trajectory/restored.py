@@ -9,7 +9,7 @@ import numpy as np
 from flax import serialization
 
 from swe_prune.errors import InputError
-from swe_prune.trajectory.stats import TrajectoryStats, check_settings, measures_of
+from swe_prune.trajectory.stats import TrajectoryStats, check_settings, decoded, measures_of
 
 _FIELDS = ("start", "count", "weight_sum", "buffers", "settings")
 
@@ -54,10 +54,7 @@ def from_dict(fields: Mapping[str, Any]) -> TrajectoryStats:
         )
     buffers = {name: _tidy(part) for name, part in fields["buffers"].items()}
     measures = measures_of(list(buffers))
-    # The shortest decimal, which is what was given: 0.3 and not 0.30000001.
-    power, window_start, vote_rate = (
-        float(str(one)) for one in np.asarray(fields["settings"], np.float32)
-    )
+    settings: dict[str, Any] = decoded(np.asarray(fields["settings"], np.float32))
     if not measures:
         raise InputError(
             f"the buffers {', '.join(map(repr, buffers))} are of no measure; give the whole dict "
@@ -70,9 +67,7 @@ def from_dict(fields: Mapping[str, Any]) -> TrajectoryStats:
         buffers=buffers,
         settings=jnp.asarray(fields["settings"], jnp.float32),
         measures=measures,
-        power=power,
-        window_start=int(window_start),
-        vote_rate=vote_rate,
+        **settings | {"window_start": int(settings["window_start"])},
     )
 
 

@@ -24,8 +24,11 @@ BUFFERS: Mapping[str, tuple[str, ...]] = {
 }
 """Buffers that each measure needs; a buffer that two measures share is allocated once."""
 
-SETTINGS = ("power", "window_start", "vote_rate")
+SETTINGS = ("power", "window_start", "vote_rate", "index")
 """Settings of `trajectory.init` that the numbers depend on, in the order of their storage."""
+
+INDICES = ("window", "absolute")
+"""What a snapshot's number counts from in its weight; a setting stores the number of the name."""
 
 
 @jax.tree_util.register_dataclass
@@ -43,20 +46,23 @@ class TrajectoryStats:
         power: Exponent of t' in the weights of the late means.
         window_start: First snapshot of the late means, counted from 1.
         vote_rate: Multiple of the standard deviation that a weight must exceed for a vote.
-        settings: Power, window start and vote rate as float32, shape (3,). The three above are part
-            of the structure, which a restored checkpoint takes from its target; these are stored,
-            so that statistics restored under other settings are refused where they are used.
+        index: What a snapshot's number counts from in its weight, one of `INDICES`.
+        settings: Power, window start, vote rate and the number of the index as float32, shape (4,).
+            The four above are part of the structure, which a restored checkpoint takes from its
+            target; these are stored, so that statistics restored under other settings are refused
+            where they are used. Those of earlier versions have no index, which was "window".
     """
 
     start: Int[Array, ""]
     count: Int[Array, ""]
     weight_sum: Float[Array, "2"]
     buffers: dict[str, PyTree]
-    settings: Float[Array, "3"]
+    settings: Float[Array, "4"]
     measures: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     power: float = dataclasses.field(metadata={"static": True})
     window_start: int = dataclasses.field(metadata={"static": True})
     vote_rate: float = dataclasses.field(metadata={"static": True})
+    index: str = dataclasses.field(default="window", metadata={"static": True})
 
 
 def check_settings(stats: TrajectoryStats) -> None:
@@ -69,13 +75,26 @@ def check_settings(stats: TrajectoryStats) -> None:
     """
     if isinstance(stats.settings, Tracer | jax.ShapeDtypeStruct):
         return
-    given = [getattr(stats, name) for name in SETTINGS]
-    for name, ours, stored in zip(SETTINGS, given, np.asarray(stats.settings), strict=True):
-        if np.float32(ours) != stored:
+    for name, stored in decoded(np.asarray(stats.settings)).items():
+        ours = getattr(stats, name)
+        if ours != stored and (isinstance(stored, str) or np.float32(ours) != stored):
             raise InputError(
-                f"the statistics were tracked with {name} = {stored:g} and restored under {name} = "
-                f"{ours:g}; restore them into trajectory.init(…, {name}={stored:g})"
+                f"the statistics were tracked with {name} = {stored} and restored under {name} = "
+                f"{ours}; restore them into trajectory.init(…, {name}={stored!r})"
             )
+
+
+def encoded(power: float, window_start: int, vote_rate: float, index: str) -> list[float]:
+    """Returns the settings as the numbers that are stored."""
+    return [power, window_start, vote_rate, INDICES.index(index)]
+
+
+def decoded(stored: Sequence[float] | np.ndarray) -> dict[str, float | str]:
+    """Returns the settings of stored numbers by name; of three, the index is "window"."""
+    power, window_start, vote_rate, *index = np.asarray(stored, np.float32)
+    # The shortest decimal, which is what was given: 0.3 and not 0.30000001.
+    numbers = [float(str(one)) for one in (power, window_start, vote_rate)]
+    return dict(zip(SETTINGS, [*numbers, INDICES[int(index[0]) if index else 0]], strict=True))
 
 
 def measures_of(buffers: Sequence[str]) -> tuple[str, ...]:
