@@ -102,7 +102,9 @@ def test_no_runs_are_refused(runs, warmup):
 def test_memory_that_is_not_there_is_refused_before_it_is_taken(monkeypatch):
     model = gpt.build(CONFIG, 17)
     monkeypatch.setattr(latency, "free_bytes", lambda: 1000)
-    with pytest.raises(InputError, match="at batch 2 needs .* GiB beside its weights, and 0.0 GiB"):
+    with pytest.raises(
+        InputError, match=r"at batch 2 needs .* GiB beside its weights, and 0.0 GiB"
+    ):
         latency.compiled(model, latency.zeros(model), LOAD)
 
 

@@ -56,6 +56,11 @@ class Workload:
         for name, flag in (("batch", "batch"), ("prompt", "prompt-tokens"), ("new", "new-tokens")):
             if getattr(self, name) < 1:
                 raise InputError(f"--{flag} must be 1 or more, got {getattr(self, name)}")
+        tokens = self.batch * (self.prompt + self.new)
+        if tokens >= 2**31:
+            raise InputError(
+                f"{tokens:,} tokens at once are more than the arrays' 2^31; lower --batch"
+            )
         # The prefill's own new token counts, too.
         if context is not None and self.prompt + self.new + 1 > context:
             raise InputError(
@@ -104,9 +109,7 @@ def alternating(
     Raises:
         InputError: If runs is below 1 or warmup below 0, or a device runs out of memory.
     """
-    for name, value, least in (("runs", runs, 1), ("warmup", warmup, 0)):
-        if value < least:
-            raise InputError(f"--{name} must be {least} or more, got {value}")
+    check_rounds(runs, warmup)
     found: dict[str, list[Sequence[float]]] = {name: [] for name in works}
     for number in range(-warmup, runs):
         for name in list(works)[:: 1 if number % 2 == 0 else -1]:
@@ -118,6 +121,13 @@ def alternating(
         name: tuple(Times(tuple(part)) for part in zip(*rounds, strict=True))
         for name, rounds in found.items()
     }
+
+
+def check_rounds(runs: int, warmup: int) -> None:
+    """Raises InputError if runs is below 1, or warmup below 0."""
+    for name, value, least in (("runs", runs, 1), ("warmup", warmup, 0)):
+        if value < least:
+            raise InputError(f"--{name} must be {least} or more, got {value}")
 
 
 def timed(run: Callable[..., Any], *arguments: Any) -> Callable[[], tuple[float]]:
@@ -172,9 +182,10 @@ def compiled(model: Any, params: PyTree, load: Workload, name: str = "model") ->
     """
     load.check(context_of(model))
     shape = (load.batch, load.prompt)
-    tokens = np.random.default_rng(0).integers(model.vocab_size, size=shape, dtype=np.int32)
-    key, valid, until = jax.random.key(0), np.ones(shape, bool), jnp.int32(load.new + 1)
-    # 1. Compile both programs; the shape of the state between them comes from the first.
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    valid = jax.ShapeDtypeStruct(shape, bool)
+    key, until = jax.random.key(0), jnp.int32(load.new + 1)
+    # 1. Compile both programs from shapes; those of the state come from the first.
     with _within_memory(name):
         first = generation.begin.lower(
             model, GREEDY, load.new + 1, params, tokens, valid, key, NO_END
@@ -187,14 +198,18 @@ def compiled(model: Any, params: PyTree, load: Workload, name: str = "model") ->
     more, free = peak - sum(leaf.nbytes for leaf in jax.tree.leaves(params)), free_bytes()
     if free is not None and more > free:
         raise InputError(
-            f"{name} at batch {load.batch} needs {more / 2**30:.1f} GiB beside its weights, and "
-            f"{free / 2**30:.1f} GiB are free; lower --batch or --prompt-tokens"
+            f"{name} at batch {load.batch} needs {more / 2**30:,.1f} GiB beside its weights, and "
+            f"{free / 2**30:,.1f} GiB are free; lower --batch or --prompt-tokens"
         )
+    # 3. Prepare a run.
+    prompts = np.random.default_rng(0).integers(model.vocab_size, size=shape, dtype=np.int32)
+    given = params, prompts, np.ones(shape, bool), key, NO_END
+    counted: Any = second.cost_analysis()
     return Compiled(
         load,
         peak,
-        second.cost_analysis()["flops"] / load.batch,  # of the loop's body, once
-        functools.partial(prefill, params, tokens, valid, key, NO_END),
+        counted["flops"] / load.batch,  # of the loop's body, once
+        functools.partial(prefill, *given),
         lambda state: decode(params, state, key, NO_END, until),
     )
 
