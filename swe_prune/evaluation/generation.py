@@ -18,7 +18,7 @@ from swe_prune.models import gpt
 STOP_CHECK_EVERY = 32
 """Number of new tokens between calls of `stop`."""
 AT_ONCE = 128
-"""Number of prompt tokens per prefill chunk, whose logits are in memory together."""
+"""Number of prompt tokens per prefill chunk, whose activations are in memory together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,10 +218,11 @@ def _prefill(
 
     def take(cache: Any, part: tuple[Array, Array]) -> tuple[Any, Array]:
         tokens_BxP, valid_BxP = part
-        logits_BxPxV, cache = model.apply(
-            {"params": params}, tokens_BxP, cache, valid_BxP, method="decode"
+        # Only the last token's logits are used, and the head is a large part of a small model.
+        logits_Bx1xV, cache = model.apply(
+            {"params": params}, tokens_BxP, cache, valid_BxP, last_only=True, method="decode"
         )
-        return cache, logits_BxPxV[:, -1]
+        return cache, logits_Bx1xV[:, 0]
 
     # A first chunk with the remainder, then a scan over equal chunks of AT_ONCE tokens.
     batch, length = tokens_BxL.shape

@@ -28,6 +28,7 @@ tokenizer_folder    the tokenizer of a Hugging Face folder, or of a given path
 tokenizer_gguf      the tokenizer inside a GGUF file
 token_ids           checked ids of the tokens that begin and end a text
 weights_file        safetensors files, written tensor by tensor
+compressed_file     weights without their zeros: bitmaps and values
 mask_file           masks with one bit per weight
 lm_eval             `harness`, the interface of lm_eval to a model
 pruning_record      pruning.json: settings and results of the pruning

@@ -10,6 +10,7 @@ from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError
 from swe_prune.interop import prefixes
 from swe_prune.interop.folder_files import (
+    COMPRESSED,
     COPIED,
     INDEX,
     TOKENIZER_FILES,
@@ -226,7 +227,7 @@ def _folder(
     path: Path, compute_dtype: str, tokenizer: bool | str | Path, prefix: str | None
 ) -> PretrainedSource:
     check_model_folder(path)
-    check_inside(path, ("config.json", WEIGHTS, INDEX, *COPIED, *TOKENIZER_FILES))
+    check_inside(path, ("config.json", WEIGHTS, INDEX, COMPRESSED, *COPIED, *TOKENIZER_FILES))
     hf = read_json(path / "config.json")
     family, config, vocab_size = read_config(hf, compute_dtype)
     table = SAFETENSORS[family]

@@ -28,11 +28,13 @@ class Header:
         path: Path of the file.
         entries: Shape and dtype of each tensor by name.
         places: Position of the first byte and of the end of each tensor in the file, by name.
+        metadata: Texts that the file has about itself.
     """
 
     path: Path
     entries: Mapping[str, Entry]
     places: Mapping[str, tuple[int, int]]
+    metadata: Mapping[str, str]
 
 
 def read_header(path: Path) -> Header:
@@ -56,7 +58,7 @@ def read_header(path: Path) -> Header:
     start = _LENGTH + length
     try:
         header = json.loads(raw)
-        header.pop("__metadata__", None)
+        metadata = dict(header.pop("__metadata__", None) or {})
         end = max((one["data_offsets"][1] for one in header.values()), default=0)
         entries = {
             name: Entry(tuple(one["shape"]), DTYPES.get(one["dtype"]) or str(one["dtype"]))
@@ -71,7 +73,7 @@ def read_header(path: Path) -> Header:
             f"{path} is truncated: it has {size:,} of {start + end:,} bytes; get it again"
         )
     _check_opens(path)
-    return Header(path, entries, places)
+    return Header(path, entries, places, metadata)
 
 
 def first_difference(one: Header, others: Mapping[str, Header]) -> str | None:
