@@ -16,7 +16,7 @@ from swe_prune import interop, masks, recipe, tree
 from swe_prune.errors import InputError
 from swe_prune.evaluation import gate
 from swe_prune.models import gpt
-from swe_prune.pretrained import choice, dry_run, finetuning, judge, texts, tracked
+from swe_prune.pretrained import bench, choice, dry_run, finetuning, judge, texts, tracked
 from swe_prune.pretrained.opening import opened, weights_like
 from swe_prune.pretrained.request import check_trajectory, recipe_of
 from swe_prune.pretrained.settings import (
@@ -44,9 +44,13 @@ def main(command: str, given: Any) -> None:
     Raises:
         InputError: As each command.
     """
-    run = {"plan": dry_run.plan, "prune": prune, "finetune": finetune, "evaluate": evaluate}[
-        command
-    ]
+    run = {
+        "plan": dry_run.plan,
+        "prune": prune,
+        "finetune": finetune,
+        "evaluate": evaluate,
+        "bench": bench.bench,
+    }[command]
     with PREEMPTION.installed():
         run(given, Progress(), Console(width=None if sys.stdout.isatty() else WIDTH))
 

@@ -9,15 +9,17 @@ from rich.markup import escape
 
 from swe_prune import interop, tree
 from swe_prune.errors import InputError
-from swe_prune.pretrained.settings import ModelSettings
+from swe_prune.pretrained.settings import ModelSettings, WeightsSettings
 from swe_prune.training.progress import Progress
 
 T = TypeVar("T")
 
 
-def opened(given: ModelSettings, progress: Progress) -> interop.PretrainedSource:
+def opened(given: WeightsSettings, progress: Progress) -> interop.PretrainedSource:
     """Opens the model of a command, and says what lies next to it and is not read."""
-    tokenizer = True if given.tokenizer is None else given.tokenizer
+    tokenizer: bool | str = False
+    if isinstance(given, ModelSettings):
+        tokenizer = True if given.tokenizer is None else given.tokenizer
     return _said(
         progress,
         lambda: interop.open_pretrained(

@@ -21,7 +21,7 @@ def option(default: Any, text: str, **more: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSettings:
+class WeightsSettings:
     """The model and its precision."""
 
     model: str = option(
@@ -34,6 +34,12 @@ class ModelSettings:
     prefix: str | None = option(
         None, "prefix of the names of the tensors, such as _orig_mod., which is removed"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings(WeightsSettings):
+    """A model that reads text."""
+
     tokenizer: str | None = option(
         None,
         "tokenizer.json, folder or GGUF file of another tokenizer; default: the model's own",
@@ -160,9 +166,28 @@ class EvaluateSettings(ModelSettings, JudgingSettings):
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class BenchSettings(WeightsSettings):
+    """`bench --model`."""
+
+    against: str | None = option(
+        None, "model to time in the same run, the base of the ratios", metavar="PATH"
+    )
+    against_prefix: str | None = option(
+        None, "prefix of the names of the other model's tensors", metavar="PREFIX"
+    )
+    batch: tuple[int, ...] = option((1, 32), "number of texts at once; may be given again")
+    prompt_tokens: int = option(128, "tokens of each prompt")
+    new_tokens: int = option(32, "tokens of each text to decode after the first")
+    runs: int = option(50, "number of runs of each model that count")
+    warmup: int = option(3, "number of runs before them")
+    json: bool = option(False, "JSON output with the seconds of every run, for programs to read")
+
+
 COMMANDS = {
     "plan": RequestSettings,
     "prune": PruneSettings,
     "finetune": FinetuneSettings,
     "evaluate": EvaluateSettings,
+    "bench": BenchSettings,
 }
