@@ -97,8 +97,8 @@ def _refuse_widths(config: ModelConfig, family: str | None) -> None:
     """Refuses widths that a cut may leave and that no config.json of the family can say."""
     if config.layer_hidden or config.layer_heads:
         raise InputError(
-            "the model's layers differ in their widths, which transformers cannot load; cut it with "
-            "uniform=True, or keep it with swe_prune.save"
+            "the model's layers differ in their widths, which transformers cannot load; cut it "
+            "with uniform=True, or keep it with swe_prune.save"
         )
     if family is None or any(key.field == "head_width" for key in FAMILIES[family].keys):
         return
