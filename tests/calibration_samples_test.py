@@ -48,7 +48,8 @@ def drawn(**options):
 def test_samples_are_distinct_tokens_of_all_batches_by_seed():
     whole = hidden(BATCHES)
     sample = drawn(tokens=24)
-    assert sample.shape == (24, 5) and sample.dtype == jnp.float32
+    assert sample.shape == (24, 5)
+    assert sample.dtype == jnp.float32
     found = rows_of(sample, whole)
     assert len(set(found)) == 24
     assert set(found // 16) == {0, 1, 2}
@@ -61,7 +62,7 @@ def test_fewer_tokens_than_wanted_are_all_taken():
 
 
 def test_every_token_is_as_likely():
-    """Of 600 tokens from 4,000 and 2,000, each batch and each half gives its part (5 deviations)."""
+    """Of 600 tokens of 6,000 each batch and each half gives its part (5 deviations)."""
     batches = [np.full((2, 2000, 1), 1.0), np.full((2, 1000, 1), 2.0)]
     for batch in batches:
         batch[1] *= -1

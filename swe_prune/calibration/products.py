@@ -55,7 +55,6 @@ def input_sums(
     Raises:
         InputError: A wanted weight is used in a way that cannot be measured.
     """
-
     how = functools.partial(_reduced, hessian=hessian) if reduce is None else reduce
 
     def measure(product: Product) -> Sums:
