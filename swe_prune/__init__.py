@@ -32,6 +32,7 @@ from swe_prune import (
     schedules,
     select,
     sparse_training,
+    structured,
     trajectory,
     tree,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "schedules",
     "select",
     "sparse_training",
+    "structured",
     "trajectory",
     "tree",
 ]

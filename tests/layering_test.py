@@ -11,7 +11,7 @@ PACKAGE = Path(swe_prune.__file__).parent
 HOUSE = [
     "version", "errors", "runtime", "tree", "counting", "trajectory", "layout", "select",
     "schedules", "importance", "allocation", "patterns", "masks", "sparse_training", "calibration",
-    "blockwise", "structured", "recipe", "pruning", "config", "sweep", "models", "data", "training",
+    "blockwise", "recipe", "pruning", "config", "sweep", "structured", "models", "data", "training",
     "parallel", "checkpoint", "resumable", "evaluation", "interop", "pretrained", "study", "report",
     "cli", "__main__",
 ]  # fmt: skip
