@@ -202,9 +202,7 @@ def _ranked_steps(
     return steps
 
 
-def _within(
-    budget: Budget, steps: list[Counts], cost: Callable[[Counts], float]
-) -> Counts:
+def _within(budget: Budget, steps: list[Counts], cost: Callable[[Counts], float]) -> Counts:
     """Returns the counts of most units whose cost is within the budget, by bisection."""
     name, limit = budget.limit
     least = cost(steps[0])
