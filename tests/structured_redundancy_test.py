@@ -6,9 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from swe_prune import structured
 from swe_prune.errors import InputError
-from swe_prune.structured import redundancy
-from swe_prune.structured.redundancy import Removal, SaturatedWarning, clusters_of, fold, rank
+from swe_prune.layout import Axes
+from swe_prune.structured import Group, redundancy
+from swe_prune.structured.folding import fold, fold_units
+from swe_prune.structured.redundancy import Removal, SaturatedWarning, rank
+from swe_prune.structured.redundant_units import redundancy_scores, redundant_units
+from swe_prune.structured.unit_clusters import clusters_of
 
 RNG = np.random.default_rng(0)
 FREE = RNG.normal(size=(60, 4))
@@ -120,13 +125,64 @@ def test_a_constant_unit_is_folded_into_the_bias():
     np.testing.assert_allclose(Z @ new + shifted, Z, atol=1e-6)
 
 
-def test_the_seed_nearest_to_the_dense_model_is_taken():
-    def rankings(seed):
-        return {"mlp": rank(similar(), IMPORTANCE, method="pairs", seed=seed)}
+PARAMS = {
+    "up": {"kernel": jnp.ones((2, 8))},
+    "down": {"kernel": jnp.asarray(RNG.normal(size=(8, 3)), jnp.float32), "bias": jnp.zeros(3)},
+}
+GROUPS = {"mlp": Group(8, {r"up/kernel$": -1, r"down/kernel$": 0})}
+SAMPLES = {"down/kernel": jnp.asarray(Z)}
 
+
+def test_the_seed_nearest_to_the_dense_model_is_taken():
     apart = {3: 0.5, 4: 0.25, 5: 0.75}
-    best = redundancy.best_of_seeds(rankings, [3, 4, 5], lambda tried: apart[tried["mlp"].seed])
-    assert (best["mlp"].seed, best["mlp"].distance) == (4, 0.25)
+
+    def distance(found):
+        return apart[found["mlp"].seed]
+
+    best = redundant_units(
+        GROUPS, PARAMS, SAMPLES, method="pairs", seeds=[3, 4, 5], distance=distance, width="median"
+    )["mlp"]
+    assert (best.seed, best.distance) == (4, 0.25)
+    alone = redundant_units(GROUPS, PARAMS, SAMPLES, method="pairs", seeds=[4], width="median")
+    assert alone["mlp"].removed == best.removed
+
+
+def test_units_of_a_model_are_chosen_and_folded_by_their_redundancy():
+    """The default width is aligned to the outputs; what goes first is what others tell."""
+    found = redundant_units(GROUPS, PARAMS, SAMPLES)
+    keep = structured.choose(GROUPS, redundancy_scores(GROUPS, found), sparsity=0.5)
+    assert sorted(unit % 4 for unit in keep["mlp"]) == [0, 1, 2, 3]
+    new = fold_units(PARAMS, GROUPS, keep, found, SAMPLES)
+    outputs = Z @ np.asarray(PARAMS["down"]["kernel"])
+    gone = np.setdiff1d(np.arange(8), keep["mlp"])
+    assert (new["down"]["kernel"][gone] == 0).all()
+    plain = np.where(np.isin(np.arange(8), gone)[:, None], 0, PARAMS["down"]["kernel"])
+
+    def lost(kernel, bias=0):
+        return np.square(Z @ np.asarray(kernel) + bias - outputs).sum()
+
+    assert lost(new["down"]["kernel"], np.asarray(new["down"]["bias"])) < 0.5 * lost(plain)
+
+
+def test_within_clusters_other_units_may_go():
+    seen = []
+    found = redundant_units(
+        GROUPS, PARAMS, SAMPLES, "correlation", clusters=8, progress=lambda *one: seen.append(one)
+    )
+    assert len(found["mlp"].removed) == 7
+    assert seen == [("mlp", found["mlp"])]
+
+
+def test_each_copy_has_an_order_of_its_own():
+    groups = {"mlp": Group(8, {"down": structured.Along(1, copies=0)}, copies=2)}
+    params = {"down": jnp.stack([PARAMS["down"]["kernel"]] * 2)}
+    samples = {"down": jnp.stack([Z, Z[:, ::-1]])}
+    layout = {"down": Axes((1,), (2,), (0,))}
+    found = redundant_units(groups, params, samples, "correlation", layout=layout)
+    assert set(found) == {"mlp[0]", "mlp[1]"}
+    scores = redundancy_scores(groups, found)["mlp"]
+    assert scores.shape == (2, 8)
+    assert (scores[0].argmin(), scores[1].argmin()) == (7, 0)
 
 
 GIVEN = redundancy.Similarity(np.eye(3), "correlation", np.zeros(3, bool), None, 5.0, None, None)
@@ -150,11 +206,34 @@ GIVEN = redundancy.Similarity(np.eye(3), "correlation", np.zeros(3, bool), None,
         (lambda: rank(GIVEN, np.ones(3)).keep(0), "of 3 units 1 to 3 can stay, got 0"),
         (lambda: rank(GIVEN, np.ones(3), remove=1).keep(1), "2 to 3 can stay, got 1"),
         (lambda: clusters_of(Z, 9), "must be 1 to 8, the number of units, got 9"),
+        (lambda: redundant_units(GROUPS, PARAMS, SAMPLES, seeds=[0, 1]), "with distance="),
+        (lambda: redundant_units(GROUPS, PARAMS, {}), "were not sampled; give"),
         (
-            lambda: redundancy.best_of_seeds(lambda seed: {}, [], lambda tried: 0.0),
-            "one or more seeds",
+            lambda: redundant_units(GROUPS, PARAMS, {"down/kernel": Z[:, :4]}),
+            r"shape \(60, 4\), and it has inputs \(8,\)",
         ),
-        (lambda: redundancy.best_of_seeds(lambda seed: {}, [0], lambda tried: jnp.nan), "is NaN"),
+        (
+            lambda: redundant_units(
+                {"heads": Group(4, {r"down/kernel$": structured.Along(0, 2)})}, PARAMS, SAMPLES
+            ),
+            "not a single activation",
+        ),
+        (
+            lambda: redundant_units(
+                GROUPS, PARAMS, SAMPLES, "correlation", distance=lambda found: np.nan
+            ),
+            "is NaN",
+        ),
+        (
+            lambda: fold_units(
+                PARAMS,
+                GROUPS,
+                {"mlp": [0, 7]},
+                redundant_units(GROUPS, PARAMS, SAMPLES, "correlation"),
+                SAMPLES,
+            ),
+            "not what the order of removal leaves",
+        ),
     ],
 )
 def test_what_cannot_be_ranked_is_said(call, said):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from swe_prune import calibration, structured
+from swe_prune.blockwise import prune_blocks
 from swe_prune.blockwise.least_squares import least_squares
 from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError
@@ -165,6 +166,39 @@ def test_a_cut_model_is_nearer_to_the_dense_one_with_the_refit(units):
             for some in (params, new)
         )
         assert refitted < plain
+
+
+def test_block_after_block_the_first_block_is_refitted_as_at_once():
+    """What goes into the first block's projection is that of the dense model either way."""
+    module = gpt.build(CONFIG, vocab_size=11)
+    batches = list(RNG.integers(0, 11, (2, 4, 16)).astype(np.int32))
+    params = jax.jit(module.init)(jax.random.key(0), batches[0])["params"]
+    groups = structured.groups(CONFIG)
+    keep = {name: np.arange(8, 32) for name in groups}
+    mask = structured.unit_mask(params, groups, keep)
+    found = calibration.moments(module, params, batches, leaves=r"down/kernel$", gram=True)
+    once, _ = refit(params, groups, keep, found)
+    after, _, reports = prune_blocks(
+        module, {"params": params}, batches, blocks=gpt.BLOCKS, mask=mask, restore="least_squares"
+    )
+    first, second = (
+        [some[block]["mlp"]["down"]["kernel"] for some in (once, after)]
+        for block in ("block_0", "block_1")
+    )
+    np.testing.assert_allclose(*first, rtol=1e-4, atol=1e-6)
+    assert not np.allclose(*second, rtol=1e-4, atol=1e-6)
+    assert (after["block_0"]["mlp"]["up"]["kernel"][:, :8] == 0).all()
+    assert all(report.restored for report in reports)
+    single = jax.tree.map(lambda m: m.at[0, 0].set(False), mask)
+    for options, said in (
+        ({"mask": single}, "'block_0/mlp/down/kernel' removes single weights"),
+        ({"sparsity": 0.5}, "there is no mask"),
+    ):
+        with pytest.raises(InputError, match=said):
+            prune_blocks(
+                module, {"params": params}, batches, blocks=gpt.BLOCKS, restore="least_squares",
+                **options,
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize(

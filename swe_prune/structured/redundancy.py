@@ -8,11 +8,9 @@ goes) is chosen here.
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -325,119 +323,3 @@ def _drawn(
                 yield int(first), int(second), threshold
         if not found:
             threshold *= LOWERED
-
-
-def clusters_of(
-    samples_NxF: Float[Any, "N F"], number: int, *, seed: int = 0, iterations: int = 25
-) -> Int[np.ndarray, " F"]:
-    """Returns the cluster of each unit, by Lloyd's k-means of their standardized samples.
-
-    Args:
-        samples_NxF: Samples of F units.
-        number: Number of clusters, up to the number of units.
-        seed: Seed of the first centres (k-means++).
-        iterations: Number of iterations.
-
-    Raises:
-        InputError: Fewer than one cluster, more than units, or samples that are all equal.
-    """
-    units_FxN = np.asarray(kernel_width.standardized(samples_NxF)).T
-    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= len(units_FxN):
-        raise InputError(
-            f"the number of clusters must be 1 to {len(units_FxN)}, the number of units, got "
-            f"{number!r}"
-        )
-    # Each first centre is a unit far from the centres before it.
-    rng = np.random.default_rng(seed)
-    chosen = [int(rng.integers(len(units_FxN)))]
-    near_F = ((units_FxN - units_FxN[chosen[0]]) ** 2).sum(1)
-    while len(chosen) < number:
-        total = near_F.sum()
-        odds = near_F / total if total > 0 else None
-        chosen.append(int(rng.choice(len(units_FxN), p=odds)))
-        near_F = np.minimum(near_F, ((units_FxN - units_FxN[chosen[-1]]) ** 2).sum(1))
-    return np.asarray(_lloyd(jnp.asarray(units_FxN), jnp.asarray(units_FxN[chosen]), iterations))
-
-
-@jax.jit
-def _nearest(units_FxN: Any, centres_CxN: Any) -> Any:
-    squares_C = jnp.sum(centres_CxN**2, 1)
-    return jnp.argmin(squares_C - 2 * units_FxN @ centres_CxN.T, axis=1)
-
-
-def _lloyd(units_FxN: Any, centres_CxN: Any, iterations: int) -> Any:
-    for _ in range(iterations):
-        member_F = _nearest(units_FxN, centres_CxN)
-        one_CxF = jax.nn.one_hot(member_F, len(centres_CxN), axis=0)
-        count_C = one_CxF.sum(1, keepdims=True)
-        moved = one_CxF @ units_FxN / jnp.maximum(count_C, 1)
-        centres_CxN = jnp.where(count_C > 0, moved, centres_CxN)
-    return _nearest(units_FxN, centres_CxN)
-
-
-def fold(
-    kernel_FxD: Float[Any, "F D"],
-    samples_NxF: Float[Any, "N F"],
-    removals: Sequence[Removal],
-    bias_D: Float[Any, " D"] | None = None,
-) -> tuple[Float[np.ndarray, "F D"], Float[np.ndarray, " D"] | None]:
-    """Returns the projection that reads the units, with removed ones folded into their partners.
-
-    By least squares over the samples z_k ≈ α z_l + β, so W_l += α W_k, and b += β W_k; without a
-    bias β is 0. A partner that goes later takes along what was folded into it.
-
-    Args:
-        kernel_FxD: Kernel of the projection.
-        samples_NxF: Samples of its inputs, not standardized.
-        removals: Units that go, in their order.
-        bias_D: Bias of the projection.
-    """
-    kernel = np.array(kernel_FxD, np.float64)
-    bias = None if bias_D is None else np.array(bias_D, np.float64)
-    samples = np.asarray(samples_NxF, np.float64)
-    mean_F = samples.mean(0) if bias is not None else np.zeros(samples.shape[1])
-    for removal in removals:
-        unit, partner = removal.unit, removal.partner
-        alpha = 0.0
-        if partner is not None:
-            own, other = samples[:, unit] - mean_F[unit], samples[:, partner] - mean_F[partner]
-            power = other @ other
-            alpha = own @ other / power if power > 0 else 0.0
-            kernel[partner] += alpha * kernel[unit]
-        if bias is not None:
-            through = 0.0 if partner is None else alpha * mean_F[partner]
-            bias += (mean_F[unit] - through) * kernel[unit]
-        kernel[unit] = 0
-    dtype = np.asarray(kernel_FxD).dtype
-    return kernel.astype(dtype), None if bias is None else bias.astype(np.asarray(bias_D).dtype)
-
-
-def best_of_seeds(
-    rankings: Callable[[int], Mapping[str, Redundancy]],
-    seeds: Sequence[int],
-    distance: Callable[[Mapping[str, Redundancy]], float],
-) -> dict[str, Redundancy]:
-    """Returns the rankings of the seed whose pruned model is nearest to the dense one.
-
-    Args:
-        rankings: Function from a seed to the ranking of each group.
-        seeds: Seeds to try.
-        distance: Function from rankings to the divergence KL(dense ‖ pruned) of the model pruned by
-            them on calibration text, in nats.
-
-    Raises:
-        InputError: No seed, or a distance that is not a number.
-    """
-    if not seeds:
-        raise InputError("best_of_seeds must have one or more seeds, got none")
-    found: dict[str, Redundancy] = {}
-    least = math.inf
-    for seed in seeds:
-        tried = rankings(seed)
-        apart = float(distance(tried))
-        if math.isnan(apart):
-            raise InputError(f"the distance of seed {seed} is NaN; check the model and its text")
-        if not found or apart < least:
-            least = apart
-            found = {name: dataclasses.replace(one, distance=apart) for name, one in tried.items()}
-    return found

@@ -107,8 +107,9 @@ def refit(
             continue  # only outputs go
         moments = _moments(name, measured, axes)
         held = None if holdout is None else _moments(name, holdout, axes)
-        bias_name = _bias_name(name, leaves)
-        made = _refitted(name, leaves, bias_name, axes, rows_xR, moments, held, damping)
+        made = _refitted(
+            name, leaves, bias_name(name, leaves), axes, rows_xR, moments, held, damping
+        )
         new |= made[0]
         reports += made[1]
     return tree.map_named(lambda name, leaf: new.get(name, leaf), params), tuple(reports)
@@ -117,7 +118,7 @@ def refit(
 def _refitted(
     name: str,
     leaves: Mapping[str, Any],
-    bias_name: str | None,
+    of_bias: str | None,
     axes: Axes,
     rows_xR: np.ndarray,
     moments: Moments,
@@ -130,7 +131,7 @@ def _refitted(
     width, inputs = weight_xRxC.shape[-1], weight_xRxC.shape[-2]
     copies = weight_xRxC.reshape(-1, inputs, width)
     keeps = rows_xR.reshape(-1, inputs)
-    bias = None if bias_name is None else leaves[bias_name]
+    bias = None if of_bias is None else leaves[of_bias]
     if bias is not None and bias.size != len(copies) * width:
         bias = None  # of another shape, such as one that copies share
     biases: Any = [None] * len(copies) if bias is None else bias.reshape(len(copies), width)
@@ -145,8 +146,8 @@ def _refitted(
         reports.append(report)
     matrix_xRxC = jnp.stack(kernels).reshape(weight_xRxC.shape)
     found = {name: patterns.from_matrix(matrix_xRxC, weight.shape, axes)}
-    if bias is not None and bias_name is not None:
-        found[bias_name] = jnp.stack(shifted).reshape(bias.shape)
+    if bias is not None and of_bias is not None:
+        found[of_bias] = jnp.stack(shifted).reshape(bias.shape)
     return found, reports
 
 
@@ -229,7 +230,7 @@ def _of_copy(moments: Moments | None, at: int) -> Moments | None:
     )
 
 
-def _bias_name(name: str, leaves: Mapping[str, Any]) -> str | None:
+def bias_name(name: str, leaves: Mapping[str, Any]) -> str | None:
     """Returns the name of the bias next to a kernel, or None."""
     bias = "/".join([*name.split("/")[:-1], "bias"])
     return bias if leaves.get(bias) is not None else None
