@@ -111,6 +111,7 @@ COMMANDS = {
     "finetune": Command("fine-tune every pruned cell, and the controls", RunSettings),
     "evaluate": Command("compute the losses again from what is on disk", DistributedSettings),
     "report": Command("figures and page from what has finished", WorkdirSettings),
+    "cut": Command("cut neurons, heads or layers out of a pretrained model", None),
     "bench": Command("time a pretrained model, alone or in turns with another", None),
 }
 OVERRIDE = "--config."

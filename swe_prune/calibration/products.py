@@ -4,8 +4,9 @@
 brought into the form (copies, N, R), with R in the order of the weight's input axes, and summed.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,9 @@ from swe_prune.layout.walk import Product, SumKey, Sums, Walk
 
 PRECISION = jax.lax.Precision.HIGHEST  # accelerators round the factors of a product by default
 
+Reduce = Callable[[Array, Product], dict[str, Array]]
+"""Function of (x_KxNxR, product) to the sums over N that are wanted, whose leading axes are K's."""
+
 
 def input_sums(
     traced: Traced,
@@ -26,7 +30,8 @@ def input_sums(
     batch: PyTree,
     wanted: Mapping[str, Any],
     *,
-    hessian: bool,
+    hessian: bool = False,
+    reduce: Reduce | None = None,
 ) -> dict[str, dict[str, Array]]:
     """Returns sums over the inputs of each wanted weight in one call of a function.
 
@@ -39,18 +44,22 @@ def input_sums(
         batch: Pytree of arrays.
         wanted: Mapping whose keys are the names of the weights to measure.
         hessian: Whether to sum the outer products too.
+        reduce: Other sums to compute in place of these two. They are added up over all products
+            of a weight.
 
     Returns:
         Sums by name, float32: "square", Σ x², with the weight's shape along its copies and inputs
-        and 1 along its outputs; with `hessian` also "outer", Σ x xᵀ, copies x R x R.
+        and 1 along its outputs; with `hessian` also "outer", Σ x xᵀ, copies x R x R. Those of
+        `reduce` have the copies in front.
 
     Raises:
         InputError: A wanted weight is used in a way that cannot be measured.
     """
+    how = functools.partial(_reduced, hessian=hessian) if reduce is None else reduce
 
     def measure(product: Product) -> Sums:
         name = traced.names[product.view.leaf]
-        return _sums(name, product, hessian) if name in wanted else {}
+        return _sums(name, product, how) if name in wanted else {}
 
     walk = Walk(traced.shapes, measure)
     _, sums = walk.run(traced.closed, traced.cells(array_leaves(params, batch)))
@@ -63,7 +72,7 @@ def input_sums(
     }
 
 
-def _sums(name: str, product: Product, hessian: bool) -> Sums:
+def _sums(name: str, product: Product, reduce: Reduce) -> Sums:
     """Returns the sums of one product."""
     view = product.view
     if not view.whole:
@@ -75,7 +84,7 @@ def _sums(name: str, product: Product, hessian: bool) -> Sums:
         name, product
     )
     x_KxNxR = _ordered(x.astype(jnp.float32), inputs, len(copies))
-    found = _reduced(x_KxNxR, product, hessian)
+    found = reduce(x_KxNxR, product)
     # Copies that all get these activations have the same sums.
     shared = [
         piece
@@ -260,6 +269,8 @@ def _by_axis(
     for kind, x in value.items():
         x = jnp.transpose(x, [*order, *range(len(labels), x.ndim)])
         found[kind] = x.reshape(*sizes, *x.shape[len(labels) :])
+    if "square" not in found:
+        return found
     # The squares get the weight's axes, of length 1 along its outputs.
     summed = sorted({piece.axis for piece in inputs})
     square = found["square"].reshape(*sizes, *(shape[axis] for axis in summed))

@@ -63,6 +63,21 @@ class ChoiceSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class CalibrationSettings:
+    """The text to calibrate on."""
+
+    calibration: str = option(
+        CALIBRATION, "text to calibrate on: a file, or DATASET:SPLIT", metavar="TEXT"
+    )
+    calibration_windows: int = option(128, "number of random windows to calibrate on")
+    calibration_window: int | None = option(
+        None, "tokens per calibration window; default: the model's context, at most 2048"
+    )
+    calibration_batch: int = option(8, "calibration windows per batch")
+    seed: int = option(0, "seed of the calibration windows and of random criteria")
+
+
+@dataclasses.dataclass(frozen=True)
 class JudgingSettings:
     """The text on which a model is evaluated, and how."""
 
@@ -83,7 +98,7 @@ class JudgingSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class RequestSettings(ModelSettings, ChoiceSettings):
+class RequestSettings(ModelSettings, ChoiceSettings, CalibrationSettings):
     """What is to be pruned, and how: `plan --model`."""
 
     criterion: str = option("", "registered criterion, or sparsegpt or wanda_variant")
@@ -101,16 +116,7 @@ class RequestSettings(ModelSettings, ChoiceSettings):
     at_once: bool = option(
         False, "scores of the whole dense model at once, instead of block after block"
     )
-    calibration: str = option(
-        CALIBRATION, "text to calibrate on: a file, or DATASET:SPLIT", metavar="TEXT"
-    )
-    calibration_windows: int = option(128, "number of random windows to calibrate on")
-    calibration_window: int | None = option(
-        None, "tokens per calibration window; default: the model's context, at most 2048"
-    )
-    calibration_batch: int = option(8, "calibration windows per batch")
     offload: bool = option(False, "weights and activations in host memory but for one block")
-    seed: int = option(0, "seed of the calibration windows and of random criteria")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +124,33 @@ class PruneSettings(RequestSettings, JudgingSettings):
     """`prune --model`."""
 
     out: str = option("", "folder to write, which must not exist", metavar="DIR")
+
+
+@dataclasses.dataclass(frozen=True)
+class CutSettings(ModelSettings, CalibrationSettings, JudgingSettings):
+    """`cut --model`."""
+
+    units: Literal["neurons", "heads", "query_heads", "layers"] = option(
+        "", "what is removed as a whole"
+    )
+    criterion: str = option("", "registered criterion, whose scores of weights score the units")
+    out: str = option("", "folder to write, which must not exist", metavar="DIR")
+    sparsity: float | None = option(None, "fraction of the units to remove, in [0, 1)")
+    budget: str | None = option(
+        None,
+        "limit of the cut model, in place of a sparsity: params=N, bytes=N of weights, flops=N or "
+        "latency=SECONDS of decoding one token",
+        metavar="NAME=NUMBER",
+    )
+    reduce: Literal["sum", "mean", "l2", "max"] = option(
+        "l2", "how the scores of the weights of a unit become one"
+    )
+    multiple: int | None = option(
+        None, "number of which the kept units are a multiple; default: 8 of neurons, 1 of others"
+    )
+    options: tuple[str, ...] = option(
+        (), "NAME=VALUE of the criterion; may be given again", name="option"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +220,7 @@ class BenchSettings(WeightsSettings):
 COMMANDS = {
     "plan": RequestSettings,
     "prune": PruneSettings,
+    "cut": CutSettings,
     "finetune": FinetuneSettings,
     "evaluate": EvaluateSettings,
     "bench": BenchSettings,

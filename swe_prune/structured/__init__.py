@@ -16,7 +16,7 @@ rule.
 """
 
 from swe_prune.structured.budget import Budget, flops, memory
-from swe_prune.structured.choice import choose, summary
+from swe_prune.structured.choice import Keep, choose, summary
 from swe_prune.structured.cutting import cut, unit_mask
 from swe_prune.structured.decoder import UNITS, cut_config, groups
 from swe_prune.structured.group import Along, Group
@@ -28,6 +28,7 @@ __all__ = [
     "Along",
     "Budget",
     "Group",
+    "Keep",
     "choose",
     "cut",
     "cut_config",

@@ -146,7 +146,7 @@ def unit_numbers(group: Group, group_name: str, values: PyTree) -> dict[str, Num
 
 
 def _indices(along: Along, group: Group, kept: np.ndarray) -> np.ndarray:
-    """Returns the kept indices along the axis: (size,), or (copies, size) where each has its own."""
+    """Returns the kept indices along the axis: (size,), or (copies, size) of each copy."""
     if group.copies is not None and along.copies == along.axis:  # copies are parts of the axis
         kept = (kept + np.arange(group.copies)[:, None] * group.units).reshape(-1)
     columns = kept[..., None] * along.width + np.arange(along.width)

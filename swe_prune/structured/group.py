@@ -60,7 +60,7 @@ class Group:
     """
 
     units: int
-    axes: Mapping[str, int | None | Along]
+    axes: Mapping[str, int | Along | None]
     copies: int | None = None
     multiple: int = 1
 
