@@ -55,11 +55,8 @@ def test_a_run_prefills_and_decodes_every_new_token(work):
     assert int(work._decode(state).step) == 1 + LOAD.new
 
 
-def test_memory_and_flops_are_at_least_what_the_weights_ask_for(work):
+def test_memory_is_at_least_weights_and_cache(work):
     params = latency.zeros(gpt.build(CONFIG, 17))
-    kernels = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
-    kernels -= params["position_embedding"].size
-    assert 2 * kernels <= work.flops <= 4 * kernels
     cache = 2 * LOAD.batch * (LOAD.prompt + LOAD.new + 1) * CONFIG.width * 4
     assert work.peak_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + cache
 

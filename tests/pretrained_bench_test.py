@@ -4,8 +4,9 @@ import json
 
 import pretrained_tiny
 import pytest
+from interop_tiny import assert_same_params
 
-from swe_prune import cli, interop, tree
+from swe_prune import cli, interop, masks, tree
 
 QUICK = ["--batch=1", "--batch=2", "--prompt-tokens=8", "--new-tokens=3", "--runs=2"]
 
@@ -34,6 +35,28 @@ def test_two_models_side_by_side_as_a_table_and_as_json(place, capsys):
         assert decode["tokens_per_second"] == pytest.approx(3 * int(batch) / decode["median"])
         assert len(decode["ratio"]) == 3
         assert "ratio" not in found["against"]["batches"][batch]["decode"]
+
+
+def test_a_compressed_model_is_smaller_and_is_read_as_any_other(place, tmp_path, capsys):
+    texts = [f"--evaluation={place.held_out}", "--window=32", "--eval-windows=2", "--new-tokens=2"]
+    out, tuned = tmp_path / "pruned", tmp_path / "tuned"
+    prune = ["prune", f"--model={place.model}", "--criterion=magnitude", "--sparsity=0.5", *texts]
+    assert cli.main([*prune, f"--out={out}", "--compress"]) == 0
+    shown = capsys.readouterr().out
+    assert "transformers cannot read its compressed.safetensors" in shown
+    model, mask = interop.load(out), interop.read_masks(out)
+    assert_same_params(model.params, masks.apply(interop.load(place.model).params, mask))
+    finetune = ["finetune", f"--model={out}", f"--text={place.train}", "--steps=1", *texts]
+    sizes = ["--batch=2", "--train-window=16"]
+    assert cli.main([*finetune, f"--out={tuned}", *sizes, "--compress"]) == 0
+    capsys.readouterr()
+    command = ["bench", f"--model={tuned}", f"--against={place.model}", *QUICK, "--json"]
+    assert cli.main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    nonzero = tree.size(model.params) - masks.summary(mask).pruned
+    assert found["model"]["nonzero"] == nonzero
+    assert found["model"]["file_bytes"] < 0.75 * found["against"]["file_bytes"]
+    assert "zeros save no time" in " ".join(found["notes"])
 
 
 @pytest.mark.parametrize(

@@ -149,13 +149,10 @@ class Compiled:
         load: What a run computes.
         peak_bytes: Memory that the larger program needs by the compiler's count: parameters, KV
             cache, results and temporaries.
-        flops: Operations of decoding one token of one text, by the compiler's count of the program
-            before its optimization.
     """
 
     load: Workload
     peak_bytes: int
-    flops: float
     _prefill: Callable[[], Any] = dataclasses.field(repr=False)
     _decode: Callable[[Any], Any] = dataclasses.field(repr=False)
 
@@ -204,11 +201,9 @@ def compiled(model: Any, params: PyTree, load: Workload, name: str = "model") ->
     # 3. Prepare a run.
     prompts = np.random.default_rng(0).integers(model.vocab_size, size=shape, dtype=np.int32)
     given = params, prompts, np.ones(shape, bool), key, NO_END
-    counted: Any = second.cost_analysis()
     return Compiled(
         load,
         peak,
-        counted["flops"] / load.batch,  # of the loop's body, once
         functools.partial(prefill, *given),
         lambda state: decode(params, state, key, NO_END, until),
     )

@@ -37,6 +37,7 @@ optional            import of optional packages when they are used
 
 from swe_prune.interop.exporting import check_free, export
 from swe_prune.interop.families import FAMILIES
+from swe_prune.interop.folder_files import COMPRESSED
 from swe_prune.interop.hf_config import read_config, write_config
 from swe_prune.interop.lm_eval import harness
 from swe_prune.interop.mask_file import FILE as MASKS
@@ -54,6 +55,7 @@ from swe_prune.interop.slices import abstract_params
 from swe_prune.interop.tokenizer import PretrainedTokenizer
 
 __all__ = [
+    "COMPRESSED",
     "FAMILIES",
     "MASKS",
     "RECORD",

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from swe_prune import interop, tree
+from swe_prune import interop, structured, tree
 from swe_prune.errors import InputError
 from swe_prune.evaluation import latency
 from swe_prune.evaluation.latency import Times, Workload
@@ -31,7 +31,7 @@ class Bench:
         file_bytes: Size in bytes of the files with the weights.
         parameters: Number of parameters.
         nonzero: Number of parameters that are not 0.
-        flops: Operations of decoding one token.
+        flops: Operations of one token in a forward pass over prompt and new tokens.
         peak_bytes: Memory of the programs, by batch size.
         times: Seconds of the prefill and of decoding all new tokens, by batch size.
     """
@@ -63,7 +63,6 @@ def bench(given: BenchSettings, progress: Progress, console: Console) -> dict[st
     built = {name: gpt.build(one.config, one.vocab_size) for name, one in models.items()}
     peaks: dict[str, dict[int, int]] = {name: {} for name in models}
     times: dict[str, dict[int, tuple[Times, ...]]] = {name: {} for name in models}
-    flops: dict[str, float] = {}
     for load in loads:
         progress.say(f"Batch {load.batch}: compiling, then {given.runs} runs of each model.")
         works = {
@@ -72,14 +71,13 @@ def bench(given: BenchSettings, progress: Progress, console: Console) -> dict[st
         }
         for name, found in latency.alternating(works, given.runs, given.warmup).items():
             times[name][load.batch], peaks[name][load.batch] = found, works[name].peak_bytes
-            flops.setdefault(name, works[name].flops)
     results = {
         name: Bench(
             str(one.path),
             sources[name].file_bytes,
             tree.size(one.params),
             latency.nonzero(one.params),
-            flops[name],
+            structured.flops(one.config, one.params, given.prompt_tokens + given.new_tokens),
             peaks[name],
             times[name],
         )
@@ -193,8 +191,8 @@ def machine() -> str:
     """Returns what the times are of."""
     device = jax.devices()[0]
     return (
-        f"{jax.device_count()} {device.platform} device(s), {device.device_kind}, "
-        f"{os.cpu_count()} cores of {platform.machine()}, jax {jax.__version__}"
+        f"{device.device_kind}, {os.cpu_count()} cores of {platform.machine()}, "
+        f"jax {jax.__version__}"
     )
 
 

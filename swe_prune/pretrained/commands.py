@@ -116,7 +116,9 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
         rules=choice.rules(given) or None,
         commit=interop.commit_of_code(),
     )
-    folder = interop.export(given.out, model, params, mask=mask, record=record)
+    folder = interop.export(
+        given.out, model, params, mask=mask, record=record, compress=given.compress
+    )
     judge.show(console, {"dense": dense, "pruned": found}, given.prompts, text.name)
     console.print(
         f"Removed {counted.pruned:,} of {counted.total:,} prunable weights "
@@ -125,7 +127,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
         highlight=False,
         soft_wrap=True,
     )
-    console.print(str(folder), highlight=False, soft_wrap=True)
+    judge.show_folder(console, folder, given.compress)
     return folder
 
 
@@ -174,10 +176,12 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
             )
 
     mask = mask if recorded else None  # no record says how others made their zeros
-    folder = interop.export(given.out, model, params, mask=mask, record=record, also=also)
+    folder = interop.export(
+        given.out, model, params, mask=mask, record=record, also=also, compress=given.compress
+    )
     finetuning.forget(given)
     judge.show(console, {"before": before, "fine-tuned": after}, given.prompts, text.name)
-    console.print(str(folder), highlight=False, soft_wrap=True)
+    judge.show_folder(console, folder, given.compress)
     return folder
 
 

@@ -85,8 +85,9 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
     judged = {"text": text.name, "dense": dense.as_json(), "cut": found.as_json()}
     folder = _write(given, model, small, groups, keep, about, judged, calibration)
     judge.show(console, {"dense": dense, "cut": found}, given.prompts, text.name)
-    for line in (*_lines(about), str(folder)):
+    for line in _lines(about):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
+    judge.show_folder(console, folder, given.compress)
     return folder
 
 
@@ -226,7 +227,9 @@ def _write(
             text = json.dumps(said, indent=2, ensure_ascii=False)
             (folder / interop.RECORD).write_text(text + "\n", encoding="utf-8")
 
-    return interop.export(given.out, small, mask=mask, record=record, also=also)
+    return interop.export(
+        given.out, small, mask=mask, record=record, also=also, compress=given.compress
+    )
 
 
 def _lines(about: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,18 @@ def judge(
         float(np.mean([repetition(tokens).shares[2] for tokens in made.tokens])),
         distance,
     )
+
+
+def show_folder(console: Console, folder: Path, compressed: bool) -> None:
+    """Prints where a model was written, and who can read it."""
+    lines = [str(folder)]
+    if compressed:
+        lines.append(
+            f"transformers cannot read its {interop.COMPRESSED}; interop.load and --model=PATH "
+            "can, and interop.export(DIR, interop.load(PATH)) writes an ordinary folder."
+        )
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def table(rows: dict[str, Verdict], prompts: tuple[str, ...], text: str) -> list[Any]:

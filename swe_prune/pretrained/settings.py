@@ -120,21 +120,28 @@ class RequestSettings(ModelSettings, ChoiceSettings, CalibrationSettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class PruneSettings(RequestSettings, JudgingSettings):
-    """`prune --model`."""
+class OutSettings:
+    """The folder that a command writes."""
 
     out: str = option("", "folder to write, which must not exist", metavar="DIR")
+    compress: bool = option(
+        False, "weights without their zeros, in a smaller file that transformers cannot read"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class CutSettings(ModelSettings, CalibrationSettings, JudgingSettings):
+class PruneSettings(RequestSettings, JudgingSettings, OutSettings):
+    """`prune --model`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CutSettings(ModelSettings, CalibrationSettings, JudgingSettings, OutSettings):
     """`cut --model`."""
 
     units: Literal["neurons", "heads", "query_heads", "layers"] = option(
         "", "what is removed as a whole"
     )
     criterion: str = option("", "registered criterion, whose scores of weights score the units")
-    out: str = option("", "folder to write, which must not exist", metavar="DIR")
     sparsity: float | None = option(None, "fraction of the units to remove, in [0, 1)")
     budget: str | None = option(
         None,
@@ -154,10 +161,9 @@ class CutSettings(ModelSettings, CalibrationSettings, JudgingSettings):
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneSettings(ModelSettings, ChoiceSettings, JudgingSettings):
+class FinetuneSettings(ModelSettings, ChoiceSettings, JudgingSettings, OutSettings):
     """`finetune --model`."""
 
-    out: str = option("", "folder to write, which must not exist", metavar="DIR")
     text: str = option(CALIBRATION, "text to train on: a file, or DATASET:SPLIT", metavar="TEXT")
     track: bool = option(False, "statistics of the trajectory, for prune --criterion=swe")
     track_every: int = option(5, "steps between snapshots of the trajectory")
