@@ -33,6 +33,7 @@ from swe_prune import (
     schedules,
     select,
     sparse_training,
+    structured,
     trajectory,
     tree,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "schedules",
     "select",
     "sparse_training",
+    "structured",
     "trajectory",
     "tree",
 ]

@@ -71,6 +71,10 @@ class RopeConfig:
     long_factors: tuple[float, ...] = ()  # one divisor per frequency of "longrope", long texts
 
 
+PER_LAYER = ("sliding", "rotary", "layer_hidden", "layer_heads", "layer_kv_heads")
+"""Fields of `ModelConfig` with an entry for each layer, or none."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only Transformer of one of many families, from GPT-2 on; see `models/gpt.py`."""
@@ -119,6 +123,9 @@ class ModelConfig:
     sliding: tuple[bool, ...] = ()  # which layers have the window; empty: all
     sliding_theta: float | None = None  # theta of the layers with the window, without scaling;
     # None: as the other layers
+    layer_hidden: tuple[int, ...] = ()  # hidden of each layer, after a cut; empty: all alike
+    layer_heads: tuple[int, ...] = ()  # heads of each layer, after a cut; empty: all alike
+    layer_kv_heads: tuple[int, ...] = ()  # kv_heads of each layer, given with layer_heads
     experts: int | None = None  # number of experts in each MLP; None: one MLP for all tokens
     experts_per_token: int = 2  # number of experts that each token is routed to
     pretrained: str | None = None  # pretrained model whose sizes replace the ones above: a
@@ -145,7 +152,15 @@ class ModelConfig:
 
         Layers that are alike have equal configs. `sliding_theta` is None where it does not apply.
         """
-        changes: dict[str, Any] = {"sliding": (), "rotary": ()}
+        changes: dict[str, Any] = dict.fromkeys(PER_LAYER, ())
+        if self.layer_hidden:
+            changes["hidden"] = self.layer_hidden[layer]
+        if self.layer_heads:
+            changes |= {
+                "heads": self.layer_heads[layer],
+                "kv_heads": self.layer_kv_heads[layer],
+                "head_width": self.head_size,
+            }
         if self.sliding and not self.sliding[layer]:
             changes |= {"window": None, "sliding_theta": None}
         if self.rotary and not self.rotary[layer]:

@@ -12,7 +12,7 @@ HOUSE = [
     "version", "errors", "bounds", "runtime", "ledger", "tree", "counting", "trajectory",
     "layout", "select", "schedules", "importance", "allocation", "patterns", "masks",
     "sparse_training", "calibration", "blockwise", "recipe", "pruning", "config", "sweep",
-    "models", "structured", "data", "training", "parallel", "checkpoint", "resumable",
+    "structured", "models", "data", "training", "parallel", "checkpoint", "resumable",
     "evaluation", "interop", "pretrained", "related", "study", "report", "cli", "__main__",
 ]  # fmt: skip
 

@@ -194,6 +194,29 @@ def into_first(run: Callable[[], Any], paths: Sequence[str]) -> list[Any]:
     return [leaf if isinstance(leaf, Tracer) else None for leaf in reached]
 
 
+def residuals(run: Callable[[], Any], paths: Sequence[str]) -> list[Any]:
+    """Returns the first array that the first block is called with, and that each block returns.
+
+    To be called inside a trace, such as that of `jax.jit`.
+
+    Raises:
+        InputError: A block that is called inside of a transformation such as nn.scan.
+    """
+    found: list[Any] = []
+    outside = current_trace()
+
+    def on_block(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        _check_plain("/".join(context.module.path), outside)
+        result = call(*args, **kwargs)
+        for values in (result,) if found else ((args, kwargs), result):
+            found.append(next(x for x in jax.tree.leaves(values) if isinstance(x, Tracer)))
+        return result
+
+    with _intercepting(_at(paths, on_block)):
+        run()
+    return found
+
+
 @contextlib.contextmanager
 def _intercepting(interceptor: Callable[..., Any]) -> Iterator[None]:
     with nn.intercept_methods(interceptor), nnx_blocks.intercept(interceptor):

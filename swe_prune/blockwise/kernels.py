@@ -7,17 +7,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from swe_prune import counting, patterns, select
 from swe_prune.blockwise import wanda
 from swe_prune.blockwise.admm import admm
+from swe_prune.blockwise.least_squares import least_squares
 from swe_prune.blockwise.sparsegpt import SolverReport, sparsegpt
 from swe_prune.layout import Axes
 
 METHODS = ("wanda", "wanda_variant", "sparsegpt", "admm", "magnitude")
-RESTORES = (None, "admm")
-DAMPING: Mapping[str, float] = {"sparsegpt": 0.01, "admm": 0.1}
+RESTORES = (None, "admm", "least_squares")
+DAMPING: Mapping[str, float] = {"sparsegpt": 0.01, "admm": 0.1, "least_squares": 0.01}
 """Default share of the Hessian's mean diagonal that is added to it, by method."""
 
 
@@ -199,10 +201,15 @@ def _matrix(
         return pruned_RxC, pruned_RxC, keep_RxC, _Done(report)
     # Restore the weights that stay.
     assert hessian is not None
-    damping = plan.damping_of("admm")
-    restored_RxC, _, solved = admm(
-        weight_RxC, hessian, mask=keep_RxC, damping=damping, cross_RxR=cross
-    )
+    damping = plan.damping_of(plan.restore)
+    if plan.restore == "admm":
+        restored_RxC, _, solved = admm(
+            weight_RxC, hessian, mask=keep_RxC, damping=damping, cross_RxR=cross
+        )
+    else:  # whole inputs go, and maybe whole outputs
+        inputs_R, outputs_C = np.asarray(keep_RxC.any(1)), keep_RxC.any(0)
+        restored_RxC, solved = least_squares(weight_RxC, hessian, inputs_R, damping)
+        restored_RxC = zeroed(restored_RxC, jnp.broadcast_to(outputs_C, keep_RxC.shape))
     return restored_RxC, pruned_RxC, keep_RxC, _Done(solved, True)
 
 

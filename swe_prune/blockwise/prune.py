@@ -137,6 +137,8 @@ def prune_blocks(
     check_choice(zeros, importance.ZEROS, "zeros")
     paths = block_graph.find([name for name, _ in tree.named_leaves(params)], blocks)
     given = None if mask is None else _given_masks(params, mask, sparsity, pattern)
+    if restore == "least_squares":
+        _check_whole_inputs(given)
     if given is not None:
         prunable = tree.map_leaves(lambda name, _: name in given, params)
     chosen = measuring.wanted_shapes(params, prunable)
@@ -203,6 +205,18 @@ def _given_masks(
     if not found:
         raise InputError("every mask is None, that is dense, so there is nothing to prune")
     return found
+
+
+def _check_whole_inputs(masks: Mapping[str, Array] | None) -> None:
+    """Refuses masks that do not remove whole inputs, or outputs, of kernels in Flax's layout."""
+    for name, keep in (masks or {"": None}).items():
+        outer = None if keep is None else keep.any(-1, keepdims=True) & keep.any(-2, keepdims=True)
+        if keep is None or (keep.ndim > 1 and not bool((keep == outer).all())):
+            what = f"that of {name!r} removes single weights" if name else "there is no mask"
+            raise InputError(
+                f"restore='least_squares' needs mask= that removes whole inputs, and {what}; give "
+                "structured.unit_mask(params, groups, keep), or take restore='admm'"
+            )
 
 
 def _one_block(

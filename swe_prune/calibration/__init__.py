@@ -2,6 +2,8 @@
 
 layer_inputs    norms and Hessians of the layer inputs of any Linen model
 measures        everything that a set of criteria needs, in as few passes as possible
+samples         a random sample of the inputs of weights, token by token
+moments         mean, mean square and Gram matrix of the inputs of weights
 loss_gradients  mean and mean square of the per-example gradients of a loss
 layers          the input rows that each layer multiplies with its kernel
 intercept       capture of those inputs without changing the model's code
@@ -13,5 +15,7 @@ All functions return what `importance.score(measured=)` takes, so the results ca
 from swe_prune.calibration.layer_inputs import inputs
 from swe_prune.calibration.loss_gradients import gradients
 from swe_prune.calibration.measures import measure
+from swe_prune.calibration.moments import Moments, moments
+from swe_prune.calibration.samples import samples
 
-__all__ = ["gradients", "inputs", "measure"]
+__all__ = ["Moments", "gradients", "inputs", "measure", "moments", "samples"]

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from swe_prune import tree
 from swe_prune.errors import InputError
@@ -71,3 +71,18 @@ def _dtype(leaf: Any) -> Any:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return leaf.dtype
     return jax.dtypes.canonicalize_dtype(leaf.dtype)
+
+
+def counted_rows(batch: PyTree, rows: int) -> Array | None:
+    """Returns which rows of an activation count, bool, or None if all do.
+
+    Padding is where batch["weights"] is 0, of a batch that has a weight for each row.
+
+    Args:
+        batch: Batch that the activation was computed from.
+        rows: Number of rows of the activation, its sequences one after the other.
+    """
+    weights = batch.get("weights") if isinstance(batch, Mapping) else None
+    if weights is None or jnp.size(weights) != rows:
+        return None
+    return jnp.reshape(weights, -1) > 0

@@ -1,5 +1,6 @@
 """Norms and Hessians of what each weight is multiplied with, on calibration data."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -74,9 +75,8 @@ def inputs(
     >>> (norm["input_norm"] ** 2).ravel().tolist()
     [12.5, 0.0]
     """
-    weights, variables, run = _separated(fn, params, call)
-    first, batches = _peeked(batches)
-    tracing = Tracing(run)
+    weights, variables, tracing = separated(fn, params, call)
+    first, batches = peeked(batches)
     if prunable is None:
         with one_sentence("calibration batch 0", first):
             axes = axes_by_name(tracing(variables, first))
@@ -90,8 +90,10 @@ def inputs(
     return normalize_sums(weights, sums, n, hessian=hessian)
 
 
-def _separated(fn: Any, params: PyTree, call: Call | None) -> tuple[PyTree, dict[str, Any], Run]:
-    """Returns the weights, the variables {"params": arrays, …}, and a function of them and a batch.
+def separated(
+    fn: Any, params: PyTree, call: Call | None = None
+) -> tuple[PyTree, dict[str, Any], "Tracing"]:
+    """Returns the weights, the variables {"params": arrays, …}, and the traces of a function.
 
     Only arrays are arguments of a compiled program, so the weights become a dict of arrays by name
     where the pytree holds anything else.
@@ -100,7 +102,7 @@ def _separated(fn: Any, params: PyTree, call: Call | None) -> tuple[PyTree, dict
         variables = params if isinstance(params, Mapping) and "params" in params else None
         variables = {"params": params} if variables is None else dict(variables)
         model = call or applied
-        return variables["params"], variables, lambda own, batch: model(fn, own, batch)
+        return variables["params"], variables, Tracing(lambda own, batch: model(fn, own, batch))
     if call is not None:
         raise InputError("call= runs a Linen module in another way; give fn as that function")
     run = function_of(fn, params)
@@ -109,10 +111,15 @@ def _separated(fn: Any, params: PyTree, call: Call | None) -> tuple[PyTree, dict
     def filled(own: Mapping[str, Any]) -> PyTree:
         return tree.map_leaves(lambda name, leaf: own["params"].get(name, leaf), params)
 
-    return params, {"params": arrays}, lambda own, batch: run(filled(own), batch)
+    return params, {"params": arrays}, Tracing(lambda own, batch: run(filled(own), batch))
 
 
-def _peeked(batches: Iterable[PyTree]) -> tuple[PyTree, Iterable[PyTree]]:
+def peeked(batches: Iterable[PyTree]) -> tuple[PyTree, Iterable[PyTree]]:
+    """Returns the first batch, and all batches.
+
+    Raises:
+        InputError: If there is no batch, or one batch in place of batches.
+    """
     rest = batching.each(batches)
     try:
         first = next(rest)
@@ -165,12 +172,13 @@ class Tracing:
             self._known[kind] = trace(
                 lambda params, given: self.run({**given[0], "params": params}, given[1]),
                 variables["params"],
-                batching.shapes((_others(variables), batch)),
+                batching.shapes((others(variables), batch)),
             )
         return self._known[kind]
 
 
-def _others(variables: Mapping[str, Any]) -> dict[str, Any]:
+def others(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the collections of variables other than the parameters."""
     return {name: value for name, value in variables.items() if name != "params"}
 
 
@@ -190,8 +198,8 @@ def make_measure_fn(
     def measure(variables: Any, batch: Any) -> dict[str, dict[str, Array]]:
         batch, other = batch if paired else (batch, None)
         traced = tracing(variables, batch)
-        given = (_others(variables), batch)
-        beside = (_others(variables), other) if paired else None
+        given = (others(variables), batch)
+        beside = (others(variables), other) if paired else None
         return input_sums(
             traced, variables["params"], given, wanted, hessian=hessian, beside=beside
         )
@@ -206,13 +214,19 @@ def make_accumulate_step(measure: Callable[[Any, Any], Any]) -> Callable[..., An
         # Besides the sums, track the first batch with a non-finite input, for the error message.
         sums, first_bad = state
         new = measure(variables, batch)
-        bad = {name: ~jnp.all(jnp.isfinite(leaf["square"])) for name, leaf in new.items()}
+        bad = {name: ~_finite(leaf) for name, leaf in new.items()}
         first_bad = {
             name: jnp.where((at < 0) & bad[name], number, at) for name, at in first_bad.items()
         }
         return jax.tree.map(jnp.add, sums, new), first_bad
 
     return jax.jit(add, donate_argnums=1)
+
+
+def _finite(sums: Mapping[str, Array]) -> Array:
+    """Returns whether sums are finite; outer products are where the squares are."""
+    small = [jnp.all(jnp.isfinite(value)) for kind, value in sums.items() if kind != "outer"]
+    return functools.reduce(jnp.logical_and, small)
 
 
 def accumulate(

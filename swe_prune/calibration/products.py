@@ -21,6 +21,9 @@ from swe_prune.layout.walk import Product, SumKey, Sums, Walk
 
 PRECISION = jax.lax.Precision.HIGHEST  # accelerators round the factors of a product by default
 
+Reduce = Callable[[Array, Product], dict[str, Array]]
+"""Function of (x_KxNxR, product) to the sums over N that are wanted, whose leading axes are K's."""
+
 
 def input_sums(
     traced: Traced,
@@ -28,7 +31,8 @@ def input_sums(
     batch: PyTree,
     wanted: Mapping[str, Any],
     *,
-    hessian: bool,
+    hessian: bool = False,
+    reduce: Reduce | None = None,
     beside: PyTree | None = None,
 ) -> dict[str, dict[str, Array]]:
     """Returns sums over the inputs of each wanted weight in one call of a function.
@@ -42,6 +46,8 @@ def input_sums(
         batch: Pytree of arrays.
         wanted: Mapping whose keys are the names of the weights to measure.
         hessian: Whether to sum the outer products too.
+        reduce: Other sums to compute in place of these two. They are added up over all products
+            of a weight.
         beside: Pytree of arrays like `batch`, of the same tokens as another model sees them. None:
             no sums over pairs.
 
@@ -49,12 +55,13 @@ def input_sums(
         Sums by name, float32: "square", Σ x², with the weight's shape along its copies and inputs
         and 1 along its outputs; with `hessian` also "outer", Σ x xᵀ, copies x R x R; with `beside`
         also "cross", Σ x x'ᵀ, of each input x and the input x' that `beside` has in its place.
+        Those of `reduce` have the copies in front.
 
     Raises:
         InputError: A wanted weight is used in a way that cannot be measured.
     """
     met: dict[str, list[Array]] = {}
-    reduced = functools.partial(_reduced, hessian=hessian)
+    how = functools.partial(_reduced, hessian=hessian) if reduce is None else reduce
 
     def measure(product: Product) -> Sums:
         name = traced.names[product.view.leaf]
@@ -63,9 +70,9 @@ def input_sums(
 
         def first(x: Array, product: Product) -> dict[str, Array]:
             met.setdefault(name, []).append(x)
-            return reduced(x, product)
+            return how(x, product)
 
-        return _sums(name, product, first if beside is not None else reduced)
+        return _sums(name, product, first if beside is not None else how)
 
     def measure_pairs(product: Product) -> Sums:
         name = traced.names[product.view.leaf]
@@ -99,8 +106,8 @@ def _measured(
     }
 
 
-def _sums(name: str, product: Product, reduced: Callable[[Array, Product], Any]) -> Sums:
-    """Returns the sums of one product, which `reduced` makes of its inputs, copies x N x R."""
+def _sums(name: str, product: Product, reduce: Reduce) -> Sums:
+    """Returns the sums of one product, which `reduce` makes of its inputs, copies x N x R."""
     view = product.view
     if not view.whole:
         raise InputError(
@@ -113,7 +120,7 @@ def _sums(name: str, product: Product, reduced: Callable[[Array, Product], Any])
     # Of complex activations Σ |x|² and Re Σ x̄ xᵀ, which are sums over both parts.
     parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
     ordered = [_ordered(part.astype(jnp.float32), inputs, len(copies)) for part in parts]
-    sums = [reduced(x_KxNxR, product) for x_KxNxR in ordered]
+    sums = [reduce(x_KxNxR, product) for x_KxNxR in ordered]
     found = jax.tree.map(lambda *each: sum(each), *sums)
     # Copies that all get these activations have the same sums.
     shared = [
@@ -310,6 +317,8 @@ def _by_axis(
     for kind, x in value.items():
         x = jnp.transpose(x, [*order, *range(len(labels), x.ndim)])
         found[kind] = x.reshape(*sizes, *x.shape[len(labels) :])
+    if "square" not in found:
+        return found
     # The squares get the weight's axes, of length 1 along its outputs.
     summed = sorted({piece.axis for piece in inputs})
     square = found["square"].reshape(*sizes, *(shape[axis] for axis in summed))

@@ -18,7 +18,7 @@ from swe_prune.models import gpt
 STOP_CHECK_EVERY = 32
 """Number of new tokens between calls of `stop`."""
 AT_ONCE = 128
-"""Number of prompt tokens per prefill chunk, whose logits are in memory together."""
+"""Number of prompt tokens per prefill chunk, whose activations are in memory together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +80,11 @@ def generate(
     key = jax.random.key(seed)
     ends = [] if eos_id is None else np.atleast_1d(eos_id)
     eos_E = np.array([*ends, -1], np.int32)  # -1 is not a token, so the array is never empty
-    state = _begin(model, sampling, max_new_tokens, params, tokens_BxL, valid_BxL, key, eos_E)
+    state = begin(model, sampling, max_new_tokens, params, tokens_BxL, valid_BxL, key, eos_E)
     # Decode in chunks, between which `stop` may end texts; without it, in a single chunk.
     until = max_new_tokens if stop is None else 1
     while True:
-        state = _decode_until(model, sampling, params, state, key, eos_E, until)
+        state = decode_until(model, sampling, params, state, key, eos_E, until)
         texts = _texts(state, eos_E)
         if int(state.step) < until or until == max_new_tokens:
             break
@@ -167,7 +167,7 @@ def _chosen(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _begin(
+def begin(
     model: Any,
     sampling: Sampling,
     new: int,
@@ -187,7 +187,7 @@ def _begin(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _decode_until(
+def decode_until(
     model: Any,
     sampling: Sampling,
     params: PyTree,
@@ -218,10 +218,11 @@ def _prefill(
 
     def take(cache: Any, part: tuple[Array, Array]) -> tuple[Any, Array]:
         tokens_BxP, valid_BxP = part
-        logits_BxPxV, cache = model.apply(
-            {"params": params}, tokens_BxP, cache, valid_BxP, method="decode"
+        # Only the last token's logits are used, and the head is a large part of a small model.
+        logits_Bx1xV, cache = model.apply(
+            {"params": params}, tokens_BxP, cache, valid_BxP, last_only=True, method="decode"
         )
-        return cache, logits_BxPxV[:, -1]
+        return cache, logits_Bx1xV[:, 0]
 
     # A first chunk with the remainder, then a scan over equal chunks of AT_ONCE tokens.
     batch, length = tokens_BxL.shape

@@ -28,6 +28,7 @@ tokenizer_folder    the tokenizer of a Hugging Face folder, or of a given path
 tokenizer_gguf      the tokenizer inside a GGUF file
 token_ids           checked ids of the tokens that begin and end a text
 weights_file        safetensors files, written tensor by tensor
+compressed_file     weights without their zeros: bitmaps and values
 mask_file           masks with one bit per weight
 lm_eval             `harness`, the interface of lm_eval to a model
 pruning_record      pruning.json: settings and results of the pruning
@@ -36,6 +37,7 @@ optional            import of optional packages when they are used
 
 from swe_prune.interop.exporting import check_free, export
 from swe_prune.interop.families import FAMILIES
+from swe_prune.interop.folder_files import COMPRESSED
 from swe_prune.interop.hf_config import read_config, write_config
 from swe_prune.interop.lm_eval import harness
 from swe_prune.interop.mask_file import FILE as MASKS
@@ -47,13 +49,16 @@ from swe_prune.interop.pretrained import (
     located,
     open_pretrained,
 )
+from swe_prune.interop.pruning_record import FILE as RECORD
 from swe_prune.interop.pruning_record import PruningRecord, commit_of_code, read_record
 from swe_prune.interop.slices import abstract_params
 from swe_prune.interop.tokenizer import PretrainedTokenizer
 
 __all__ = [
+    "COMPRESSED",
     "FAMILIES",
     "MASKS",
+    "RECORD",
     "Pretrained",
     "PretrainedSource",
     "PretrainedTokenizer",

@@ -2,6 +2,7 @@
 
     config.json, generation_config.json, tokenizer files    in the format of transformers
     model.safetensors, or shards with their index            pruned weights are exactly 0
+    compressed.safetensors                                   instead, if asked for: without zeros
     masks.safetensors                                        one bit per weight, for `read_masks`
     pruning.json                                             settings and results of the pruning
 
@@ -22,8 +23,9 @@ from jaxtyping import PyTree
 
 from swe_prune import masks, tree
 from swe_prune.errors import InputError
+from swe_prune.interop.compressed_file import write_compressed
 from swe_prune.interop.families import FAMILIES
-from swe_prune.interop.folder_files import COPIED, TOKENIZER_FILES
+from swe_prune.interop.folder_files import COMPRESSED, COPIED, TOKENIZER_FILES
 from swe_prune.interop.hf_config import canonical, read_config, write_config
 from swe_prune.interop.mask_file import FILE as MASKS
 from swe_prune.interop.mask_file import write_masks
@@ -33,7 +35,7 @@ from swe_prune.interop.pruning_record import PruningRecord, record_file
 from swe_prune.interop.slices import StoredTensor, bind, param_shapes
 from swe_prune.interop.stranger_files import inside, read_json
 from swe_prune.interop.tensor_names import SAFETENSORS
-from swe_prune.interop.weights_file import write_folder
+from swe_prune.interop.weights_file import pieces_of, write_folder
 from swe_prune.masks.fitting import check_mask
 
 CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code")
@@ -51,6 +53,7 @@ def export(
     record: PruningRecord | None = None,
     also: Callable[[Path], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    compress: bool = False,
 ) -> Path:
     """Writes a model as a Hugging Face folder and returns its path.
 
@@ -66,6 +69,8 @@ def export(
         record: Content of pruning.json, which is required with a mask.
         also: Function that writes additional files into the folder, called with its temporary path.
         shard_bytes: Maximal size in bytes of a weights file; a larger tensor has its own file.
+        compress: Whether to leave out the zeros, in one file that only `load` reads; see
+            `compressed_file`.
 
     Raises:
         InputError: If the folder exists or its parent does not, the parameters do not fit the
@@ -92,7 +97,10 @@ def export(
         _copy_or_write_tokenizer(model, partial)
         for name, content in files.items():
             _write_json(partial / name, content)
-        write_folder(partial, bound, *_contents(leaves, mask), shard_bytes)
+        if compress:
+            write_compressed(partial / COMPRESSED, pieces_of(bound, *_contents(leaves, mask)))
+        else:
+            write_folder(partial, bound, *_contents(leaves, mask), shard_bytes)
         if mask is not None:
             write_masks(partial / MASKS, mask)
         if also is not None:

@@ -13,6 +13,8 @@ from swe_prune.interop.stranger_files import inside, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+COMPRESSED = "compressed.safetensors"
+"""Weights without their zeros, of `compressed_file`: a name that transformers does not read."""
 ADAPTER = "adapter_config.json"
 """Settings of an adapter of the package peft."""
 

@@ -10,6 +10,7 @@ from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError, reading
 from swe_prune.interop import prefixes
 from swe_prune.interop.folder_files import (
+    COMPRESSED,
     COPIED,
     INDEX,
     TOKENIZER_FILES,
@@ -67,6 +68,7 @@ class PretrainedSource:
         path: Path of the model.
         kind: Kind of source: "safetensors" or "gguf".
         hf_config: Content of config.json; for a GGUF file, converted from its settings.
+        file_bytes: Size in bytes of the files with the weights.
         source: Stored tensors of the model.
         table: Table of the parameters in each stored tensor.
     """
@@ -78,6 +80,7 @@ class PretrainedSource:
     path: Path
     kind: str
     hf_config: Mapping[str, Any]
+    file_bytes: int
     source: Source = dataclasses.field(repr=False)
     table: Table = dataclasses.field(repr=False)
 
@@ -225,11 +228,13 @@ def _folder(
 ) -> PretrainedSource:
     check_model_folder(path)
     check_inside(path, ("config.json", INDEX, *COPIED, *TOKENIZER_FILES))
-    check_inside(path, (WEIGHTS,), None)
+    check_inside(path, (WEIGHTS, COMPRESSED), None)
     hf = read_json(path / "config.json")
     family, config, vocab_size = _config(hf, compute_dtype, str(path / "config.json"))
     table = SAFETENSORS[family]
-    source = prefixes.without(read_folder(path), prefix, table, str(path))
+    stored = read_folder(path)
+    size = sum(file.stat().st_size for file in set(stored.files.values()))
+    source = prefixes.without(stored, prefix, table, str(path))
     _check_sizes(config, vocab_size, source, path)
     words = None
     if tokenizer is True:
@@ -237,7 +242,7 @@ def _folder(
     elif tokenizer is not False:
         words = from_path(Path(tokenizer), hf, vocab_size)
     return PretrainedSource(
-        config, vocab_size, words, family, path, "safetensors", hf, source, table
+        config, vocab_size, words, family, path, "safetensors", hf, size, source, table
     )
 
 
@@ -256,7 +261,10 @@ def _gguf(
     table = GGUF[family]
     source = prefixes.without(file, prefix, table, str(path))
     _check_sizes(config, vocab_size, source, path)
-    return PretrainedSource(config, vocab_size, words, family, path, "gguf", hf, source, table)
+    size = path.stat().st_size
+    return PretrainedSource(
+        config, vocab_size, words, family, path, "gguf", hf, size, source, table
+    )
 
 
 def _config(hf: Mapping[str, Any], compute_dtype: str, where: str) -> tuple[str, ModelConfig, int]:

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from swe_prune.errors import InputError, reading
-from swe_prune.interop.folder_files import ADAPTER, INDEX, WEIGHTS, indexed, shards, stray_shards
+from swe_prune.interop.compressed_file import check_compressed, decompressed
+from swe_prune.interop.folder_files import (
+    ADAPTER,
+    COMPRESSED,
+    INDEX,
+    WEIGHTS,
+    indexed,
+    shards,
+    stray_shards,
+)
 from swe_prune.interop.load_params import Entry
 from swe_prune.interop.optional import require
 from swe_prune.interop.safetensors_header import Header, first_difference, read_header
@@ -39,6 +48,9 @@ class Folder:
     def open(self, name: str) -> Iterator[Any]:
         """Yields a tensor that can be sliced by one slice for each axis."""
         safetensors = require("safetensors", "reading safetensors")
+        if self.files[name].name == COMPRESSED:
+            yield decompressed(self.files[name], name, self.entries[name])
+            return
         with reading(self.files[name]):
             file = safetensors.safe_open(self.files[name], framework="numpy")
         with file:
@@ -49,7 +61,8 @@ def read_folder(path: Path) -> Folder:
     """Returns the tensors of a folder; only the headers of its files are read and checked.
 
     As in transformers, model.safetensors is read where there is one, then the shards of the index.
-    Shards without an index are read by their names.
+    Shards without an index are read by their names, and weights without their zeros where there
+    are no others.
 
     Raises:
         InputError: If there are no safetensors, or a file is missing, truncated, damaged or outside
@@ -66,6 +79,9 @@ def read_folder(path: Path) -> Folder:
     if (path / INDEX).exists():
         files = indexed(path)
         by_name = _headers(path, files)
+    elif (path / COMPRESSED).exists():
+        entries = check_compressed(read_header(path / COMPRESSED))
+        return Folder(path, entries, dict.fromkeys(entries, path / COMPRESSED))
     else:
         by_name = _joined(path, [read_header(file) for file in shards(path)])
         files = {name: header.path for name, header in by_name.items()}
@@ -99,6 +115,12 @@ def _joined(path: Path, headers: list[Header]) -> dict[str, Header]:
 
 
 def _warn_of_others(path: Path, header: Header) -> None:
+    if (path / COMPRESSED).exists():
+        warnings.warn(
+            f"{path} has {COMPRESSED} next to its {WEIGHTS}, which alone is read; remove the one "
+            "that is out of date",
+            stacklevel=2,
+        )
     if (path / INDEX).exists():
         try:
             others = _headers(path, indexed(path))

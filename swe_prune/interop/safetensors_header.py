@@ -29,11 +29,13 @@ class Header:
         path: Path of the file.
         entries: Shape and dtype of each tensor by name.
         places: Position of the first byte and of the end of each tensor in the file, by name.
+        metadata: Texts that the file has about itself.
     """
 
     path: Path
     entries: Mapping[str, Entry]
     places: Mapping[str, tuple[int, int]]
+    metadata: Mapping[str, str]
 
 
 def read_header(path: Path) -> Header:
@@ -58,7 +60,9 @@ def read_header(path: Path) -> Header:
         )
     start = _LENGTH + length
     header = parse_json(raw, f"the header of {path}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise InputError(f"{path} has {_shown(metadata)} as its metadata; get it again")
     entries, places, end = {}, {}, 0
     for name, one in header.items():
         if not _is_entry(one) or "\0" in name:
@@ -75,7 +79,7 @@ def read_header(path: Path) -> Header:
             f"{path} is truncated: it has {size:,} of {start + end:,} bytes; get it again"
         )
     _check_opens(path)
-    return Header(path, entries, places)
+    return Header(path, entries, places, metadata)
 
 
 def first_difference(one: Header, others: Mapping[str, Header]) -> str | None:

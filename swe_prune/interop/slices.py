@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from swe_prune import tree
-from swe_prune.config import ModelConfig
+from swe_prune.config import PER_LAYER, ModelConfig
 from swe_prune.interop.tensor_rows import AS_IS, IN_OUT, OUT_IN, Row, Table
 from swe_prune.models import gpt
 
@@ -138,14 +138,18 @@ def bind(table: Table, config: ModelConfig, vocab_size: int) -> list[StoredTenso
 
 def param_shapes(config: ModelConfig, vocab_size: int) -> dict[str, Shape]:
     """Returns the shape of each parameter of the model by name, without allocating any."""
-    alike = {"sliding": (), "rotary": (), "sliding_theta": None}  # no parameter depends on them
-    one = dataclasses.replace(
-        config, layers=1, scan_layers=False, remat=False, dropout=0.0, **alike
-    )
     shapes = {}
-    for name, shape in _shapes_of_one_layer(one, vocab_size):
-        layers = range(config.layers) if name.startswith("block_0/") else (0,)
-        for layer in layers:  # all are alike, so one is traced
+    for layer in range(config.layers):
+        # Layers of the same widths are traced once: no parameter depends on the other settings.
+        widths = {
+            name: getattr(config.of_layer(layer), name)
+            for name in ("hidden", "heads", "kv_heads", "head_width")
+        }
+        one = dataclasses.replace(
+            config, layers=1, scan_layers=False, remat=False, dropout=0.0, sliding_theta=None,
+            **dict.fromkeys(PER_LAYER, ()), **widths,
+        )  # fmt: skip
+        for name, shape in _shapes_of_one_layer(one, vocab_size):
             shapes[name.replace("block_0/", f"block_{layer}/")] = shape
     return shapes
 

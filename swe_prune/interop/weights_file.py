@@ -4,9 +4,11 @@ Source: https://github.com/huggingface/safetensors (the format: eight bytes of l
 with the offsets of the tensors, and the tensors).
 """
 
+import dataclasses
+import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ import numpy as np
 from swe_prune.errors import InputError
 from swe_prune.interop.folder_files import INDEX, WEIGHTS
 from swe_prune.interop.safetensors_header import DTYPES
-from swe_prune.interop.slices import StoredTensor
+from swe_prune.interop.slices import Shape, StoredTensor
 
+METADATA = {"format": "pt"}
 _ALIGNED = 8  # the length of the header is a multiple of this
 
 
@@ -38,52 +41,83 @@ def write_folder(
     Raises:
         InputError: If safetensors does not support a dtype.
     """
-    sizes = [math.prod(one.shape) * dtype(one).itemsize for one in tensors]
-    shards = list(_shards(tensors, sizes, shard_bytes))
+    pieces = pieces_of(tensors, dtype, values)
+    shards = list(_shards(pieces, shard_bytes))
     if len(shards) == 1:
-        _write(folder / WEIGHTS, shards[0], dtype, values)
+        write_file(folder / WEIGHTS, shards[0], METADATA)
         return
     listed = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write(folder / name, shard, dtype, values)
+        write_file(folder / name, shard, METADATA)
         listed |= {one.name: name for one in shard}
-    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": listed}
+    index = {"metadata": {"total_size": sum(one.size for one in pieces)}, "weight_map": listed}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(
-    tensors: Sequence[StoredTensor], sizes: Sequence[int], shard_bytes: int
-) -> Iterator[list[StoredTensor]]:
-    shard, filled = [], 0
-    for one, size in zip(tensors, sizes, strict=True):
-        if shard and filled + size > shard_bytes:
-            yield shard
-            shard, filled = [], 0
-        shard.append(one)
-        filled += size
-    yield shard
-
-
-def _write(
-    path: Path,
+def pieces_of(
     tensors: Sequence[StoredTensor],
     dtype: Callable[[StoredTensor], np.dtype],
     values: Callable[[StoredTensor], np.ndarray],
-) -> None:
+) -> list["Piece"]:
+    """Returns the tensors of a model as pieces of a file."""
+    return [
+        Piece(one.name, dtype(one), one.shape, functools.partial(values, one)) for one in tensors
+    ]
+
+
+def _shards(pieces: Sequence["Piece"], shard_bytes: int) -> Iterator[list["Piece"]]:
+    shard, filled = [], 0
+    for one in pieces:
+        if shard and filled + one.size > shard_bytes:
+            yield shard
+            shard, filled = [], 0
+        shard.append(one)
+        filled += one.size
+    yield shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One tensor of a file.
+
+    Attributes:
+        name: Name in the file.
+        dtype: Dtype of the tensor.
+        shape: Shape of the tensor.
+        values: Function that returns the array, called when it is written.
+    """
+
+    name: str
+    dtype: np.dtype
+    shape: Shape
+    values: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_file(path: Path, pieces: Sequence[Piece], metadata: Mapping[str, str]) -> None:
+    """Writes one safetensors file, of which one tensor at a time is in memory.
+
+    Raises:
+        InputError: If safetensors does not support a dtype.
+    """
     # The header contains all offsets, so it is computed before any tensor is written.
-    names = {ours: theirs for theirs, ours in DTYPES.items()}
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    names = {ours: theirs for theirs, ours in DTYPES.items()} | {"uint8": "U8"}
+    header: dict[str, object] = {"__metadata__": metadata}
     end = 0
-    for one in tensors:
-        if dtype(one).name not in names:
+    for one in pieces:
+        if one.dtype.name not in names:
             raise InputError(
-                f"{one.name!r} is {dtype(one).name}, which is not supported; "
-                f"convert the parameters to one of {', '.join(names)}"
+                f"{one.name!r} is {one.dtype.name}, which is not supported; "
+                f"convert the parameters to one of {', '.join(DTYPES.values())}"
             )
-        start, end = end, end + math.prod(one.shape) * dtype(one).itemsize
+        start, end = end, end + one.size
         header[one.name] = {
-            "dtype": names[dtype(one).name],
+            "dtype": names[one.dtype.name],
             "shape": list(one.shape),
             "data_offsets": [start, end],
         }
@@ -93,6 +127,6 @@ def _write(
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
-        for one in tensors:
-            array = np.ascontiguousarray(values(one), dtype(one).newbyteorder("<"))
+        for one in pieces:
+            array = np.ascontiguousarray(one.values(), one.dtype.newbyteorder("<"))
             file.write(array.view(np.uint8).data if array.size else b"")

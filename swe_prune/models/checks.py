@@ -3,7 +3,7 @@
 import operator
 
 from swe_prune.bounds import COUNT, FRACTION, INDEX, NOT_NEGATIVE, POSITIVE, SHARE, Bound
-from swe_prune.config import ModelConfig, check_choices
+from swe_prune.config import PER_LAYER, ModelConfig, check_choices
 from swe_prune.errors import InputError
 from swe_prune.models import rope
 
@@ -44,11 +44,7 @@ def check(config: ModelConfig) -> None:
         raise InputError(
             f"config.model.width must be a multiple of heads = {config.heads}, got {config.width}"
         )
-    if config.key_heads < 1 or config.heads % config.key_heads:
-        raise InputError(
-            f"config.model.kv_heads must be a divisor of heads = {config.heads}, "
-            f"got {config.kv_heads}"
-        )
+    _check_widths(config, "config.model")
     if config.positions == "rope":
         rope.check(config, config.head_size)
     _check_layers(config)
@@ -57,19 +53,35 @@ def check(config: ModelConfig) -> None:
         _check_experts(config)
 
 
+def _check_widths(config: ModelConfig, where: str) -> None:
+    if config.key_heads < 1 or config.heads % config.key_heads:
+        raise InputError(
+            f"{where}.kv_heads must be a divisor of heads = {config.heads}, got {config.kv_heads}"
+        )
+    if config.hidden_size < 1:
+        raise InputError(f"{where}.hidden must be at least 1, got {config.hidden_size}")
+
+
 def _check_layers(config: ModelConfig) -> None:
-    for name in ("sliding", "rotary"):
+    for name in PER_LAYER:
         given = len(getattr(config, name))
         if given not in (0, config.layers):
             raise InputError(
                 f"config.model.{name} must have one entry for each of the {config.layers} layers, "
                 f"or none, got {given}"
             )
-    if config.scan_layers and (config.sliding or config.rotary):
+    if config.scan_layers and any(getattr(config, name) for name in PER_LAYER):
         raise InputError(
-            "config.model.scan_layers compiles one block for all layers, and sliding or rotary "
-            "makes layers that differ; set scan_layers=False"
+            "config.model.scan_layers compiles one block for all layers, and one of "
+            f"{', '.join(PER_LAYER)} makes layers that differ; set scan_layers=False"
         )
+    if bool(config.layer_heads) != bool(config.layer_kv_heads):
+        raise InputError(
+            "config.model.layer_heads and layer_kv_heads must both be given or neither, got "
+            f"{config.layer_heads} and {config.layer_kv_heads}"
+        )
+    for layer in range(config.layers if config.layer_hidden or config.layer_heads else 0):
+        _check_widths(config.of_layer(layer), f"layer {layer}")
     if any(config.sliding) and config.window is None:
         raise InputError("config.model.sliding needs a window; set config.model.window")
     if config.sliding_theta is not None and not config.sliding:

@@ -156,6 +156,7 @@ class GPT(nn.Module):
         tokens_BxL: Int[Array, "B L"],
         cache: Cache,
         valid_BxL: Bool[Array, "B L"] | None = None,
+        last_only: bool = False,
     ) -> tuple[Float[Array, "B L V"], Cache]:
         """Returns the logits of tokens that follow those in a KV cache, and the updated cache.
 
@@ -167,6 +168,7 @@ class GPT(nn.Module):
                 this is not checked, and otherwise the last tokens are overwritten.
             cache: KV cache from `empty_cache` or the previous call.
             valid_BxL: False for padding, which is masked. If None, there is no padding.
+            last_only: Whether to compute the logits of the last token alone, B x 1 x V.
 
         Raises:
             InputError: If L alone exceeds the capacity of the cache (at trace time).
@@ -177,12 +179,16 @@ class GPT(nn.Module):
                 f"{tokens_BxL.shape[1]} tokens exceed the cache's capacity of {room}; "
                 "increase it in empty_cache"
             )
-        logits_BxLxV, cache = self._run(tokens_BxL, False, valid_BxL, cache)
-        return logits_BxLxV, cache
+        return self._run(tokens_BxL, False, valid_BxL, cache, last_only)
 
     @nn.compact
     def _run(
-        self, tokens_BxL: Array, train: bool, valid_BxL: Array | None, cache: Cache | None
+        self,
+        tokens_BxL: Array,
+        train: bool,
+        valid_BxL: Array | None,
+        cache: Cache | None,
+        last_only: bool = False,
     ) -> tuple[Array, Any]:
         # 1. Embed the tokens, and add their positions if these are learned.
         cfg = self.config
@@ -231,6 +237,8 @@ class GPT(nn.Module):
                 run = block(cfg.of_layer(layer), name=f"block_{layer}")
                 x_NxD = self.constrain(run(x_NxD, batch, train, positions))
         # 3. Compute the logits with the embedding table or a separate head.
+        if last_only:
+            x_NxD = x_NxD.reshape(batch, length, cfg.width)[:, -1]
         x_NxD = norm(cfg, "final_norm")(x_NxD)
         if cfg.tied_head:
             # Not embed.attend, which rounds the logits to config.dtype.
@@ -245,7 +253,7 @@ class GPT(nn.Module):
             logits_NxV = logits_NxV / cfg.logit_divisor
         if cfg.logit_cap is not None:
             logits_NxV = cfg.logit_cap * jnp.tanh(logits_NxV / cfg.logit_cap)
-        return logits_NxV.reshape(batch, length, self.vocab_size), cache
+        return logits_NxV.reshape(batch, -1, self.vocab_size), cache
 
 
 def _scanned(

@@ -47,10 +47,11 @@ def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: str | Non
             f"{capacity} tokens exceed the model's context of {config.context}; "
             "shorten the prompt or ask for fewer new tokens"
         )
-    shape = (batch, capacity, config.key_heads, config.head_size)
 
     def room() -> tuple[Array, ...]:
-        return tuple(jnp.zeros(shape, dtype or config.dtype) for _ in range(config.layers))
+        layers = [config.of_layer(layer) for layer in range(config.layers)]
+        shapes = [(batch, capacity, own.key_heads, own.head_size) for own in layers]
+        return tuple(jnp.zeros(shape, dtype or config.dtype) for shape in shapes)
 
     return Cache(room(), room(), jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
 

@@ -36,7 +36,7 @@ from swe_prune.training.progress import Progress
 from swe_prune.trajectory import TrajectoryStats
 
 BEGUN = "settings.json"
-HOW_ONLY = ("remat", "accumulate", "checkpoint_every", "out")
+HOW_ONLY = ("remat", "accumulate", "checkpoint_every", "out", "compress")
 """Settings that a run may resume with other values of."""
 
 

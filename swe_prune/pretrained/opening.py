@@ -2,22 +2,26 @@
 
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from jaxtyping import PyTree
 from rich.markup import escape
 
 from swe_prune import interop, tree
 from swe_prune.errors import InputError
-from swe_prune.pretrained.settings import ModelSettings
+from swe_prune.pretrained.settings import ModelSettings, WeightsSettings
+from swe_prune.recipe import Recipe
 from swe_prune.training.progress import Progress
 
 T = TypeVar("T")
 
 
-def opened(given: ModelSettings, progress: Progress) -> interop.PretrainedSource:
+def opened(given: WeightsSettings, progress: Progress) -> interop.PretrainedSource:
     """Opens the model of a command, and says what lies next to it and is not read."""
-    tokenizer = True if given.tokenizer is None else given.tokenizer
+    tokenizer: bool | str = False
+    if isinstance(given, ModelSettings):
+        tokenizer = True if given.tokenizer is None else given.tokenizer
     return _said(
         progress,
         lambda: interop.open_pretrained(
@@ -57,3 +61,29 @@ def weights_like(
             "model that it was made from"
         )
     return other.params
+
+
+def has_masks(path: Path) -> bool:
+    """Returns whether a model has a file of masks."""
+    return path.is_dir() and (path / interop.MASKS).exists()
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    """Returns how a model was pruned, as arguments of `interop.PruningRecord`.
+
+    Raises:
+        InputError: Its record does not say it.
+    """
+    before = interop.read_record(path)
+    try:
+        request = Recipe(**before["recipe"])
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{path / 'pruning.json'} does not say how the model was pruned ({error}); prune it "
+            "again with this version"
+        ) from None
+    return {
+        "recipe": request,
+        "calibration": before.get("calibration"),
+        "rules": before.get("rules"),
+    }

@@ -1,7 +1,7 @@
 """From the settings of `prune --model` to the recipe that they ask for."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from swe_prune import importance
@@ -19,7 +19,7 @@ BLOCK_BY_BLOCK = tuple(method for method in METHODS if method != "magnitude")
 MAX_SPARSITY = 0.95
 """Largest share that a tensor loses where nobody asks for another."""
 
-_NO_OPTIMIZER = {
+NO_OPTIMIZER = {
     "second_moment": "the optimizer's second moment, which a pretrained model does not come with; "
     "use a criterion that is measured, such as wanda or sparsegpt",
     "learned": "scores that movement pruning learns; use another criterion",
@@ -32,12 +32,7 @@ def recipe_of(settings: RequestSettings) -> Recipe:
     Raises:
         InputError: A name, a number or a combination that cannot work.
     """
-    options = {}
-    for one in settings.options:
-        name, equals, value = one.partition("=")
-        if not equals:
-            raise InputError(f"--option={one} has no value; write --option=NAME=VALUE")
-        options[name] = literal(value)
+    options = options_of(settings.options)
     if settings.criterion is None:
         settings, options = _filled(settings, options)
     name: str | None = settings.criterion
@@ -57,7 +52,7 @@ def recipe_of(settings: RequestSettings) -> Recipe:
         zeros=settings.zeros,
     )
     try:
-        check(request, unavailable=_NO_OPTIMIZER)
+        check(request, unavailable=NO_OPTIMIZER)
     except InputError as error:
         row_or_global = settings.scope not in (None, "tensor")
         if method is not None and row_or_global and method in importance.names():
@@ -110,6 +105,21 @@ def reasons(settings: RequestSettings, request: Recipe) -> list[str]:
         "--criterion=wanda needs no backward pass and changes no weight that stays; "
         "--criterion=sparsegpt is the reference that others compare with.",
     ]
+
+
+def options_of(texts: Iterable[str]) -> dict[str, Any]:
+    """Returns options from texts such as "horizon=1".
+
+    Raises:
+        InputError: A text has no value.
+    """
+    options = {}
+    for one in texts:
+        name, equals, value = one.partition("=")
+        if not equals:
+            raise InputError(f"--option={one} has no value; write --option=NAME=VALUE")
+        options[name] = literal(value)
+    return options
 
 
 def check_trajectory(request: Recipe, tracked: bool, model: str) -> None:

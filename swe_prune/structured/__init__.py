@@ -1,0 +1,41 @@
+"""Structures that really go: neurons, heads and layers cut out of the arrays.
+
+    groups = structured.groups(config, "neurons")
+    units = structured.unit_scores(groups, importance.score("magnitude", params))
+    keep = structured.choose(groups, units, sparsity=0.25)
+    params = structured.cut(params, groups, keep)
+    config = structured.cut_config(config, keep)
+
+A mask makes no model smaller or faster: dense products skip nothing. A cut removes whole units from
+all weights that have them, and the model computes what it computes with zeros in their place
+(`unit_mask`), up to rounding. `cut` takes the optimizer's state, trajectory statistics and masks
+like the parameters.
+
+For other models than `models.gpt` groups are declared: the number of units, and their axis by path
+rule.
+"""
+
+from swe_prune.structured.budget import Budget, flops, memory
+from swe_prune.structured.choice import Keep, choose, summary
+from swe_prune.structured.cutting import cut, unit_mask
+from swe_prune.structured.decoder import UNITS, cut_config, groups
+from swe_prune.structured.group import Along, Group
+from swe_prune.structured.unit_scores import REDUCES, unit_scores
+
+__all__ = [
+    "REDUCES",
+    "UNITS",
+    "Along",
+    "Budget",
+    "Group",
+    "Keep",
+    "choose",
+    "cut",
+    "cut_config",
+    "flops",
+    "groups",
+    "memory",
+    "summary",
+    "unit_mask",
+    "unit_scores",
+]
