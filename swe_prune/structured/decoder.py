@@ -48,8 +48,7 @@ def cut_config(config: ModelConfig, keep: Mapping[str, Any]) -> ModelConfig:
     """Returns the config of a decoder after a cut.
 
     If the layers differ in their widths, it has `layer_hidden` or `layer_heads`: `models.gpt`
-    computes such a model and `swe_prune.save` stores it, but no config.json can say it, so it
-    cannot be exported.
+    computes such a model, but stock transformers cannot load it, so it cannot be exported.
 
     Args:
         config: Config before the cut.
