@@ -5,10 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxtyping import PyTree
 from rich.markup import escape
 
-from swe_prune import interop, tree
+from swe_prune import interop
 from swe_prune.errors import InputError
 from swe_prune.pretrained.settings import ModelSettings, WeightsSettings
 from swe_prune.recipe import Recipe
@@ -53,21 +52,21 @@ def said(progress: Progress, run: Callable[[], T]) -> T:
     return result
 
 
-def weights_like(
+def of_same_text(
     model: interop.Pretrained, name: str, prefix: str | None, progress: Progress
-) -> PyTree:
-    """Returns another model's weights, of the same shapes."""
+) -> interop.Pretrained:
+    """Returns another model whose predictions can be compared: its tokens are the same.
+
+    Raises:
+        InputError: Its vocabulary is of another size.
+    """
     other = said(progress, lambda: interop.load(name, tokenizer=False, prefix=prefix))
-    shapes = [
-        {leaf_name: leaf.shape for leaf_name, leaf in tree.named_leaves(one.params)}
-        for one in (model, other)
-    ]
-    if shapes[0] != shapes[1]:
+    if other.vocab_size != model.vocab_size:
         raise InputError(
-            f"{name} has other tensors than {model.path}, so they cannot be compared; give the "
-            "model that it was made from"
+            f"{name} has {other.vocab_size:,} tokens and {model.path} has {model.vocab_size:,}, so "
+            "they cannot be compared; give the model that it was made from"
         )
-    return other.params
+    return other
 
 
 def has_masks(path: Path) -> bool:
