@@ -33,6 +33,11 @@ def groups(config: ModelConfig, units: str = "neurons") -> dict[str, Group]:
     4
     """
     check_choice(units, UNITS, "units")
+    if not isinstance(config, ModelConfig):
+        raise InputError(
+            f"groups must have the ModelConfig of a decoder, got {type(config).__name__}; declare "
+            "structured.Group for other models"
+        )
     if config.layers < 1:
         raise InputError(f"the model must have at least one layer to cut, got {config.layers}")
     if units == LAYERS:
