@@ -19,6 +19,7 @@ PAGES = (
     "docs/saving.md",
     "docs/layout.md",
     "docs/sustainability.md",
+    "docs/structured.md",
 )
 
 

@@ -19,7 +19,7 @@ from swe_prune.trajectory import BUFFERS
 
 WHAT_A_MASK_GIVES = (
     "Zeros make this model no faster: dense matrix products skip nothing. They make its file "
-    "smaller with --compress alone; cut makes a model smaller and faster."
+    "smaller with --compress alone. The command cut removes whole neurons, heads or layers."
 )
 
 

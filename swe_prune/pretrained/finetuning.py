@@ -18,9 +18,10 @@ from flax import linen as nn
 from jaxtyping import PyTree
 
 from swe_prune import data as data_lib
-from swe_prune import parallel, resumable, trajectory, tree
+from swe_prune import interop, parallel, resumable, trajectory, tree
 from swe_prune.config import ParallelConfig, PhaseConfig
 from swe_prune.errors import InputError, RunError
+from swe_prune.models import gpt
 from swe_prune.pretrained import choice
 from swe_prune.pretrained.settings import FinetuneSettings
 from swe_prune.pretrained.texts import Text
@@ -75,7 +76,7 @@ def tuned(
     module: nn.Module,
     params: PyTree,
     masks: PyTree | None,
-    teacher: PyTree | None,
+    teacher: interop.Pretrained | None,
     text: Text,
     settings: FinetuneSettings,
     progress: Progress,
@@ -86,7 +87,7 @@ def tuned(
         module: the model.
         params: float32 weights; given up.
         masks: bool pytree, None where dense; held, and given up. None: nothing is pruned.
-        teacher: weights of the dense model, or None.
+        teacher: the dense model, of the same vocabulary, or None.
         text: to train on.
         settings: checked.
         progress: told of every step.
@@ -106,7 +107,7 @@ def tuned(
         b2=0.95,
     )
     optimizer = optimizer_lib.build(phase, settings.steps)
-    fixed = state_lib.Frozen(teacher=teacher)
+    fixed = state_lib.Frozen(teacher=None if teacher is None else teacher.params)
     chosen = choice.prunable(params, **choice.rules(settings))
     stats = trajectory.init(params, settings.measures, chosen) if settings.track else None
     if settings.lora_rank is not None:
@@ -120,7 +121,8 @@ def tuned(
         state = state_lib.create(params, optimizer, settings.seed, masks=masks, stats=stats)
     distillation = None
     if teacher is not None:
-        distillation = Distillation(settings.distillation, settings.temperature)
+        taught_by = gpt.build(teacher.config, teacher.vocab_size)
+        distillation = Distillation(settings.distillation, settings.temperature, taught_by)
     step = step_lib.compile_train_step(
         module,
         optimizer,
