@@ -34,8 +34,7 @@ from rich.table import Table
 from swe_prune import blockwise, calibration, data, importance, interop, structured
 from swe_prune.evaluation import distance, protocols
 from swe_prune.models import gpt
-from swe_prune.structured import activations, folding, kernel_width, redundant_units
-from swe_prune.structured.refit import refit
+from swe_prune.structured.kernel_width import RULES
 from swe_prune.training import step
 
 REDUNDANT = {
@@ -44,7 +43,7 @@ REDUNDANT = {
     "mi_greedy": ("mutual_information", "greedy"),
     "mi_normalized": ("normalized", "greedy"),
 }
-CRITERIA = (*activations.KINDS[::-1], *REDUNDANT, "fisher")
+CRITERIA = (*structured.KINDS[::-1], *REDUNDANT, "fisher")
 AFTER = ("cut", "refit", "blockwise", "folded")
 READERS = r"mlp/down/kernel$"
 
@@ -63,7 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--samples", type=int, default=256, help="tokens that units are compared on"
     )
-    parser.add_argument("--width", choices=kernel_width.RULES, default="alignment_unsupervised")
+    parser.add_argument("--width", choices=RULES, default="alignment_unsupervised")
     parser.add_argument("--draws", type=int, default=1, help="orders of mi_pairs compared by KL")
     parser.add_argument("--damping", type=float, default=0.01)
     parser.add_argument("--out", type=Path, help="JSON file of all the numbers")
@@ -79,14 +78,14 @@ def redundant(criterion: str, seed: int, given: dict[str, Any], options: Any) ->
     protocol = protocols.get("wikitext2", window=128, stride=128, bos="none")
 
     def apart(found: Any) -> float:
-        scores = redundant_units.redundancy_scores(given["groups"], found)
+        scores = structured.redundancy_scores(given["groups"], found)
         keep = structured.choose(given["groups"], scores, sparsity=options.sparsities[0])
         small, params = cut(given, given["params"], keep)
         return distance.kl_to_dense(
             given["module"], given["params"], params, tokens, protocol, batch=4, pruned_model=small
         ).nats_per_token
 
-    return redundant_units.redundant_units(
+    return structured.redundant_units(
         given["groups"], given["params"], given["samples"], kind, method=method,
         width=options.width, seeds=[seed * draws + at for at in range(draws)],
         distance=apart if draws > 1 else None, known=given["known"].setdefault(kind, {}),
@@ -97,10 +96,10 @@ def ranked(criterion: str, seed: int, given: dict[str, Any], options: Any) -> tu
     """Returns the scores of the units, and the order with reasons where there is one."""
     if criterion in REDUNDANT:
         found = redundant(criterion, seed, given, options)
-        return redundant_units.redundancy_scores(given["groups"], found), found
+        return structured.redundancy_scores(given["groups"], found), found
     if criterion == "fisher":
         return given["fisher"], None
-    scores = activations.activation_scores(
+    scores = structured.activation_scores(
         given["groups"], given["params"], criterion, given["moments"], seed=seed
     )
     return scores, None
@@ -117,9 +116,9 @@ def made_up(after: str, keep: Any, found: Any, given: dict[str, Any], damping: f
     """Returns the parameters with what makes up for a cut, not cut yet."""
     params, groups = given["params"], given["groups"]
     if after == "refit":
-        return refit(params, groups, keep, given["moments"], damping=damping)[0]
+        return structured.refit(params, groups, keep, given["moments"], damping=damping)[0]
     if after == "folded":
-        return folding.fold_units(params, groups, keep, found, given["samples"])
+        return structured.fold_units(params, groups, keep, found, given["samples"])
     if after == "blockwise":
         mask = structured.unit_mask(params, groups, keep)
         down = jax.tree.map_with_path(

@@ -281,7 +281,7 @@ def _closest(values_FxF: np.ndarray, alive_F: np.ndarray, clusters_F: np.ndarray
     stale = np.flatnonzero(alive_F)
     while True:
         for unit in stale:
-            renew(unit)
+            renew(int(unit))
         best_F[~alive_F] = -np.inf
         first = int(best_F.argmax())
         if best_F[first] == -np.inf:  # no cluster has two units: take them together

@@ -103,7 +103,7 @@ def refit(
             continue
         axes = of(name, leaves[name].shape)
         kept_xRxC = np.asarray(patterns.as_matrix(kept, axes))
-        rows_xR = kept_xRxC.any(-1)
+        rows_xR = np.asarray(kept_xRxC.any(-1))
         if rows_xR.all():
             continue  # only outputs go
         moments = _moments(name, measured, axes)
@@ -223,13 +223,11 @@ def _of_copy(moments: Moments | None, at: int) -> Moments | None:
         return None
     gram = moments.gram
     assert gram is not None
-    flat = [x.reshape(-1, x.shape[-1])[at] for x in (moments.mean, moments.square)]
-    return Moments(
-        moments.tokens.reshape(-1)[at],
-        *flat,
-        moments.sequence.reshape(-1, moments.sequence.shape[-1])[at],
-        gram.reshape(-1, *gram.shape[-2:])[at],
+    mean, square, sequence = (
+        x.reshape(-1, x.shape[-1])[at] for x in (moments.mean, moments.square, moments.sequence)
     )
+    gram = gram.reshape(-1, *gram.shape[-2:])[at]
+    return Moments(moments.tokens.reshape(-1)[at], mean, square, sequence, gram)
 
 
 def bias_name(name: str, leaves: Mapping[str, Any]) -> str | None:
