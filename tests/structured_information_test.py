@@ -83,7 +83,8 @@ def alignment64(samples_N, reference, grid):
     sigma = np.linspace(0.1, 10 * apart.mean(), grid)
     kernels = [gram64(samples_N, one) for one in sigma]
     best = np.argmax([(k * reference).sum() / np.linalg.norm(k) for k in kernels])
-    return sigma[best] if 0 < best < grid - 1 else np.median(apart)
+    tells = 0.1 < entropy64(kernels[best], 2) / np.log2(len(samples_N)) < 0.9
+    return sigma[best] if 0 < best < grid - 1 and tells else np.median(apart)
 
 
 def distances64_of(rows):

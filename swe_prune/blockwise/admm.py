@@ -179,6 +179,7 @@ def _solve(
     return solved_RxC, mask_RxC, squared_error(solved_RxC, weight_RxC, hessian_RxR, cross_RxR)
 
 
+@jax.jit
 def squared_error(
     kernel_RxC: Float[Array, "R C"],
     weight_RxC: Float[Array, "R C"],

@@ -21,7 +21,7 @@ from swe_prune.importance import hessian
 def least_squares(
     weight_RxC: Float[Array, "R C"],
     hessian_RxR: Float[Array, "R R"],
-    keep_R: Bool[Array, " R"],
+    keep_R: Bool[Any, " R"],
     damping: float = 0.01,
 ) -> tuple[Float[Array, "R C"], SolverReport]:
     """Returns a kernel of whose inputs some are removed, the others refitted, and a report.

@@ -11,30 +11,54 @@ all weights that have them, and the model computes what it computes with zeros i
 (`unit_mask`), up to rounding. `cut` takes the optimizer's state, trajectory statistics and masks
 like the parameters.
 
+`activation_scores`, `depth_scores` and `redundant_units` score units from what they compute on
+calibration text; `refit` makes up for a cut in the weights that read the units, `fold_units` in the
+partners of redundant ones.
+
 For other models than `models.gpt` groups are declared: the number of units, and their axis by path
 rule.
 """
 
+from swe_prune.structured.activations import KINDS, activation_scores, readers
 from swe_prune.structured.budget import Budget, flops, memory
 from swe_prune.structured.choice import Keep, choose, summary
 from swe_prune.structured.cutting import cut, unit_mask
 from swe_prune.structured.decoder import UNITS, cut_config, groups
+from swe_prune.structured.depth import DEPTH, depth_scores, residual_states
+from swe_prune.structured.folding import fold_units
 from swe_prune.structured.group import Along, Group
+from swe_prune.structured.redundancy import Redundancy, Removal, SaturatedWarning
+from swe_prune.structured.redundant_units import redundancy_scores, redundant_units
+from swe_prune.structured.refit import RefitReport, refit
 from swe_prune.structured.unit_scores import REDUCES, unit_scores
 
 __all__ = [
+    "DEPTH",
+    "KINDS",
     "REDUCES",
     "UNITS",
     "Along",
     "Budget",
     "Group",
     "Keep",
+    "Redundancy",
+    "RefitReport",
+    "Removal",
+    "SaturatedWarning",
+    "activation_scores",
     "choose",
     "cut",
     "cut_config",
+    "depth_scores",
     "flops",
+    "fold_units",
     "groups",
     "memory",
+    "readers",
+    "redundancy_scores",
+    "redundant_units",
+    "refit",
+    "residual_states",
     "summary",
     "unit_mask",
     "unit_scores",

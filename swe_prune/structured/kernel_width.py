@@ -18,6 +18,8 @@ from swe_prune.errors import InputError, check_choice
 from swe_prune.structured.mutual_information import check_samples, entropies, gram_matrix
 
 RULES = ("alignment_unsupervised", "alignment", "median", "knn", "silverman", "entropy")
+SATURATED = 0.1
+"""Share of log₂ N next to either end where an entropy says little."""
 COARSE = 16
 FINE = 7
 PAIRS = 8192
@@ -63,8 +65,10 @@ def widths(
     labels (the IPDL library). "alignment_unsupervised": the same with the outputs of the layer as
     reference. "entropy": one width for all units, with which S₂ is half of log₂ N on average.
 
-    Where the alignment has its maximum at an end of the grid, and where the median is 0, the unit
-    takes the median and the mean distance instead. A constant unit has width 1.
+    An alignment often takes a width that tells next to nothing apart, or everything, since K_ref is
+    large between all samples. Where it is best at an end of the grid, or S₂ is within a tenth of 0
+    or log₂ N, the unit takes the median; where the median is 0, the mean distance. A constant unit
+    has width 1.
 
     Args:
         samples_NxF: Samples of F units.
@@ -96,8 +100,16 @@ def widths(
         found_F = _or_median(np.asarray(_nearest(samples_NxF, nearest)), samples_NxF)
     else:
         assert kernel_NxN is not None
-        found_F = _or_median(np.asarray(_aligned(samples_NxF, kernel_NxN, grid)), samples_NxF)
+        found_F = np.array(_aligned(samples_NxF, kernel_NxN, grid))
+        entropy_F = entropies(samples_NxF, np.where(found_F > 0, found_F, 1))
+        found_F = _or_median(np.where(saturated(entropy_F, samples), 0, found_F), samples_NxF)
     return found_F if previous is None else beta * found_F + (1 - beta) * np.asarray(previous)
+
+
+def saturated(entropy: Any, samples: int) -> Any:
+    """Returns whether an entropy in bits is next to 0 or to its largest, log₂ of the samples."""
+    share = entropy / math.log2(samples)
+    return (share < SATURATED) | (share > 1 - SATURATED)
 
 
 def _reference_kernel(rule: str, reference: Any, samples: int) -> Array:

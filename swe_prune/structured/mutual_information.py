@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from swe_prune.errors import InputError
@@ -42,7 +43,7 @@ def gram_matrix(x: Float[Array, "N ..."], width: float) -> Float[Array, "N N"]:
     """
     x_NxD = jnp.reshape(x, (len(x), -1))
     check_samples(x_NxD)
-    if not isinstance(width, jax.core.Tracer) and not float(width) > 0:
+    if not isinstance(width, Tracer) and not float(width) > 0:
         raise InputError(f"the kernel width must be positive, got {width}")
     return jnp.exp(-jnp.sum((x_NxD[:, None] - x_NxD[None]) ** 2, -1) / (2 * width**2))
 

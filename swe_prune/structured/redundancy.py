@@ -20,8 +20,6 @@ from swe_prune.structured.mutual_information import check_samples, pairwise
 
 METHODS = ("greedy", "pairs")
 SIMILARITIES = ("mutual_information", "normalized", "correlation")
-SATURATED = 0.05
-"""Share of log₂ N next to either end where a mean entropy says nothing."""
 PATIENCE = 2000
 LOWERED = 0.95
 
@@ -161,7 +159,7 @@ def similarity(
     widths_F = kernel_width.widths(standard_NxF, width, reference=reference, **options)
     values_FxF, entropy_F = pairwise(standard_NxF, widths_F)
     mean = float(entropy_F[~constant_F].mean())
-    if not SATURATED * largest < mean < (1 - SATURATED) * largest:
+    if kernel_width.saturated(mean, len(samples_NxF)):
         end, way = ("small", "wider") if mean > largest / 2 else ("large", "narrower")
         warnings.warn(
             f"the mean entropy of the units is {mean:.2f} of at most {largest:.2f} bits, so the "
@@ -283,7 +281,7 @@ def _closest(values_FxF: np.ndarray, alive_F: np.ndarray, clusters_F: np.ndarray
     stale = np.flatnonzero(alive_F)
     while True:
         for unit in stale:
-            renew(unit)
+            renew(int(unit))
         best_F[~alive_F] = -np.inf
         first = int(best_F.argmax())
         if best_F[first] == -np.inf:  # no cluster has two units: take them together

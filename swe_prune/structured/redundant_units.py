@@ -14,7 +14,7 @@ from swe_prune.errors import InputError
 from swe_prune.layout import axes_of
 from swe_prune.structured.activations import readers
 from swe_prune.structured.group import Groups
-from swe_prune.structured.redundancy import PATIENCE, Redundancy, rank, similarity
+from swe_prune.structured.redundancy import PATIENCE, Redundancy, Similarity, rank, similarity
 from swe_prune.structured.unit_clusters import clusters_of
 
 Found = dict[str, Redundancy]
@@ -35,6 +35,7 @@ def redundant_units(
     distance: Callable[[Found], float] | None = None,
     layout: PyTree | None = None,
     progress: Callable[[str, Redundancy], None] | None = None,
+    known: dict[str, Similarity] | None = None,
     **options: Any,
 ) -> Found:
     """Returns the order in which the units of each group go, each with its partner.
@@ -60,6 +61,8 @@ def redundant_units(
             of a model pruned by it, in nats; needed with several seeds.
         layout: Pytree of `Axes` like the parameters. None: Flax's convention by name.
         progress: Called with a group and its result.
+        known: Similarities by group from an earlier call with the same samples, `kind` and widths,
+            to which missing ones are added, F² numbers a layer. None: computed again.
         **options: Options of `kernel_width.widths`.
 
     Returns:
@@ -75,8 +78,12 @@ def redundant_units(
         )
     found: dict[int, Found] = {seed: {} for seed in seeds}
     for group, label, weight_FxD, own_NxF in _units(groups, params, samples, layout):
-        outputs_NxD = own_NxF @ weight_FxD
-        similar = similarity(own_NxF, kind, width=width, reference=outputs_NxD, **options)
+        similar = None if known is None else known.get(label)
+        if similar is None:
+            outputs_NxD = own_NxF @ weight_FxD
+            similar = similarity(own_NxF, kind, width=width, reference=outputs_NxD, **options)
+        if known is not None:
+            known[label] = similar
         importance_F = np.linalg.norm(weight_FxD, axis=1) * np.std(own_NxF, axis=0)
         for seed in seeds:
             member_F = None if clusters is None else clusters_of(own_NxF, clusters, seed=seed)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from swe_prune import patterns, tree
+from swe_prune.blockwise.admm import squared_error
 from swe_prune.blockwise.least_squares import least_squares
 from swe_prune.calibration import Moments
 from swe_prune.errors import InputError
@@ -102,7 +103,7 @@ def refit(
             continue
         axes = of(name, leaves[name].shape)
         kept_xRxC = np.asarray(patterns.as_matrix(kept, axes))
-        rows_xR = kept_xRxC.any(-1)
+        rows_xR = np.asarray(kept_xRxC.any(-1))
         if rows_xR.all():
             continue  # only outputs go
         moments = _moments(name, measured, axes)
@@ -191,12 +192,13 @@ def _lost(
     moments: Moments,
 ) -> float:
     """Returns the mean over the tokens of ‖x (W' − W) + b' − b‖², from their moments."""
-    apart = np.asarray(new_RxC, np.float64) - np.asarray(weight_RxC, np.float64)
-    error = (apart * (np.asarray(moments.gram, np.float64) @ apart)).sum()
+    assert moments.gram is not None
+    error = squared_error(new_RxC, weight_RxC, moments.gram)
     if bias_C is not None and new_C is not None:
-        shift_C = np.asarray(new_C, np.float64) - np.asarray(bias_C, np.float64)
-        error += shift_C @ (2 * np.asarray(moments.mean, np.float64) @ apart + shift_C)
-    return float(max(error, 0.0))
+        shift_C = (new_C - bias_C).astype(jnp.float32)
+        apart_RxC = new_RxC.astype(jnp.float32) - weight_RxC.astype(jnp.float32)
+        error += shift_C @ (2 * moments.mean @ apart_RxC + shift_C)
+    return max(float(error), 0.0)
 
 
 def _moments(name: str, measured: Mapping[str, Any], axes: Axes) -> Moments:
@@ -221,13 +223,11 @@ def _of_copy(moments: Moments | None, at: int) -> Moments | None:
         return None
     gram = moments.gram
     assert gram is not None
-    flat = [x.reshape(-1, x.shape[-1])[at] for x in (moments.mean, moments.square)]
-    return Moments(
-        moments.tokens.reshape(-1)[at],
-        *flat,
-        moments.sequence.reshape(-1, moments.sequence.shape[-1])[at],
-        gram.reshape(-1, *gram.shape[-2:])[at],
+    mean, square, sequence = (
+        x.reshape(-1, x.shape[-1])[at] for x in (moments.mean, moments.square, moments.sequence)
     )
+    gram = gram.reshape(-1, *gram.shape[-2:])[at]
+    return Moments(moments.tokens.reshape(-1)[at], mean, square, sequence, gram)
 
 
 def bias_name(name: str, leaves: Mapping[str, Any]) -> str | None:
