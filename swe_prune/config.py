@@ -27,7 +27,7 @@ from swe_prune.errors import InputError, check_choice, did_you_mean
 from swe_prune.recipe import Recipe
 from swe_prune.recipe import check as check_recipe
 
-Activation = Literal["gelu", "gelu_exact", "relu", "silu", "tanh"]
+Activation = Literal["gelu", "gelu_exact", "quick_gelu", "relu", "silu", "tanh"]
 Norm = Literal["layer", "rms"]
 Norms = Literal["pre", "post", "sandwich"]
 HeadNorm = Literal["none", "head", "each_head", "projection"]
@@ -67,6 +67,43 @@ class RopeConfig:
     attention_factor: float | None = None  # attention scale of "yarn" and "longrope"; None: derived
     short_factors: tuple[float, ...] = ()  # one divisor per frequency of "longrope", short texts
     long_factors: tuple[float, ...] = ()  # one divisor per frequency of "longrope", long texts
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower of a model of images and text; see `models/vision.py`.
+
+    The sizes are those of CLIP ViT-L/14-336, the tower of Phi-3-vision.
+    """
+
+    layers: int = 24  # number of Transformer blocks; the last one feeds no decoder
+    heads: int = 16  # number of heads per layer
+    width: int = 1024  # width of the residual stream
+    hidden: int = 4096  # width of the MLP
+    image: int = 336  # side of a crop in pixels, a multiple of 2 * patch
+    patch: int = 14  # side of a patch in pixels
+    crops: int = 16  # largest number of crops of an image, next to its global view
+    activation: Activation = "quick_gelu"  # nonlinearity of the MLP
+    norm_epsilon: float = 1e-5  # constant added to the variance in a norm
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a crop."""
+        return self.image // self.patch
+
+    @property
+    def cells(self) -> int:
+        """Image tokens along one side of a crop, each of 2 x 2 patches."""
+        return self.side // 2
+
+    def tokens(self, rows: int, columns: int) -> int:
+        """Returns the number of tokens of an image with a grid of crops.
+
+        >>> VisionConfig().tokens(4, 4), VisionConfig().tokens(1, 3)
+        (2509, 601)
+        """
+        own = (rows * columns + 1) * self.cells**2
+        return own + 1 + (rows + 1) * self.cells  # and a separator after each row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +156,8 @@ class ModelConfig:
     # None: as the other layers
     experts: int | None = None  # number of experts in each MLP; None: one MLP for all tokens
     experts_per_token: int = 2  # number of experts that each token is routed to
+    causal: bool = True  # whether a token attends to earlier tokens only
+    vision: VisionConfig | None = None  # vision tower of Phi-3-vision; None: text only
     pretrained: str | None = None  # pretrained model whose sizes replace the ones above: a
     # Hugging Face folder, a GGUF file, or "package:NAME" for the GGUF file in an installed package;
     # None: random initialization
