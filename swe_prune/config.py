@@ -202,6 +202,7 @@ class DataConfig:
     validation_fraction: float = 0.1  # fraction at the end of a text file to evaluate on
     train_chars: int | None = None  # number of leading characters to train on; None: all
     validation_chars: int | None = None  # number of leading characters to evaluate on; None: all
+    skip_bad_rows: bool = False  # whether rows with a bad image or no price are left out
     window: int | None = None  # tokens per window; None: model.context
     batch: int = 64  # windows per training step
     eval_windows: int = 256  # number of fixed validation windows
