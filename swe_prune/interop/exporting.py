@@ -8,6 +8,7 @@
 The folder is written under a temporary name next to its final path, and renamed when complete.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune import masks, tree
+from swe_prune.config import VisionConfig
 from swe_prune.errors import InputError
 from swe_prune.interop.families import FAMILIES
 from swe_prune.interop.folder_files import COPIED, TOKENIZER_FILES, read_json
@@ -32,6 +34,7 @@ from swe_prune.interop.pruning_record import FILE as RECORD
 from swe_prune.interop.pruning_record import PruningRecord, record_file
 from swe_prune.interop.slices import StoredTensor, bind, param_shapes
 from swe_prune.interop.tensor_names import SAFETENSORS
+from swe_prune.interop.vision_settings import PREPROCESSOR
 from swe_prune.interop.weights_file import write_folder
 from swe_prune.masks.fitting import check_mask
 
@@ -82,6 +85,9 @@ def export(
     leaves = dict(tree.named_leaves(params))
     bound = _bound(model, leaves)
     files = {"config.json": _config(model, leaves)}
+    vision = model.config.vision
+    if vision is not None and vision.crops != VisionConfig.crops:
+        files[PREPROCESSOR] = {"num_crops": vision.crops}
     if record is not None:
         files[RECORD] = record_file(record, mask)
     # Write to a temporary folder, and rename it when it is complete.
@@ -90,6 +96,8 @@ def export(
     try:
         _copy_or_write_tokenizer(model, partial)
         for name, content in files.items():
+            if name == PREPROCESSOR and (partial / name).exists():  # with more than the crops
+                content = read_json(partial / name) | content
             _write_json(partial / name, content)
         write_folder(partial, bound, *_contents(leaves, mask), shard_bytes)
         if mask is not None:
@@ -153,6 +161,9 @@ def _config(model: Pretrained, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the source's config.json, or a new one if the settings have changed."""
     family, config, vocab_size = read_config(model.hf_config, model.config.dtype)
     ours = (model.family, canonical(model.config), model.vocab_size)
+    if config.vision is not None and model.config.vision is not None:  # crops are in another file
+        vision = dataclasses.replace(config.vision, crops=model.config.vision.crops)
+        config = dataclasses.replace(config, vision=vision)
     # Reuse the source's config.json unless the settings have changed.
     if (family, config, vocab_size) == ours:
         written = dict(model.hf_config)

@@ -14,6 +14,7 @@ from swe_prune.interop.families import ACTIVATIONS, FAMILIES
 from swe_prune.interop.family import NEEDED, Family, Key
 from swe_prune.interop.layer_kinds import read_layers, simplified, write_layers
 from swe_prune.interop.rope_settings import read_rope, read_sliding_theta, write_rope
+from swe_prune.interop.vision_settings import read_vision, write_vision
 
 _KINDS = {
     int: "an integer above 0",
@@ -62,6 +63,8 @@ def read_config(
         if rope.scaling == "dynamic":  # it applies beyond the context in config.json
             fields["rope"] = dataclasses.replace(rope, original_context=fields["context"])
             fields["context"] = int(fields["context"] * (rope.factor or 1))
+    if family.vision:
+        fields["vision"] = read_vision(hf)
     config = canonical(ModelConfig(**fields))
     return str(name), config, _value(hf, Key("vocab_size", "vocab_size"))
 
@@ -118,6 +121,8 @@ def _written(config: ModelConfig, vocab_size: int, name: str) -> dict[str, Any]:
     written[activation] = next(
         (hf for hf, own in ACTIVATIONS.items() if own == config.activation), config.activation
     )
+    if family.vision and config.vision is not None:
+        written |= write_vision(config.vision)
     return written | (write_rope(config, name) if family.rotary else {})
 
 

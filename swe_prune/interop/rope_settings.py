@@ -19,6 +19,7 @@ from swe_prune.interop.family import Family
 SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 """Supported values of `rope_type`."""
 
+PHI3 = ("phi3", "phi3_v")
 PHI3_ORIGINAL = 4096  # default of transformers for Phi-3
 _NUMBERS = {
     "linear": {"factor": "factor"},
@@ -71,7 +72,7 @@ def read_rope(hf: Mapping[str, Any], family: str) -> RopeConfig:
             "config.json has rope settings per kind of layer; only one for all layers is supported"
         )
     kind = group.get("rope_type") or group.get("type") or "default"
-    if kind == "su" or (kind == "yarn" and family == "phi3"):
+    if kind == "su" or (kind == "yarn" and family in PHI3):
         kind = "longrope"  # the name in early Phi-3 models
     if kind not in SCALINGS:
         raise InputError(
@@ -145,17 +146,18 @@ def write_rope(config: ModelConfig, family: str) -> dict[str, Any]:
     if keys.sliding_theta is not None:
         written[keys.sliding_theta] = config.sliding_theta or rope.theta
     original = rope.original_context or config.context
-    if family == "phi3":
+    if family in PHI3:
         written["original_max_position_embeddings"] = original
     if rope.scaling == "none":
         return written
-    group: dict[str, Any] = {"type" if family == "phi3" else "rope_type": rope.scaling}
+    scaling = "su" if family == "phi3_v" and rope.scaling == "longrope" else rope.scaling
+    group: dict[str, Any] = {"type" if family in PHI3 else "rope_type": scaling}
     for name, field in _NUMBERS[rope.scaling].items():
         if getattr(rope, field) is not None:
             group[name] = getattr(rope, field)
     if rope.scaling == "yarn":
         group["truncate"] = rope.truncate
-    if rope.scaling in _WITH_ORIGINAL and family != "phi3":
+    if rope.scaling in _WITH_ORIGINAL and family not in PHI3:
         group["original_max_position_embeddings"] = original
     if rope.scaling == "longrope":
         # Before transformers 5, Phi-3's group may contain only the type and these.
@@ -178,7 +180,7 @@ def _share(group: Mapping[str, Any], hf: Mapping[str, Any], family: str) -> floa
 
 def _original(group: Mapping[str, Any], hf: Mapping[str, Any], family: str) -> int | None:
     name = "original_max_position_embeddings"
-    value = hf.get(name) or group.get(name) or (PHI3_ORIGINAL if family == "phi3" else None)
+    value = hf.get(name) or group.get(name) or (PHI3_ORIGINAL if family in PHI3 else None)
     if value is not None and (not isinstance(value, int) or value < 1):
         raise InputError(f"{name} in config.json must be a number of tokens, got {value!r}")
     return value

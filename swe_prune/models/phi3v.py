@@ -203,6 +203,22 @@ def build(
     return Phi3V(config, vocab_size, constrain)
 
 
+def unused(config: ModelConfig, name: str) -> bool:
+    """Returns whether a parameter is in the checkpoint and in no computation, so has no gradient.
+
+    Args:
+        config: Sizes and choices of the model.
+        name: Name of the parameter.
+
+    >>> unused(ModelConfig(vision=VisionConfig(layers=4)), "vision/block_3/mlp/up/kernel")
+    True
+    """
+    if config.vision is None:
+        return False
+    last = f"vision/block_{config.vision.layers - 1}/"
+    return name.startswith((last, "vision/post_norm/"))
+
+
 def partition_rules(config: ModelConfig) -> tuple[gpt.Rule, ...]:
     """Returns the partition rules of the model's parameters, for `parallel.partition`."""
     rules = gpt.partition_rules(config)

@@ -111,8 +111,10 @@ class VisionTower(nn.Module):
         embed = nn.Dense(
             vision.width, False, cfg.dtype, kernel_init=init, name="patch_embedding"
         )
-        first_D = self.param("class_embedding", init, (vision.width,)).astype(cfg.dtype)
-        at_PxD = self.param("position_embedding", init, (side**2 + 1, vision.width))
+        # Wider than CLIP's, so that a narrow tower sees where a patch is from the first step.
+        wide = nn.initializers.normal(vision.width**-0.5)
+        first_D = self.param("class_embedding", wide, (vision.width,)).astype(cfg.dtype)
+        at_PxD = self.param("position_embedding", wide, (side**2 + 1, vision.width))
         x_BxPxD = jnp.concatenate(
             [jnp.broadcast_to(first_D, (batch, 1, vision.width)), embed(x)], axis=1
         )
