@@ -221,6 +221,7 @@ class PhaseConfig:
     b1: float = 0.9  # decay rate of AdamW's first moment
     b2: float = 0.99  # decay rate of AdamW's second moment
     clip: float = 1.0  # largest global gradient norm; larger gradients are scaled down
+    trained: tuple[str, ...] | None = None  # rules of the weights that change; None: all
     accumulate: int = 1  # number of microbatches per step whose gradients are averaged
     eval_every: Duration = "10%"  # interval between evaluations; 0: only at the end
     checkpoint_every: Duration = "10%"  # interval between checkpoints; 0: none (not in train)
@@ -289,6 +290,7 @@ class SamplesConfig:
 
     prompts: tuple[str, ...] = ()  # texts to continue; empty: nothing is generated
     tokens: int = 48  # number of new tokens per prompt
+    pictures: int = 8  # number of pictures to show with what each model reads off them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -501,6 +503,8 @@ def convert(value: Any, wanted: Any, what: str) -> Any:
         return value
     for one in _alternatives(wanted):
         origin = typing.get_origin(one) or one
+        if dataclasses.is_dataclass(one) and isinstance(value, Mapping | ConfigDict):
+            return from_dict(value, typing.cast(type, one), what)
         if origin is Mapping:
             if isinstance(value, Mapping):
                 return dict(value)

@@ -11,8 +11,7 @@ the crops of a picture with its global view.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,35 +70,22 @@ class Split:
         row = self.rows[number]
         return images.crops_of(images.open_image(row.image(), row.where), self.vision)
 
-    def batch(self, numbers: Sequence[int] | np.ndarray, *, answers: bool = True) -> Batch:
-        """Returns examples with equally many crops as a batch.
+    def pictures(self, numbers: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the crops and grids of examples with equally many crops."""
+        pixels = np.stack([self.pixels(number) for number in numbers])
+        return {"pixels": pixels, "grid": self.grids[numbers].astype(np.int32)}
 
-        Args:
-            numbers: Numbers of the examples.
-            answers: Whether the answers are among the inputs; the prompts alone are padded on the
-                left, for generation, and have {"valid": bool (B, L)} with them.
-        """
+    def batch(self, numbers: Sequence[int] | np.ndarray) -> Batch:
+        """Returns examples with equally many crops as a batch."""
         length = self.lengths[int(self.grids[numbers[0]].prod())]
-        batch = len(numbers)
-        tokens_BxL, targets_BxL = np.zeros((2, batch, length), np.int32)
-        weights_BxL = np.zeros((batch, length), np.float32)
-        valid_BxL = np.zeros((batch, length), bool)
+        tokens_BxL, targets_BxL = np.zeros((2, len(numbers), length), np.int32)
+        weights_BxL = np.zeros((len(numbers), length), np.float32)
         for at, number in enumerate(numbers):
             whole, start = self.tokens[number], self.starts[number]
-            if not answers:
-                tokens_BxL[at, length - start :] = whole[:start]
-                valid_BxL[at, length - start :] = True
-                continue
             tokens_BxL[at, : len(whole) - 1] = whole[:-1]
             targets_BxL[at, : len(whole) - 1] = np.maximum(whole[1:], 0)
             weights_BxL[at, start - 1 : len(whole) - 1] = 1
-        inputs = {
-            "tokens": tokens_BxL,
-            "pixels": np.stack([self.pixels(number) for number in numbers]),
-            "grid": self.grids[numbers].astype(np.int32),
-        }
-        if not answers:
-            return {"inputs": inputs, "valid": valid_BxL}
+        inputs = {"tokens": tokens_BxL, **self.pictures(numbers)}
         return {"inputs": inputs, "targets": targets_BxL, "weights": weights_BxL}
 
 
@@ -294,7 +280,12 @@ def by_bucket(split: Split, numbers: np.ndarray, batch: int) -> list[np.ndarray]
     return [own[at : at + batch] for own in groups for at in range(0, len(own), batch)]
 
 
+def filled(numbers: np.ndarray, batch: int) -> np.ndarray:
+    """Returns numbers of examples, the first of them repeated until there are `batch`."""
+    return np.concatenate([numbers, np.repeat(numbers[:1], batch - len(numbers))])
+
+
 def _filled(split: Split, numbers: np.ndarray, batch: int) -> Batch:
-    found = split.batch(np.concatenate([numbers, np.repeat(numbers[:1], batch - len(numbers))]))
+    found = split.batch(filled(numbers, batch))
     found["weights"][len(numbers) :] = 0
     return found

@@ -44,6 +44,12 @@ PARTITION_RULES: tuple[gpt.Rule, ...] = (
 )
 """Partition of the parameters that the decoder does not have; its rules cover the tower's blocks."""
 
+BLOCKS = r"decoder/block_[0-9]+"
+"""Regular expression for the paths of the decoder's blocks, which `blockwise` prunes."""
+
+PRUNABLE = (r"^decoder/block_[0-9]+/(attention|mlp)/\w+/kernel$",)
+"""Rules of the weights that are pruned by default: the decoder's attention and MLP."""
+
 
 class Phi3V(nn.Module):
     """Phi-3-vision: logits for the next token of a text with an image.
