@@ -46,21 +46,26 @@ def open_image(source: bytes | str | Path, where: str) -> Any:
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         width, height = image.size
         if width * height > MOST_PIXELS:
-            raise InputError(
-                f"{where} has {width} x {height} pixels, more than the {MOST_PIXELS:,} that are "
-                "allowed; scale it down"
-            )
+            raise _too_large(where)
         image.load()
         image = ImageOps.exif_transpose(image)
         return _rgb(Image, image, where)
     except InputError:
         raise
+    except Image.DecompressionBombError:
+        raise _too_large(where) from None
     except FileNotFoundError:
         raise InputError(f"{where} does not exist; correct its path") from None
     except Exception as error:  # Pillow raises many kinds on a damaged file
         raise InputError(
             f"{where} cannot be read as an image ({first_line(error)}); replace it, or leave it out"
         ) from None
+
+
+def _too_large(where: str) -> InputError:
+    return InputError(
+        f"{where} has more than the {MOST_PIXELS:,} pixels that are allowed; scale it down"
+    )
 
 
 def _pillow() -> tuple[Any, Any]:

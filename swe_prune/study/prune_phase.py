@@ -154,6 +154,7 @@ def _prune_cell(
         "steps": experiment.tuning_steps(cell),
         "dense_loss": dense_result["dense_loss"],
         "dense_train_loss": dense_result.get("dense_train_loss", ""),
+        "dense_mae": dense_result.get("dense_mae", ""),
         "seconds": seconds,
         **described(experiment, masks, params, dense_result, loss),
         **samples.sampled(experiment, "pruned", params, dense.state.params),

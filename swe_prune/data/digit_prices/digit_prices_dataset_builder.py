@@ -10,7 +10,7 @@ from swe_prune.data.digit_prices import tags
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """Price tags of 96 x 48 grey pixels, each with a kind of goods and a price of 1 to 999.
+    """Price tags of 96 x 32 grey pixels, each with a kind of goods and a price of 1 to 999.
 
     The figures are scans of handwritten digits; no scan is in two splits. Position, size, contrast,
     noise and distracting lines vary. The kind of goods, which the prompt names, tells the range of
@@ -18,9 +18,9 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     | split      | tags   | scans |
     |------------|--------|-------|
-    | train      | 10,000 | 1,257 |
+    | train      | 10,000 | 1,258 |
     | validation |  1,000 |   270 |
-    | test       |  1,000 |   270 |
+    | test       |  1,000 |   269 |
     """
 
     VERSION = tfds.core.Version("1.0.0")

@@ -14,9 +14,9 @@ from jaxtyping import Int, UInt8
 
 from swe_prune.errors import InputError
 
-WIDTH, HEIGHT = 96, 48  # pixels of a tag
+WIDTH, HEIGHT = 96, 32  # pixels of a tag
 SCANS = 1797
-GOODS = {"pen": (1, 99), "book": (10, 199), "lamp": (50, 499), "chair": (100, 999)}
+GOODS = {"gum": (1, 9), "pen": (5, 99), "book": (10, 299), "lamp": (100, 999)}
 """Lowest and highest price of each kind of goods; a text alone gives the price that roughly."""
 
 SPLITS = {"train": (0.7, 10_000), "validation": (0.15, 1_000), "test": (0.15, 1_000)}
@@ -94,10 +94,10 @@ def tag(figures: list[np.ndarray], rng: np.random.Generator) -> UInt8[np.ndarray
         first, last = np.sort(rng.integers(0, WIDTH, 2))
         paper[at : at + thick, first:last] -= rng.uniform(30, 110)
     # All figures of one size, somewhere on the tag.
-    size = int(rng.integers(18, 27))
-    step = size - int(rng.integers(0, 3))
-    left = int(rng.integers(1, WIDTH - size - step * (len(figures) - 1)))
-    top = int(rng.integers(1, HEIGHT - size - 1))
+    size = int(rng.integers(16, 26))
+    step = int(rng.integers(size, 31))
+    left = int(rng.integers(1, min(16, WIDTH - size - step * (len(figures) - 1))))
+    top = int(rng.integers(2, HEIGHT - size - 1))
     strength = rng.uniform(0.6, 0.9)
     for number, figure in enumerate(figures):
         scaled = Image.fromarray(figure).resize((size, size), Image.Resampling.BICUBIC)
