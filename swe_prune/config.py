@@ -28,7 +28,7 @@ from swe_prune.errors import InputError, check_choice, did_you_mean
 from swe_prune.recipe import Recipe
 from swe_prune.recipe import check as check_recipe
 
-Activation = Literal["gelu", "gelu_exact", "relu", "silu", "tanh"]
+Activation = Literal["gelu", "gelu_exact", "quick_gelu", "relu", "silu", "tanh"]
 Norm = Literal["layer", "rms"]
 Norms = Literal["pre", "post", "sandwich"]
 HeadNorm = Literal["none", "head", "each_head", "projection"]
@@ -73,6 +73,43 @@ class RopeConfig:
 
 PER_LAYER = ("sliding", "rotary", "layer_hidden", "layer_heads", "layer_kv_heads")
 """Fields of `ModelConfig` with an entry for each layer, or none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower of a model of images and text; see `models/vision.py`.
+
+    The sizes are those of CLIP ViT-L/14-336, the tower of Phi-3-vision.
+    """
+
+    layers: int = 24  # number of Transformer blocks; the last one feeds no decoder
+    heads: int = 16  # number of heads per layer
+    width: int = 1024  # width of the residual stream
+    hidden: int = 4096  # width of the MLP
+    image: int = 336  # side of a crop in pixels, a multiple of 2 * patch
+    patch: int = 14  # side of a patch in pixels
+    crops: int = 16  # largest number of crops of an image, next to its global view
+    activation: Activation = "quick_gelu"  # nonlinearity of the MLP
+    norm_epsilon: float = 1e-5  # constant added to the variance in a norm
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a crop."""
+        return self.image // self.patch
+
+    @property
+    def cells(self) -> int:
+        """Image tokens along one side of a crop, each of 2 x 2 patches."""
+        return self.side // 2
+
+    def tokens(self, rows: int, columns: int) -> int:
+        """Returns the number of tokens of an image with a grid of crops.
+
+        >>> VisionConfig().tokens(4, 4), VisionConfig().tokens(1, 3)
+        (2509, 601)
+        """
+        own = (rows * columns + 1) * self.cells**2
+        return own + 1 + (rows + 1) * self.cells  # and a separator after each row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +165,8 @@ class ModelConfig:
     layer_kv_heads: tuple[int, ...] = ()  # kv_heads of each layer, given with layer_heads
     experts: int | None = None  # number of experts in each MLP; None: one MLP for all tokens
     experts_per_token: int = 2  # number of experts that each token is routed to
+    causal: bool = True  # whether a token attends to earlier tokens only
+    vision: VisionConfig | None = None  # vision tower of Phi-3-vision; None: text only
     pretrained: str | None = None  # pretrained model whose sizes replace the ones above: a
     # Hugging Face folder, a GGUF file, or "package:NAME" for the GGUF file in an installed package;
     # None: random initialization
@@ -180,6 +219,7 @@ class DataConfig:
     validation_fraction: float = 0.1  # fraction at the end of a text file to evaluate on
     train_chars: int | None = None  # number of leading characters to train on; None: all
     validation_chars: int | None = None  # number of leading characters to evaluate on; None: all
+    skip_bad_rows: bool = False  # whether rows with a bad image or no price are left out
     window: int | None = None  # tokens per window; None: model.context
     batch: int = 64  # windows per training step
     eval_windows: int = 256  # number of fixed validation windows
@@ -198,6 +238,7 @@ class PhaseConfig:
     b1: float = 0.9  # decay rate of AdamW's first moment
     b2: float = 0.99  # decay rate of AdamW's second moment
     clip: float = 1.0  # largest global gradient norm; larger gradients are scaled down
+    trained: tuple[str, ...] | None = None  # rules of the weights that change; None: all
     accumulate: int = 1  # number of microbatches per step whose gradients are averaged
     eval_every: Duration = "10%"  # interval between evaluations; 0: only at the end
     checkpoint_every: Duration = "10%"  # interval between checkpoints; 0: none (not in train)
@@ -267,6 +308,7 @@ class SamplesConfig:
 
     prompts: tuple[str, ...] = ()  # texts to continue; empty: nothing is generated
     tokens: int = 48  # number of new tokens per prompt
+    pictures: int = 8  # number of pictures to show with what each model reads off them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -490,6 +532,8 @@ def convert(value: Any, wanted: Any, what: str) -> Any:
         return value
     for one in _alternatives(wanted):
         origin = typing.get_origin(one) or one
+        if dataclasses.is_dataclass(one) and isinstance(value, Mapping | ConfigDict):
+            return from_dict(value, typing.cast(type, one), what)
         if origin is Mapping:
             if isinstance(value, Mapping):
                 return dict(value)

@@ -17,7 +17,7 @@ from swe_prune.config import CalibrationConfig, StudyConfig, from_dict, load, va
 from swe_prune.errors import InputError
 from swe_prune.recipe import Recipe, score
 from swe_prune.study import gradual, grid, prune_phase, recovery, saved
-from swe_prune.study.experiment import calibration_windows
+from swe_prune.study.feeds import calibration_windows
 from swe_prune.training import optimizer
 from swe_prune.training.progress import Progress
 

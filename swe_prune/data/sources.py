@@ -4,6 +4,7 @@ TFDS datasets are read with TFDS's reader for array_record files, which does not
 """
 
 import difflib
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from swe_prune.config import DataConfig
 from swe_prune.data.text_files import SEPARATOR, read_text
 from swe_prune.errors import InputError, first_line
 
-_OWN = "shakespeare_plays"  # the dataset that this package can prepare
+OWN = ("shakespeare_plays", "digit_prices")  # the datasets that this package can prepare
 _READ_AT_ONCE = 64  # examples
 
 
@@ -57,7 +58,7 @@ def read_named(name: str) -> str:
             "of a text file, or NAME:SPLIT such as shakespeare_plays:train"
         )
     config = DataConfig(dataset=dataset, train_split=split, validation_split=split)
-    builder = _builder(dataset, config.data_dir)
+    builder = open_builder(dataset, config.data_dir)
     _check(builder, config)
     return _read_split(builder, split, config.text_key, None)
 
@@ -79,7 +80,7 @@ def _read_file(path: Path, validation_fraction: float, key: str) -> tuple[str, s
 
 
 def _read_tfds(config: DataConfig) -> tuple[str, str]:
-    builder = _builder(config.dataset, config.data_dir)
+    builder = open_builder(config.dataset, config.data_dir)
     _check(builder, config)  # both splits, before the first is read
     return (
         _read_split(builder, config.train_split, config.text_key, config.train_chars),
@@ -87,14 +88,23 @@ def _read_tfds(config: DataConfig) -> tuple[str, str]:
     )
 
 
-def _builder(name: str, data_dir: str | None) -> Any:
-    """Returns the builder of a dataset in array_record format; prepares our own if necessary."""
+def open_builder(name: str, data_dir: str | None) -> Any:
+    """Returns the builder of a dataset in array_record format; prepares our own if necessary.
+
+    Args:
+        name: Name of the dataset as TFDS spells it.
+        data_dir: Folder of prepared datasets. If None, the default of TFDS.
+
+    Raises:
+        InputError: If there is no such dataset, or it is not prepared in this format.
+    """
     # Import here: TFDS takes half a second, which text files and tokenizers do not need.
     import tensorflow_datasets as tfds
 
-    own = name.partition(":")[0] == _OWN
+    plain = name.partition(":")[0]
+    own = plain in OWN
     if own:  # importing the builder registers its name with TFDS
-        import swe_prune.data.shakespeare_plays.shakespeare_plays_dataset_builder  # noqa: F401
+        importlib.import_module(f"swe_prune.data.{plain}.{plain}_dataset_builder")
     data_dir = data_dir and str(Path(data_dir).expanduser())
     build = f"tfds build {name} --file_format=array_record" + (
         f" --data_dir={data_dir}" if data_dir else ""
@@ -103,7 +113,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
-        known = [*tfds.list_builders(with_community_datasets=False), _OWN]
+        known = [*tfds.list_builders(with_community_datasets=False), *OWN]
         near = difflib.get_close_matches(name.partition("/")[0], known, n=1, cutoff=0.8)
         raise InputError(
             f"dataset {name!r} is neither an existing text file nor a dataset that TFDS knows or "

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,6 +44,7 @@ def generate(
     seed: int,
     eos_id: int | Sequence[int] | None = None,
     stop: Callable[[Sequence[int]], bool] | None = None,
+    images: Mapping[str, Any] | None = None,
 ) -> Generated:
     """Returns up to `max_new_tokens` new tokens for each prompt.
 
@@ -64,6 +65,8 @@ def generate(
         stop: Function of a prompt's new tokens, called after every STOP_CHECK_EVERY of them, that
             returns whether to stop; all tokens generated until then are returned. If None, texts
             do not stop early.
+        images: "pixels" and "grid" of an image for each prompt, for a model that takes them next to
+            the "tokens", where the image's are below 0; see `models.phi3v`. If None, none.
 
     Raises:
         InputError: If there is no prompt, a prompt is empty or has tokens outside the vocabulary,
@@ -71,7 +74,8 @@ def generate(
     """
     # Pad the prompts on the left to a common length.
     rows = [np.asarray(prompt, dtype=np.int64).reshape(-1) for prompt in prompts]
-    length = _checked(model, rows, max_new_tokens)
+    words = rows if images is None else [np.maximum(row, 0) for row in rows]
+    length = _checked(model, words, max_new_tokens)
     tokens_BxL = np.zeros((len(rows), length), np.int32)
     valid_BxL = np.zeros((len(rows), length), bool)
     for number, row in enumerate(rows):
@@ -80,7 +84,9 @@ def generate(
     key = jax.random.key(seed)
     ends = [] if eos_id is None else np.atleast_1d(eos_id)
     eos_E = np.array([*ends, -1], np.int32)  # -1 is not a token, so the array is never empty
-    state = begin(model, sampling, max_new_tokens, params, tokens_BxL, valid_BxL, key, eos_E)
+    state = begin(
+        model, sampling, max_new_tokens, params, tokens_BxL, valid_BxL, key, eos_E, images
+    )
     # Decode in chunks, between which `stop` may end texts; without it, in a single chunk.
     until = max_new_tokens if stop is None else 1
     while True:
@@ -176,11 +182,19 @@ def begin(
     valid_BxL: Bool[Array, "B L"],
     key: Key[Array, ""],
     eos_E: Int[Array, " E"],
+    images: Any = None,
 ) -> _State:
     """Prefills the KV cache with the prompts and generates the first new token of each."""
     batch, length = tokens_BxL.shape
     cache = gpt.empty_cache(model.config, batch, length + new)
-    logits_BxV, cache = _prefill(model, params, tokens_BxL, valid_BxL, cache)
+    if images is None:
+        logits_BxV, cache = _prefill(model, params, tokens_BxL, valid_BxL, cache)
+    else:  # at once, since an image lies anywhere in the prompt
+        inputs = {"tokens": tokens_BxL, **images}
+        logits_BxLxV, cache = model.apply(
+            {"params": params}, inputs, cache, valid_BxL, method="decode"
+        )
+        logits_BxV = logits_BxLxV[:, -1]
     new_BxN = jnp.zeros((batch, new), jnp.int32)
     empty = _State(jnp.int32(0), new_BxN, cache, jnp.zeros(batch, bool))
     return _chosen(empty, logits_BxV, key, sampling, cache, eos_E)

@@ -15,7 +15,12 @@ def mean_loss(
     Args:
         eval_step: Function from (params, batch) to the summed loss of the batch.
         params: Parameters of the model.
-        batches: Evaluation batches; every token has the same weight, regardless of batch sizes.
+        batches: Evaluation batches; every token has the same weight, regardless of batch sizes, or
+            those in "weights".
     """
     sums = jax.device_get([eval_step(params, batch) for batch in batches])
-    return float(sum(float(s) for s in sums) / sum(batch["targets"].size for batch in batches))
+    counted = sum(
+        float(batch["weights"].sum()) if "weights" in batch else batch["targets"].size
+        for batch in batches
+    )
+    return float(sum(float(s) for s in sums) / counted)

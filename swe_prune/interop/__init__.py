@@ -11,6 +11,8 @@ families            settings in config.json of each model family
 family              what such a table says
 hf_config           config.json <-> ModelConfig
 layer_kinds         layers that differ in config.json <-> ModelConfig
+vision_settings     vision tower in config.json <-> VisionConfig
+vision_tower        `load_vision_tower`, CLIP's alone
 rope_settings       rotary positions in config.json <-> RopeConfig
 tensor_names        tables of the parameters in each tensor of a folder
 tensor_names_gguf   tables of the parameters in each tensor of a GGUF file
@@ -53,6 +55,7 @@ from swe_prune.interop.pruning_record import FILE as RECORD
 from swe_prune.interop.pruning_record import PruningRecord, commit_of_code, read_record
 from swe_prune.interop.slices import abstract_params
 from swe_prune.interop.tokenizer import PretrainedTokenizer
+from swe_prune.interop.vision_tower import load_vision_tower
 
 __all__ = [
     "COMPRESSED",
@@ -69,6 +72,7 @@ __all__ = [
     "export",
     "harness",
     "load",
+    "load_vision_tower",
     "located",
     "open_pretrained",
     "read_config",

@@ -9,6 +9,7 @@
 The folder is written under a temporary name next to its final path, and renamed when complete.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune import masks, tree
+from swe_prune.config import VisionConfig
 from swe_prune.errors import InputError
 from swe_prune.interop.compressed_file import write_compressed
 from swe_prune.interop.families import FAMILIES
@@ -35,6 +37,7 @@ from swe_prune.interop.pruning_record import PruningRecord, record_file
 from swe_prune.interop.slices import StoredTensor, bind, param_shapes
 from swe_prune.interop.stranger_files import inside, read_json
 from swe_prune.interop.tensor_names import SAFETENSORS
+from swe_prune.interop.vision_settings import PREPROCESSOR
 from swe_prune.interop.weights_file import pieces_of, write_folder
 from swe_prune.masks.fitting import check_mask
 
@@ -88,6 +91,9 @@ def export(
     leaves = dict(tree.named_leaves(params))
     bound = _bound(model, leaves)
     files = {"config.json": _config(model, leaves)}
+    vision = model.config.vision
+    if vision is not None and vision.crops != VisionConfig.crops:
+        files[PREPROCESSOR] = {"num_crops": vision.crops}
     if record is not None:
         files[RECORD] = record_file(record, mask)
     # Write to a temporary folder, and rename it when it is complete.
@@ -96,6 +102,8 @@ def export(
     try:
         _copy_or_write_tokenizer(model, partial)
         for name, content in files.items():
+            if name == PREPROCESSOR and (partial / name).exists():  # with more than the crops
+                content = read_json(partial / name) | content
             _write_json(partial / name, content)
         if compress:
             write_compressed(partial / COMPRESSED, pieces_of(bound, *_contents(leaves, mask)))
@@ -168,6 +176,9 @@ def _config(model: Pretrained, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the source's config.json, or a new one if the settings have changed."""
     family, config, vocab_size = read_config(model.hf_config, model.config.dtype)
     ours = (model.family, canonical(model.config), model.vocab_size)
+    if config.vision is not None and model.config.vision is not None:  # crops are in another file
+        vision = dataclasses.replace(config.vision, crops=model.config.vision.crops)
+        config = dataclasses.replace(config, vision=vision)
     # Reuse the source's config.json unless the settings have changed.
     if (family, config, vocab_size) == ours:
         written = dict(model.hf_config)

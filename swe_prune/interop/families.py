@@ -16,6 +16,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu",
     "gelu_fast": "gelu",
     "gelu": "gelu_exact",
+    "quick_gelu": "quick_gelu",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
@@ -134,6 +135,13 @@ FAMILIES: Mapping[str, Family] = {
         _llama_like(Key("sliding_window", "window", default=None), epsilon=1e-5, context=4096),
         _GATED | _NO_BIAS,
         rope=RopeKeys(share="partial_rotary_factor"),
+    ),
+    "phi3_v": Family(
+        "Phi3VForCausalLM",
+        _llama_like(Key("sliding_window", "window", default=None), epsilon=1e-5, context=4096),
+        _GATED | _NO_BIAS,
+        rope=RopeKeys(share="partial_rotary_factor"),
+        vision=True,
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",

@@ -109,6 +109,7 @@ class Family:
         derived: Functions from all fields to the value of a field that depends on others.
         rope: Names and defaults of the rotary positions.
         layers: Which layers differ, or None if all are alike.
+        vision: Whether the model has a vision tower.
     """
 
     architecture: str
@@ -121,6 +122,7 @@ class Family:
     )
     rope: RopeKeys = RopeKeys()
     layers: LayerKinds | None = None
+    vision: bool = False
 
     @property
     def rotary(self) -> bool:

@@ -32,6 +32,7 @@ TOKENIZER_FILES = (
 
 COPIED = (
     "generation_config.json",
+    "preprocessor_config.json",
     "LICENSE",
     "LICENSE.txt",
     "LICENSE.md",

@@ -15,6 +15,7 @@ from swe_prune.interop.families import ACTIVATIONS, FAMILIES
 from swe_prune.interop.family import NEEDED, Family, Key
 from swe_prune.interop.layer_kinds import read_layers, simplified, write_layers
 from swe_prune.interop.rope_settings import read_rope, read_sliding_theta, write_rope
+from swe_prune.interop.vision_settings import read_vision, write_vision
 from swe_prune.models.checks import RANGES, check
 
 _KINDS = {bool: "true or false", str: "a name"}
@@ -62,6 +63,8 @@ def read_config(
             POSITIVE.check(context, "max_position_embeddings * factor in config.json")
             fields["context"] = int(context)
             COUNT.check(fields["context"], "max_position_embeddings * factor in config.json")
+    if family.vision:
+        fields["vision"] = read_vision(hf)
     config = ModelConfig(**fields)
     try:
         check(config)
@@ -144,6 +147,8 @@ def _written(config: ModelConfig, vocab_size: int, name: str) -> dict[str, Any]:
     written[activation] = next(
         (hf for hf, own in ACTIVATIONS.items() if own == config.activation), config.activation
     )
+    if family.vision and config.vision is not None:
+        written |= write_vision(config.vision)
     return written | (write_rope(config, name) if family.rotary else {})
 
 

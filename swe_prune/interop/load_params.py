@@ -136,8 +136,9 @@ def read_params(
                 copies.setdefault(part.name, []).append((names[one.name], part))
             continue
         with source.open(names[one.name]) as stored:
+            opened = one.opened(stored)
             for part in one.parts:
-                read = functools.partial(part.read, stored)
+                read = functools.partial(part.read, opened)
                 params[part.name] = _to_device(read, part.name, part.shape, dtype, sharding_of)
     # Parameters with a tensor for each index of their first axis, such as an expert.
     for name, parts in copies.items():

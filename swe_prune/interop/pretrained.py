@@ -29,6 +29,7 @@ from swe_prune.interop.tensor_rows import Table
 from swe_prune.interop.tokenizer import PretrainedTokenizer
 from swe_prune.interop.tokenizer_folder import from_folder, from_path
 from swe_prune.interop.tokenizer_gguf import from_gguf
+from swe_prune.interop.vision_settings import PREPROCESSOR, read_crops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Pretrained:
     """A pretrained language model.
 
     Attributes:
-        config: Config of the decoder, for `models.gpt.build(config, vocab_size)`.
+        config: Config of the model, for `models.phi3v.build(config, vocab_size)`.
         vocab_size: Size V of the vocabulary.
         params: Parameters of the decoder, a nested dict.
         tokenizer: Tokenizer of the model, or None if it has none.
@@ -61,7 +62,7 @@ class PretrainedSource:
     """A pretrained model whose config and headers are read and checked, but not its weights.
 
     Attributes:
-        config: Config of the decoder, for `models.gpt.build(config, vocab_size)`.
+        config: Config of the model, for `models.phi3v.build(config, vocab_size)`.
         vocab_size: Size V of the vocabulary.
         tokenizer: Tokenizer of the model, or None if it has none.
         family: Model family, a key of `FAMILIES`, such as "llama".
@@ -231,6 +232,10 @@ def _folder(
     check_inside(path, (WEIGHTS, COMPRESSED), None)
     hf = read_json(path / "config.json")
     family, config, vocab_size = _config(hf, compute_dtype, str(path / "config.json"))
+    if config.vision is not None and (path / PREPROCESSOR).exists():
+        check_inside(path, (PREPROCESSOR,))
+        crops = read_crops(read_json(path / PREPROCESSOR))
+        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, crops=crops))
     table = SAFETENSORS[family]
     stored = read_folder(path)
     size = sum(file.stat().st_size for file in set(stored.files.values()))

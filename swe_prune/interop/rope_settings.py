@@ -20,6 +20,7 @@ from swe_prune.models.checks import RANGES
 SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 """Supported values of `rope_type`."""
 
+PHI3 = ("phi3", "phi3_v")
 PHI3_ORIGINAL = 4096  # default of transformers for Phi-3
 _NUMBERS = {
     "linear": {"factor": "factor"},
@@ -72,7 +73,7 @@ def read_rope(hf: Mapping[str, Any], family: str) -> RopeConfig:
             "config.json has rope settings per kind of layer; only one for all layers is supported"
         )
     kind = _first(group.get("rope_type"), group.get("type"), "default")
-    if kind == "su" or (kind == "yarn" and family == "phi3"):
+    if kind == "su" or (kind == "yarn" and family in PHI3):
         kind = "longrope"  # the name in early Phi-3 models
     if not isinstance(kind, str) or kind not in SCALINGS:
         raise InputError(
@@ -150,17 +151,18 @@ def write_rope(config: ModelConfig, family: str) -> dict[str, Any]:
     if keys.sliding_theta is not None:
         written[keys.sliding_theta] = config.sliding_theta or rope.theta
     original = rope.original_context or config.context
-    if family == "phi3":
+    if family in PHI3:
         written["original_max_position_embeddings"] = original
     if rope.scaling == "none":
         return written
-    group: dict[str, Any] = {"type" if family == "phi3" else "rope_type": rope.scaling}
+    scaling = "su" if family == "phi3_v" and rope.scaling == "longrope" else rope.scaling
+    group: dict[str, Any] = {"type" if family in PHI3 else "rope_type": scaling}
     for name, field in _NUMBERS[rope.scaling].items():
         if getattr(rope, field) is not None:
             group[name] = getattr(rope, field)
     if rope.scaling == "yarn":
         group["truncate"] = rope.truncate
-    if rope.scaling in _WITH_ORIGINAL and family != "phi3":
+    if rope.scaling in _WITH_ORIGINAL and family not in PHI3:
         group["original_max_position_embeddings"] = original
     if rope.scaling == "longrope":
         # Before transformers 5, Phi-3's group may contain only the type and these.
@@ -183,7 +185,7 @@ def _share(group: Mapping[str, Any], hf: Mapping[str, Any], family: str) -> floa
 
 def _original(group: Mapping[str, Any], hf: Mapping[str, Any], family: str) -> int | None:
     name = "original_max_position_embeddings"
-    default = PHI3_ORIGINAL if family == "phi3" else None
+    default = PHI3_ORIGINAL if family in PHI3 else None
     value = _first(hf.get(name), group.get(name), default)
     if value is not None:
         RANGES["rope.original_context"].check(value, f"{name} in config.json")

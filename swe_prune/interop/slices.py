@@ -16,7 +16,7 @@ import numpy as np
 from swe_prune import tree
 from swe_prune.config import PER_LAYER, ModelConfig
 from swe_prune.interop.tensor_rows import AS_IS, IN_OUT, OUT_IN, Row, Table
-from swe_prune.models import gpt
+from swe_prune.models import phi3v
 
 Shape = tuple[int, ...]
 
@@ -90,11 +90,17 @@ class StoredTensor:
         name: Name in the file.
         shape: Shape in the file.
         parts: Parameters in the tensor, in the order of its outputs.
+        unfolded: Shape by the layout, if the file has the same numbers in another shape.
     """
 
     name: str
     shape: Shape
     parts: tuple[ParamSlice, ...]
+    unfolded: Shape | None = None
+
+    def opened(self, stored: Any) -> Any:
+        """Returns an open tensor in the shape that its parts are read from."""
+        return stored if self.unfolded is None else stored[...].reshape(self.unfolded)
 
     def write(self, params: Mapping[str, Any]) -> np.ndarray:
         """Joins parameters, given by name, to the stored tensor; preserves the dtype."""
@@ -109,7 +115,7 @@ class StoredTensor:
                 piece = _halves(piece, part.heads, back=True)
             pieces.append(piece.T if part.layout == OUT_IN else piece)
         if len(pieces) == 1:
-            return np.ascontiguousarray(pieces[0])
+            return np.ascontiguousarray(pieces[0]).reshape(self.shape)
         turn = self.parts[0].turn
         if turn is not None:
             by_head = [piece.reshape(turn[0], -1, *piece.shape[1:]) for piece in pieces]
@@ -122,8 +128,8 @@ def bind(table: Table, config: ModelConfig, vocab_size: int) -> list[StoredTenso
     shapes = param_shapes(config, vocab_size)
     bound = []
     for row in table.rows:
-        for layer in range(config.layers if "{i}" in row.stored else 1):
-            names = [name.format(i=layer) for name in row.params]
+        for layer in range(_layers(row.stored, config)):
+            names = [name.format(i=layer, v=layer) for name in row.params]
             # Skip rows for parameters that this model does not have.
             if names[0] not in shapes:
                 continue
@@ -138,6 +144,7 @@ def bind(table: Table, config: ModelConfig, vocab_size: int) -> list[StoredTenso
 
 def param_shapes(config: ModelConfig, vocab_size: int) -> dict[str, Shape]:
     """Returns the shape of each parameter of the model by name, without allocating any."""
+    vision = None if config.vision is None else dataclasses.replace(config.vision, layers=2)
     shapes = {}
     for layer in range(config.layers):
         # Layers of the same widths are traced once: no parameter depends on the other settings.
@@ -147,11 +154,23 @@ def param_shapes(config: ModelConfig, vocab_size: int) -> dict[str, Shape]:
         }
         one = dataclasses.replace(
             config, layers=1, scan_layers=False, remat=False, dropout=0.0, sliding_theta=None,
-            **dict.fromkeys(PER_LAYER, ()), **widths,
+            vision=vision, **dict.fromkeys(PER_LAYER, ()), **widths,
         )  # fmt: skip
         for name, shape in _shapes_of_one_layer(one, vocab_size):
+            if "block_1/" in name:  # of the vision tower, which has two at least
+                continue
+            if config.vision is not None and name.startswith("vision/block_0/"):
+                for number in range(config.vision.layers):
+                    shapes[name.replace("block_0/", f"block_{number}/")] = shape
+                continue
             shapes[name.replace("block_0/", f"block_{layer}/")] = shape
     return shapes
+
+
+def _layers(stored: str, config: ModelConfig) -> int:
+    if "{v}" in stored and config.vision is not None:
+        return config.vision.layers
+    return config.layers if "{i}" in stored else 1
 
 
 def abstract_params(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
@@ -162,10 +181,9 @@ def abstract_params(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=64)  # tracing takes longer than everything else for a small model
 def _shapes_of_one_layer(config: ModelConfig, vocab_size: int) -> tuple[tuple[str, Shape], ...]:
-    model = gpt.build(config, vocab_size)
+    model = phi3v.build(config, vocab_size)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    made = jax.eval_shape(model.init, key, tokens)["params"]
+    made = jax.eval_shape(model.init, key, phi3v.example(config, 1))["params"]
     return tuple((name, tuple(leaf.shape)) for name, leaf in tree.named_leaves(made))
 
 
@@ -189,7 +207,10 @@ def _bound(
     first = parts[0].shape
     shape = (start, *first[1:]) if row.layout == AS_IS else (first[0], start)
     shape = shape[::-1] if row.layout == OUT_IN else shape
-    return StoredTensor(row.stored.format(i=layer, e=copy), shape, tuple(parts))
+    name = row.stored.format(i=layer, v=layer, e=copy)
+    if row.fold is None:
+        return StoredTensor(name, shape, tuple(parts))
+    return StoredTensor(name, row.fold(config, shape), tuple(parts), unfolded=shape)
 
 
 def _halves(x: np.ndarray, heads: int, *, back: bool = False) -> np.ndarray:

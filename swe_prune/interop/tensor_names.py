@@ -8,6 +8,7 @@ parameters the model does not have (biases, an untied head) is skipped.
 Source: https://github.com/huggingface/transformers, models/*/modeling_*.py.
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 from swe_prune.interop.tensor_rows import IN_OUT, OUT_IN, Row, Table, dense_rows, norm_rows
@@ -127,6 +128,64 @@ _PHI3 = _llama(
     *dense_rows("model.layers.{i}.mlp.down_proj", "block_{i}/mlp/down"),
 )
 
+_CLIP = "model.vision_embed_tokens.img_processor.vision_model"
+_CLIP_LAYER = f"{_CLIP}.encoder.layers.{{v}}"
+_VISION = (
+    Row(f"{_CLIP}.embeddings.class_embedding", ("vision/class_embedding",)),
+    Row(
+        f"{_CLIP}.embeddings.patch_embedding.weight",
+        ("vision/patch_embedding/kernel",),
+        OUT_IN,
+        fold=lambda config, shape: (shape[0], 3, *(config.vision.patch,) * 2),  # a convolution
+    ),
+    Row(f"{_CLIP}.embeddings.position_embedding.weight", ("vision/position_embedding",)),
+    *norm_rows(f"{_CLIP}.pre_layrnorm", "vision/pre_norm"),  # so spelled
+    *norm_rows(f"{_CLIP_LAYER}.layer_norm1", "vision/block_{v}/attention_norm"),
+    *dense_rows(f"{_CLIP_LAYER}.self_attn.q_proj", "vision/block_{v}/attention/query"),
+    *dense_rows(f"{_CLIP_LAYER}.self_attn.k_proj", "vision/block_{v}/attention/key"),
+    *dense_rows(f"{_CLIP_LAYER}.self_attn.v_proj", "vision/block_{v}/attention/value"),
+    *dense_rows(f"{_CLIP_LAYER}.self_attn.out_proj", "vision/block_{v}/attention/out"),
+    *norm_rows(f"{_CLIP_LAYER}.layer_norm2", "vision/block_{v}/mlp_norm"),
+    *dense_rows(f"{_CLIP_LAYER}.mlp.fc1", "vision/block_{v}/mlp/up"),
+    *dense_rows(f"{_CLIP_LAYER}.mlp.fc2", "vision/block_{v}/mlp/down"),
+    *norm_rows(f"{_CLIP}.post_layernorm", "vision/post_norm"),
+)
+CLIP = Table(
+    tuple(
+        dataclasses.replace(row, stored=row.stored.replace(_CLIP, "vision_model"))
+        for row in _VISION
+    ),
+    prefix="vision_model.",
+    # The other half of CLIP, and numbers of positions.
+    ignored=(r"position_ids$", r"^(text_model\.|text_projection|visual_projection|logit_scale)"),
+)
+"""Table for the folder of a CLIP model, of which the vision tower is read."""
+
+_PHI3_V = Table(
+    (
+        *(
+            dataclasses.replace(row, params=tuple(f"decoder/{name}" for name in row.params))
+            for row in _PHI3.rows
+        ),
+        *_VISION,
+        Row(
+            "model.vision_embed_tokens.glb_GN",
+            ("projection/global_separator",),
+            fold=lambda config, shape: (1, 1, *shape),
+        ),
+        Row(
+            "model.vision_embed_tokens.sub_GN",
+            ("projection/row_separator",),
+            fold=lambda config, shape: (1, 1, 1, *shape),
+        ),
+        *dense_rows("model.vision_embed_tokens.img_projection.0", "projection/first"),
+        *dense_rows("model.vision_embed_tokens.img_projection.2", "projection/second"),
+    ),
+    prefix="model.",
+    # Numbers of positions, and the embedding of words a second time.
+    ignored=(*_FREQUENCIES, r"position_ids$", r"vision_embed_tokens\.wte\.weight$"),
+)
+
 _NEOX_LAYER = "gpt_neox.layers.{i}"
 _NEOX = Table(
     (
@@ -174,6 +233,7 @@ SAFETENSORS: Mapping[str, Table] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "phi3": _PHI3,
+    "phi3_v": _PHI3_V,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "granite": _LLAMA,

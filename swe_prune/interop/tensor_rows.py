@@ -8,6 +8,9 @@ Layouts of stored tensors, whose parameters are kernels of inputs x outputs:
 """
 
 import dataclasses
+from collections.abc import Callable
+
+from swe_prune.config import ModelConfig
 
 AS_IS, OUT_IN, IN_OUT = "as_is", "out_in", "in_out"
 
@@ -17,12 +20,15 @@ class Row:
     """Names of a stored tensor and of the parameters in it.
 
     Attributes:
-        stored: Name of the stored tensor, with `{i}` for the layer, and `{e}` if each index of the
-            parameters' first axis, such as an expert, has a tensor of its own.
+        stored: Name of the stored tensor, with `{i}` for the layer, `{v}` for the layer of a vision
+            tower, and `{e}` if each index of the parameters' first axis, such as an expert, has a
+            tensor of its own.
         params: Names of the parameters, in the order of the tensor's outputs.
         layout: Layout of the stored tensor: `AS_IS`, `OUT_IN` or `IN_OUT`.
         interleaved: Whether the two halves of each head are interleaved.
         by_head: Whether the parameters take turns head by head, instead of one after another.
+        fold: Function from the config and the shape by the layout to the shape in the file, which
+            has the same numbers in the same order. If None, they are the same shape.
     """
 
     stored: str
@@ -30,6 +36,7 @@ class Row:
     layout: str = AS_IS
     interleaved: bool = False
     by_head: bool = False
+    fold: Callable[[ModelConfig, tuple[int, ...]], tuple[int, ...]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     cap: float | None = None,
+    causal: bool = True,
     valid_BxT: Bool[Array, "B T"] | None = None,
     start: Int[Array, ""] | int = 0,
 ) -> Float[Array, "B L H K"]:
@@ -43,10 +44,11 @@ def attention(
             2310.06825). If None, all earlier tokens.
         scale: Factor of the scores instead of 1 / √K. If None, 1 / √K.
         cap: Bound of the scores, cap * tanh(score / cap) (Gemma 2, 2408.00118). If None, none.
+        causal: Whether later tokens are masked. If False, every token attends to all.
         valid_BxT: False for keys of padding, which are masked. If None, all keys are valid.
         start: Position of the first query among the keys; may be traced.
     """
-    run = functools.partial(_in_parts, window=window, scale=scale, cap=cap)
+    run = functools.partial(_in_parts, window=window, scale=scale, cap=cap, causal=causal)
     return jax.checkpoint(run)(q_BxLxHxK, k_BxTxGxK, v_BxTxGxK, valid_BxT, start)
 
 
@@ -60,9 +62,11 @@ def _in_parts(
     window: int | None,
     scale: float | None,
     cap: float | None,
+    causal: bool,
 ) -> Array:
     length, width = q_BxLxHxK.shape[1], q_BxLxHxK.shape[-1]
-    whole = length == k_BxTxGxK.shape[1]  # queries and keys are of the same tokens
+    # Queries and keys are of the same tokens, and no query needs all the keys.
+    whole = causal and length == k_BxTxGxK.shape[1]
     q_BxLxHxK = q_BxLxHxK / math.sqrt(width) if scale is None else q_BxLxHxK * scale
     q_BxHxLxK = q_BxLxHxK.swapaxes(1, 2)
     k_BxGxTxK, v_BxGxTxK = k_BxTxGxK.swapaxes(1, 2), v_BxTxGxK.swapaxes(1, 2)
@@ -74,7 +78,7 @@ def _in_parts(
         used = slice(0, last if whole else None)
         valid = None if valid_BxT is None else valid_BxT[:, used]
         q, k, v = q_BxHxLxK[:, :, first:last], k_BxGxTxK[:, :, used], v_BxGxTxK[:, :, used]
-        parts.append(_attend(q, k, v, valid, first if whole else begin, window, cap))
+        parts.append(_attend(q, k, v, valid, first if whole else begin, window, cap, causal))
     return jnp.concatenate(parts, axis=2).swapaxes(1, 2)
 
 
@@ -86,6 +90,7 @@ def _attend(
     start: Array | int,
     window: int | None,
     cap: float | None,
+    causal: bool,
 ) -> Array:
     """Returns the outputs B x H x Q x K of Q queries, the first of which is at position `start`."""
     batch, heads, queries, width = q_BxHxQxK.shape
@@ -98,7 +103,7 @@ def _attend(
         scores_BxGxSxT = cap * jnp.tanh(scores_BxGxSxT / cap)
     # Mask later tokens, tokens outside the window, and padding.
     at_Q, at_T = start + jnp.arange(queries), jnp.arange(keys)
-    seen_QxT = at_T <= at_Q[:, None]
+    seen_QxT = at_T <= at_Q[:, None] if causal else jnp.ones((queries, keys), bool)
     if window is not None:
         seen_QxT &= at_T > at_Q[:, None] - window
     seen = jnp.tile(seen_QxT, (heads // groups, 1))

@@ -1,8 +1,10 @@
 """Decoder block: attention and an MLP, each with norms and a residual connection."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
 
@@ -104,6 +106,7 @@ class Attention(nn.Module):
             window=cfg.window,
             scale=cfg.attention_scale,
             cap=cfg.attention_cap,
+            causal=cfg.causal,
             valid_BxT=positions.valid_BxT,
             start=start,
         )
@@ -127,3 +130,50 @@ class MLP(nn.Module):
         else:
             h_NxF = activation(h_NxF)
         return dense(cfg, cfg.width, "down", cfg.mlp_bias, residual=True)(h_NxF)
+
+
+def scanned(
+    cfg: ModelConfig,
+    params: Mapping[str, Any],
+    x_NxD: Array,
+    batch: int,
+    train: bool,
+    positions: Positions,
+    key: Array | None,
+    constrain: Callable[[Array], Array],
+) -> Array:
+    """Returns the output of all the blocks, computed by one compiled body in a scan.
+
+    Args:
+        cfg: Config of the model.
+        params: Parameters of the model, with block i under "block_i" as in the unscanned model.
+        x_NxD: Input of the first block.
+        batch: Number of sequences among the N tokens.
+        train: Whether to apply dropout.
+        positions: Positions and masks of the tokens.
+        key: Random key for dropout, split into one key per layer; None without dropout.
+        constrain: Function applied to the output of each block.
+    """
+
+    def stack(path: Any, *leaves: Array) -> Array:
+        # Dense makes the same cast; casting before stacking takes half the memory. A norm
+        # multiplies by its scale in float32, so its scale is not cast.
+        if jax.tree_util.keystr(path).endswith("['kernel']"):
+            return jnp.stack([leaf.astype(cfg.dtype) for leaf in leaves])
+        return jnp.stack(leaves)
+
+    blocks = [params[f"block_{layer}"] for layer in range(cfg.layers)]
+    block = Block(cfg, parent=None)
+
+    def run(x_NxD: Array, layer: tuple[Any, Array | None]) -> tuple[Array, None]:
+        weights, key = layer
+        rngs = {} if key is None else {"dropout": key}
+        y_NxD: Any = block.apply({"params": weights}, x_NxD, batch, train, positions, rngs=rngs)
+        return constrain(y_NxD), None
+
+    if cfg.remat:
+        # The loop already keeps the compiler from sharing values between the two passes.
+        run = jax.checkpoint(run, prevent_cse=False)
+    keys = None if key is None else jax.random.split(key, cfg.layers)
+    x_NxD, _ = jax.lax.scan(run, x_NxD, (jax.tree.map_with_path(stack, *blocks), keys))
+    return x_NxD

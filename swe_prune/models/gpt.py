@@ -17,7 +17,7 @@ https://github.com/karpathy/nanoGPT (one flag for all biases, the 10.7 M charact
 Zhang and Sennrich 2019 (RMS norm), Shazeer 2020 (gated MLP), Touvron et al. 2023 (Llama).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,9 +28,9 @@ from jaxtyping import Array, Bool, Float, Int
 from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError
 from swe_prune.models.attention import attention
-from swe_prune.models.block import Block
+from swe_prune.models.block import Block, scanned
 from swe_prune.models.checks import check
-from swe_prune.models.kv_cache import Cache, Positions, empty_cache, positions_and_masks
+from swe_prune.models.kv_cache import Cache, empty_cache, positions_and_masks
 from swe_prune.models.layers import ACTIVATIONS, INIT_STDDEV, dense, norm
 
 __all__ = ["ACTIVATIONS",
@@ -68,12 +68,12 @@ HEAD_NORM_RULE: Rule = (r"(query|key)_norm/scale$", ())
 each head, if the model has them."""
 
 
-def _identity(x_NxD: Array) -> Array:
+def identity(x_NxD: Array) -> Array:
     return x_NxD
 
 
 def build(
-    config: ModelConfig, vocab_size: int, constrain: Callable[[Array], Array] = _identity
+    config: ModelConfig, vocab_size: int, constrain: Callable[[Array], Array] = identity
 ) -> "GPT":
     """Builds the model for a config.
 
@@ -128,7 +128,7 @@ class GPT(nn.Module):
 
     config: ModelConfig
     vocab_size: int
-    constrain: Callable[[Array], Array] = _identity
+    constrain: Callable[[Array], Array] = identity
 
     def __call__(
         self,
@@ -136,6 +136,7 @@ class GPT(nn.Module):
         *,
         train: bool = False,
         valid_BxL: Bool[Array, "B L"] | None = None,
+        images_BxTxD: Float[Array, "B T D"] | None = None,
     ) -> Float[Array, "B L V"]:
         """Returns logits_BxLxV, float32.
 
@@ -144,11 +145,13 @@ class GPT(nn.Module):
             train: Whether to apply dropout, which needs the rng "dropout".
             valid_BxL: False for padding, which is masked and does not count as a position; the
                 logits of padding are meaningless. If None, there is no padding.
+            images_BxTxD: Embeddings of images, which take the places of the tokens below 0, in
+                their order; a row may have more. If None, no token is below 0.
 
         Raises:
             InputError: If L exceeds config.context (at trace time).
         """
-        logits_BxLxV, _ = self._run(tokens_BxL, train, valid_BxL, None)
+        logits_BxLxV, _ = self._run(tokens_BxL, train, valid_BxL, None, images_BxTxD)
         return logits_BxLxV
 
     def decode(
@@ -156,6 +159,7 @@ class GPT(nn.Module):
         tokens_BxL: Int[Array, "B L"],
         cache: Cache,
         valid_BxL: Bool[Array, "B L"] | None = None,
+        images_BxTxD: Float[Array, "B T D"] | None = None,
         last_only: bool = False,
     ) -> tuple[Float[Array, "B L V"], Cache]:
         """Returns the logits of tokens that follow those in a KV cache, and the updated cache.
@@ -168,6 +172,7 @@ class GPT(nn.Module):
                 this is not checked, and otherwise the last tokens are overwritten.
             cache: KV cache from `empty_cache` or the previous call.
             valid_BxL: False for padding, which is masked. If None, there is no padding.
+            images_BxTxD: Embeddings of the images in these tokens, as in `__call__`.
             last_only: Whether to compute the logits of the last token alone, B x 1 x V.
 
         Raises:
@@ -179,7 +184,7 @@ class GPT(nn.Module):
                 f"{tokens_BxL.shape[1]} tokens exceed the cache's capacity of {room}; "
                 "increase it in empty_cache"
             )
-        return self._run(tokens_BxL, False, valid_BxL, cache, last_only)
+        return self._run(tokens_BxL, False, valid_BxL, cache, images_BxTxD, last_only)
 
     @nn.compact
     def _run(
@@ -188,6 +193,7 @@ class GPT(nn.Module):
         train: bool,
         valid_BxL: Array | None,
         cache: Cache | None,
+        images_BxTxD: Array | None = None,
         last_only: bool = False,
     ) -> tuple[Array, Any]:
         # 1. Embed the tokens, and add their positions if these are learned.
@@ -202,9 +208,12 @@ class GPT(nn.Module):
         embed = nn.Embed(
             self.vocab_size, cfg.width, embedding_init=init, dtype=cfg.dtype, name="embedding"
         )
-        x_BxLxD = embed(tokens_BxL)
+        words_BxL = tokens_BxL if images_BxTxD is None else jnp.maximum(tokens_BxL, 0)
+        x_BxLxD = embed(words_BxL)
         if cfg.embedding_scale != 1:
             x_BxLxD = x_BxLxD * jnp.asarray(cfg.embedding_scale, cfg.dtype)
+        if images_BxTxD is not None:
+            x_BxLxD = _placed(images_BxTxD.astype(cfg.dtype), tokens_BxL, x_BxLxD)
         positions_BxL, positions = positions_and_masks(cfg, batch, length, valid_BxL, cache)
         if cfg.positions == "learned":
             first = cfg.position_offset
@@ -230,7 +239,7 @@ class GPT(nn.Module):
         elif cfg.scan_layers and not self.is_initializing():
             key = self.make_rng("dropout") if train and cfg.dropout else None
             params = self.variables["params"]
-            x_NxD = _scanned(cfg, params, x_NxD, batch, train, positions, key, self.constrain)
+            x_NxD = scanned(cfg, params, x_NxD, batch, train, positions, key, self.constrain)
         else:
             block = nn.remat(Block, static_argnums=(2, 3)) if cfg.remat else Block
             for layer in range(cfg.layers):
@@ -256,48 +265,9 @@ class GPT(nn.Module):
         return logits_NxV.reshape(batch, -1, self.vocab_size), cache
 
 
-def _scanned(
-    cfg: ModelConfig,
-    params: Mapping[str, Any],
-    x_NxD: Array,
-    batch: int,
-    train: bool,
-    positions: Positions,
-    key: Array | None,
-    constrain: Callable[[Array], Array],
-) -> Array:
-    """Returns the output of all the blocks, computed by one compiled body in a scan.
-
-    Args:
-        cfg: Config of the model.
-        params: Parameters of the model, with block i under "block_i" as in the unscanned model.
-        x_NxD: Input of the first block.
-        batch: Number of sequences among the N tokens.
-        train: Whether to apply dropout.
-        positions: Positions and masks of the tokens.
-        key: Random key for dropout, split into one key per layer; None without dropout.
-        constrain: Function applied to the output of each block.
-    """
-
-    def stack(path: Any, *leaves: Array) -> Array:
-        # Dense makes the same cast; casting before stacking takes half the memory. A norm
-        # multiplies by its scale in float32, so its scale is not cast.
-        if jax.tree_util.keystr(path).endswith("['kernel']"):
-            return jnp.stack([leaf.astype(cfg.dtype) for leaf in leaves])
-        return jnp.stack(leaves)
-
-    blocks = [params[f"block_{layer}"] for layer in range(cfg.layers)]
-    block = Block(cfg, parent=None)
-
-    def run(x_NxD: Array, layer: tuple[Any, Array | None]) -> tuple[Array, None]:
-        weights, key = layer
-        rngs = {} if key is None else {"dropout": key}
-        y_NxD: Any = block.apply({"params": weights}, x_NxD, batch, train, positions, rngs=rngs)
-        return constrain(y_NxD), None
-
-    if cfg.remat:
-        # The loop already keeps the compiler from sharing values between the two passes.
-        run = jax.checkpoint(run, prevent_cse=False)
-    keys = None if key is None else jax.random.split(key, cfg.layers)
-    x_NxD, _ = jax.lax.scan(run, x_NxD, (jax.tree.map_with_path(stack, *blocks), keys))
-    return x_NxD
+def _placed(images_BxTxD: Array, tokens_BxL: Array, words_BxLxD: Array) -> Array:
+    """Returns the embeddings of words, with those of images where tokens are below 0."""
+    here_BxL = tokens_BxL < 0
+    slot_BxL = jnp.maximum(jnp.cumsum(here_BxL, axis=1) - 1, 0)
+    found_BxLxD = jnp.take_along_axis(images_BxTxD, slot_BxL[..., None], axis=1)
+    return jnp.where(here_BxL[..., None], found_BxLxD, words_BxLxD)

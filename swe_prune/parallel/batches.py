@@ -88,7 +88,7 @@ def shard_batch(
 
         return jax.make_array_from_callback(whole, sharding, part)
 
-    return {name: shard(np.asarray(host)) for name, host in batch.items()}
+    return jax.tree.map(lambda host: shard(np.asarray(host)), dict(batch))
 
 
 class ShardedBatches:

@@ -275,7 +275,8 @@ def _read_detail(path: epath.Path) -> tuple[CellKey, Detail]:
         raise _malformed(path, f"{type(error).__name__}: {error}") from None
     stages = ("pruned", "finetuned")
     samples = {stage: value.get(f"{stage}_samples") or [] for stage in stages}
-    return tuple(identity.values()), Detail(tensors, histogram, kept, samples)
+    prices = {s: value[f"{s}_prices"] for s in stages if value.get(f"{s}_prices")}
+    return tuple(identity.values()), Detail(tensors, histogram, kept, samples, prices)
 
 
 def _histogram(value: dict[str, Any]) -> Histogram:

@@ -73,6 +73,7 @@ class Detail:
     histogram: Histogram | None
     sample_kept: dict[str, list[bool]]
     samples: dict[str, list[dict[str, Any]]]  # text by stage, "pruned" or "finetuned"
+    prices: dict[str, dict[str, Any]]  # `evaluation.prices.PriceErrors` by stage
 
     @property
     def total(self) -> int:

@@ -77,6 +77,8 @@ def content(results: Results) -> dict[str, Any]:
 
 
 def _language(results: Results, cells: Sequence[Cell]) -> list[tables.Table]:
+    if any(row.pruned_mae is not None for row in results.rows):
+        return [tables.prices(results, cells)]
     if all(row.pruned_kl is None for row in results.rows):
         return []  # the study writes no samples
     return [tables.perplexities(results, cells), tables.samples(results)]

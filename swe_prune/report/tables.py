@@ -139,6 +139,9 @@ def _cell(cell: Cell) -> list[str]:
     ]
 
 
+_PICTURES = ("own", "blank", "shuffled")
+
+
 def seeds(results: Results) -> Table:
     """Returns the dense and the control loss of each seed."""
     dense = stats.per_seed(results.rows, "dense_loss")
@@ -215,6 +218,45 @@ def samples(results: Results) -> Table:
             rows.append([name_of(row), shown, prompt, text if one else DASH, last])
     head = ["Model", "Sparsity", "Prompt", "Continuation, pruned", "Continuation, recovered"]
     return Table(f"What the models of seed {seed} wrote, greedily.", head, rows, words=5)
+
+
+def prices(results: Results, found: Sequence[Cell]) -> Table:
+    """Returns the errors of prices read off pictures, and of prices given without looking."""
+    head = "Model,Comparison,Sparsity,MAE pruned,MAE,Blank,Shuffled,Teacher-forced,No price"
+    dense = [one["dense_prices"] for one in results.dense.values() if "dense_prices" in one]
+    rows = [["dense", DASH, DASH, DASH, *_price_cells(dense)]]
+    control = stats.per_seed(results.rows, "control_mae").values()
+    if control:
+        rows.append(["control", DASH, DASH, DASH, _number(spread(control)), *[DASH] * 4])
+    for cell in found:
+        details = [results.details.get(key_of(row)) for row in cell.rows]
+        last = [one.prices.get("finetuned") or one.prices.get("pruned") for one in details if one]
+        rows.append(
+            [
+                cell.name,
+                phrase(cell.group),
+                percent(cell.sparsity.mean),
+                _number(cell.of("pruned_mae")),
+                *_price_cells([one for one in last if one]),
+            ]
+        )
+    return Table(
+        "Mean absolute error of prices, mean over seeds: generated straight after pruning, and "
+        "after the recovery with the picture, with a blank one, and with another example's; and "
+        "by the published recipe, which predicts every figure with the true ones before it. "
+        "No price: answers without one, which the generated errors leave out.",
+        head.split(","),
+        rows,
+        words=2,
+    )
+
+
+def _price_cells(errors: Sequence[dict[str, Any]]) -> list[str]:
+    values = [[one["generated"][shown] for one in errors] for shown in _PICTURES]
+    values.append([one["teacher_forced"] for one in errors])
+    missing = spread(one["unparsable"]["own"] for one in errors)
+    cells = [_number(spread(known)) for known in values]
+    return [*cells, DASH if missing is None else number(missing.mean, 1)]
 
 
 def _shown(sample: dict[str, Any]) -> list[str]:

@@ -3,6 +3,8 @@
 grid             the cells: a recipe, a schedule, a recovery and a seed each
 shard            which cells one of several processes takes
 workdir          where things lie, whose they are, and that no two runs share them
+feeds            batches of a text, or of pictures with their texts
+freezing         which weights a phase does not change
 experiment       everything that is built once: data, model, compiled steps
 from_checkpoint  a pretrained model in place of fresh weights
 recovery         the training after pruning, of the cells and of their controls

@@ -8,22 +8,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Integer, PyTree
+from jaxtyping import PyTree
 
 from swe_prune import data as data_lib
 from swe_prune import interop, parallel, trajectory, tree
-from swe_prune.config import CalibrationConfig, Config, PhaseConfig, to_steps
+from swe_prune.config import Config, PhaseConfig, to_steps
 from swe_prune.errors import InputError
 from swe_prune.evaluation import mean_loss
 from swe_prune.layout import layout as trace_layout
-from swe_prune.models import gpt
+from swe_prune.models import phi3v
 from swe_prune.runtime import storage
 from swe_prune.study import (
+    feeds,
+    freezing,
     from_checkpoint,
     grid,
     recovery,
@@ -43,7 +44,7 @@ class Experiment:
     Attributes:
         config: settings.
         workdir: where results go.
-        data: token ids of both splits.
+        data: token ids of both splits, or pictures with their texts.
         checkpoint: whose weights the dense phase starts from; None: fresh ones.
         model: untied from any parameters; neither scanned nor rematerialised, since calibration and
             blockwise pruning look into its layers. The compiled steps have it as the config says.
@@ -68,7 +69,7 @@ class Experiment:
 
     config: Config
     workdir: workdir.Workdir
-    data: data_lib.TextData
+    data: feeds.Data
     checkpoint: interop.PretrainedSource | None
     model: nn.Module
     mesh: Mesh
@@ -96,7 +97,8 @@ class Experiment:
             return self.place(self.dense_state(params, seed))
 
         def born(seed: Any) -> state_lib.TrainState:
-            return around(state_lib.init_params(self.model, seed, self.config.window), seed)
+            inputs = feeds.example(self.config)
+            return around(state_lib.init_params(self.model, seed, inputs), seed)
 
         if self.checkpoint is None:
             state = jax.jit(born)(seed)
@@ -178,15 +180,10 @@ class Experiment:
 
     def batches(self, seed: int) -> Any:
         """Returns the training iterator for one seed of the data order."""
-        settings = self.config
-        windows = data_lib.train_iterator(
-            self.data.train,
-            context=settings.window,
-            batch=settings.data.batch,
-            seed=seed,
-            rows=parallel.own_rows(settings.data.batch, self.mesh),
-        )
-        return parallel.ShardedBatches(windows, self.mesh, settings.data.batch)
+        size = self.config.data.batch
+        rows = parallel.own_rows(size, self.mesh)
+        batches = feeds.training(self.config, self.data, seed, rows)
+        return parallel.ShardedBatches(batches, self.mesh, size)
 
     def validation_loss(self, params: PyTree) -> float:
         """Returns nats per token on the fixed validation windows."""
@@ -226,20 +223,19 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
     grid.cells(config)
     measures = grid.measures(config)
     config, checkpoint = from_checkpoint.opened(config)
-    if checkpoint is None:
-        data = data_lib.load(config.data, config.window)
-    else:
-        data = data_lib.load(config.data, config.window, checkpoint.tokenizer)
+    data = feeds.load(config, None if checkpoint is None else checkpoint.tokenizer)
+    if checkpoint is not None and isinstance(data, data_lib.TextData):
         from_checkpoint.check_texts(data)
     mesh = parallel.mesh(config.parallel)
     constrain = functools.partial(parallel.constrain_rows, mesh=mesh)
-    trained = gpt.build(config.model, vocab_size(config, data), constrain)
-    model = gpt.build(config.without_switches().model, vocab_size(config, data))
+    trained = phi3v.build(config.model, vocab_size(config, data), constrain)
+    model = phi3v.build(config.without_switches().model, vocab_size(config, data))
     parallel.check_batch(config.data.eval_batch, "config.data.eval_batch", mesh)
     for phase in (config.train, config.finetune):
         name = "config.data.batch" + (" / accumulate" if phase.accumulate > 1 else "")
         parallel.check_batch(config.data.batch // phase.accumulate, name, mesh)
-    params = jax.eval_shape(lambda: state_lib.init_params(model, 0, config.window))
+    inputs = jax.eval_shape(lambda: feeds.example(config))
+    params = jax.eval_shape(lambda: state_lib.init_params(model, 0, feeds.example(config)))
     specs, undivided = parallel.partition(params, _rules(config), mesh)
     params = parallel.with_shardings(params, specs, mesh)
     missing = None
@@ -247,32 +243,33 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
         missing = parallel.host_memory_missing(mesh)
         if missing is not None:
             warnings.warn(missing, stacklevel=2)
-    prunable = tree.prunable(params, config.prune.include, config.prune.exclude)
-    one = jax.ShapeDtypeStruct((1, config.window), jnp.int32)
-    layout = trace_layout(model, params, one)
+    prunable = _prunable(config, params)
+    layout = trace_layout(model, params, inputs)
     grid.check(config, params, prunable, layout)
-    epoch = max(1, len(data.train) // (config.data.batch * config.window))
+    epoch = feeds.steps_per_epoch(config, data)
     train_steps = to_steps(config.train.steps, epoch=epoch)
     track_every = to_steps(config.trajectory.every, total=train_steps)
     _check_lengths(config, train_steps, track_every)
-    optimizer = optimizer_lib.build(config.train, train_steps)
+    frozen_in = functools.partial(freezing.frozen, config.model, params)
+    frozen = frozen_in(config.train)
+    optimizer = optimizer_lib.build(config.train, train_steps, frozen=frozen)
     place = functools.partial(parallel.shard_state, params=params)
     tunings = {
-        one: recovery.build(config, one, trained, train_steps=train_steps, epoch=epoch, place=place)
+        one: recovery.build(
+            config,
+            one,
+            trained,
+            train_steps=train_steps,
+            epoch=epoch,
+            place=place,
+            frozen_in=frozen_in,
+        )
         for one in grid.recoveries(config)
     }
     for cell in grid.cells(config):
         if cell.gradual:
             recovery.check_long_enough(cell.schedule, tunings[cell.recovery].steps)
-    validation, training = (
-        data_lib.eval_batches(
-            tokens,
-            context=config.window,
-            windows=config.data.eval_windows,
-            batch=config.data.eval_batch,
-        )
-        for tokens in (data.validation, data.train)
-    )
+    validation, training = feeds.fixed(config, data)
     cells = (shard or Shard()).part(grid.cells(config))
     calibration = []
     if any(cell.recipe.reads_batches for cell in cells):
@@ -304,57 +301,42 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
             track_every,
             accumulate=config.train.accumulate,
             place=place,
+            forward=None if frozen is None else optimizer_lib.stop_frozen(frozen),
         ),
         eval_step=step_lib.compile_eval_step(trained),
     )
 
 
-def _calibration(config: Config, data: data_lib.TextData, mesh: Mesh) -> list[Any]:
-    """Returns random windows of the training text in batches, sharded; none is evaluated on."""
+def _calibration(config: Config, data: feeds.Data, mesh: Mesh) -> list[Any]:
+    """Returns random examples of the training data in batches, sharded; none is evaluated on."""
     settings = config.calibration
     for size in {settings.batch, settings.windows} - {0}:
         parallel.check_batch(
             min(size, settings.windows), "config.calibration.batch, .windows", mesh
         )
-    windows = calibration_windows(data.train, config.window, settings)
-    return [parallel.shard_batch(batch, mesh) for batch in windows]
+    return [parallel.shard_batch(batch, mesh) for batch in feeds.calibration(config, data)]
 
 
-def calibration_windows(
-    tokens: Integer[np.ndarray, " N"], context: int, settings: CalibrationConfig
-) -> list[dict[str, Any]]:
-    """Returns random windows of a text in batches, the same for the same seed.
-
-    Args:
-        tokens: Tokens of the training text.
-        context: L, the tokens of a window.
-        settings: Number of windows, batch size and seed.
-
-    Returns:
-        {"inputs": int32 (B, L), "targets": int32 (B, L)} each; the last batch may be smaller.
-
-    Raises:
-        InputError: The text has fewer windows.
-    """
-    found = data_lib.random_batches(
-        tokens,
-        context=context,
-        windows=settings.windows,
-        batch=settings.batch,
-        seed=settings.seed,
-        setting="config.calibration.windows",
+def _prunable(config: Config, params: PyTree) -> PyTree:
+    """Returns which weights may be pruned: by rules, or of a model of images its decoder's."""
+    include, exclude = config.prune.include, config.prune.exclude
+    if config.model.vision is None:
+        return tree.prunable(params, include, exclude)
+    chosen = tree.prunable(params, phi3v.PRUNABLE if include is None else include, exclude)
+    # What is in no computation would be ranked by its noise.
+    return tree.map_named(
+        lambda name, mark: mark and not phi3v.unused(config.model, name), chosen
     )
-    return [dict(batch) for batch in found]
 
 
 def _rules(config: Config) -> list[tuple[str, tuple[str | None, ...]]]:
     given = config.parallel.rules
     if given is None:
-        return list(gpt.partition_rules(config.model))
+        return list(phi3v.partition_rules(config.model))
     return [(rule.pattern, rule.axes) for rule in given]
 
 
-def vocab_size(config: Config, data: data_lib.TextData) -> int:
+def vocab_size(config: Config, data: feeds.Data) -> int:
     """Returns the model's number of symbols: the config's, or the tokenizer's.
 
     Raises:

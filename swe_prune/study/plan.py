@@ -129,7 +129,7 @@ def _timed(experiment: Experiment) -> tuple[int, float, int]:
     batch = -(-batch // ways) * ways  # the devices share it
     batch = min(batch, config.data.eval_batch)
     host = jax.device_get(experiment.validation[0])
-    windows = parallel.shard_batch({k: v[:batch] for k, v in host.items()}, experiment.mesh)
+    windows = parallel.shard_batch(jax.tree.map(lambda x: x[:batch], host), experiment.mesh)
     step = experiment.dense_step()
     state, _ = step(experiment.fresh_state(0), windows)
     jax.block_until_ready(state)

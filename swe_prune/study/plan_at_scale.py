@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 from rich.console import Console
 from rich.table import Table
@@ -81,14 +82,11 @@ def cost(experiment: Experiment) -> Cost:
     statistics = state.stats
     if experiment.host_statistics:
         state = dataclasses.replace(state, stats=None)
-    batch = {
-        name: jax.ShapeDtypeStruct(
-            (experiment.config.data.batch, experiment.config.window),
-            jnp.int32,
-            sharding=jax.sharding.NamedSharding(experiment.mesh, parallel.BATCH),
-        )
-        for name in ("inputs", "targets")
-    }
+    rows, sharding = experiment.config.data.batch, NamedSharding(experiment.mesh, parallel.BATCH)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding),
+        experiment.validation[0],
+    )
     compiled = experiment.train_step.lower(state, batch).compile()
     return Cost(
         parameters=per_device(state.params),

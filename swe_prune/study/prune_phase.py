@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from swe_prune import ledger, parallel, recipe, tree
 from swe_prune import masks as masks_lib
 from swe_prune.errors import InputError
-from swe_prune.models import gpt
+from swe_prune.models import gpt, phi3v
 from swe_prune.recipe import Evidence
 from swe_prune.runtime.locks import lock_for_run
 from swe_prune.study import histograms, samples
@@ -101,7 +101,7 @@ def pruned(experiment: Experiment, cell: Cell, dense: DenseModel) -> tuple[PyTre
             prunable=experiment.prunable,
             layout=experiment.layout,
             model=experiment.model,
-            blocks=gpt.BLOCKS,
+            blocks=gpt.BLOCKS if experiment.config.model.vision is None else phi3v.BLOCKS,
             batches=experiment.calibration,
             loss=experiment.loss,
         )
@@ -160,6 +160,7 @@ def _prune_cell(
         "steps": experiment.tuning_steps(cell),
         "dense_loss": dense_result["dense_loss"],
         "dense_train_loss": dense_result.get("dense_train_loss", ""),
+        "dense_mae": dense_result.get("dense_mae", ""),
         "seconds": seconds,
         **described(experiment, masks, params, dense_result, loss),
         **samples.sampled(experiment, "pruned", params, dense.state.params),

@@ -45,6 +45,7 @@ def build(
     train_steps: int,
     epoch: int,
     place: Callable[[TrainState], TrainState] = lambda state: state,
+    frozen_in: Callable[[PhaseConfig], Callable[[str], bool] | None] = lambda phase: None,
 ) -> Tuning:
     """Returns a recovery's optimizer and compiled step; see `config.CellConfig` for the kinds.
 
@@ -55,6 +56,7 @@ def build(
         train_steps: of the dense phase.
         epoch: steps of one pass over the training text.
         place: lays a state out over the devices.
+        frozen_in: returns whether a weight by its name does not change in a phase, None: all do.
 
     Raises:
         InputError: no step, or a rewinding to before the dense phase began.
@@ -77,12 +79,15 @@ def build(
             _check_retained(config, early, train_steps)
         cadence = {key: getattr(settings, key) for key in ("eval_every", "checkpoint_every")}
         settings = dataclasses.replace(config.train, **cadence)
-        optimizer = optimizer_lib.build(settings, train_steps, start=early)
+        frozen = frozen_in(settings)
+        optimizer = optimizer_lib.build(settings, train_steps, start=early, frozen=frozen)
     else:
-        optimizer = optimizer_lib.build(settings, steps)
+        frozen = frozen_in(settings)
+        optimizer = optimizer_lib.build(settings, steps, frozen=frozen)
+    forward = None if frozen is None else optimizer_lib.stop_frozen(frozen)
 
     def compile(other: optax.GradientTransformation, **how: Any) -> Callable[..., Any]:
-        how = {"place": place} | how
+        how = {"place": place, "forward": forward} | how
         return step_lib.compile_train_step(model, other, accumulate=settings.accumulate, **how)
 
     return Tuning(recovery, settings, steps, optimizer, compile(optimizer), compile)

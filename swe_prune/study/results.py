@@ -49,6 +49,10 @@ class Row:
         finetuned_kl: KL divergence from the dense model after the recovery.
         pruned_repetition: Repetition in the samples of the pruned model.
         finetuned_repetition: Repetition in the samples after the recovery.
+        dense_mae: Mean absolute error of the prices that the dense model generates.
+        control_mae: The same of the control.
+        pruned_mae: The same straight after pruning.
+        finetuned_mae: The same after the recovery.
         seconds: Time that the cell took.
     """
 
@@ -82,6 +86,10 @@ class Row:
     finetuned_kl: float | None = None
     pruned_repetition: float | None = None
     finetuned_repetition: float | None = None
+    dense_mae: float | None = None
+    control_mae: float | None = None
+    pruned_mae: float | None = None
+    finetuned_mae: float | None = None
     seconds: float
 
 

@@ -1,12 +1,15 @@
 """What a model writes, how it repeats itself, and how far it is from the dense one."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune import data as data_lib
+from swe_prune.data.image_text import ImageTextData, chosen
 from swe_prune.evaluation import GREEDY, Protocol, generate, kl_to_dense, repetition
+from swe_prune.evaluation.prices import price_errors
 from swe_prune.study.experiment import Experiment
 
 
@@ -25,7 +28,11 @@ def sampled(
         NAME_samples: prompt and text of each; NAME_repetition: the share of 3-grams that stood in
         the text before, mean over the texts; and with `dense` NAME_kl, nats per token from it on
         the validation windows, and NAME_agreement, the share of tokens whose likeliest is the same.
+        Of a model of images and text instead NAME_prices, `evaluation.prices.PriceErrors`; NAME_mae
+        of the prices that it generates; and NAME_answers, some of its answers.
     """
+    if isinstance(experiment.data, ImageTextData):
+        return _prices(experiment, name, params, experiment.data)
     settings = experiment.config.samples
     if not settings.prompts:
         return {}
@@ -56,3 +63,26 @@ def sampled(
         )
         result |= {f"{name}_kl": distance.nats_per_token, f"{name}_agreement": distance.agreement}
     return result
+
+
+def _prices(
+    experiment: Experiment, name: str, params: PyTree, data: ImageTextData
+) -> dict[str, Any]:
+    """Returns the errors of the prices that a model reads, and some of its answers."""
+    settings = experiment.config.data
+    numbers = chosen(data.validation, settings.eval_windows)
+    found = price_errors(
+        experiment.model,
+        params,
+        data.validation,
+        numbers,
+        data.tokenizer,
+        batch=settings.eval_batch,
+    )
+    result = dataclasses.asdict(found)
+    prices = result.pop("prices")
+    return {
+        f"{name}_prices": result,
+        f"{name}_mae": found.generated["own"],
+        f"{name}_answers": prices[: experiment.config.samples.pictures],
+    }

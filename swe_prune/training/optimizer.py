@@ -1,9 +1,13 @@
 """AdamW with linear warm-up and cosine decay, built from the settings of a phase."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import optax
 from jaxtyping import PyTree
 
+from swe_prune import tree
 from swe_prune.config import PhaseConfig, to_steps
 from swe_prune.sparse_training import rewound_schedule
 
@@ -29,7 +33,11 @@ def schedule(phase: PhaseConfig, steps: int) -> optax.Schedule:
 
 
 def build(
-    phase: PhaseConfig, steps: int, *, start: int = 0
+    phase: PhaseConfig,
+    steps: int,
+    *,
+    start: int = 0,
+    frozen: Callable[[str], bool] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns clipping by the global norm, followed by AdamW with weight decay on matrices only.
 
@@ -39,13 +47,15 @@ def build(
         phase: Settings of the phase.
         steps: Number of steps of the phase that the learning rate belongs to.
         start: Step of the learning rate schedule to start from; nothing else is rewound.
+        frozen: Function from a weight's name to whether it never changes; such weights have no
+            moments and do not count in the norm. If None, all change.
     """
 
     def matrices(params: PyTree) -> PyTree:
         return jax.tree.map(lambda weight: weight.ndim >= 2, params)
 
     rate = schedule(phase, steps)
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(phase.clip),
         optax.adamw(
             rewound_schedule(rate, start) if start else rate,
@@ -55,3 +65,25 @@ def build(
             mask=matrices,
         ),
     )
+    if frozen is None:
+        return chain
+
+    def groups(params: PyTree) -> PyTree:
+        return tree.map_named(lambda name, _: "frozen" if frozen(name) else "trained", params)
+
+    return optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, groups)
+
+
+def stop_frozen(frozen: Callable[[str], bool]) -> Callable[[PyTree, Any], PyTree]:
+    """Returns the `forward` of a train step that computes no gradient of frozen weights.
+
+    Args:
+        frozen: Function from a weight's name to whether it never changes.
+    """
+
+    def forward(params: PyTree, step: Any) -> PyTree:
+        return tree.map_named(
+            lambda name, leaf: jax.lax.stop_gradient(leaf) if frozen(name) else leaf, params
+        )
+
+    return forward

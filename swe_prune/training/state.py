@@ -1,6 +1,7 @@
 """Training state: one pytree of everything that changes, and one of everything that does not."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,17 +55,18 @@ class Frozen:
     masks: PyTree | None = None
 
 
-def init_params(model: nn.Module, seed: int, context: int) -> PyTree:
+def init_params(model: nn.Module, seed: int, inputs: Any) -> PyTree:
     """Returns newly initialized parameters.
 
     Args:
         model: Language model.
         seed: Seed of the initialization.
-        context: Number of tokens to initialize with.
+        inputs: Inputs to initialize with, or for a model of text their number of tokens.
     """
-    tokens_BxL = jnp.zeros((1, context), jnp.int32)
+    if isinstance(inputs, int):
+        inputs = jnp.zeros((1, inputs), jnp.int32)
     init = jax.jit(model.init)  # compiling op by op takes many times as long
-    return init(jax.random.key(seed), tokens_BxL)["params"]
+    return init(jax.random.key(seed), inputs)["params"]
 
 
 def create(

@@ -27,7 +27,7 @@ from swe_prune.training.state import Frozen, TrainState
 
 Batch = dict[str, Any]
 """{"inputs": int32 (B, L), "targets": int32 (B, L)}, and where tokens do not all count alike
-"weights": (B, L), 0 for padding."""
+"weights": (B, L), 0 for padding. "inputs" may be another pytree that the model takes."""
 
 Metrics = dict[str, Array]
 
@@ -185,8 +185,11 @@ def compile_train_step(
 
 
 def eval_step(params: PyTree, batch: Batch, *, model: nn.Module) -> Float[Array, ""]:
-    """Returns the summed loss of a batch in nats, float32; every token counts, weights or not."""
-    return jnp.sum(_losses_BxL(model, params, batch))
+    """Returns the summed loss of a batch in nats, float32, of its tokens by their weights."""
+    losses_BxL = _losses_BxL(model, params, batch)
+    if "weights" not in batch:
+        return jnp.sum(losses_BxL)
+    return losses.weighted_mean(losses_BxL, batch["weights"], jnp.ones(()))
 
 
 def _losses_BxL(
@@ -222,14 +225,14 @@ def _check_teacher(fixed: Frozen, distillation: Distillation | None) -> None:
 
 
 def loss_fn(model: nn.Module) -> Callable[[PyTree, Batch], Float[Array, ""]]:
-    """Returns the function of (params, batch) that gives the mean loss in nats per token.
+    """Returns the function of (params, batch) to the mean loss in nats per token, by the weights.
 
     Args:
         model: Linen model of tokens to logits.
     """
 
     def loss(params: PyTree, batch: Batch) -> Array:
-        return eval_step(params, dict(batch), model=model) / batch["targets"].size
+        return losses.weighted_mean(_losses_BxL(model, params, dict(batch)), batch.get("weights"))
 
     return loss
 

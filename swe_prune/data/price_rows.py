@@ -1,0 +1,164 @@
+"""Rows with a picture, a prompt and a price: from TFDS, a parquet file, or a folder of `datasets`.
+
+The product-price set is read as the public recipe reads it: columns `title`, `category3_code`,
+`full_price` and `image`, one prompt, and the price as the last word of the answer.
+
+Source: https://github.com/microsoft/Phi-3CookBook, code/04.Finetuning/Phi-3-vision-Trainingscript.py
+(the prompt and the parsing); DBQ/Burberry.Product.prices.United.States (the columns).
+"""
+
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from swe_prune.config import DataConfig
+from swe_prune.data.sources import open_builder
+from swe_prune.errors import InputError, first_line
+
+END = "<|end|>"
+PROMPT = f"<|user|>\n<|image_1|>What is shown in this image?{END}<|assistant|>"
+COLUMNS = ("title", "category3_code", "full_price", "image")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A picture with its text.
+
+    Attributes:
+        image: Function that returns the encoded picture, or its path.
+        prompt: Text before the answer, with a placeholder for the picture.
+        answer: Text to learn, which ends with the price.
+        where: Description of the row for messages.
+    """
+
+    image: Callable[[], bytes | str]
+    prompt: str
+    answer: str
+    where: str
+
+    @property
+    def price(self) -> float | None:
+        """The price in the answer, or None if there is none."""
+        return price_in(self.answer)
+
+
+def price_in(text: str) -> float | None:
+    """Returns the price that a text ends with, or None if it ends with no finite number.
+
+    As in the recipe: the last word, without commas.
+
+    >>> price_in(" Full Price: 1,290.0<|end|>"), price_in("cheap"), price_in("")
+    (1290.0, None, None)
+    """
+    words = text.split("<|")[0].split()  # what a text of characters writes of END may be cut
+    try:
+        price = float(words[-1].replace(",", ""))
+    except (IndexError, ValueError):
+        return None
+    return price if math.isfinite(price) else None
+
+
+def read(config: DataConfig) -> tuple[Sequence[Row], Sequence[Row]]:
+    """Returns the rows of the training and the validation split.
+
+    Raises:
+        InputError: If the dataset cannot be read, or lacks a column.
+    """
+    path = Path(config.dataset).expanduser()
+    if path.exists() or config.dataset.startswith(("/", "~", "./", "../")):
+        rows = _table_rows(path)
+        cut = len(rows) - round(len(rows) * config.validation_fraction)
+        return rows[:cut], rows[cut:]
+    builder = open_builder(config.dataset, config.data_dir)
+    return _tfds_rows(builder, config.train_split), _tfds_rows(builder, config.validation_split)
+
+
+def _tfds_rows(builder: Any, split: str) -> list[Row]:
+    import tensorflow_datasets as tfds
+
+    features = dict(builder.info.features or {})
+    if missing := {"image", "prompt", "answer"} - features.keys():
+        raise InputError(
+            f"dataset {builder.name!r} lacks {', '.join(sorted(missing))}, which a model of images "
+            f"and text needs; it has {', '.join(features)}"
+        )
+    try:
+        source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except Exception as error:
+        raise InputError(
+            f"dataset {builder.name!r} has no split {split!r} ({first_line(error)}); it has "
+            f"{', '.join(sorted(builder.info.splits))}"
+        ) from None
+    rows = []
+    for number, one in enumerate(source.__getitems__(range(len(source)))):
+        where = f"example {number} in split {split!r} of dataset {builder.name!r}"
+        prompt, answer = (one[key].decode() for key in ("prompt", "answer"))
+        rows.append(Row(lambda one=one: one["image"], prompt, answer, where))
+    return rows
+
+
+def _table_rows(path: Path) -> list[Row]:
+    """Returns the rows of a parquet file, or of a folder that `datasets` saved."""
+    table = _table(path)
+    if missing := [name for name in COLUMNS if name not in table.column_names]:
+        raise InputError(
+            f"{path} lacks the columns {', '.join(missing)} of the product-price set; it has "
+            f"{', '.join(table.column_names)}"
+        )
+    texts = zip(*(table.column(name).to_pylist() for name in COLUMNS[:3]), strict=True)
+    pictures = table.column("image")
+    rows = []
+    for number, (title, category, price) in enumerate(texts):
+        where = f"row {number} of {path}"
+
+        def image(number: int = number, where: str = where) -> bytes | str:
+            return _picture(pictures[number].as_py(), path, where)
+
+        answer = f"\nProduct: {title}, Category: {category}, Full Price: {price}{END}"
+        rows.append(Row(image, PROMPT, answer, where))
+    return rows
+
+
+def _picture(value: Any, path: Path, where: str) -> bytes | str:
+    """Returns what `datasets` stores of an image: its bytes, or else its path."""
+    if isinstance(value, bytes):
+        return value
+    inside = value.get("bytes") if isinstance(value, dict) else None
+    if isinstance(inside, bytes):
+        return inside
+    raise InputError(
+        f"{where} has no encoded image in its column 'image'; store the bytes of the file there"
+    )
+
+
+def _table(path: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise InputError(
+            "reading a parquet file needs the package pyarrow, which is not installed; "
+            "pip install 'swe-prune[images]'"
+        ) from None
+    if path.is_dir():
+        files = sorted(path.rglob("*.arrow")) or sorted(path.rglob("*.parquet"))
+    else:
+        files = [path]
+    if not files or not files[0].is_file():
+        raise InputError(
+            f"{path} is neither a parquet file nor a folder with .arrow or .parquet files; correct "
+            "data.dataset"
+        )
+    tables = []
+    for file in files:
+        try:
+            if file.suffix == ".arrow":
+                tables.append(pyarrow.ipc.open_stream(io.BytesIO(file.read_bytes())).read_all())
+            else:
+                tables.append(pyarrow.parquet.read_table(file, memory_map=True))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{file} cannot be read ({first_line(error)}); get it again") from None
+    return pyarrow.concat_tables(tables)

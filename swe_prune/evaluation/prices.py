@@ -1,0 +1,154 @@
+"""Errors of the prices that a model reads off pictures, and what they would be without looking.
+
+The published recipe (see `data.price_rows`) reads the price off the likeliest tokens given the true
+ones before them, so every figure is predicted with the true figures before it, and counts a text
+without a price as 0. Here its error stands next to that of the prices that the model generates,
+with the pictures, with blank ones, and with those of other examples.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from swe_prune.data import images
+from swe_prune.data.image_text import Split, by_bucket, filled
+from swe_prune.data.price_rows import price_in
+from swe_prune.evaluation.generation import generate
+from swe_prune.evaluation.sampling import GREEDY
+
+PICTURES = ("own", "blank", "shuffled")
+"""What a model is shown: the picture, a white one, or that of the example before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PriceErrors:
+    """Mean absolute errors of prices.
+
+    Attributes:
+        generated: Error of the generated prices by what the model was shown, over the answers that
+            end with a price; None if there is none.
+        unparsable: Number of generated answers without a price, by what the model was shown.
+        teacher_forced: The recipe's error, unparsable prices counted as 0.
+        teacher_forced_blank: The same with blank pictures.
+        prices: True price, text and answer of each example, own pictures.
+    """
+
+    generated: dict[str, float | None]
+    unparsable: dict[str, int]
+    teacher_forced: float
+    teacher_forced_blank: float
+    prices: list[dict[str, Any]]
+
+
+def price_errors(
+    model: Any, params: PyTree, split: Split, numbers: np.ndarray, tokenizer: Any, *, batch: int
+) -> PriceErrors:
+    """Returns the errors of a model on the examples of a split, by greedy generation.
+
+    Args:
+        model: Model of images and text, `models.phi3v.Phi3V`.
+        params: Parameters of the model.
+        split: Examples.
+        numbers: Numbers of the examples to evaluate on, with different prices.
+        tokenizer: Tokenizer of the texts.
+        batch: Number of examples at a time.
+    """
+    groups = by_bucket(split, numbers, batch)
+    truth = {number: split.rows[number].price for group in groups for number in group.tolist()}
+    answers = {shown: _generated(model, params, split, groups, tokenizer, batch, shown)
+               for shown in PICTURES}  # fmt: skip
+    generated, unparsable = {}, {}
+    for shown, texts in answers.items():
+        found = {number: price_in(text) for number, text in texts.items()}
+        errors = [abs(price - truth[n]) for n, price in found.items() if price is not None]
+        generated[shown] = float(np.mean(errors)) if errors else None
+        unparsable[shown] = len(found) - len(errors)
+    forced = [
+        np.mean([abs((price_in(text) or 0.0) - truth[n]) for n, text in texts.items()])
+        for texts in (_forced(model, params, split, groups, tokenizer, batch, shown)
+                      for shown in ("own", "blank"))
+    ]  # fmt: skip
+    prices = [
+        {"number": number, "price": truth[number], "prompt": split.rows[number].prompt, "text": text}
+        for number, text in answers["own"].items()
+    ]
+    return PriceErrors(generated, unparsable, float(forced[0]), float(forced[1]), prices)
+
+
+def _pictures(split: Split, numbers: np.ndarray, shown: str) -> dict[str, np.ndarray]:
+    """Returns the pictures to show, at least one of which differs from the examples' own."""
+    found = split.pictures(numbers)
+    if shown == "blank":
+        white = ((1 - images.MEAN) / images.STD).astype(np.float32)
+        found["pixels"] = np.broadcast_to(white, found["pixels"].shape)
+    elif shown == "shuffled":
+        # Of another example in the batch; its grid stays with it, and the text has its tokens.
+        alike = [np.flatnonzero((found["grid"] == grid).all(1)) for grid in np.unique(
+            found["grid"], axis=0)]  # fmt: skip
+        order = np.arange(len(numbers))
+        for same in alike:
+            order[same] = np.roll(same, 1)
+        found["pixels"] = found["pixels"][order]
+    return found
+
+
+def _generated(
+    model: Any,
+    params: PyTree,
+    split: Split,
+    groups: list[np.ndarray],
+    tokenizer: Any,
+    batch: int,
+    shown: str,
+) -> dict[int, str]:
+    ends = {int(tokens[-1]) for tokens in split.tokens}
+    longest = max(len(t) - start for t, start in zip(split.tokens, split.starts, strict=True))
+    found = {}
+    for group in groups:
+        pictures = _pictures(split, group, shown)
+        at = filled(np.arange(len(group)), batch)
+        prompts = [split.tokens[number][: split.starts[number]] for number in group[at]]
+        made = generate(
+            model,
+            params,
+            prompts,
+            longest + 1,
+            sampling=GREEDY,
+            seed=0,
+            eos_id=sorted(ends) if len(ends) == 1 else None,
+            images={name: values[at] for name, values in pictures.items()},
+        )
+        texts = [tokenizer.decode(np.asarray(tokens, np.int32)) for tokens in made.tokens]
+        found |= dict(zip(group.tolist(), texts, strict=False))
+    return found
+
+
+def _forced(
+    model: Any,
+    params: PyTree,
+    split: Split,
+    groups: list[np.ndarray],
+    tokenizer: Any,
+    batch: int,
+    shown: str,
+) -> dict[int, str]:
+    found = {}
+    for group in groups:
+        at = filled(np.arange(len(group)), batch)
+        whole = split.batch(group[at])
+        pictures = {name: values[at] for name, values in _pictures(split, group, shown).items()}
+        likeliest_BxL = np.asarray(_likeliest(model, params, whole["inputs"] | pictures))
+        for row, number in enumerate(group.tolist()):
+            own = likeliest_BxL[row, : len(split.tokens[number]) - 1]
+            found[number] = tokenizer.decode(own)
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _likeliest(model: Any, params: PyTree, inputs: Any) -> Array:
+    return jnp.argmax(model.apply({"params": params}, inputs), axis=-1)
