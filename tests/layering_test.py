@@ -9,11 +9,11 @@ import swe_prune
 
 PACKAGE = Path(swe_prune.__file__).parent
 HOUSE = [
-    "version", "errors", "runtime", "ledger", "tree", "counting", "trajectory", "layout", "select",
-    "schedules", "importance", "allocation", "patterns", "masks", "sparse_training", "calibration",
-    "blockwise", "recipe", "pruning", "config", "sweep", "models", "data", "training", "parallel",
-    "checkpoint", "resumable", "evaluation", "interop", "pretrained", "study", "report", "cli",
-    "__main__",
+    "version", "errors", "runtime", "ledger", "tree", "counting", "trajectory", "layout",
+    "select", "schedules", "importance", "allocation", "patterns", "masks", "sparse_training",
+    "calibration", "blockwise", "recipe", "pruning", "config", "sweep", "models", "data",
+    "training", "parallel", "checkpoint", "resumable", "evaluation", "interop", "pretrained",
+    "related", "study", "report", "cli", "__main__",
 ]  # fmt: skip
 
 
