@@ -20,6 +20,7 @@ Or step by step. Track what every weight did while it trained, score it, mask it
     optimizer = masks.keep(optimizer, mask)       # zeros stay zero
 """
 
+import swe_prune.early_signals  # noqa: F401, first, while the rest is imported
 from swe_prune import (
     allocation,
     blockwise,

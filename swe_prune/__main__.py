@@ -1,7 +1,23 @@
-"""`python -m swe_prune`."""
+"""`python -m swe_prune`, and the command `swe-prune`."""
 
 import sys
 
-from swe_prune.cli import main
+from swe_prune.early_signals import STOPPED, exit_on_signals, interrupt_once
 
-sys.exit(main())
+
+def main() -> int:
+    """Runs the command line; Ctrl-C ends it with one line and 130 at any moment."""
+    try:
+        from swe_prune import cli
+
+        interrupt_once()
+        code = cli.main()
+        exit_on_signals(code)
+    except KeyboardInterrupt:
+        exit_on_signals(code := 130)
+        print(f"swe_prune: {STOPPED}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

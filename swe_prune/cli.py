@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from swe_prune import config as config_lib
+from swe_prune.early_signals import STOPPED, exit_on_signals
 from swe_prune.errors import InputError, Preempted, RunError, check_choice, suggestion
 from swe_prune.pretrained import settings as pretrained
 from swe_prune.pretrained.settings import option
@@ -177,7 +178,8 @@ def main(
         )
         return _failed(failed, failed.exit_code, distributed)
     except KeyboardInterrupt:
-        stopped = RunError("stopped; run the same command again to go on")
+        exit_on_signals(130)
+        stopped = RunError(STOPPED)
         return _failed(stopped, 130, distributed)
     except Exception as error:
         if storage.failed(error):

@@ -223,3 +223,34 @@ def test_files_that_cannot_be_used_are_refused(tmp_path, content, message):
 def test_a_folder_is_no_text(tmp_path):
     with pytest.raises(InputError, match=r"cannot be read .*directory.*; correct data.dataset"):
         data.load(config(tmp_path), CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("dataset_info.json", lambda raw: raw[: len(raw) // 2]),
+        ("dataset_info.json", lambda raw: b"\xff" * len(raw)),
+        ("dataset_info.json", lambda raw: b"[]"),
+        ("dataset_info.json", None),
+        ("shakespeare_plays-train.array_record-00000-of-00001", None),
+        ("shakespeare_plays-train.array_record-00000-of-00001", lambda raw: raw[: len(raw) // 2]),
+        ("shakespeare_plays-train.array_record-00000-of-00001",
+         lambda raw: raw[:200_000] + bytes([raw[200_000] ^ 1]) + raw[200_001:]),
+    ],
+    ids=range(7),
+)  # fmt: skip
+def test_a_damaged_prepared_dataset_names_its_folder_and_the_way_out(
+    plays_dir, tmp_path, name, damage
+):
+    folder = shutil.copytree(plays_dir, tmp_path / "tfds") / "shakespeare_plays/1.0.0"
+    raw = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if damage is not None:
+        (folder / name).write_bytes(damage(raw))
+    config = DataConfig(data_dir=str(tmp_path / "tfds"))
+    with pytest.raises(InputError, match="run the same command, which prepares it again") as caught:
+        data.load(config, 8)
+    assert str(tmp_path / "tfds/shakespeare_plays") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(folder)  # as it says
+    data.load(config, 8)

@@ -3,6 +3,7 @@
 TFDS datasets are read with TFDS's reader for array_record files, which does not need TensorFlow.
 """
 
+import contextlib
 import difflib
 import importlib
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from swe_prune.config import DataConfig
 from swe_prune.data.text_files import SEPARATOR, read_text
-from swe_prune.errors import InputError, first_line
+from swe_prune.errors import InputError, first_line, reading
 
 OWN = ("shakespeare_plays", "digit_prices")  # the datasets that this package can prepare
 _READ_AT_ONCE = 64  # examples
@@ -59,8 +60,9 @@ def read_named(name: str) -> str:
         )
     config = DataConfig(dataset=dataset, train_split=split, validation_split=split)
     builder = open_builder(dataset, config.data_dir)
-    _check(builder, config)
-    return _read_split(builder, split, config.text_key, None)
+    with reading_prepared(builder):
+        _check(builder, config)
+        return _read_split(builder, split, config.text_key, None)
 
 
 def _first(text: str, limit: int | None, key: str, split: str) -> str:
@@ -81,11 +83,24 @@ def _read_file(path: Path, validation_fraction: float, key: str) -> tuple[str, s
 
 def _read_tfds(config: DataConfig) -> tuple[str, str]:
     builder = open_builder(config.dataset, config.data_dir)
-    _check(builder, config)  # both splits, before the first is read
-    return (
-        _read_split(builder, config.train_split, config.text_key, config.train_chars),
-        _read_split(builder, config.validation_split, config.text_key, config.validation_chars),
-    )
+    with reading_prepared(builder):
+        _check(builder, config)  # both splits, before the first is read
+        return (
+            _read_split(builder, config.train_split, config.text_key, config.train_chars),
+            _read_split(builder, config.validation_split, config.text_key, config.validation_chars),
+        )
+
+
+def reading_prepared(builder: Any) -> contextlib.AbstractContextManager[None]:
+    """Names the folder of a prepared dataset when what reads it fails, and the way out."""
+    build = f"tfds build {builder.name} --file_format=array_record"
+    again = _again(builder.name in OWN, build)
+    folder = str(builder.data_path)
+    return reading(f"the prepared dataset in {folder!r}", f"remove that folder and {again}")
+
+
+def _again(own: bool, build: str) -> str:
+    return "run the same command, which prepares it again" if own else f"run: {build}"
 
 
 def open_builder(name: str, data_dir: str | None) -> Any:
@@ -121,6 +136,12 @@ def open_builder(name: str, data_dir: str | None) -> Any:
             f"the name, or prepare it: {build}"
         ) from None
     except Exception as error:  # a malformed name, an unknown config or version, a missing package
+        place = Path(data_dir or tfds.core.constants.DATA_DIR) / name.partition("/")[0]
+        if place.is_dir():
+            raise InputError(
+                f"the prepared dataset in {str(place)!r} cannot be read ({first_line(error)}); "
+                f"remove that folder and {_again(own, build)}"
+            ) from None
         raise InputError(
             f"dataset {name!r} is not an existing text file, and TFDS cannot open it "
             f"({first_line(error)}); correct data.dataset"
@@ -135,7 +156,7 @@ def open_builder(name: str, data_dir: str | None) -> Any:
     if array_record not in builder.info.available_file_formats():
         raise InputError(
             f"dataset {name!r} is prepared as {builder.info.file_format.value} in "
-            f"{str(builder.data_path)!r}, which only TensorFlow reads; remove it and run: {build}"
+            f"{str(builder.data_path)!r}, which only TensorFlow reads; remove it and {_again(own, build)}"
         )
     return builder
 

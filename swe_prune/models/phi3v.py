@@ -95,9 +95,7 @@ class Phi3V(nn.Module):
             InputError: If L exceeds config.context (at trace time).
         """
         tokens_BxL, images_BxTxD = self._read(inputs)
-        return self.decoder(
-            tokens_BxL, train=train, valid_BxL=valid_BxL, images_BxTxD=images_BxTxD
-        )
+        return self.decoder(tokens_BxL, train=train, valid_BxL=valid_BxL, images_BxTxD=images_BxTxD)
 
     def decode(
         self, inputs: Inputs, cache: Cache, valid_BxL: Bool[Array, "B L"] | None = None

@@ -8,10 +8,9 @@ from typing import Any
 
 from jax.experimental import multihost_utils
 
+from swe_prune.early_signals import PREEMPTED as MESSAGE
 from swe_prune.errors import Preempted
 from swe_prune.runtime import processes
-
-MESSAGE = "preempted (SIGTERM); run the same command again to continue, finished work is saved"
 
 
 class PreemptionHandler:
@@ -25,7 +24,7 @@ class PreemptionHandler:
 
     def __init__(self) -> None:
         """Creates a handler that has seen no signal."""
-        self._given = False
+        self._given = self._raised = False
         self._deferred = 0
         self._asked = 0
 
@@ -38,12 +37,26 @@ class PreemptionHandler:
 
     @contextlib.contextmanager
     def defer(self) -> Iterator["PreemptionHandler"]:
-        """Records the signal without stopping while the context is open."""
+        """Records the signal without stopping while the context is open.
+
+        Raises:
+            Preempted: At the end, if the signal came and nothing has stopped for it yet.
+        """
         self._deferred += 1
         try:
             yield self
+        except Preempted:
+            self._raised = True
+            raise
         finally:
             self._deferred -= 1
+        if self._given and not self._deferred:
+            self._stop()
+
+    def _stop(self) -> None:
+        if not self._raised:  # a second signal, while the first one ends the process, is nothing
+            self._raised = True
+            raise Preempted(MESSAGE)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -60,14 +73,16 @@ class PreemptionHandler:
         def note(number: int, frame: Any) -> None:
             self._given = True
             if not self._deferred:
-                raise Preempted(MESSAGE)
+                self._stop()
 
-        self._given = False
+        self._given = self._raised = False
         before = signal.signal(signal.SIGTERM, note)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            # Once it has come, the process ends with 75, whatever comes until then.
+            if not self._given:
+                signal.signal(signal.SIGTERM, before)
 
 
 PREEMPTION = PreemptionHandler()

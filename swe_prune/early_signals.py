@@ -1,0 +1,61 @@
+"""Ctrl-C and SIGTERM while the program imports, and after its work: one line, and the exit code.
+
+`swe_prune/__init__.py` imports this first, since `python -m swe_prune` imports the package before
+it runs anything. A process that only uses the library keeps its handlers.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+STOPPED = "stopped; run the same command again to go on"
+PREEMPTED = "preempted (SIGTERM); run the same command again to continue, finished work is saved"
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
+
+
+def _as_program() -> bool:
+    """Returns whether this process is `python -m swe_prune` or `swe-prune`."""
+    module = sys.argv[:1] == ["-m"] and ["-m", "swe_prune"] in [
+        sys.orig_argv[at : at + 2] for at in range(len(sys.orig_argv))
+    ]
+    return module or Path(sys.argv[0] if sys.argv else "").name == "swe-prune"
+
+
+PROGRAM = _as_program()
+"""Whether the handlers are this module's to set."""
+
+
+def exit_on_signals(code: int | None = None) -> None:
+    """Makes the process end at once when a signal comes.
+
+    Args:
+        code: Exit code of the work that is done, which is not lost by a signal. None: the signal's
+            own, after one line.
+    """
+
+    def end(number: int, _: Any) -> None:
+        if code is None:
+            text = STOPPED if number == signal.SIGINT else PREEMPTED
+            os.write(2, f"swe_prune: {text}\n".encode())
+        os._exit(CODES[signal.Signals(number)] if code is None else code)
+
+    if PROGRAM:
+        for number in CODES:
+            signal.signal(number, end)
+
+
+def interrupt_once() -> None:
+    """Makes the first Ctrl-C raise KeyboardInterrupt, and a further one end the process at once."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        exit_on_signals()
+        signal.default_int_handler(number, frame)
+
+    if PROGRAM:
+        signal.signal(signal.SIGINT, interrupt)
+
+
+if PROGRAM:
+    exit_on_signals()

@@ -1,0 +1,92 @@
+"""SIGTERM and Ctrl-C, once or often, at any moment: one line and the exit code."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from swe_prune.errors import Preempted
+from swe_prune.runtime.preemption import PreemptionHandler
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
+
+
+def start(folder, plays_dir):
+    small = tiny.config(plays_dir)
+    train = dataclasses.replace(small.train, steps=100_000, checkpoint_every=50_000)
+    config = tiny.config_file(folder, dataclasses.replace(small, train=train))
+    command = [sys.executable, "-m", "swe_prune", "train", f"--config={config}"]
+    command.append(f"--workdir={folder / 'work'}")
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(process, ready):
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def importing(process):
+    return "jaxlib" in Path(f"/proc/{process.pid}/maps").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_imports_is_one_line(tmp_path, plays_dir, number):
+    process = start(tmp_path, plays_dir)
+    wait_for(process, lambda: importing(process))
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 75}[number]
+    assert errors.startswith("swe_prune: ")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_thirty_signals_are_as_one(tmp_path, plays_dir, number):
+    process = start(tmp_path, plays_dir)
+    metrics = tmp_path / "work/seed_0/dense/metrics.jsonl"
+    wait_for(process, lambda: metrics.exists() and metrics.stat().st_size > 0)
+    for _ in range(30):
+        process.send_signal(number)
+        time.sleep(0.02)
+        if process.poll() is not None:
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 75}[number], errors
+    assert errors.splitlines()[-1].startswith("swe_prune: ")
+    assert "Traceback" not in errors
+
+
+def test_a_second_signal_raises_nothing_and_a_deferred_one_is_not_lost():
+    before = signal.getsignal(signal.SIGTERM)
+    handler = PreemptionHandler()
+    try:
+        with pytest.raises(Preempted):
+            stopped_twice(handler)
+        signal.raise_signal(signal.SIGTERM)  # while the process ends
+        with handler.installed(), pytest.raises(Preempted):
+            deferred(handler)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def stopped_twice(handler):
+    with handler.installed():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def deferred(handler):
+    with handler.defer():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
