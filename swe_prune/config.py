@@ -170,6 +170,10 @@ class ModelConfig:
     pretrained: str | None = None  # pretrained model whose sizes replace the ones above: a
     # Hugging Face folder, a GGUF file, or "package:NAME" for the GGUF file in an installed package;
     # None: random initialization
+    prefix: str | None = None  # prefix of the names of the pretrained model's tensors, such as
+    # "_orig_mod.", which is removed
+    tokenizer: str | None = None  # tokenizer.json, folder or GGUF file of another tokenizer; None:
+    # the pretrained model's own
 
     @property
     def head_size(self) -> int:

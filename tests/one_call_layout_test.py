@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import swe_prune
-from swe_prune import trajectory
+from swe_prune import masks, trajectory
 from swe_prune.errors import InputError
 
 X = jax.random.normal(jax.random.key(0), (5, 8))
@@ -63,6 +63,16 @@ def test_a_model_without_a_batch_and_a_batch_without_a_model_are_refused():
         swe_prune.prune(params, 0.5, model=lambda p, x: x @ p["w"], verbose=False)
     with pytest.raises(InputError, match="give model="):
         swe_prune.prune(params, 0.5, batch=X, verbose=False)
+
+
+@pytest.mark.parametrize("rule", ["tensor", "row"])
+def test_a_layout_of_another_level_is_refused(rule):
+    scores = {"layers": {"kernel": jnp.ones((2, 4, 4))}}
+    layout = {"params": {"layers": {"kernel": swe_prune.Axes((1,), (2,), (0,))}}}
+    with pytest.raises(InputError, match="both with or both without the level 'params'"):
+        masks.by_sparsity(scores, 0.5, rule, layout=layout)
+    with pytest.raises(InputError, match="both with or both without the level 'params'"):
+        masks.by_sparsity({"params": scores}, 0.5, rule, layout=layout["params"])
 
 
 def test_votes_take_a_threshold_for_each_copy():

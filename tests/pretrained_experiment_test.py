@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 
 import pretrained_tiny
 import pytest
@@ -121,3 +122,22 @@ def test_a_text_that_the_model_knows_nothing_of_is_refused(place, tmp_path):
     experiment = study.setup(from_dict(ConfigDict(values)), tmp_path / "w")
     with pytest.raises(InputError, match="guessing among its symbols"):
         study.train(experiment, Progress())
+
+
+def test_a_prefix_and_another_tokenizer_are_settings(place, tmp_path):
+    numpy_files = pytest.importorskip("safetensors.numpy")
+    wrapped = tmp_path / "wrapped"
+    shutil.copytree(place.model, wrapped)
+    tokenizer = shutil.move(wrapped / "tokenizer.json", tmp_path / "tokenizer.json")
+    file = wrapped / "model.safetensors"
+    tensors = {f"_orig_mod.{name}": leaf for name, leaf in numpy_files.load_file(file).items()}
+    numpy_files.save_file(tensors, file)
+    given = {"prefix": "_orig_mod.", "tokenizer": str(tokenizer)}
+    values = config_of(place, **given)
+    values["model"]["pretrained"] = str(wrapped)
+    experiment = study.setup(from_dict(ConfigDict(values)), tmp_path / "w")
+    assert experiment.data.tokenizer.vocab_size == pretrained_tiny.VOCAB
+    for name, value in given.items():
+        lacks = config_of(place) | {"model": {name: value}}
+        with pytest.raises(InputError, match=rf"config\.model\.{name} is of a pretrained model"):
+            study.setup(from_dict(ConfigDict(lacks)), tmp_path / name)

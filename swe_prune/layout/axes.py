@@ -157,7 +157,7 @@ def axes_of(layout: PyTree | None = None, input_axes: InputAxes | None = None) -
     given = _by_name(layout)
 
     def axes(name: str, shape: tuple[int, ...]) -> Axes:
-        found = given.get(name)
+        found = _given(name, given)
         if found is not None:
             return _fitting(name, shape, found)
         if input_axes is not None:
@@ -183,7 +183,7 @@ def copies_of(layout: PyTree | None) -> Callable[[str, tuple[int, ...]], tuple[i
     given = _by_name(layout)
 
     def copies(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        found = given.get(name)
+        found = _given(name, given)
         return () if found is None else _checked(name, shape, found).copies
 
     return copies
@@ -224,6 +224,17 @@ def copy_labels(
             index[axis] = position
         labels.append((tuple(index), f"{name}[{','.join(map(str, at))}]"))
     return labels
+
+
+def _given(name: str, given: Mapping[str, Axes]) -> Axes | None:
+    """Returns the axes that a layout has for a weight; not those of another level of names."""
+    for other in (f"params/{name}", name.removeprefix("params/")):
+        if name not in given and other in given:
+            raise InputError(
+                f"the layout has {tree.short(other)!r} where the weights have "
+                f"{tree.short(name)!r}; give both with or both without the level 'params'"
+            )
+    return given.get(name)
 
 
 def _by_name(layout: PyTree | None) -> dict[str, Axes]:

@@ -9,7 +9,7 @@ from swe_prune import interop, tree
 from swe_prune.config import Config, ModelConfig
 from swe_prune.errors import InputError
 
-OURS = ("pretrained", "dropout", "dtype", "remat", "scan_layers")
+OURS = ("pretrained", "prefix", "tokenizer", "dropout", "dtype", "remat", "scan_layers")
 """Settings of `ModelConfig` that the checkpoint leaves to the config."""
 
 
@@ -22,6 +22,12 @@ def opened(config: Config) -> tuple[Config, interop.PretrainedSource | None]:
     """
     path = config.model.pretrained
     if path is None:
+        for name in ("prefix", "tokenizer"):
+            if getattr(config.model, name) is not None:
+                raise InputError(
+                    f"config.model.{name} is of a pretrained model, and config.model.pretrained is "
+                    "None; give that too, or leave it out"
+                )
         return config, None
     for field in dataclasses.fields(ModelConfig):
         given = getattr(config.model, field.name)
@@ -30,11 +36,16 @@ def opened(config: Config) -> tuple[Config, interop.PretrainedSource | None]:
                 f"config.model.{field.name} = {given!r} was given beside config.model.pretrained = "
                 f"{path!r}, which decides it; leave it out"
             )
-    checkpoint = interop.open_pretrained(path, compute_dtype=config.model.dtype)
+    checkpoint = interop.open_pretrained(
+        path,
+        compute_dtype=config.model.dtype,
+        tokenizer=config.model.tokenizer or True,
+        prefix=config.model.prefix,
+    )
     if checkpoint.tokenizer is None:
         raise InputError(
             f"config.model.pretrained = {path!r} has no tokenizer, without which no text can be "
-            "read; give the folder its tokenizer.json"
+            "read; give the folder its tokenizer.json, or another as config.model.tokenizer"
         )
     ours = {name: getattr(config.model, name) for name in OURS}
     model = dataclasses.replace(checkpoint.config, vocab_size=checkpoint.vocab_size, **ours)
