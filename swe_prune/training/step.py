@@ -204,8 +204,7 @@ def _losses_BxL(
     losses_BxL = losses.cross_entropy(logits_BxLxV, batch["targets"])
     if distillation is None:
         return losses_BxL
-    taught_by = model if distillation.model is None else distillation.model
-    teacher_BxLxV: Any = taught_by.apply({"params": teacher}, batch["inputs"])
+    teacher_BxLxV: Any = model.apply({"params": teacher}, batch["inputs"])
     apart_BxL: Any = losses.divergence(logits_BxLxV, teacher_BxLxV, distillation.temperature)
     return (1 - distillation.weight) * losses_BxL + distillation.weight * apart_BxL
 
