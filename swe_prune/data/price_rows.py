@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from swe_prune.config import DataConfig
-from swe_prune.data.sources import open_builder
+from swe_prune.data.sources import open_builder, reading_prepared
 from swe_prune.errors import InputError, first_line
 
 END = "<|end|>"
@@ -73,7 +73,9 @@ def read(config: DataConfig) -> tuple[Sequence[Row], Sequence[Row]]:
         cut = len(rows) - round(len(rows) * config.validation_fraction)
         return rows[:cut], rows[cut:]
     builder = open_builder(config.dataset, config.data_dir)
-    return _tfds_rows(builder, config.train_split), _tfds_rows(builder, config.validation_split)
+    with reading_prepared(builder):
+        splits = config.train_split, config.validation_split
+        return _tfds_rows(builder, splits[0]), _tfds_rows(builder, splits[1])
 
 
 def _tfds_rows(builder: Any, split: str) -> list[Row]:
