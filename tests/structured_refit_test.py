@@ -224,7 +224,7 @@ def test_block_after_block_the_first_block_is_refitted_as_at_once():
         (lambda: refit(PARAMS, GROUPS, {"mlp": []}, {}), "integer indices|keeps nothing"),
         (
             lambda: refit(PARAMS, GROUPS, KEPT, {DOWN: moments_of(X[:, :4])}),
-            "do not belong together",
+            r"shape \(4, 4\), and it has inputs \(8,\)",
         ),
         (
             lambda: least_squares(jnp.ones((2, 1)), jnp.eye(2), np.zeros(2, bool)),

@@ -113,8 +113,8 @@ def refit(
         rows_xR = np.asarray(kept_xRxC.any(-1))
         if rows_xR.all():
             continue  # only outputs go
-        moments = _moments(name, measured, axes)
-        held = None if holdout is None else _moments(name, holdout, axes)
+        moments = _moments(name, measured, rows_xR.shape)
+        held = None if holdout is None else _moments(name, holdout, rows_xR.shape)
         made = _refitted(
             name, leaves, bias_name(name, leaves), axes, rows_xR, moments, held, dampings
         )
@@ -209,7 +209,7 @@ def _lost(
     return max(float(error), 0.0)
 
 
-def _moments(name: str, measured: Mapping[str, Any], axes: Axes) -> Moments:
+def _moments(name: str, measured: Mapping[str, Any], shape: tuple[int, ...]) -> Moments:
     """Returns the moments of a weight, one row for each copy."""
     found = measured.get(name)
     hessian = measured.get("hessian")
@@ -222,6 +222,11 @@ def _moments(name: str, measured: Mapping[str, Any], axes: Axes) -> Moments:
         raise InputError(
             f"the inputs of {name!r} were not measured, and their Gram matrix is needed; give "
             f"calibration.moments(fn, params, batches, leaves={name!r}, gram=True)"
+        )
+    if found.gram.shape != (*shape, shape[-1]):
+        raise InputError(
+            f"the Gram matrix of {name!r} has shape {found.gram.shape}, and it has inputs {shape}; "
+            "measure it on these parameters"
         )
     return found
 
