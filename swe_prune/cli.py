@@ -100,7 +100,7 @@ class Command(NamedTuple):
     """What a command does to an experiment, and the settings of that."""
 
     text: str
-    settings: type[ExperimentSettings]
+    settings: type[ExperimentSettings] | None  # None: only for a pretrained model
 
 
 COMMANDS = {
@@ -111,6 +111,8 @@ COMMANDS = {
     "finetune": Command("fine-tune every pruned cell, and the controls", RunSettings),
     "evaluate": Command("compute the losses again from what is on disk", DistributedSettings),
     "report": Command("figures and page from what has finished", WorkdirSettings),
+    "cut": Command("cut neurons, heads or layers out of a pretrained model", None),
+    "bench": Command("time a pretrained model, alone or in turns with another", None),
 }
 OVERRIDE = "--config."
 
@@ -144,7 +146,7 @@ def main(
         arguments = sys.argv[1:] if arguments is None else arguments
         parsed = parse(arguments)
         given = parsed.settings
-        if isinstance(given, pretrained.ModelSettings):
+        if isinstance(given, pretrained.WeightsSettings):
             from swe_prune.pretrained import commands
 
             commands.main(parsed.command, given)
@@ -241,8 +243,8 @@ def parse(arguments: Sequence[str]) -> Parsed:
             raise InputError(f"{program} takes no {text!r}; write options as --NAME=VALUE")
 
     # --model tells the two uses of a command apart; each refuses the options of the other.
-    of_model = len(uses) > 1 and "model" in found
-    known = {field.name: field for field in uses[of_model]}
+    of_model = COMMANDS[command].settings is None or (len(uses) > 1 and "model" in found)
+    known = {field.name: field for field in uses[-1 if of_model else 0]}
     others = [
         _flag(field)
         for fields in uses
@@ -258,7 +260,7 @@ def parse(arguments: Sequence[str]) -> Parsed:
             else f"{others[0]} is for a pretrained model; give --model=PATH with it"
         )
 
-    wanted = _uses(command)[of_model]
+    wanted = _uses(command)[-1 if of_model else 0]
     hints = typing.get_type_hints(wanted)
     values = {name: _value(value, hints[name], known[name]) for name, value in found.items()}
     for name, field in known.items():
@@ -284,30 +286,36 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"swe_prune {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about in COMMANDS.items():
-        experiment, *models = _uses(name)
-        usages = [_usage(name, experiment, f"[{OVERRIDE}GROUP.NAME=VALUE ...]")]
-        usages += [_usage(name, cls) for cls in models]
+        experiment, models = about.settings, _uses(name)[about.settings is not None :]
+        usages = [_usage(name, cls) for cls in models]
+        if experiment is not None:
+            usages = [_usage(name, experiment, f"[{OVERRIDE}GROUP.NAME=VALUE ...]"), *usages]
         command = commands.add_parser(
             name,
             help=about.text,
             description=f"{about.text[0].upper()}{about.text[1:]}."
-            + (f" With --model: {name} a pretrained language model." if models else ""),
+            + (
+                f" With --model: {name} a pretrained language model."
+                if models[experiment is None :]
+                else ""
+            ),
             usage="\n       ".join(usages),
             allow_abbrev=False,
         )
-        group = command.add_argument_group(
-            "options of an experiment", f"and any setting as {OVERRIDE}GROUP.NAME=VALUE"
-        )
-        _add_options(group, experiment)
+        if experiment is not None:
+            group = command.add_argument_group(
+                "options of an experiment", f"and any setting as {OVERRIDE}GROUP.NAME=VALUE"
+            )
+            _add_options(group, experiment)
         for cls in models:
             _add_options(command.add_argument_group("options for a pretrained model"), cls)
     return parser
 
 
 def _uses(command: str) -> list[type]:
-    """Returns the settings of a command: of an experiment, then for a pretrained model if any."""
-    models = pretrained.COMMANDS
-    return [COMMANDS[command].settings, *([models[command]] if command in models else [])]
+    """Returns the settings of a command: of an experiment if any, then for a model if any."""
+    both = COMMANDS[command].settings, pretrained.COMMANDS.get(command)
+    return [one for one in both if one is not None]
 
 
 def _flag(field: dataclasses.Field[Any]) -> str:

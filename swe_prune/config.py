@@ -150,7 +150,7 @@ class ModelConfig:
 
         Layers that are alike have equal configs. `sliding_theta` is None where it does not apply.
         """
-        changes: dict[str, Any] = {name: () for name in PER_LAYER}
+        changes: dict[str, Any] = dict.fromkeys(PER_LAYER, ())
         if self.layer_hidden:
             changes["hidden"] = self.layer_hidden[layer]
         if self.layer_heads:

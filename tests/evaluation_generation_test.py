@@ -87,24 +87,24 @@ def test_what_is_drawn_depends_on_seed_and_place_alone(small):
 def test_a_long_prompt_is_taken_in_parts(small, at_once, monkeypatch):
     model, params = small
     monkeypatch.setattr(generation, "AT_ONCE", at_once)
-    generation._begin.clear_cache()
+    generation.begin.clear_cache()
     prompts = [list(np.arange(25) % VOCABULARY), [4, 4]]
     found = generate(model, params, prompts, 6, sampling=GREEDY, seed=0)
     for prompt, tokens in zip(prompts, found.tokens, strict=True):
         assert tokens == without_cache(model, params, prompt, 6)
-    generation._begin.clear_cache()
+    generation.begin.clear_cache()
 
 
 def test_the_end_token_ends_a_text_and_the_loop(small, monkeypatch):
     model, params = small
-    steps, go_on = [], generation._decode_until
+    steps, go_on = [], generation.decode_until
 
     def counted(*args):
         state = go_on(*args)
         steps.append(int(state.step))
         return state
 
-    monkeypatch.setattr(generation, "_decode_until", counted)
+    monkeypatch.setattr(generation, "decode_until", counted)
     free = generate(model, params, PROMPTS, 12, sampling=GREEDY, seed=0).tokens
     eos = free[1][4]
     found = generate(model, params, PROMPTS, 12, sampling=GREEDY, seed=0, eos_id=eos)
@@ -148,10 +148,10 @@ def test_a_text_that_is_to_stop_is_made_no_longer(small, monkeypatch):
 def test_one_program_serves_prompts_of_many_lengths(small):
     model, params = small
     generate(model, params, [[1], [2]], 4, sampling=GREEDY, seed=0, eos_id=5)
-    before = generation._begin._cache_size(), generation._decode_until._cache_size()
+    before = generation.begin._cache_size(), generation.decode_until._cache_size()
     for length in (2, 9, 31):
         generate(model, params, [[1] * length, [2]], 4, sampling=GREEDY, seed=length, eos_id=3)
-    assert (generation._begin._cache_size(), generation._decode_until._cache_size()) == before
+    assert (generation.begin._cache_size(), generation.decode_until._cache_size()) == before
 
 
 def test_a_prompt_may_fill_the_context(small):

@@ -80,11 +80,11 @@ def generate(
     key = jax.random.key(seed)
     ends = [] if eos_id is None else np.atleast_1d(eos_id)
     eos_E = np.array([*ends, -1], np.int32)  # -1 is not a token, so the array is never empty
-    state = _begin(model, sampling, max_new_tokens, params, tokens_BxL, valid_BxL, key, eos_E)
+    state = begin(model, sampling, max_new_tokens, params, tokens_BxL, valid_BxL, key, eos_E)
     # Decode in chunks, between which `stop` may end texts; without it, in a single chunk.
     until = max_new_tokens if stop is None else 1
     while True:
-        state = _decode_until(model, sampling, params, state, key, eos_E, until)
+        state = decode_until(model, sampling, params, state, key, eos_E, until)
         texts = _texts(state, eos_E)
         if int(state.step) < until or until == max_new_tokens:
             break
@@ -167,7 +167,7 @@ def _chosen(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _begin(
+def begin(
     model: Any,
     sampling: Sampling,
     new: int,
@@ -187,7 +187,7 @@ def _begin(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _decode_until(
+def decode_until(
     model: Any,
     sampling: Sampling,
     params: PyTree,

@@ -47,6 +47,7 @@ from swe_prune.interop.pretrained import (
     located,
     open_pretrained,
 )
+from swe_prune.interop.pruning_record import FILE as RECORD
 from swe_prune.interop.pruning_record import PruningRecord, commit_of_code, read_record
 from swe_prune.interop.slices import abstract_params
 from swe_prune.interop.tokenizer import PretrainedTokenizer
@@ -54,6 +55,7 @@ from swe_prune.interop.tokenizer import PretrainedTokenizer
 __all__ = [
     "FAMILIES",
     "MASKS",
+    "RECORD",
     "Pretrained",
     "PretrainedSource",
     "PretrainedTokenizer",

@@ -77,6 +77,7 @@ def write_config(config: ModelConfig, vocab_size: int, family: str | None = None
     Raises:
         InputError: If no family, or not the given one, can express all settings.
     """
+    _refuse_widths(config, family)
     # Use the first family whose config.json reads back as the same settings.
     for name in FAMILIES if family is None else (family,):
         written = _written(config, vocab_size, name)
@@ -90,6 +91,26 @@ def write_config(config: ModelConfig, vocab_size: int, family: str | None = None
         f"the model's settings cannot be written as a config.json of {family or 'any family'}: "
         f"supported are {', '.join(FAMILIES)}, and this combination fits none of them; {config}"
     )
+
+
+def _refuse_widths(config: ModelConfig, family: str | None) -> None:
+    """Refuses widths that a cut may leave and that no config.json of the family can say."""
+    if config.layer_hidden or config.layer_heads:
+        raise InputError(
+            "the model's layers differ in their widths, which transformers cannot load; cut it "
+            "with uniform=True, or store it in a checkpoint"
+        )
+    if family is None or config.head_size * config.heads == config.width:
+        return
+    # Transformers checks the factors of a Phi-3's longrope against width / heads.
+    by_width = family == "phi3" and config.rope.scaling == "longrope"
+    if by_width or not any(key.field == "head_width" for key in FAMILIES[family].keys):
+        kind = f"{family} with longrope" if by_width else family
+        raise InputError(
+            f"in a {kind} the width of a head is width / heads, so a model with {config.heads} "
+            f"heads of {config.head_size} and width {config.width} cannot be written as its "
+            "config.json; cut neurons or layers, or store it in a checkpoint"
+        )
 
 
 def _written(config: ModelConfig, vocab_size: int, name: str) -> dict[str, Any]:

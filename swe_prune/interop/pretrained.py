@@ -68,6 +68,7 @@ class PretrainedSource:
         path: Path of the model.
         kind: Kind of source: "safetensors" or "gguf".
         hf_config: Content of config.json; for a GGUF file, converted from its settings.
+        file_bytes: Size in bytes of the files with the weights.
         source: Stored tensors of the model.
         table: Table of the parameters in each stored tensor.
     """
@@ -79,6 +80,7 @@ class PretrainedSource:
     path: Path
     kind: str
     hf_config: Mapping[str, Any]
+    file_bytes: int
     source: Source = dataclasses.field(repr=False)
     table: Table = dataclasses.field(repr=False)
 
@@ -228,14 +230,16 @@ def _folder(
     hf = read_json(path / "config.json")
     family, config, vocab_size = read_config(hf, compute_dtype)
     table = SAFETENSORS[family]
-    source = prefixes.without(read_folder(path), prefix, table, str(path))
+    stored = read_folder(path)
+    size = sum(file.stat().st_size for file in set(stored.files.values()))
+    source = prefixes.without(stored, prefix, table, str(path))
     words = None
     if tokenizer is True:
         words = from_folder(path, hf, vocab_size)
     elif tokenizer is not False:
         words = from_path(Path(tokenizer), hf, vocab_size)
     return PretrainedSource(
-        config, vocab_size, words, family, path, "safetensors", hf, source, table
+        config, vocab_size, words, family, path, "safetensors", hf, size, source, table
     )
 
 
@@ -253,4 +257,7 @@ def _gguf(
     file = dataclasses.replace(file, fields={})  # half a million small arrays, no longer needed
     table = GGUF[family]
     source = prefixes.without(file, prefix, table, str(path))
-    return PretrainedSource(config, vocab_size, words, family, path, "gguf", hf, source, table)
+    size = path.stat().st_size
+    return PretrainedSource(
+        config, vocab_size, words, family, path, "gguf", hf, size, source, table
+    )

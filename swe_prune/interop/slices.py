@@ -147,7 +147,7 @@ def param_shapes(config: ModelConfig, vocab_size: int) -> dict[str, Shape]:
         }
         one = dataclasses.replace(
             config, layers=1, scan_layers=False, remat=False, dropout=0.0, sliding_theta=None,
-            **{name: () for name in PER_LAYER}, **widths,
+            **dict.fromkeys(PER_LAYER, ()), **widths,
         )  # fmt: skip
         for name, shape in _shapes_of_one_layer(one, vocab_size):
             shapes[name.replace("block_0/", f"block_{layer}/")] = shape

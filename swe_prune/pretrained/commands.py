@@ -11,20 +11,17 @@ from jaxtyping import PyTree
 from rich.console import Console
 from rich.markup import escape
 
-from swe_prune import data as data_lib
 from swe_prune import interop, masks, recipe, tree
-from swe_prune.errors import InputError
 from swe_prune.evaluation import gate
 from swe_prune.models import gpt
-from swe_prune.pretrained import choice, dry_run, finetuning, judge, texts, tracked
-from swe_prune.pretrained.opening import opened, weights_like
+from swe_prune.pretrained import bench, choice, cut, dry_run, finetuning, judge, texts, tracked
+from swe_prune.pretrained.opening import has_masks, of_same_text, opened, record_of
 from swe_prune.pretrained.request import check_trajectory, recipe_of
 from swe_prune.pretrained.settings import (
     EvaluateSettings,
     FinetuneSettings,
     PruneSettings,
 )
-from swe_prune.recipe import Recipe
 from swe_prune.runtime.preemption import PREEMPTION
 from swe_prune.training import step
 from swe_prune.training.progress import Progress
@@ -44,9 +41,14 @@ def main(command: str, given: Any) -> None:
     Raises:
         InputError: As each command.
     """
-    run = {"plan": dry_run.plan, "prune": prune, "finetune": finetune, "evaluate": evaluate}[
-        command
-    ]
+    run = {
+        "plan": dry_run.plan,
+        "prune": prune,
+        "cut": cut.cut,
+        "finetune": finetune,
+        "evaluate": evaluate,
+        "bench": bench.bench,
+    }[command]
     with PREEMPTION.installed():
         run(given, Progress(), Console(width=None if sys.stdout.isatty() else WIDTH))
 
@@ -66,23 +68,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     text = texts.read(given.evaluation, checkpoint)
     batches, calibration = [], None
     if request.reads_batches:
-        used = texts.read(given.calibration, checkpoint)
-        texts.keep_apart(used, text)
-        window = given.calibration_window or min(2048, checkpoint.config.context)
-        _check_window("--calibration-window", window, checkpoint)
-        batches = data_lib.random_batches(
-            used.tokens,
-            context=window,
-            windows=given.calibration_windows,
-            batch=given.calibration_batch,
-            seed=given.seed,
-            setting="--calibration-windows",
-        )
-        calibration = {"text": used.name, "windows": given.calibration_windows, "window": window,
-                       "seed": given.seed}  # fmt: skip
-        progress.say(
-            f"Calibrating on {given.calibration_windows} windows of {window} tokens of {used.name}."
-        )
+        batches, calibration = texts.calibration(given, checkpoint, text, progress)
     model = checkpoint.read(dtype=given.dtype)
     module = gpt.build(model.config, model.vocab_size)
     reads_trajectory = bool(request.needs & set(BUFFERS))
@@ -131,7 +117,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
         commit=interop.commit_of_code(),
     )
     folder = interop.export(given.out, model, params, mask=mask, record=record)
-    _show(console, {"dense": dense, "pruned": found}, given.prompts, text.name)
+    judge.show(console, {"dense": dense, "pruned": found}, given.prompts, text.name)
     console.print(
         f"Removed {counted.pruned:,} of {counted.total:,} prunable weights "
         f"({counted.sparsity:.2%}; {counted.pruned / tree.size(params):.2%} of all) "
@@ -156,9 +142,9 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     choice.of_checkpoint(checkpoint, given)
     text, used = (texts.read(name, checkpoint) for name in (given.evaluation, given.text))
     texts.keep_apart(used, text)
-    _check_window("--train-window", given.train_window, checkpoint)
+    texts.check_window("--train-window", given.train_window, checkpoint)
     model = checkpoint.read(dtype=given.dtype)
-    recorded = _has_masks(model.path)
+    recorded = has_masks(model.path)
     mask = interop.read_masks(model.path) if recorded else _held_zeros(model, given, console)
     module = gpt.build(model.config, model.vocab_size)
     trained = gpt.build(dataclasses.replace(model.config, remat=given.remat), model.vocab_size)
@@ -166,7 +152,7 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     gate(before.perplexity, uniform=model.vocab_size, at_most=given.at_most)
     teacher = None
     if given.teacher is not None:
-        teacher = weights_like(model, given.teacher, given.teacher_prefix, progress)
+        teacher = of_same_text(model, given.teacher, given.teacher_prefix, progress)
     start, dtypes = finetuning.as_float32(model.params)
     params, mask, stats = finetuning.tuned(trained, start, mask, teacher, used, given, progress)
     params = tree.map_named(lambda name, leaf: leaf.astype(dtypes[name]), params)
@@ -175,7 +161,7 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     record = None
     if recorded:
         record = interop.PruningRecord(
-            **_record_of(model.path),
+            **record_of(model.path),
             commit=interop.commit_of_code(),
             evaluation={"text": text.name, "before": before.as_json(), "finetuned": after.as_json(),
                         "finetuning": how},
@@ -190,7 +176,7 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     mask = mask if recorded else None  # no record says how others made their zeros
     folder = interop.export(given.out, model, params, mask=mask, record=record, also=also)
     finetuning.forget(given)
-    _show(console, {"before": before, "fine-tuned": after}, given.prompts, text.name)
+    judge.show(console, {"before": before, "fine-tuned": after}, given.prompts, text.name)
     console.print(str(folder), highlight=False, soft_wrap=True)
     return folder
 
@@ -204,30 +190,23 @@ def evaluate(given: EvaluateSettings, progress: Progress, console: Console) -> d
     model = opened(given, progress).read(dtype=given.dtype)
     text = texts.read(given.evaluation, model)
     module = gpt.build(model.config, model.vocab_size)
-    rows, dense = {}, None
+    rows, dense, dense_module = {}, None, None
     if given.dense is not None:
-        dense = weights_like(model, given.dense, given.dense_prefix, progress)
-        rows["dense"] = judge.judge(module, dense, model, text, given)
+        dense = of_same_text(model, given.dense, given.dense_prefix, progress)
+        dense_module = gpt.build(dense.config, dense.vocab_size)
+        rows["dense"] = judge.judge(dense_module, dense.params, model, text, given)
         gate(rows["dense"].perplexity, uniform=model.vocab_size, at_most=given.at_most)
-    rows["model"] = judge.judge(module, model.params, model, text, given, dense=dense)
-    _show(console, rows, given.prompts, text.name)
+    rows["model"] = judge.judge(
+        module,
+        model.params,
+        model,
+        text,
+        given,
+        dense=None if dense is None else dense.params,
+        dense_module=dense_module,
+    )
+    judge.show(console, rows, given.prompts, text.name)
     return rows
-
-
-def _check_window(name: str, window: int, checkpoint: interop.PretrainedSource) -> None:
-    context = checkpoint.config.context
-    if not 1 <= window <= context:
-        raise InputError(
-            f"{name}={window} does not fit the {context} tokens of {checkpoint.path}; give 1 to "
-            f"{context}"
-        )
-
-
-def _show(
-    console: Console, rows: dict[str, judge.Verdict], prompts: tuple[str, ...], text: str
-) -> None:
-    for line in judge.table(rows, prompts, text):
-        console.print(line, highlight=False, soft_wrap=isinstance(line, str), markup=False)
 
 
 def _held_zeros(
@@ -245,23 +224,3 @@ def _held_zeros(
         soft_wrap=True,
     )
     return mask
-
-
-def _has_masks(path: Path) -> bool:
-    return path.is_dir() and (path / interop.MASKS).exists()
-
-
-def _record_of(path: Path) -> dict[str, Any]:
-    before = interop.read_record(path)
-    try:
-        request = Recipe(**before["recipe"])
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{path / 'pruning.json'} does not say how the model was pruned ({error}); prune it "
-            "again with this version"
-        ) from None
-    return {
-        "recipe": request,
-        "calibration": before.get("calibration"),
-        "rules": before.get("rules"),
-    }

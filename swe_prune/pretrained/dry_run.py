@@ -18,7 +18,8 @@ from swe_prune.training.progress import Progress
 from swe_prune.trajectory import BUFFERS
 
 WHAT_A_MASK_GIVES = (
-    "Zeros make this model no faster and its files no smaller: dense matrix products skip nothing."
+    "Zeros make this model no faster and its files no smaller: dense matrix products skip nothing. "
+    "The command cut removes whole neurons, heads or layers."
 )
 
 

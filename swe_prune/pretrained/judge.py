@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from flax import linen as nn
 from jaxtyping import PyTree
+from rich.console import Console
 from rich.table import Table
 
 from swe_prune import interop
@@ -84,6 +85,7 @@ def judge(
     settings: JudgingSettings,
     *,
     dense: PyTree | None = None,
+    dense_module: nn.Module | None = None,
 ) -> Verdict:
     """Returns what a model is worth on a text.
 
@@ -94,6 +96,7 @@ def judge(
         text: to be evaluated on.
         settings: protocol, windows and prompts.
         dense: weights of the dense model to be compared with; None: not compared.
+        dense_module: the dense model, if units were cut out of it; None: `module`.
     """
     assert model.tokenizer is not None
     protocol = protocol_of(model, settings)
@@ -121,13 +124,14 @@ def judge(
     distance = None
     if dense is not None:
         distance = kl_to_dense(
-            module,
+            module if dense_module is None else dense_module,
             dense,
             params,
             text.tokens,
             found.protocol,
             batch=settings.eval_batch,
             bos_id=bos,
+            pruned_model=module,
         )
     return Verdict(
         found,
@@ -167,3 +171,9 @@ def table(rows: dict[str, Verdict], prompts: tuple[str, ...], text: str) -> list
         lines.append(f"After {prompt!r}:")
         lines += [f"  {name}: {verdict.written[number]!r}" for name, verdict in rows.items()]
     return lines
+
+
+def show(console: Console, rows: dict[str, Verdict], prompts: tuple[str, ...], text: str) -> None:
+    """Prints the table of `table`, and what each model wrote."""
+    for line in table(rows, prompts, text):
+        console.print(line, highlight=False, soft_wrap=isinstance(line, str), markup=False)

@@ -1,6 +1,7 @@
 """From the settings of `prune --model` to the recipe that they ask for."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from swe_prune import importance
 from swe_prune.blockwise import METHODS
@@ -13,7 +14,7 @@ from swe_prune.trajectory import BUFFERS
 BLOCK_BY_BLOCK = tuple(method for method in METHODS if method != "magnitude")
 """Names that prune block by block, as their references do, unless `--at-once` is given."""
 
-_NO_OPTIMIZER = {
+NO_OPTIMIZER = {
     "second_moment": "the optimizer's second moment, which a pretrained model does not come with; "
     "use a criterion that is measured, such as wanda or sparsegpt",
     "learned": "scores that movement pruning learns; use another criterion",
@@ -26,12 +27,7 @@ def recipe_of(settings: RequestSettings) -> Recipe:
     Raises:
         InputError: A name, a number or a combination that cannot work.
     """
-    options = {}
-    for one in settings.options:
-        name, equals, value = one.partition("=")
-        if not equals:
-            raise InputError(f"--option={one} has no value; write --option=NAME=VALUE")
-        options[name] = literal(value)
+    options = options_of(settings.options)
     name: str | None = settings.criterion
     at_once = settings.at_once and name in importance.names()
     method = name if name in BLOCK_BY_BLOCK and not at_once else None
@@ -48,12 +44,27 @@ def recipe_of(settings: RequestSettings) -> Recipe:
         zeros=settings.zeros,
     )
     try:
-        check(request, unavailable=_NO_OPTIMIZER)
+        check(request, unavailable=NO_OPTIMIZER)
     except InputError as error:
         if method is not None and settings.scope != "tensor" and method in importance.names():
             raise InputError(f"{error}, or give --at-once to rank the dense model") from None
         raise
     return request
+
+
+def options_of(texts: Iterable[str]) -> dict[str, Any]:
+    """Returns options from texts such as "horizon=1".
+
+    Raises:
+        InputError: A text has no value.
+    """
+    options = {}
+    for one in texts:
+        name, equals, value = one.partition("=")
+        if not equals:
+            raise InputError(f"--option={one} has no value; write --option=NAME=VALUE")
+        options[name] = literal(value)
+    return options
 
 
 def check_trajectory(request: Recipe, tracked: bool, model: str) -> None:

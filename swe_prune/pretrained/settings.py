@@ -21,7 +21,7 @@ def option(default: Any, text: str, **more: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSettings:
+class WeightsSettings:
     """The model and its precision."""
 
     model: str = option(
@@ -34,6 +34,12 @@ class ModelSettings:
     prefix: str | None = option(
         None, "prefix of the names of the tensors, such as _orig_mod., which is removed"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings(WeightsSettings):
+    """A model that reads text."""
+
     tokenizer: str | None = option(
         None,
         "tokenizer.json, folder or GGUF file of another tokenizer; default: the model's own",
@@ -57,6 +63,21 @@ class ChoiceSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class CalibrationSettings:
+    """The text to calibrate on."""
+
+    calibration: str = option(
+        CALIBRATION, "text to calibrate on: a file, or DATASET:SPLIT", metavar="TEXT"
+    )
+    calibration_windows: int = option(128, "number of random windows to calibrate on")
+    calibration_window: int | None = option(
+        None, "tokens per calibration window; default: the model's context, at most 2048"
+    )
+    calibration_batch: int = option(8, "calibration windows per batch")
+    seed: int = option(0, "seed of the calibration windows and of random criteria")
+
+
+@dataclasses.dataclass(frozen=True)
 class JudgingSettings:
     """The text on which a model is evaluated, and how."""
 
@@ -77,7 +98,7 @@ class JudgingSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class RequestSettings(ModelSettings, ChoiceSettings):
+class RequestSettings(ModelSettings, ChoiceSettings, CalibrationSettings):
     """What is to be pruned, and how: `plan --model`."""
 
     criterion: str = option("", "registered criterion, or sparsegpt or wanda_variant")
@@ -95,16 +116,7 @@ class RequestSettings(ModelSettings, ChoiceSettings):
     at_once: bool = option(
         False, "scores of the whole dense model at once, instead of block after block"
     )
-    calibration: str = option(
-        CALIBRATION, "text to calibrate on: a file, or DATASET:SPLIT", metavar="TEXT"
-    )
-    calibration_windows: int = option(128, "number of random windows to calibrate on")
-    calibration_window: int | None = option(
-        None, "tokens per calibration window; default: the model's context, at most 2048"
-    )
-    calibration_batch: int = option(8, "calibration windows per batch")
     offload: bool = option(False, "weights and activations in host memory but for one block")
-    seed: int = option(0, "seed of the calibration windows and of random criteria")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +124,38 @@ class PruneSettings(RequestSettings, JudgingSettings):
     """`prune --model`."""
 
     out: str = option("", "folder to write, which must not exist", metavar="DIR")
+
+
+@dataclasses.dataclass(frozen=True)
+class CutSettings(ModelSettings, CalibrationSettings, JudgingSettings):
+    """`cut --model`."""
+
+    units: Literal["neurons", "heads", "query_heads", "layers"] = option(
+        "", "what is removed as a whole"
+    )
+    criterion: str = option(
+        "", "registered criterion of weights, or one of units, such as activation_norm"
+    )
+    out: str = option("", "folder to write, which must not exist", metavar="DIR")
+    sparsity: float | None = option(None, "fraction of the units to remove, in [0, 1)")
+    budget: str | None = option(
+        None,
+        "limit of the cut model, in place of a sparsity: params=N, bytes=N of weights, flops=N or "
+        "latency=SECONDS of decoding one token",
+        metavar="NAME=NUMBER",
+    )
+    reduce: Literal["sum", "mean", "l2", "max"] = option(
+        "l2", "how the scores of the weights of a unit become one"
+    )
+    restore: bool = option(
+        False, "least-squares refit of the projections that read what goes, to make up for it"
+    )
+    multiple: int | None = option(
+        None, "number of which the kept units are a multiple; default: 8 of neurons, 1 of others"
+    )
+    options: tuple[str, ...] = option(
+        (), "NAME=VALUE of the criterion; may be given again", name="option"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +204,29 @@ class EvaluateSettings(ModelSettings, JudgingSettings):
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class BenchSettings(WeightsSettings):
+    """`bench --model`."""
+
+    against: str | None = option(
+        None, "model to time in the same run, the base of the ratios", metavar="PATH"
+    )
+    against_prefix: str | None = option(
+        None, "prefix of the names of the other model's tensors", metavar="PREFIX"
+    )
+    batch: tuple[int, ...] = option((1, 32), "number of texts at once; may be given again")
+    prompt_tokens: int = option(128, "tokens of each prompt")
+    new_tokens: int = option(32, "tokens of each text to decode after the first")
+    runs: int = option(50, "number of runs of each model that count")
+    warmup: int = option(3, "number of runs before them")
+    json: bool = option(False, "JSON output with the seconds of every run, for programs to read")
+
+
 COMMANDS = {
     "plan": RequestSettings,
     "prune": PruneSettings,
+    "cut": CutSettings,
     "finetune": FinetuneSettings,
     "evaluate": EvaluateSettings,
+    "bench": BenchSettings,
 }

@@ -1,6 +1,7 @@
 """The texts of one command: each read by its name, and those that must not overlap kept apart."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -8,6 +9,8 @@ from jaxtyping import Int
 from swe_prune import data as data_lib
 from swe_prune import interop
 from swe_prune.errors import InputError
+from swe_prune.pretrained.settings import CalibrationSettings
+from swe_prune.training.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,3 +48,43 @@ def read(name: str, model: interop.Pretrained | interop.PretrainedSource) -> Tex
 def keep_apart(used: Text, evaluation: Text) -> None:
     """Raises InputError where a text that is calibrated or trained on has what is evaluated on."""
     data_lib.check_disjoint(used.content, evaluation.content)
+
+
+def calibration(
+    given: CalibrationSettings,
+    checkpoint: interop.PretrainedSource,
+    evaluation: Text,
+    progress: Progress,
+) -> tuple[list[Any], dict[str, Any]]:
+    """Returns the calibration batches, and what the record says of them.
+
+    Raises:
+        InputError: No such text, windows that do not fit it or the model, or the evaluation text.
+    """
+    used = read(given.calibration, checkpoint)
+    keep_apart(used, evaluation)
+    window = given.calibration_window or min(2048, checkpoint.config.context)
+    check_window("--calibration-window", window, checkpoint)
+    batches = data_lib.random_batches(
+        used.tokens,
+        context=window,
+        windows=given.calibration_windows,
+        batch=given.calibration_batch,
+        seed=given.seed,
+        setting="--calibration-windows",
+    )
+    progress.say(
+        f"Calibrating on {given.calibration_windows} windows of {window} tokens of {used.name}."
+    )
+    about = {"text": used.name, "windows": given.calibration_windows, "window": window}
+    return batches, about | {"seed": given.seed}
+
+
+def check_window(name: str, window: int, checkpoint: interop.PretrainedSource) -> None:
+    """Raises InputError for windows that do not fit the context of a model."""
+    context = checkpoint.config.context
+    if not 1 <= window <= context:
+        raise InputError(
+            f"{name}={window} does not fit the {context} tokens of {checkpoint.path}; give 1 to "
+            f"{context}"
+        )

@@ -21,7 +21,7 @@ rule.
 
 from swe_prune.structured.activations import KINDS, activation_scores, readers
 from swe_prune.structured.budget import Budget, flops, memory
-from swe_prune.structured.choice import choose, summary
+from swe_prune.structured.choice import Keep, choose, summary
 from swe_prune.structured.cutting import cut, unit_mask
 from swe_prune.structured.decoder import UNITS, cut_config, groups
 from swe_prune.structured.depth import DEPTH, depth_scores, residual_states
@@ -39,6 +39,7 @@ __all__ = [
     "Along",
     "Budget",
     "Group",
+    "Keep",
     "Redundancy",
     "Removal",
     "SaturatedWarning",

@@ -124,7 +124,9 @@ def unit_numbers(group: Group, group_name: str, values: PyTree) -> dict[str, Num
     """
     leaves = dict(pairing.named(values))
     found = {}
-    for rule in group.axes:
+    for rule, along in group.along.items():
+        if along.axis is not None:
+            continue
         matched = matches(rule, leaves)
         check_matched(rule, group_name, matched, leaves)
         for name in matched:
@@ -146,7 +148,7 @@ def unit_numbers(group: Group, group_name: str, values: PyTree) -> dict[str, Num
 
 
 def _indices(along: Along, group: Group, kept: np.ndarray) -> np.ndarray:
-    """Returns the kept indices along the axis: (size,), or (copies, size) where each has its own."""
+    """Returns the kept indices along the axis: (size,), or (copies, size) of each copy."""
     if group.copies is not None and along.copies == along.axis:  # copies are parts of the axis
         kept = (kept + np.arange(group.copies)[:, None] * group.units).reshape(-1)
     columns = kept[..., None] * along.width + np.arange(along.width)

@@ -77,7 +77,8 @@ def _part(scores: Array, along: Along | None, shape: tuple[int, ...], reduce: st
     """Returns the reduced scores of a weight by unit, the lowest, and how many each unit has."""
     scores = scores.astype(jnp.float32)
     if along is not None:
-        front = (along.axis,) if along.copies in (None, along.axis) else (along.copies, along.axis)
+        front = [axis for axis in (along.copies, along.axis) if axis is not None]
+        front = list(dict.fromkeys(front))  # once where the copies are parts of the axis
         scores = jnp.moveaxis(scores, front, range(len(front)))
     scores = scores.reshape(*shape, -1)
     scores = jnp.where(jnp.isneginf(scores), 0, scores)

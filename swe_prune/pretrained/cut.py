@@ -1,0 +1,235 @@
+"""`cut`: neurons, heads or layers cut out of a pretrained model, which is then really smaller."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import PyTree
+from rich.console import Console
+
+from swe_prune import importance, interop, structured, tree
+from swe_prune.config import literal
+from swe_prune.errors import InputError
+from swe_prune.evaluation import gate
+from swe_prune.evaluation.latency import decode_seconds
+from swe_prune.models import gpt
+from swe_prune.pretrained import choice, judge, texts, tracked, unit_criteria
+from swe_prune.pretrained.opening import has_masks, opened, record_of, said
+from swe_prune.pretrained.request import check_trajectory
+from swe_prune.pretrained.settings import CutSettings
+from swe_prune.structured import Budget, Group
+from swe_prune.training.progress import Progress
+from swe_prune.version import __version__
+
+KEPT = "kept_units.json"
+"""File with the indices of the kept units by group, and with what made others redundant."""
+
+
+def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
+    """Cuts a pretrained model, judges it next to the dense one, and writes it; returns its folder.
+
+    Raises:
+        InputError: Anything that is wrong with the settings, the model or the texts.
+    """
+    _check_amount(given)
+    request = unit_criteria.checked(given)
+    interop.check_free(given.out)
+    checkpoint = opened(given, progress)
+    if request is not None:
+        check_trajectory(request, tracked.there(checkpoint.path), given.model)
+    if given.restore and has_masks(checkpoint.path):
+        raise InputError(
+            f"{checkpoint.path} has masks, and --restore would change the weights that they "
+            "remove; cut the dense model with --restore and prune it then"
+        )
+    groups = structured.groups(checkpoint.config, given.units)
+    _check_choice(given, groups, checkpoint)
+    text = texts.read(given.evaluation, checkpoint)
+    batches, calibration = [], None
+    if unit_criteria.reads_batches(given, request):
+        batches, calibration = texts.calibration(given, checkpoint, text, progress)
+    model, recorded = checkpoint.read(dtype=given.dtype), has_masks(checkpoint.path)
+    module = gpt.build(model.config, model.vocab_size)
+    dense = judge.judge(module, model.params, model, text, given)
+    gate(dense.perplexity, uniform=model.vocab_size, at_most=given.at_most)
+    # Score, choose and cut; nothing of the model is changed before.
+    units, partners = said(
+        progress, lambda: unit_criteria.unit_scores(given, request, model, groups, batches)
+    )
+    keep = _chosen(given, groups, units, model.params, model.config, model.vocab_size)
+    params, refits = model.params, ()
+    if given.restore:
+        params, refits = unit_criteria.restored(model, groups, keep, batches)
+    small = dataclasses.replace(
+        model,
+        params=structured.cut(params, groups, keep),
+        config=structured.cut_config(model.config, keep),
+    )
+    found = judge.judge(
+        gpt.build(small.config, small.vocab_size),
+        small.params,
+        small,
+        text,
+        given,
+        dense=model.params,
+        dense_module=module,
+    )
+    about = {
+        "units": given.units,
+        "criterion": given.criterion,
+        "options": {} if request is None else dict(request.options),
+        "reduce": given.reduce,
+        "sparsity": structured.summary(groups, keep).sparsity,
+        "requested": {"sparsity": given.sparsity, "budget": given.budget},
+        "kept": {name: one.kept for name, one in structured.summary(groups, keep).tensors.items()},
+        "of": {name: group.units for name, group in groups.items()},
+        "cost": {name: _costs(one) for name, one in (("dense", model), ("cut", small))},
+        "restored": [dataclasses.asdict(one) for one in refits],
+    }
+    judged = {"text": text.name, "dense": dense.as_json(), "cut": found.as_json()}
+    kept: dict[str, Any] = {"kept": {name: some.tolist() for name, some in keep.items()}}
+    if partners is not None:  # of the units that went, in their order
+        kept["removed"] = {
+            name: some[: groups[name].units - len(keep[name])] for name, some in partners.items()
+        }
+    mask = structured.cut(interop.read_masks(model.path), groups, keep) if recorded else None
+    folder = _write(given, model, small, mask, kept, about, judged, calibration)
+    judge.show(console, {"dense": dense, "cut": found}, given.prompts, text.name)
+    for line in (*_lines(about), str(folder)):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    return folder
+
+
+def _check_amount(given: CutSettings) -> None:
+    if (given.sparsity is None) == (given.budget is None):
+        said = "neither was given" if given.sparsity is None else "both were given"
+        raise InputError(f"cut needs --sparsity or --budget, {said}; give one of them")
+    if given.budget is not None:
+        _ = _budget(given.budget, 1).limit  # checks the number
+    if given.restore and given.units == "layers":
+        raise InputError(
+            "--restore refits the projections that read what goes, and whole layers have none; "
+            "leave it out"
+        )
+
+
+def _budget(text: str, vocab_size: int) -> Budget:
+    name, equals, value = text.partition("=")
+    known = ("params", "flops", "bytes", "latency")
+    if not equals or name not in known:
+        raise InputError(
+            f"--budget={text} must be NAME=NUMBER with a name among {', '.join(known)}; write for "
+            "example --budget=params=1e8"
+        )
+    measure = decode_seconds(vocab_size) if name == "latency" else None
+    number: Any = literal(value)
+    return Budget(**{name: number}, measure=measure)
+
+
+def _chosen(
+    given: CutSettings,
+    groups: dict[str, Group],
+    units: Mapping[str, Any],
+    params: PyTree,
+    config: Any,
+    vocab_size: int,
+) -> structured.Keep:
+    return structured.choose(
+        groups,
+        units,
+        sparsity=given.sparsity,
+        budget=None if given.budget is None else _budget(given.budget, vocab_size),
+        multiple=given.multiple,
+        params=params,
+        config=config,
+    )
+
+
+def _check_choice(
+    given: CutSettings, groups: dict[str, Group], checkpoint: interop.PretrainedSource
+) -> None:
+    """Refuses what the shapes do not admit or no config.json can say, before a weight is read."""
+    if given.budget is not None and given.budget.startswith(("latency", "bytes")):
+        return  # times and dtypes are not known yet
+    nothing = {name: np.zeros(group.shape) for name, group in groups.items()}
+    config, vocab_size = checkpoint.config, checkpoint.vocab_size
+    keep = _chosen(given, groups, nothing, choice.abstract_params(checkpoint), config, vocab_size)
+    interop.write_config(structured.cut_config(config, keep), vocab_size, checkpoint.family)
+
+
+def _costs(model: interop.Pretrained) -> dict[str, float]:
+    return {
+        "parameters": tree.size(model.params),
+        "bytes": structured.memory(model.params),
+        "flops": structured.flops(model.config, model.params),
+    }
+
+
+def _write(
+    given: CutSettings,
+    model: interop.Pretrained,
+    small: interop.Pretrained,
+    mask: PyTree | None,
+    kept: Mapping[str, Any],
+    about: Mapping[str, Any],
+    judged: Mapping[str, Any],
+    calibration: Mapping[str, Any] | None,
+) -> Path:
+    """Exports the model, with its masks cut alike if it has some, and the record of the cut."""
+    commit = interop.commit_of_code()
+    record = None
+    if mask is not None:
+        record = interop.PruningRecord(
+            **record_of(model.path), commit=commit, evaluation={**judged, "how": dict(about)}
+        )
+
+    def also(folder: Path) -> None:
+        (folder / KEPT).write_text(json.dumps(kept) + "\n", encoding="utf-8")
+        if record is None:
+            said = {
+                "cut": about,
+                "calibration": calibration,
+                "evaluation": judged,
+                "commit": commit,
+                "version": __version__,
+            }
+            text = json.dumps(said, indent=2, ensure_ascii=False)
+            (folder / interop.RECORD).write_text(text + "\n", encoding="utf-8")
+
+    return interop.export(given.out, small, mask=mask, record=record, also=also)
+
+
+def _lines(about: Mapping[str, Any]) -> list[str]:
+    """Returns what was kept and what the model costs, in words."""
+    name = about["units"].replace("_", " ")
+    counts = {*zip(about["kept"].values(), about["of"].values(), strict=True)}
+    each = "" if name == "layers" else f" in each of {len(about['kept'])} layers"
+    kept = " or ".join(f"{one:,} of {of:,}" for one, of in sorted(counts))
+    dense, small = about["cost"]["dense"], about["cost"]["cut"]
+    costs = ", ".join(
+        f"{dense[key]:,.0f} -> {small[key]:,.0f} {what} ({small[key] / dense[key]:.1%})"
+        for key, what in (
+            ("parameters", "parameters"),
+            ("bytes", "bytes of weights"),
+            ("flops", "operations a token"),
+        )
+    )
+    of_weights = about["criterion"] in importance.names()
+    lines = [
+        f"Kept {kept} {name}{each}: sparsity {about['sparsity']:.2%} by {about['criterion']}"
+        + (f", {about['reduce']} of a unit's weights." if of_weights else "."),
+        f"{costs}.",
+    ]
+    if about["restored"]:
+        before, after = (
+            sum(one[key] for one in about["restored"]) / len(about["restored"])
+            for key in ("before", "after")
+        )
+        lines.append(
+            f"The refit took the outputs' relative error on the calibration text from {before:.4f} "
+            f"to {after:.4f}, mean of {len(about['restored'])} projections."
+        )
+    return lines

@@ -1,0 +1,61 @@
+"""`bench --model`, as a user types it."""
+
+import json
+
+import pretrained_tiny
+import pytest
+
+from swe_prune import cli, interop, tree
+
+QUICK = ["--batch=1", "--batch=2", "--prompt-tokens=8", "--new-tokens=3", "--runs=2"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    pytest.importorskip("safetensors")
+    return pretrained_tiny.make(tmp_path_factory.mktemp("tiny"))
+
+
+def test_two_models_side_by_side_as_a_table_and_as_json(place, capsys):
+    command = ["bench", f"--model={place.model}", f"--against={place.model}", *QUICK]
+    assert cli.main(command) == 0
+    shown = capsys.readouterr().out
+    for part in ("ratio (quartiles)", "batch 2: decode, p95 ms", "1.000", "prefill, tokens/s"):
+        assert part in shown
+    assert cli.main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    model = interop.load(place.model)
+    assert found["model"]["parameters"] == tree.size(model.params) == found["model"]["nonzero"]
+    assert found["model"]["file_bytes"] == (place.model / "model.safetensors").stat().st_size
+    for batch in ("1", "2"):
+        decode = found["model"]["batches"][batch]["decode"]
+        assert len(decode["seconds"]) == 2
+        assert decode["median"] <= decode["p95"]
+        assert decode["tokens_per_second"] == pytest.approx(3 * int(batch) / decode["median"])
+        assert len(decode["ratio"]) == 3
+        assert "ratio" not in found["against"]["batches"][batch]["decode"]
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        (["--runs=0"], "--runs must be 1 or more, got 0"),
+        (["--batch=0"], "--batch must be 1 or more, got 0"),
+        (["--prompt-tokens=0"], "--prompt-tokens must be 1 or more, got 0"),
+        (["--prompt-tokens=128"], "exceed the model's context of 128"),
+        (["--against=nowhere"], "nowhere does not exist"),
+        (["--against-prefix=x."], "give --against=PATH"),
+        (["--batch=10000000", "--prompt-tokens=64"], "are free; lower --batch"),
+        (["--batch=1000000000000"], "are more than the arrays' 2^31; lower --batch"),
+    ],
+)
+def test_what_cannot_be_timed_is_one_sentence(place, capsys, more, part):
+    assert cli.main(["bench", f"--model={place.model}", *more]) == 2
+    error = capsys.readouterr().err
+    assert part in error
+    assert "Traceback" not in error
+
+
+def test_a_model_is_needed(capsys):
+    assert cli.main(["bench"]) == 2
+    assert "python -m swe_prune bench needs --model" in capsys.readouterr().err
