@@ -35,6 +35,7 @@ from swe_prune import blockwise, calibration, data, importance, interop, structu
 from swe_prune.evaluation import distance, protocols
 from swe_prune.models import gpt
 from swe_prune.structured.kernel_width import RULES
+from swe_prune.structured.refit import refit
 from swe_prune.training import step
 
 REDUNDANT = {
@@ -64,7 +65,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--width", choices=RULES, default="alignment_unsupervised")
     parser.add_argument("--draws", type=int, default=1, help="orders of mi_pairs compared by KL")
-    parser.add_argument("--damping", type=float, default=0.01)
+    parser.add_argument("--other", type=int, default=0, help="more windows, of other Python source")
+    parser.add_argument("--damping", type=float, default=0.3)
     parser.add_argument("--out", type=Path, help="JSON file of all the numbers")
     parser.add_argument("--explain", type=Path, help="JSON file of the partner of every unit")
     return parser.parse_args()
@@ -116,7 +118,7 @@ def made_up(after: str, keep: Any, found: Any, given: dict[str, Any], damping: f
     """Returns the parameters with what makes up for a cut, not cut yet."""
     params, groups = given["params"], given["groups"]
     if after == "refit":
-        return structured.refit(params, groups, keep, given["moments"], damping=damping)[0]
+        return refit(params, groups, keep, given["moments"], damping=damping)[0]
     if after == "folded":
         return structured.fold_units(params, groups, keep, found, given["samples"])
     if after == "blockwise":
@@ -139,6 +141,13 @@ def measured(seed: int, given: dict[str, Any], used: Any, options: Any) -> dict[
             used, context=options.length, windows=options.windows, batch=4, seed=seed
         )
     ]
+    if options.other:
+        batches += [
+            dict(batch)
+            for batch in data.random_batches(
+                given["python"], context=options.length, windows=options.other, batch=4, seed=seed
+            )
+        ]
     module, params = given["module"], given["params"]
     begun = time.perf_counter()
     variables = {"params": params}
@@ -173,6 +182,7 @@ def main() -> None:
         "params": model.params,
         "module": gpt.build(model.config, model.vocab_size),
         "groups": structured.groups(model.config),
+        "python": np.asarray(model.tokenizer.encode(texts["Python"][400_000:800_000])),
     }
     dense = scored(model, given["module"], model.params, tokens, options.scored)
     print("dense", dense, flush=True)

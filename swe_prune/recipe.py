@@ -69,7 +69,8 @@ class Recipe:
         zeros: What becomes of weights that are 0 already: "keep" counts them as removed first,
             "free" treats them like the others; see `importance.score`.
         restore: "admm": the weights that stay make up for those that go, block after block, for
-            the mask that the criterion or the method chose; see `blockwise.admm`.
+            the mask that the criterion or the method chose; see `blockwise.admm`. "least_squares"
+            does so exactly for masks of whole inputs; see `blockwise.least_squares`.
         max_sparsity: Largest share that any tensor loses, with scope "global" and allocations that
             rank all tensors together; None: of the scope everything, of an allocation its default.
     """

@@ -13,7 +13,7 @@ from swe_prune.errors import InputError
 from swe_prune.layout import Axes
 from swe_prune.models import gpt
 from swe_prune.structured import Along, Group
-from swe_prune.structured.refit import refit
+from swe_prune.structured.refit import DAMPING, refit
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(50, 8)) @ RNG.normal(size=(8, 8)) + 0.5
@@ -112,6 +112,17 @@ def test_a_refit_that_is_worse_on_other_text_is_not_kept():
     assert (kept["down"]["bias"] != new["down"]["bias"]).all()
 
 
+def test_of_several_dampings_the_best_on_other_text_is_taken():
+    measured, other = {DOWN: moments_of(X[:9])}, {DOWN: moments_of(X[9:])}
+    dampings = (1e-6, 0.1, 1e3)
+    after = [
+        refit(PARAMS, GROUPS, KEPT, measured, holdout=other, damping=one)[1][0].after
+        for one in dampings
+    ]
+    _, (report,) = refit(PARAMS, GROUPS, KEPT, measured, holdout=other, damping=dampings)
+    assert report.after == min(after) < max(after)
+
+
 def test_nothing_removed_changes_nothing():
     new, reports = refit(PARAMS, GROUPS, {"mlp": np.arange(8)}, {})
     assert reports == ()
@@ -132,7 +143,10 @@ def test_each_layer_of_a_stack_is_refitted_alone():
     for at in range(2):
         rows = np.isin(np.arange(8), keep["mlp"][at])
         wanted = oracle(
-            np.asarray(both[at].gram, np.float64), np.asarray(stacked[at], np.float64), rows, 0.01
+            np.asarray(both[at].gram, np.float64),
+            np.asarray(stacked[at], np.float64),
+            rows,
+            DAMPING,
         )
         np.testing.assert_allclose(new["down"][at], wanted, rtol=1e-4, atol=1e-5)
 
@@ -204,12 +218,13 @@ def test_block_after_block_the_first_block_is_refitted_as_at_once():
 @pytest.mark.parametrize(
     ("call", "said"),
     [
+        (lambda: refit(PARAMS, GROUPS, KEPT, {}, damping=(0.1, 1)), "choose from on holdout="),
         (lambda: refit(PARAMS, GROUPS, KEPT, {}), "the inputs of 'down/kernel' were not measured"),
         (lambda: refit(PARAMS, GROUPS, KEPT, {DOWN: moments_of(X, gram=False)}), "not measured"),
         (lambda: refit(PARAMS, GROUPS, {"mlp": []}, {}), "integer indices|keeps nothing"),
         (
             lambda: refit(PARAMS, GROUPS, KEPT, {DOWN: moments_of(X[:, :4])}),
-            "do not belong together",
+            r"shape \(4, 4\), and it has inputs \(8,\)",
         ),
         (
             lambda: least_squares(jnp.ones((2, 1)), jnp.eye(2), np.zeros(2, bool)),

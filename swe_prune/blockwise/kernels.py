@@ -19,7 +19,7 @@ from swe_prune.layout import Axes
 
 METHODS = ("wanda", "wanda_variant", "sparsegpt", "admm", "magnitude")
 RESTORES = (None, "admm", "least_squares")
-DAMPING: Mapping[str, float] = {"sparsegpt": 0.01, "admm": 0.1, "least_squares": 0.01}
+DAMPING: Mapping[str, float] = {"sparsegpt": 0.01, "admm": 0.1, "least_squares": 0.3}
 """Default share of the Hessian's mean diagonal that is added to it, by method."""
 
 

@@ -22,7 +22,7 @@ def least_squares(
     weight_RxC: Float[Array, "R C"],
     hessian_RxR: Float[Array, "R R"],
     keep_R: Bool[Any, " R"],
-    damping: float = 0.01,
+    damping: float = 0.3,
 ) -> tuple[Float[Array, "R C"], SolverReport]:
     """Returns a kernel of whose inputs some are removed, the others refitted, and a report.
 

@@ -99,7 +99,7 @@ def prune_blocks(
         call: function (module, variables, batch) that runs a Linen module in another way; of an
             NNX module (module, batch).
         block: inputs at a time, of "sparsegpt".
-        damping: of "sparsegpt" and "admm". None: 0.01 and 0.1.
+        damping: of "sparsegpt", "admm" and "least_squares". None: 0.01, 0.1 and 0.3.
         offload: keep the activations in host memory, and one batch of them on the device.
         donate: give up each kernel that is pruned, so that the weights are in memory once (those of
             a block twice where they are restored): jax arrays are deleted, and numpy arrays that

@@ -12,7 +12,7 @@ all weights that have them, and the model computes what it computes with zeros i
 like the parameters.
 
 `activation_scores`, `depth_scores` and `redundant_units` score units from what they compute on
-calibration text; `refit` makes up for a cut in the weights that read the units, `fold_units` in the
+calibration text; `refit.refit` makes up for a cut in the weights that read the units, `fold_units` in the
 partners of redundant ones.
 
 For other models than `models.gpt` groups are declared: the number of units, and their axis by path
@@ -29,7 +29,6 @@ from swe_prune.structured.folding import fold_units
 from swe_prune.structured.group import Along, Group
 from swe_prune.structured.redundancy import Redundancy, Removal, SaturatedWarning
 from swe_prune.structured.redundant_units import redundancy_scores, redundant_units
-from swe_prune.structured.refit import RefitReport, refit
 from swe_prune.structured.unit_scores import REDUCES, unit_scores
 
 __all__ = [
@@ -42,7 +41,6 @@ __all__ = [
     "Group",
     "Keep",
     "Redundancy",
-    "RefitReport",
     "Removal",
     "SaturatedWarning",
     "activation_scores",
@@ -57,7 +55,6 @@ __all__ = [
     "readers",
     "redundancy_scores",
     "redundant_units",
-    "refit",
     "residual_states",
     "summary",
     "unit_mask",

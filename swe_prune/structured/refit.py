@@ -4,7 +4,7 @@ Source: FASP, arXiv 2501.09412; the solver is `blockwise.least_squares`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ from swe_prune.masks.fitting import check_mask
 from swe_prune.structured.cutting import unit_mask
 from swe_prune.structured.group import Groups
 
-DAMPING = 0.01
+DAMPING = 0.3
+"""Best on held-out text for SmolLM2-135M and 7,680 tokens; less fits the calibration text alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ def refit(
     *,
     holdout: Mapping[str, Moments] | None = None,
     layout: PyTree | None = None,
-    damping: float = DAMPING,
+    damping: float | Sequence[float] = DAMPING,
 ) -> tuple[PyTree, tuple[RefitReport, ...]]:
     """Returns the parameters with the weights that read units refitted, for `cut` to cut.
 
@@ -73,14 +74,15 @@ def refit(
             it must be so on `measured`.
         layout: Pytree of `Axes` like the parameters. None: Flax's convention by name.
         damping: Share of the mean of a Gram matrix's diagonal that pulls to the weights as they
-            are.
+            are. Of several, each weight takes the best one on `holdout`.
 
     Returns:
         Parameters of the same shapes, in which the refitted weights are 0 for removed inputs, and
         a report for each weight.
 
     Raises:
-        InputError: As `cut` and `blockwise.least_squares`, or a weight that was not measured.
+        InputError: As `cut` and `blockwise.least_squares`, a weight that was not measured, or
+            several dampings without other text.
 
     >>> from swe_prune.structured import Group
     >>> params = {"down": {"kernel": jnp.array([[1.0], [2.0]]), "bias": jnp.zeros(1)}}
@@ -92,6 +94,11 @@ def refit(
     >>> new["down"]["kernel"].ravel().tolist(), new["down"]["bias"].tolist()
     ([0.0, 4.0], [-1.0])
     """
+    dampings = (damping,) if isinstance(damping, int | float) else tuple(damping)
+    if not dampings or (len(dampings) > 1 and holdout is None):
+        raise InputError(
+            f"damping must be one number, or several to choose from on holdout=, got {damping!r}"
+        )
     mask = unit_mask(params, groups, keep)
     check_mask(mask, params)
     leaves = dict(tree.named_leaves(params))
@@ -106,10 +113,10 @@ def refit(
         rows_xR = np.asarray(kept_xRxC.any(-1))
         if rows_xR.all():
             continue  # only outputs go
-        moments = _moments(name, measured, axes)
-        held = None if holdout is None else _moments(name, holdout, axes)
+        moments = _moments(name, measured, rows_xR.shape)
+        held = None if holdout is None else _moments(name, holdout, rows_xR.shape)
         made = _refitted(
-            name, leaves, bias_name(name, leaves), axes, rows_xR, moments, held, damping
+            name, leaves, bias_name(name, leaves), axes, rows_xR, moments, held, dampings
         )
         new |= made[0]
         reports += made[1]
@@ -124,7 +131,7 @@ def _refitted(
     rows_xR: np.ndarray,
     moments: Moments,
     held: Moments | None,
-    damping: float,
+    dampings: Sequence[float],
 ) -> tuple[dict[str, Any], list[RefitReport]]:
     """Returns a weight and its bias, each copy refitted, and the reports."""
     weight = leaves[name]
@@ -141,7 +148,7 @@ def _refitted(
         label = name if len(copies) == 1 else f"{name}[{at}]"
         own, other = (_of_copy(some, at) for some in (moments, held))
         assert own is not None
-        kernel_RxC, bias_C, report = _one(label, one_RxC, biases[at], keep_R, own, other, damping)
+        kernel_RxC, bias_C, report = _one(label, one_RxC, biases[at], keep_R, own, other, dampings)
         kernels.append(kernel_RxC)
         shifted.append(bias_C)
         reports.append(report)
@@ -159,29 +166,30 @@ def _one(
     keep_R: np.ndarray,
     moments: Moments,
     held: Moments | None,
-    damping: float,
+    dampings: Sequence[float],
 ) -> tuple[Array, Array | None, RefitReport]:
     """Returns a kernel and its bias, refitted if that is better than without, and the report."""
     gram_RxR, mean_R = moments.gram, None if bias_C is None else moments.mean
     assert gram_RxR is not None
     # With a bias the means are made up for by it, so what varies is fitted.
     varying_RxR = gram_RxR if mean_R is None else gram_RxR - jnp.outer(mean_R, mean_R)
-    new_RxC, report = least_squares(weight_RxC, varying_RxR, keep_R, damping)
     alone_RxC = jnp.where(keep_R[:, None], weight_RxC, 0)
-    new_C = bias_C
-    if bias_C is not None and mean_R is not None and report.removed:
-        lost_RxC = weight_RxC.astype(jnp.float32) - new_RxC.astype(jnp.float32)
-        new_C = (bias_C + mean_R @ lost_RxC).astype(bias_C.dtype)
     judge = moments if held is None else held
-    before = _lost(weight_RxC, bias_C, alone_RxC, bias_C, judge)
-    after = _lost(weight_RxC, bias_C, new_RxC, new_C, judge)
-    better = after < before
-    if not better:
-        new_RxC, new_C, after = alone_RxC, bias_C, before
+    before = after = _lost(weight_RxC, bias_C, alone_RxC, bias_C, judge)
+    best_RxC, best_C, better = alone_RxC, bias_C, False
+    for damping in dampings:
+        new_RxC, _ = least_squares(weight_RxC, varying_RxR, keep_R, damping)
+        new_C = bias_C
+        if bias_C is not None and mean_R is not None:
+            lost_RxC = weight_RxC.astype(jnp.float32) - new_RxC.astype(jnp.float32)
+            new_C = (bias_C + mean_R @ lost_RxC).astype(bias_C.dtype)
+        error = _lost(weight_RxC, bias_C, new_RxC, new_C, judge)
+        if error < after:
+            best_RxC, best_C, after, better = new_RxC, new_C, error, True
     whole = _lost(weight_RxC, None, jnp.zeros_like(weight_RxC), None, judge)
     before, after = (error / whole if whole > 0 else 0.0 for error in (before, after))
     gone = int((~keep_R).sum())
-    return new_RxC, new_C, RefitReport(name, gone, len(keep_R), before, after, better)
+    return best_RxC, best_C, RefitReport(name, gone, len(keep_R), before, after, better)
 
 
 def _lost(
@@ -201,7 +209,7 @@ def _lost(
     return max(float(error), 0.0)
 
 
-def _moments(name: str, measured: Mapping[str, Any], axes: Axes) -> Moments:
+def _moments(name: str, measured: Mapping[str, Any], shape: tuple[int, ...]) -> Moments:
     """Returns the moments of a weight, one row for each copy."""
     found = measured.get(name)
     hessian = measured.get("hessian")
@@ -214,6 +222,11 @@ def _moments(name: str, measured: Mapping[str, Any], axes: Axes) -> Moments:
         raise InputError(
             f"the inputs of {name!r} were not measured, and their Gram matrix is needed; give "
             f"calibration.moments(fn, params, batches, leaves={name!r}, gram=True)"
+        )
+    if found.gram.shape != (*shape, shape[-1]):
+        raise InputError(
+            f"the Gram matrix of {name!r} has shape {found.gram.shape}, and it has inputs {shape}; "
+            "measure it on these parameters"
         )
     return found
 
