@@ -143,9 +143,7 @@ def test_rows_of_a_folder_of_datasets(tmp_path):
     with pyarrow.ipc.new_stream(tmp_path / "saved" / "data-0.arrow", read.schema) as file:
         file.write_table(read)
     one = image_text.load(config, MODEL)
-    two = image_text.load(
-        dataclasses.replace(config, dataset=str(tmp_path / "saved")), MODEL
-    )
+    two = image_text.load(dataclasses.replace(config, dataset=str(tmp_path / "saved")), MODEL)
     for first, second in zip(one.train.tokens, two.train.tokens, strict=True):
         np.testing.assert_array_equal(first, second)
 
@@ -221,8 +219,10 @@ def test_a_batch_has_pictures_of_one_number_of_crops_and_an_epoch_every_example(
     seen = []
     for batch in itertools.islice(iterator, steps):
         assert len({int(grid.prod()) for grid in batch["inputs"]["grid"]}) == 1
-        seen += [data.tokenizer.decode(row[weights > 0])
-                 for row, weights in zip(batch["targets"], batch["weights"], strict=True)]
+        seen += [
+            data.tokenizer.decode(row[weights > 0])
+            for row, weights in zip(batch["targets"], batch["weights"], strict=True)
+        ]
     assert sorted(seen) == sorted(row.answer for row in split.rows)
 
 

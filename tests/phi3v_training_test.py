@@ -46,7 +46,9 @@ def rows(count):
     for number in range(count):
         file = io.BytesIO()
         Image.new("RGB", (16, 8), (40 * number, 20, 250 - 40 * number)).save(file, "PNG")
-        yield Row(lambda file=file: file.getvalue(), "<|image_1|>it costs", f" {number + 3}\n", "it")
+        yield Row(
+            lambda file=file: file.getvalue(), "<|image_1|>it costs", f" {number + 3}\n", "it"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +125,7 @@ def test_rules_choose_what_a_phase_trains(model, params, batch):
     chosen = tree.prunable(params, phi3v.PRUNABLE)
     mask = masks.by_sparsity(importance.score("magnitude", params, prunable=chosen), 0.5)
     state = state_lib.create(jax.tree.map(jnp.array, params), optimizer, 0, masks=mask)
-    step = step_lib.compile_train_step(
-        model, optimizer, forward=optimizer_lib.stop_frozen(still)
-    )
+    step = step_lib.compile_train_step(model, optimizer, forward=optimizer_lib.stop_frozen(still))
     state, metrics = step(state, batch)
     assert int(metrics["revived"]) == 0
     after = named(state.params)

@@ -6,10 +6,10 @@ from typing import Any
 from swe_prune.config import ModelConfig, VisionConfig
 from swe_prune.errors import InputError
 from swe_prune.interop.folder_files import check_model_folder
-from swe_prune.interop.stranger_files import check_inside, read_json
 from swe_prune.interop.load_params import Shardings, match, read_params
 from swe_prune.interop.safetensors_folder import read_folder
 from swe_prune.interop.slices import bind
+from swe_prune.interop.stranger_files import check_inside, read_json
 from swe_prune.interop.tensor_names import CLIP
 from swe_prune.interop.vision_settings import read_vision
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from swe_prune.config import ModelConfig, VisionConfig
+from swe_prune.config import ModelConfig
 from swe_prune.models import gpt
 from swe_prune.models.checks import check
 from swe_prune.models.kv_cache import Cache

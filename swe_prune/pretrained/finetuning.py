@@ -119,16 +119,17 @@ def tuned(
         state = state_lib.create(adapters, optimizer, settings.seed)
     else:
         state = state_lib.create(params, optimizer, settings.seed, masks=masks, stats=stats)
-    distillation = None
+    distillation = teacher_model = None
     if teacher is not None:
-        taught_by = gpt.build(teacher.config, teacher.vocab_size)
-        distillation = Distillation(settings.distillation, settings.temperature, taught_by)
+        teacher_model = gpt.build(teacher.config, teacher.vocab_size)
+        distillation = Distillation(settings.distillation, settings.temperature)
     step = step_lib.compile_train_step(
         module,
         optimizer,
         settings.track_every,
         accumulate=settings.accumulate,
         distillation=distillation,
+        teacher_model=teacher_model,
     )
     state = _fit(
         work, state, lambda state, batch: step(state, batch, fixed), text, settings, progress

@@ -18,7 +18,7 @@ from swe_prune.pretrained import tracked
 from swe_prune.pretrained.request import NO_OPTIMIZER, options_of
 from swe_prune.pretrained.settings import CutSettings
 from swe_prune.recipe import Recipe
-from swe_prune.structured import Group, RefitReport, activations, depth, redundancy
+from swe_prune.structured import Group, activations, depth, redundancy, refit
 from swe_prune.training import step
 from swe_prune.trajectory import BUFFERS
 
@@ -105,12 +105,12 @@ def restored(
     groups: dict[str, Group],
     keep: structured.Keep,
     batches: list[Any],
-) -> tuple[PyTree, tuple[RefitReport, ...]]:
+) -> tuple[PyTree, tuple[refit.RefitReport, ...]]:
     """Returns the parameters whose projections make up for what goes, before the cut."""
     module = gpt.build(model.config, model.vocab_size)
     layout = layout_of(module, model.params)
     moments = _moments(model, module, groups, batches, layout, gram=True)
-    return structured.refit(model.params, groups, keep, moments, layout=layout)
+    return refit.refit(model.params, groups, keep, moments, layout=layout)
 
 
 def layout_of(module: nn.Module, params: PyTree) -> PyTree:
