@@ -177,8 +177,8 @@ def untracked(experiment: Any, seed: int) -> Any:
 
 def trawl_table(rows: list[dict[str, Any]]) -> Table:
     """Returns the rows of TRAWL as a table."""
-    head = ("seed", "method", "best stack", "rank", "error", "dense", "selecting part", "other part",
-            "noise of this size")  # fmt: skip
+    head = ("seed", "method", "best stack", "rank", "error", "dense", "selecting part")
+    head += ("other part", "noise of this size")
     table = Table(*head, title="change of the loss, nats per token")
     for row in rows:
         noise = [loss - row["dense"] for loss in row["noise"]]

@@ -156,7 +156,8 @@ def open_builder(name: str, data_dir: str | None) -> Any:
     if array_record not in builder.info.available_file_formats():
         raise InputError(
             f"dataset {name!r} is prepared as {builder.info.file_format.value} in "
-            f"{str(builder.data_path)!r}, which only TensorFlow reads; remove it and {_again(own, build)}"
+            f"{str(builder.data_path)!r}, which only TensorFlow reads; remove it and "
+            f"{_again(own, build)}"
         )
     return builder
 
