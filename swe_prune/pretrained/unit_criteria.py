@@ -9,16 +9,15 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import PyTree
 
-from swe_prune import calibration, importance, interop, patterns, recipe, structured, tree
+from swe_prune import calibration, importance, interop, recipe, structured, tree
 from swe_prune.errors import InputError, check_choice
-from swe_prune.layout import axes_of
 from swe_prune.layout import layout as trace_layout
 from swe_prune.models import gpt
 from swe_prune.pretrained import tracked
 from swe_prune.pretrained.request import NO_OPTIMIZER, options_of
 from swe_prune.pretrained.settings import CutSettings
 from swe_prune.recipe import Recipe
-from swe_prune.structured import Group, activations, depth, redundancy, refit
+from swe_prune.structured import Group, activations, depth, refit
 from swe_prune.training import step
 from swe_prune.trajectory import BUFFERS
 
@@ -181,14 +180,6 @@ def _redundancy(
     of_group = activations.readers(groups, model.params, layout)
     rules = [f"^{re.escape(name)}$" for name in of_group.values()]
     drawn = calibration.samples(module, model.params, batches, leaves=rules, seed=seed)
-    leaves, axes = dict(tree.named_leaves(model.params)), axes_of(layout)
-    scores, partners = {}, {}
-    for name, leaf in of_group.items():
-        weight_FxD = patterns.as_matrix(leaves[leaf], axes(leaf, leaves[leaf].shape))
-        weight_FxD, samples_NxF = np.asarray(weight_FxD, np.float32), np.asarray(drawn[leaf])
-        similar = redundancy.similarity(samples_NxF, reference=samples_NxF @ weight_FxD)
-        worth_F = np.linalg.norm(weight_FxD, axis=1) * samples_NxF.std(0)
-        found = redundancy.rank(similar, worth_F)
-        scores[name] = found.scores()
-        partners[name] = found.as_json()["removed"]
-    return scores, partners
+    found = structured.redundant_units(groups, model.params, drawn, layout=layout)
+    partners = {name: one.as_json()["removed"] for name, one in found.items()}
+    return structured.redundancy_scores(groups, found), partners

@@ -11,9 +11,9 @@ all weights that have them, and the model computes what it computes with zeros i
 (`unit_mask`), up to rounding. `cut` takes the optimizer's state, trajectory statistics and masks
 like the parameters.
 
-`activation_scores`, `depth_scores` and `redundant_units` score units from what they compute on
-calibration text; `refit.refit` makes up for a cut in the weights that read the units, `fold_units` in the
-partners of redundant ones.
+`activation_scores`, `depth_scores` and `redundant_units` score units by what they compute on
+calibration text. `refit.refit` makes up for a cut in the weights that read the units, and
+`fold_units` in the partners of redundant ones.
 
 For other models than `models.gpt` groups are declared: the number of units, and their axis by path
 rule.
