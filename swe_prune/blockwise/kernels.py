@@ -16,7 +16,7 @@ from swe_prune.blockwise.sparsegpt import SolverReport, sparsegpt
 from swe_prune.layout import Axes
 
 METHODS = ("wanda", "wanda_variant", "sparsegpt", "admm", "magnitude")
-RESTORES = (None, "admm")
+RESTORES = (None, "admm", "local", "admm+local")
 DAMPING: Mapping[str, float] = {"sparsegpt": 0.01, "admm": 0.1}
 """Default share of the Hessian's mean diagonal that is added to it, by method."""
 
@@ -84,12 +84,17 @@ class Plan:
     @property
     def hessian(self) -> bool:
         """Whether Hessians are needed."""
-        return self.restore is not None or self.method in ("sparsegpt", "admm")
+        return "admm" in self.steps or self.method in ("sparsegpt", "admm")
+
+    @property
+    def steps(self) -> list[str]:
+        """What restoring does, in its order."""
+        return [] if self.restore is None else self.restore.split("+")
 
     @property
     def paired(self) -> bool:
         """Whether the inputs that the dense model has are needed beside those of the result."""
-        return self.restore is not None and self.target == "dense_outputs"
+        return "admm" in self.steps and self.target == "dense_outputs"
 
     @property
     def calibrated(self) -> bool:
@@ -195,7 +200,7 @@ def _matrix(
             score_RxC = _zeros_last(score_RxC, weight_RxC)
         keep_RxC = _ranked(name, score_RxC, share, plan)
         pruned_RxC = zeroed(weight_RxC, keep_RxC)
-    if plan.restore is None or (plan.method == "admm" and plan.masks is None):
+    if "admm" not in plan.steps or (plan.method == "admm" and plan.masks is None):
         return pruned_RxC, pruned_RxC, keep_RxC, _Done(report)
     # Restore the weights that stay.
     assert hessian is not None
