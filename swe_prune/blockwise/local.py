@@ -80,6 +80,7 @@ def _step(
         total, count = guard.apart(runner.run(variables_with(part, held), state), wanted)
         return total / jnp.maximum(count, 1)
 
+    moved: Any
     moved, moments = optax.scale_by_adam().update(jax.grad(distance)(trained), moments)
     new = {
         name: jnp.where(masks[name], leaf - size[name] * moved[name], 0)

@@ -179,8 +179,9 @@ def prune_blocks(
         done, of_block, verdict = _one_block(runner, path, own, streams, plan, later, offload)
         found |= {f"{path}/{name}": leaves for name, leaves in done.items()}
         reports += of_block
-        for report in of_block if progress is not None else ():
-            progress(report)
+        if progress is not None:
+            for report in of_block:
+                progress(report)
     pruned = {name: new for name, (new, _, _) in found.items()}
     masks = {name: keep for name, (_, keep, _) in found.items()}
     if verdict and not donate and guard.worse(verdict.kept, verdict.all_alone):

@@ -75,7 +75,7 @@ class Streams:
             alone: Its kernels with the masks alone, by name.
             new: Its kernels restored, by name.
         """
-        dense = [runner.whole(part, one) for one in self.dense[self.used :]]
+        dense = [runner.whole(part, one) for one in self.dense[self.used :] if one is not None]
 
         def apart(kernels: Mapping[str, Any], states: Sequence[Any]) -> float:
             own = variables_with(part, kernels)
