@@ -136,6 +136,10 @@ def prune(method: str, sparsity: float, given: dict[str, Any]) -> tuple[Any, Any
     gave_up = collections.Counter(one.gave_up for one in reports)
     kinds = collections.Counter(one.name.split("/")[-2] for one in reports if one.gave_up)
     print(method, sparsity, dict(gave_up), "not restored:", dict(kinds), flush=True)
+    blocks = {one.name.split("/")[0]: one.held_out for one in reports if one.held_out}
+    harmed = {block: found for block, found in blocks.items() if found[1] > found[0]}
+    for block, (alone, restored_all, kept) in harmed.items():
+        print(f"  {block}: {alone:.4f} alone, {restored_all:.4f} restored, {kept:.4f} kept")
     return params, mask
 
 
@@ -149,7 +153,8 @@ def gradients(model: Any, module: Any, batches: Any, keep: Path | None, name: st
     measured = calibration.gradients(step.loss_fn(module), model.params, batches, at_once=1)
     if file is not None:
         named = tree.named_leaves(measured["gradient_square"])
-        np.savez(file, **{n.replace("/", "|"): np.asarray(x) for n, x in named if x is not None})
+        leaves: dict[str, Any] = {n.replace("/", "|"): x for n, x in named if x is not None}
+        np.savez(file, **leaves)
     return measured
 
 

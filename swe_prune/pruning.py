@@ -1,19 +1,20 @@
 """One-call pruning with sensible defaults, which prints a summary."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import linen as nn
 from flax import nnx
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from swe_prune import importance, masks, tree
+from swe_prune import calibration, importance, masks, tree
 from swe_prune.errors import InputError
 from swe_prune.layout import layout as trace_layout
 from swe_prune.masks import Summary
-from swe_prune.recipe import Evidence, Recipe, check
+from swe_prune.recipe import MAX_SPARSITY, Evidence, Loss, Recipe, check
 from swe_prune.recipe import prune as prune_by
 from swe_prune.trajectory import TrajectoryStats, restored
 
@@ -125,6 +126,11 @@ def prune(
     layout: PyTree | None = None,
     model: Any = None,
     batch: PyTree | None = None,
+    loss: Loss | None = None,
+    batches: Sequence[PyTree] = (),
+    blocks: str | Sequence[str] | None = None,
+    restore: str | None = None,
+    max_sparsity: float | None = None,
     verbose: bool = True,
     **options: Any,
 ) -> Pruned:
@@ -132,9 +138,11 @@ def prune(
 
     Without a `criterion`: `forecast_curvature` when both the trajectory's late mean and an
     optimizer with a second moment are given; `magnitude_curvature` with the optimizer alone;
-    `magnitude` without one, since the trajectory alone does no better. Criteria with curvature
-    rank all tensors together, the others rank within each tensor. Embeddings, norms, biases and
-    the output head stay dense.
+    `fisher` at power ½ with `loss` and `batches` in its place, one gradient an example; `magnitude`
+    with nothing, since the trajectory alone does no better. Criteria with curvature rank all
+    tensors together, and then none loses more than 95 %; the others rank within each tensor. With a
+    Linen `model`, `batches` and `blocks` the weights that stay are restored by ADMM. Embeddings,
+    norms, biases and the output head stay dense.
 
     Where the optimizer has a second moment of some tensors only, such as Muon, `multi_transform` or
     frozen weights, the others rank by the same criterion with a constant in its place, which is
@@ -171,6 +179,13 @@ def prune(
         model: Function of (params, batch), Linen module or NNX module to trace the layout of. None
             with a batch: `params` itself, which must be an NNX module.
         batch: Batch to trace `model` on, which may be abstract.
+        loss: Function of (params, batch) that returns a scalar, for curvature and criteria that
+            read gradients of it.
+        batches: Calibration batches, for these and for `restore`.
+        blocks: Rule that matches the paths of the blocks of `model`, to restore them one by one.
+        restore: How the weights that stay make up for the others; see `blockwise.prune_blocks`.
+            None: "admm" where no criterion is asked for and model, batches and blocks are given.
+        max_sparsity: Largest share that any tensor loses, with scope "global".
         verbose: Whether to print the summary.
         **options: Options of the criterion.
 
@@ -196,17 +211,40 @@ def prune(
                 "themselves"
             )
     evidence, prunable = _given(holder, stats, opt_state, measured, prunable)
+    if batch is None and model is not None and len(batches):
+        batch = batches[0]
     layout = _layout(params, holder, layout, model, batch)
     if prunable is None and evidence.stats is None:
         prunable = tree.prunable(weights, layout=layout)
     why = "it was asked for"
+    named = criterion is not None
+    evidence = _measured(criterion, evidence, weights, prunable, loss, batches)
     if criterion is None:
-        best = importance.best(weights, evidence.opt_state, evidence.stats, prunable, scope=scope)
+        best = importance.best(
+            weights,
+            evidence.opt_state,
+            evidence.stats,
+            prunable,
+            scope=scope,
+            measured=evidence.measured,
+        )
         criterion, why, scope = best.criterion, best.why, best.scope
+        options = {**best.options, **options}
         evidence = dataclasses.replace(evidence, measured={**evidence.measured, **best.measured})
     if scope is None:
-        curved = "second_moment" in importance.get(criterion).needs
+        needs = importance.get(criterion).needs
+        curved = "second_moment" in needs or (not named and "gradient_square" in needs)
         scope = "global" if curved and pattern is None and rate is None else "tensor"
+    if scope == "global" and not named and pattern is None and max_sparsity is None:
+        max_sparsity = max(MAX_SPARSITY, sparsity or 0.0)
+    if restore is None and not named and blocks is not None and len(batches):
+        restore = "admm" if isinstance(model, nn.Module) and rate is None else None
+    if restore is not None and not isinstance(model, nn.Module):
+        raise InputError(
+            f"restore={restore!r} runs the blocks of a Linen module, got a model of type "
+            f"{type(model).__name__}; give one, with batches= and blocks=, or call "
+            "blockwise.prune_blocks(mask=, restore=)"
+        )
     recipe = Recipe(
         criterion,
         options,
@@ -216,11 +254,23 @@ def prune(
         pattern=pattern,
         seed=seed,
         zeros=zeros,
+        restore=restore,
+        max_sparsity=max_sparsity,
     )
     if sparsity is None and rate is None and not recipe.n_of_m:
         recipe = dataclasses.replace(recipe, sparsity=0.5)
     check(recipe)
-    new, mask = prune_by(recipe, weights, evidence, prunable=prunable, layout=layout)
+    new, mask = prune_by(
+        recipe,
+        weights,
+        evidence,
+        prunable=prunable,
+        layout=layout,
+        model=model if restore is not None else None,
+        blocks=blocks,
+        batches=batches,
+        loss=loss,
+    )
     pruned = Pruned(
         holder.put_back(new),
         holder.like(mask),
@@ -235,6 +285,26 @@ def prune(
     if verbose:
         print(pruned)
     return pruned
+
+
+def _measured(
+    criterion: str | None,
+    evidence: Evidence,
+    weights: PyTree,
+    prunable: PyTree | None,
+    loss: Loss | None,
+    batches: Sequence[PyTree],
+) -> Evidence:
+    """Returns the evidence with the gradients of the loss, where they are given and asked for."""
+    needs = {"gradient_square"} if criterion is None else set(importance.get(criterion).needs)
+    wanted = needs & {"gradient", "gradient_square"}
+    has_moment = criterion is None and evidence.opt_state is not None
+    if has_moment and importance.has_second_moment(evidence.opt_state, weights):
+        return evidence
+    if loss is None or not len(batches) or wanted <= set(evidence.measured):
+        return evidence
+    found = calibration.gradients(loss, weights, batches, prunable=prunable, at_once=1)
+    return dataclasses.replace(evidence, measured={**found, **evidence.measured})
 
 
 def _given(

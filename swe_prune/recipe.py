@@ -43,6 +43,9 @@ from swe_prune.trajectory import TrajectoryStats
 METHOD_OPTIONS: Mapping[str, Any] = {"block": BLOCK, "damping": 0.01}
 """Options of the block-by-block methods, with their defaults; see `blockwise.prune_blocks`."""
 
+MAX_SPARSITY = 0.95
+"""Largest share that a tensor loses in a global ranking that nobody asked for otherwise."""
+
 Loss = Callable[[PyTree, PyTree], Any]
 """(params, batch) -> scalar."""
 
@@ -69,8 +72,9 @@ class Recipe:
         zeros: What becomes of weights that are 0 already: "keep" counts them as removed first,
             "free" treats them like the others; see `importance.score`.
         restore: "admm": the weights that stay make up for those that go, block after block, for
-            the mask that the criterion or the method chose; see `blockwise.admm`. "least_squares"
-            does so exactly for masks of whole inputs; see `blockwise.least_squares`.
+            the mask that the criterion or the method chose; "local": each block is trained towards
+            the dense model's activations; "admm+local": both; see `blockwise.prune_blocks`.
+            "least_squares": the exact update for masks of whole inputs.
         max_sparsity: Largest share that any tensor loses, with scope "global" and allocations that
             rank all tensors together; None: of the scope everything, of an allocation its default.
     """
@@ -712,6 +716,7 @@ def measures(recipes: Iterable[Recipe]) -> tuple[str, ...]:
 
 
 __all__ = [
+    "MAX_SPARSITY",
     "Evidence",
     "Recipe",
     "allocate",

@@ -7,7 +7,7 @@ from swe_prune.allocation.alpha_pruning import (
     tail_exponents,
 )
 from swe_prune.allocation.by_score import by_curvature, by_scores
-from swe_prune.allocation.by_shape import erk, erk_densities, table, uniform
+from swe_prune.allocation.by_shape import erk, erk_densities, progression, table, uniform
 from swe_prune.allocation.ecoflap import ecoflap, zeroth_order_importance
 from swe_prune.allocation.filling import water_fill
 from swe_prune.allocation.groups import GROUPINGS, Groups, grouped
@@ -57,6 +57,7 @@ __all__ = [
     "names",
     "owl",
     "owl_sparsities",
+    "progression",
     "rate_for_sparsity",
     "reject_no_spread",
     "removed_count",

@@ -1,12 +1,15 @@
 """Rules that depend only on tensor shapes: uniform, Erdős–Rényi, and a given table."""
 
 import math
+import re
 from collections.abc import Mapping
 
 from jaxtyping import PyTree
 
 from swe_prune import tree
-from swe_prune.allocation import groups, rounding
+from swe_prune.allocation import groups as grouping
+from swe_prune.allocation import rounding
+from swe_prune.allocation.groups import Groups
 from swe_prune.allocation.rounding import Allocation
 from swe_prune.errors import InputError
 
@@ -25,7 +28,7 @@ def uniform(shapes: PyTree, sparsity: float) -> Allocation:
     {'a': 2, 'b': 1, 'c': 2}
     """
     rounding.check_sparsity(sparsity)
-    sizes = _sizes(groups.shapes_of(shapes))
+    sizes = _sizes(grouping.shapes_of(shapes))
     return rounding.round_to_total(
         {name: size * sparsity for name, size in sizes.items()}, sizes, sparsity
     )
@@ -50,7 +53,7 @@ def erk(shapes: PyTree, sparsity: float, *, power: float = 1.0, kernel: bool = T
     {'a': 0.8706, 'b': 0.094}
     """
     densities, _ = erk_densities(shapes, sparsity, power=power, kernel=kernel)
-    sizes = _sizes(groups.shapes_of(shapes))
+    sizes = _sizes(grouping.shapes_of(shapes))
     gone = {name: size * (1 - densities[name]) for name, size in sizes.items()}
     return rounding.round_to_total(gone, sizes, sparsity)
 
@@ -82,7 +85,7 @@ def erk_densities(
     rounding.check_sparsity(sparsity)
     if not abs(power) <= 8:
         raise InputError(f"power must be in [-8, 8], such as 1.0, got {power}")
-    named = groups.shapes_of(shapes)
+    named = grouping.shapes_of(shapes)
     sizes = _sizes(named)
 
     def raw(shape: tuple[int, ...]) -> float:
@@ -93,6 +96,46 @@ def erk_densities(
     kept = sum(sizes.values()) - rounding.removed_count(sum(sizes.values()), sparsity)
     densities, scale = rounding.scale_to_total([*map(raw, named.values())], [*sizes.values()], kept)
     return dict(zip(named, densities, strict=True)), scale
+
+
+def progression(
+    shapes: PyTree, sparsity: float, *, spread: float = 0.2, groups: Groups = "block"
+) -> Allocation:
+    """Returns the allocation whose sparsity rises with depth in an arithmetic progression.
+
+    s_b = s + spread (b / (B − 1) − ½) for the blocks b = 0 … B − 1 by the numbers in their names,
+    within [0, 1] and shifted to the exact total; tensors outside of numbered blocks get s.
+
+    Args:
+        shapes: Pytree of arrays or of shapes, None where dense.
+        sparsity: Fraction of all the weights to remove, in [0, 1).
+        spread: Difference between the last block's sparsity and the first one's, in [0, 1]. The
+            paper searches for the best in a few trials; the default is ours.
+        groups: Grouping of the tensors into blocks; see `grouped`.
+
+    Raises:
+        InputError: If a number is out of range, or there are no tensors.
+
+    Source: "Determining layer-wise sparsity for large language models through a theoretical
+    perspective", arXiv 2502.14770, of which we know the abstract.
+
+    >>> progression({"block_0/w": (10,), "block_1/w": (10,)}, 0.5, spread=0.2).removed
+    {'block_0/w': 4, 'block_1/w': 6}
+    """
+    rounding.check_sparsity(sparsity)
+    if not 0 <= spread <= 1:
+        raise InputError(f"spread must be in [0, 1], such as 0.2, got {spread}")
+    sizes = _sizes(grouping.shapes_of(shapes))
+    members = grouping.grouped(sizes, groups)
+    depths = {group: re.search(r"[0-9]+", group) for group in members}
+    order = sorted({int(found[0]) for found in depths.values() if found is not None})
+    last = max(len(order) - 1, 1)
+    shares = [
+        sparsity if found is None else sparsity + spread * (order.index(int(found[0])) / last - 0.5)
+        for found in depths.values()
+    ]
+    shares = [min(max(share, 0.0), 1.0) for share in shares]
+    return rounding.shift_groups_to_total(shares, members, sizes, sparsity)
 
 
 def table(rules: Mapping[str, float], shapes: PyTree, sparsity: float | None = None) -> Allocation:
@@ -118,7 +161,7 @@ def table(rules: Mapping[str, float], shapes: PyTree, sparsity: float | None = N
     """
     for share in [*rules.values(), *([] if sparsity is None else [sparsity])]:
         rounding.check_sparsity(share)
-    sizes = _sizes(groups.shapes_of(shapes))
+    sizes = _sizes(grouping.shapes_of(shapes))
     # Find the first matching rule of each tensor; every tensor and every rule must have one.
     rule_of = {
         name: next((rule for rule in rules if tree.rule_matches(rule, name)), None)

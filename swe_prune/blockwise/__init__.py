@@ -8,6 +8,7 @@ nnx_blocks   NNX models as `block_graph` runs them
 kernels      one kernel: its mask, the update of the weights that stay, the report
 runner       the activations between blocks, and the compiled programs of a block
 streams      the activations of the calibration batches, as several models have them
+local        a block's kernels trained towards the dense model's activations, masks held
 guard        what is restored is kept only where it holds on held-out batches
 prune        the whole: each block on the inputs that the already pruned blocks before it give
 """

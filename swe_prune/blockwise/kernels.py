@@ -18,7 +18,7 @@ from swe_prune.blockwise.sparsegpt import SolverReport, sparsegpt
 from swe_prune.layout import Axes
 
 METHODS = ("wanda", "wanda_variant", "sparsegpt", "admm", "magnitude")
-RESTORES = (None, "admm", "least_squares")
+RESTORES = (None, "admm", "local", "admm+local", "least_squares")
 DAMPING: Mapping[str, float] = {"sparsegpt": 0.01, "admm": 0.1, "least_squares": 0.3}
 """Default share of the Hessian's mean diagonal that is added to it, by method."""
 
@@ -86,12 +86,22 @@ class Plan:
     @property
     def hessian(self) -> bool:
         """Whether Hessians are needed."""
-        return self.restore is not None or self.method in ("sparsegpt", "admm")
+        return self.solver is not None or self.method in ("sparsegpt", "admm")
+
+    @property
+    def steps(self) -> list[str]:
+        """What restoring does, in its order."""
+        return [] if self.restore is None else self.restore.split("+")
+
+    @property
+    def solver(self) -> str | None:
+        """What restores each kernel by itself, "admm" or "least_squares"."""
+        return next((step for step in self.steps if step != "local"), None)
 
     @property
     def paired(self) -> bool:
         """Whether the inputs that the dense model has are needed beside those of the result."""
-        return self.restore is not None and self.target == "dense_outputs"
+        return self.solver == "admm" and self.target == "dense_outputs"
 
     @property
     def calibrated(self) -> bool:
@@ -197,12 +207,12 @@ def _matrix(
             score_RxC = _zeros_last(score_RxC, weight_RxC)
         keep_RxC = _ranked(name, score_RxC, share, plan)
         pruned_RxC = zeroed(weight_RxC, keep_RxC)
-    if plan.restore is None or (plan.method == "admm" and plan.masks is None):
+    if plan.solver is None or (plan.method == "admm" and plan.masks is None):
         return pruned_RxC, pruned_RxC, keep_RxC, _Done(report)
     # Restore the weights that stay.
     assert hessian is not None
-    damping = plan.damping_of(plan.restore)
-    if plan.restore == "admm":
+    damping = plan.damping_of(plan.solver)
+    if plan.solver == "admm":
         restored_RxC, _, solved = admm(
             weight_RxC, hessian, mask=keep_RxC, damping=damping, cross_RxR=cross
         )

@@ -19,7 +19,7 @@ from jaxtyping import Array, PyTree
 
 from swe_prune import importance, patterns, tree
 from swe_prune.allocation import Allocation
-from swe_prune.blockwise import block_graph, guard, nnx_blocks
+from swe_prune.blockwise import block_graph, guard, local, nnx_blocks
 from swe_prune.blockwise.kernels import (
     METHODS,
     RESTORES,
@@ -29,9 +29,9 @@ from swe_prune.blockwise.kernels import (
     prune_kernel,
     zeroed,
 )
-from swe_prune.blockwise.runner import Runner, captured
+from swe_prune.blockwise.runner import Runner, captured, variables_with
 from swe_prune.blockwise.sparsegpt import BLOCK, check_sparsity
-from swe_prune.blockwise.streams import TARGETS, Streams, variables_with
+from swe_prune.blockwise.streams import TARGETS, Streams
 from swe_prune.calibration import layer_inputs as measuring
 from swe_prune.errors import InputError, check_choice, did_you_mean
 from swe_prune.layout import conventional_axes
@@ -82,13 +82,14 @@ def prune_blocks(
         pattern: None or "n:m".
         mask: Bool pytree like the parameters of masks that were chosen otherwise, None where
             dense. Then sparsity and pattern must be None and the method is not used.
-        restore: "admm" updates the weights that stay by `admm`, for the mask that the method chose
-            or that is given, towards the dense kernel's outputs on what the pruned blocks before
-            it give. None leaves them as the method does.
-        target: What restoring aims at, one of `TARGETS`: the dense kernel's outputs on
-            "pruned_inputs", those that the pruned blocks before it give, or on "dense_inputs",
-            those that the dense model has; or "dense_outputs", the outputs that the dense model has
-            in their place, on the inputs that the pruned blocks give.
+        restore: How the weights that stay make up for the others, for the mask that the method
+            chose or that is given: "admm" updates each kernel by `admm`; "local" trains the kernels
+            of a block together towards the dense model's activations, see `local`; "admm+local"
+            does the one and then the other. None leaves the weights as the method does.
+        target: What "admm" aims at when it restores, one of `TARGETS`: the outputs of the dense
+            kernel on "pruned_inputs", those that the pruned blocks before it give, or on
+            "dense_inputs", those that the dense model has; or "dense_outputs", the outputs that the
+            dense model has in their place, on the inputs that the pruned blocks give.
         holdout: Batches that judge what is restored: a kernel keeps its restored weights only if
             its block's outputs on these are then no farther from the dense model's, and so do the
             block and in the end the model against the masks alone; the reports say which. None: the
@@ -157,7 +158,8 @@ def prune_blocks(
     if restore is None:
         holdout = ()
     wires, states, counts, held_out = captured(run, variables, batches, holdout, paths, offload)
-    streams = Streams.of(states, counts, held_out, target if restore is not None else TARGETS[0])
+    both = "local" in plan.steps or ("admm" in plan.steps and target != "pruned_inputs")
+    streams = Streams.of(states, counts, held_out, both)
     del states
     found: dict[str, Any] = {}
     reports: list[KernelReport] = []
@@ -179,8 +181,9 @@ def prune_blocks(
         done, of_block, verdict = _one_block(runner, path, own, streams, plan, later, offload)
         found |= {f"{path}/{name}": leaves for name, leaves in done.items()}
         reports += of_block
-        for report in of_block if progress is not None else ():
-            progress(report)
+        if progress is not None:
+            for report in of_block:
+                progress(report)
     pruned = {name: new for name, (new, _, _) in found.items()}
     masks = {name: keep for name, (_, keep, _) in found.items()}
     if verdict and not donate and guard.worse(verdict.kept, verdict.all_alone):
@@ -248,6 +251,11 @@ def _one_block(
             f"{path}/{name}", weight, axes[name], own_sums, plan
         )
         reports.append(report)
+    if "local" in plan.steps and runner.wanted:
+        used = streams.used
+        some = streams.pruned[:used], streams.dense[:used]
+        new = local.reconstruct(runner, part, new, kept, *some)
+        reports = [dataclasses.replace(one, restored=True) for one in reports]
     verdict = None
     if plan.restore is not None and streams.held_out:
         verdict = streams.judge(runner, part, alone, new)

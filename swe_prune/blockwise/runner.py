@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from swe_prune import tree
 from swe_prune.blockwise import block_graph, guard
 from swe_prune.calibration import batching as of_batches
 from swe_prune.calibration import layer_inputs as measuring
@@ -132,7 +133,8 @@ def _kept(leaves: Sequence[Any], offload: bool) -> list[Any]:
     ]
 
 
-def _on_device(state: Any) -> Any:
+def on_device(state: Any) -> Any:
+    """Returns activations, or pairs of them, on the device where they were."""
     return jax.tree.map(
         lambda leaf: (
             jax.device_put(leaf.value, leaf.sharding) if isinstance(leaf, _OnHost) else leaf
@@ -152,16 +154,18 @@ class Runner:
         paired: bool = False,
     ) -> None:
         self.wires, self.wanted = wires, dict(wanted)
-        self.tracing = measuring.Tracing(self._run)
+        self.tracing = measuring.Tracing(self.run)
         self.measure = measuring.make_measure_fn(
             self.tracing, self.wanted, hessian=hessian, paired=paired
         )
         self.step = measuring.make_accumulate_step(self.measure)
         self.known: dict[str, Any] = {}
-        self.forward = jax.jit(self._run)
+        self.forward = jax.jit(self.run)
         self.found: dict[str, Axes] | None = None
+        self.compiled: dict[str, Callable[..., Any]] = {}  # programs of others, by their names
 
-    def _run(self, variables: Any, state: block_graph.Activations) -> list[Array]:
+    def run(self, variables: Any, state: block_graph.Activations) -> list[Array]:
+        """Returns the leaves of what the block gives, not compiled."""
         return self.wires[state.kind].run(variables, state.given, state.made)
 
     def axes(self, part: PyTree, state: block_graph.Activations) -> dict[str, Axes]:
@@ -185,7 +189,7 @@ class Runner:
         sums, _ = measuring.accumulate(
             self.measure,
             part,
-            map(_on_device, states),
+            map(on_device, states),
             step=self.step,
             count=lambda _, number: counts[number],
             known=self.known,
@@ -195,7 +199,7 @@ class Runner:
 
     def whole(self, part: PyTree, state: block_graph.Activations) -> list[Array]:
         """Returns everything that the block gives, on the device."""
-        return self.forward(part, _on_device(state))
+        return self.forward(part, on_device(state))
 
     def advanced(
         self,
@@ -205,8 +209,14 @@ class Runner:
         offload: bool,
     ) -> block_graph.Activations:
         """Returns what goes into the next block, less what no later block asks for."""
-        made = self.forward(part, _on_device(state))
+        made = self.forward(part, on_device(state))
         wires = [of_kinds[state.kind] for of_kinds in later]
         made = _less(made, _asked(wires[:1], "made"))
         given = _less(state.given, _asked(wires, "given"))
         return block_graph.Activations(given, _kept(made, offload), state.kind)
+
+
+def variables_with(own: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a block's variables with other kernels by name."""
+    params = tree.map_named(lambda name, leaf: new.get(name, leaf), own["params"])
+    return {**own, "params": params}

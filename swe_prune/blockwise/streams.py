@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from swe_prune import tree
 from swe_prune.blockwise import block_graph, guard
-from swe_prune.blockwise.runner import Runner
+from swe_prune.blockwise.runner import Runner, variables_with
 
 TARGETS = ("pruned_inputs", "dense_inputs", "dense_outputs")
 """What restoring aims at: the dense kernel's outputs on the inputs that the pruned blocks before
@@ -38,11 +37,17 @@ class Streams:
         states: list[block_graph.Activations],
         counts: list[int],
         held_out: int,
-        target: str,
+        everywhere: bool,
     ) -> "Streams":
-        """Returns the streams that a target needs, which all begin with the same activations."""
+        """Returns the streams, which all begin with the same activations.
+
+        Args:
+            states: Activations of all batches.
+            counts: Number of sequences of each batch.
+            held_out: Number of last batches that judge.
+            everywhere: Whether what the dense model gives is needed of the other batches too.
+        """
         used = len(states) - held_out
-        everywhere = target != "pruned_inputs"
         dense = [state if everywhere or at >= used else None for at, state in enumerate(states)]
         return cls(list(states), dense, states[used:], counts, held_out)
 
@@ -70,7 +75,7 @@ class Streams:
             alone: Its kernels with the masks alone, by name.
             new: Its kernels restored, by name.
         """
-        dense = [runner.whole(part, one) for one in self.dense[self.used :]]
+        dense = [runner.whole(part, one) for one in self.dense[self.used :] if one is not None]
 
         def apart(kernels: Mapping[str, Any], states: Sequence[Any]) -> float:
             own = variables_with(part, kernels)
@@ -93,9 +98,3 @@ class Streams:
             for at, state in enumerate(states):
                 if state is not None:
                     states[at] = runner.advanced(parts[name], state, later, offload)
-
-
-def variables_with(own: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a block's variables with other kernels by name."""
-    params = tree.map_named(lambda name, leaf: new.get(name, leaf), own["params"])
-    return {**own, "params": params}

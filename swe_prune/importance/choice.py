@@ -1,7 +1,8 @@
 """The best criterion that statistics and an optimizer's state allow, tensor by tensor."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import PyTree
@@ -23,12 +24,14 @@ class Best:
         why: Reason for it, in words.
         scope: Scope that its scores need, or the one that was asked for.
         measured: What the criterion reads in place of what the optimizer lacks.
+        options: Options of the criterion.
     """
 
     criterion: str
     why: str
     scope: str | None
     measured: Mapping[str, PyTree] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def best(
@@ -38,6 +41,7 @@ def best(
     prunable: PyTree | None = None,
     *,
     scope: str | None = None,
+    measured: Iterable[str] = (),
 ) -> Best:
     """Returns the criterion for what is given.
 
@@ -52,12 +56,14 @@ def best(
         stats: Trajectory statistics, or None.
         prunable: Bool pytree. None: the weights that `stats` tracks, or `tree.prunable(params)`.
         scope: Scope that was asked for, or None.
+        measured: Names of what was measured on calibration data. With "gradient_square" `fisher`
+            takes the place of `magnitude` where no optimizer has the curvature.
 
     Raises:
         InputError: All second moments of the prunable weights are 0.
     """
     if opt_state is None:
-        return Best("magnitude", f"it has no optimizer state, {_NO_BETTER}", scope)
+        return _without_optimizer("no optimizer state", scope, measured)
     has_mean = stats is not None and "late_mean" in stats.measures
     if prunable is None:
         prunable = tree.prunable(params) if stats is None else tracked(params, stats)
@@ -66,7 +72,7 @@ def best(
         lacks = "an optimizer without a second moment, or one still the same for every weight"
         if has_second_moment(opt_state, params):
             lacks += f" of the prunable weights ({_listed(found.lacking)})"
-        return Best("magnitude", f"it has {lacks}, {_NO_BETTER}", scope)
+        return _without_optimizer(lacks, scope, measured)
     missing = _told(found)
     has = "it has the optimizer's second moment, but no late mean"
     if has_mean:
@@ -89,6 +95,14 @@ def best(
         "every tensor is ranked by itself"
     )
     return Best(criterion, why, scope or "tensor", {"second_moment": filled})
+
+
+def _without_optimizer(lacks: str, scope: str | None, measured: Iterable[str]) -> Best:
+    """Returns the criterion where no optimizer has the curvature."""
+    if "gradient_square" not in measured:
+        return Best("magnitude", f"it has {lacks}, {_NO_BETTER}", scope)
+    why = f"it has {lacks}, and the gradients of the loss on the batches have the curvature"
+    return Best("fisher", why, scope, options={"power": 0.5})
 
 
 def tracked(params: PyTree, stats: TrajectoryStats) -> PyTree:

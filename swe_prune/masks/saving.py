@@ -136,8 +136,8 @@ def load(path: str | os.PathLike[str]) -> Saved:
 def _fields_of(parts: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {name: parts[f"stats/{name}"] for name in _FIELDS}
     stored = [float(one) for one in fields["settings"]]
-    names = ("power", "window_start", "vote_rate")
-    named = encoded(*(settings[n] for n in names), settings.get("index", "window"))
+    power, window_start, vote_rate = (settings[n] for n in ("power", "window_start", "vote_rate"))
+    named = encoded(power, window_start, vote_rate, settings.get("index", "window"))
     if any(np.float32(a) != np.float32(b) for a, b in zip(stored, named, strict=False)):
         raise ValueError("the header and the tensors have different settings")
     return fields | {

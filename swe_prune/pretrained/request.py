@@ -10,14 +10,11 @@ from swe_prune.blockwise import METHODS
 from swe_prune.config import literal
 from swe_prune.errors import InputError
 from swe_prune.pretrained.settings import RequestSettings
-from swe_prune.recipe import Recipe, check
+from swe_prune.recipe import MAX_SPARSITY, Recipe, check
 from swe_prune.trajectory import BUFFERS
 
 BLOCK_BY_BLOCK = tuple(method for method in METHODS if method != "magnitude")
 """Names that prune block by block, as their references do, unless `--at-once` is given."""
-
-MAX_SPARSITY = 0.95
-"""Largest share that a tensor loses where nobody asks for another."""
 
 NO_OPTIMIZER = {
     "second_moment": "the optimizer's second moment, which a pretrained model does not come with; "

@@ -131,7 +131,7 @@ class RequestSettings(ModelSettings, ChoiceSettings, CalibrationSettings):
         None, "largest fraction that any tensor loses, with scope global"
     )
     zeros: Literal["keep", "free"] = option("keep", "weights that are 0 already: removed, or free")
-    restore: Literal["none", "admm"] | None = option(
+    restore: Literal["none", "admm", "local", "admm+local"] | None = option(
         None, "update of the weights that stay; default: none, without a criterion admm"
     )
     allocation: str | None = option(None, "rule for the sparsity of each tensor, such as owl")

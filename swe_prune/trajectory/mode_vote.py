@@ -1,6 +1,7 @@
 """The mode vote of the authors' earlier public code, over snapshots that were stored."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import PyTree
@@ -57,7 +58,7 @@ def mode_vote(
     voting = snapshots[: len(snapshots) - leave_out]
     chosen = tree.prunable(final) if prunable is None else prunable
 
-    def vote(_: str, final: jnp.ndarray, marked: bool, *thetas: jnp.ndarray) -> jnp.ndarray | None:
+    def vote(_: str, final: Any, marked: bool, *thetas: Any) -> Any:
         if not marked:
             return None
         size = jnp.abs(final.astype(jnp.float32))

@@ -67,7 +67,10 @@ def from_dict(fields: Mapping[str, Any]) -> TrajectoryStats:
         buffers=buffers,
         settings=jnp.asarray(fields["settings"], jnp.float32),
         measures=measures,
-        **settings | {"window_start": int(settings["window_start"])},
+        power=settings["power"],
+        window_start=int(settings["window_start"]),
+        vote_rate=settings["vote_rate"],
+        index=settings["index"],
     )
 
 

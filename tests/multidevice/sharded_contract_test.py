@@ -108,7 +108,7 @@ def scored(spread):
 
 # Scores that divide by a sum over the tensor may differ in their last digit between devices, as
 # any sum of floats in another order does; their masks are then those of equal scores.
-SUMS = {"swe_spread", "snip", "votes"}
+SUMS = {"swe_spread", "snip", "votes", "ria"}
 
 
 @pytest.mark.parametrize("name", importance.names())
