@@ -6,6 +6,8 @@ that sentence alone and exits with `exit_code`; library users catch the built-in
 
 import contextlib
 import difflib
+import errno
+import os
 from collections.abc import Iterable, Iterator
 
 
@@ -98,6 +100,20 @@ def first_line(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].strip()}"[:200] if lines else type(error).__name__
+
+
+def why_unwritten(error: BaseException) -> str:
+    """Returns why a file could not be written, in a few words where the disk is full.
+
+    >>> why_unwritten(OSError(28, "No space left on device"))
+    'no space is left on the disk'
+    """
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or "RESOURCE_EXHAUSTED" in str(error) or os.strerror(errno.ENOSPC) in str(error):
+        return "no space is left on the disk"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return first_line(error)
 
 
 READER_ERRORS = (

@@ -11,9 +11,9 @@ PACKAGE = Path(swe_prune.__file__).parent
 HOUSE = [
     "version", "early_signals", "errors", "bounds", "runtime", "tree", "counting", "trajectory",
     "layout", "select", "schedules", "importance", "allocation", "patterns", "masks",
-    "sparse_training", "calibration", "blockwise", "recipe", "pruning", "config", "sweep", "models", "data", "training", "parallel",
-    "checkpoint", "resumable", "evaluation", "interop", "pretrained", "study", "report", "cli",
-    "__main__",
+    "sparse_training", "calibration", "blockwise", "recipe", "pruning", "config", "sweep", "models",
+    "data", "training", "parallel", "checkpoint", "resumable", "evaluation", "interop",
+    "pretrained", "study", "report", "cli", "__main__",
 ]  # fmt: skip
 
 

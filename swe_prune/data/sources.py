@@ -10,7 +10,7 @@ from typing import Any
 
 from swe_prune.config import DataConfig
 from swe_prune.data.text_files import SEPARATOR, read_text
-from swe_prune.errors import InputError, first_line, reading
+from swe_prune.errors import InputError, RunError, first_line, reading, why_unwritten
 
 _OWN = "shakespeare_plays"  # the dataset that this package can prepare
 _READ_AT_ONCE = 64  # examples
@@ -146,7 +146,8 @@ def _builder(name: str, data_dir: str | None) -> Any:
     if array_record not in builder.info.available_file_formats():
         raise InputError(
             f"dataset {name!r} is prepared as {builder.info.file_format.value} in "
-            f"{str(builder.data_path)!r}, which only TensorFlow reads; remove it and {_again(own, build)}"
+            f"{str(builder.data_path)!r}, which only TensorFlow reads; remove it and "
+            f"{_again(own, build)}"
         )
     return builder
 
@@ -161,13 +162,13 @@ def _prepare(tfds: Any, name: str, data_dir: str | None) -> Any:
     tfds.disable_progress_bar()  # six bars for two seconds only fill the log
     try:
         builder.download_and_prepare()
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:  # those of array_record's writer, too
         # Renaming fails if another process was faster, but its result is the same.
         if not builder.data_path.exists():
-            raise InputError(
+            raise RunError(
                 f"dataset {name!r} cannot be written to {str(builder.data_path)!r} "
-                f"({first_line(error)}); set data.data_dir to a writable folder"
-            ) from error
+                f"({why_unwritten(error)}); make room, or set data.data_dir to a writable folder"
+            ) from None
     return tfds.builder(name, data_dir=data_dir)
 
 

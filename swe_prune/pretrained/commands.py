@@ -1,6 +1,7 @@
 """`plan`, `prune`, `finetune` and `evaluate` of a pretrained model."""
 
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from swe_prune import data as data_lib
 from swe_prune import interop, masks, recipe, tree
 from swe_prune.errors import InputError
 from swe_prune.evaluation import gate
+from swe_prune.masks.fitting import check_mask
 from swe_prune.models import gpt
 from swe_prune.pretrained import choice, dry_run, finetuning, judge, texts, tracked
 from swe_prune.pretrained.opening import opened, weights_like
@@ -160,8 +162,8 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     texts.keep_apart(used, text)
     _check_window("--train-window", given.train_window, checkpoint)
     model = checkpoint.read(dtype=given.dtype)
-    recorded = _has_masks(model.path)
-    mask = interop.read_masks(model.path) if recorded else _held_zeros(model, given, console)
+    recorded = _has_masks(model.path) and given.masks != "ignore"
+    mask = _masks(model, given) if recorded else _held_zeros(model, given, console)
     module = gpt.build(model.config, model.vocab_size)
     trained = gpt.build(dataclasses.replace(model.config, remat=given.remat), model.vocab_size)
     before = judge.judge(module, model.params, model, text, given)
@@ -249,8 +251,31 @@ def _held_zeros(
     return mask
 
 
+def _masks(model: interop.Pretrained, given: FinetuneSettings) -> PyTree:
+    """Returns the masks of a model's file, found to be those of its weights.
+
+    Raises:
+        InputError: They do not fit the weights, would zero some that are not 0, or remove none.
+    """
+    file = model.path / interop.MASKS
+    mask = interop.read_masks(model.path)
+    try:
+        check_mask(mask, model.params)
+    except InputError as error:
+        raise InputError(f"{file} is not of this model ({error}); give --masks=ignore") from None
+    if given.masks == "apply":
+        return mask
+    ways = "give --masks=ignore to train without it, or --masks=apply to use it as it is"
+    count = int(masks.revived(model.params, mask))
+    if count:
+        raise InputError(f"{file} would zero {count:,} weights that are not 0; {ways}")
+    if not masks.summary(mask).pruned:
+        raise InputError(f"{file} removes no weight; {ways}")
+    return mask
+
+
 def _has_masks(path: Path) -> bool:
-    return path.is_dir() and (path / interop.MASKS).exists()
+    return path.is_dir() and os.path.lexists(path / interop.MASKS)
 
 
 def _record_of(path: Path) -> dict[str, Any]:
