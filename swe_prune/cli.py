@@ -31,6 +31,7 @@ from swe_prune.errors import (
     RunError,
     check_choice,
     suggestion,
+    visible,
     why_unwritten,
 )
 from swe_prune.pretrained import settings as pretrained
@@ -208,7 +209,7 @@ def _failed(error: Exception, code: int, distributed: bool) -> int:
         from swe_prune.runtime import processes
 
         processes.fail(error, code)  # does not return when other processes are told
-    print(f"swe_prune: {error}", file=sys.stderr)
+    print(f"swe_prune: {visible(str(error))}", file=sys.stderr)
     return code
 
 

@@ -92,6 +92,24 @@ def shown(value: object, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[:most].rstrip()}…"
 
 
+def visible(text: str, keep: str = "") -> str:
+    r"""Returns a text for a terminal or a page, its control characters as escapes.
+
+    Args:
+        text: Text that may have names of strangers in it.
+        keep: Characters to leave as they are, such as "\n".
+
+    >>> visible("a\x1b[2J\u202eb\n")
+    'a\\x1b[2J\\u202eb\\n'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        one if one.isprintable() or one in keep else one.encode("unicode_escape").decode()
+        for one in text
+    )
+
+
 def first_line(error: BaseException) -> str:
     r"""Returns the type and the first line of an error, to quote in a sentence.
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from swe_prune import data as data_lib
 from swe_prune import interop, masks, recipe, tree
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, visible
 from swe_prune.evaluation import gate
 from swe_prune.masks.fitting import check_mask
 from swe_prune.models import gpt
@@ -143,7 +143,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
         highlight=False,
         soft_wrap=True,
     )
-    console.print(str(folder), highlight=False, soft_wrap=True)
+    console.print(visible(str(folder)), markup=False, highlight=False, soft_wrap=True)
     return folder
 
 
@@ -195,7 +195,7 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     folder = interop.export(given.out, model, params, mask=mask, record=record, also=also)
     finetuning.forget(given)
     _show(console, {"before": before, "fine-tuned": after}, given.prompts, text.name)
-    console.print(str(folder), highlight=False, soft_wrap=True)
+    console.print(visible(str(folder)), markup=False, highlight=False, soft_wrap=True)
     return folder
 
 
@@ -230,7 +230,7 @@ def _check_window(name: str, window: int, checkpoint: interop.PretrainedSource) 
 def _show(
     console: Console, rows: dict[str, judge.Verdict], prompts: tuple[str, ...], text: str
 ) -> None:
-    for line in judge.table(rows, prompts, text):
+    for line in judge.table(rows, prompts, visible(text)):
         console.print(line, highlight=False, soft_wrap=isinstance(line, str), markup=False)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from flax import linen as nn
 from jaxtyping import PyTree
+from rich.markup import escape
 from rich.table import Table
 
 from swe_prune import interop
@@ -146,7 +147,7 @@ def table(rows: dict[str, Verdict], prompts: tuple[str, ...], text: str) -> list
         text: what they were evaluated on.
     """
     first = next(iter(rows.values())).perplexity
-    numbers = Table(title=f"{text}: {first.tokens:,} tokens, {first.protocol.name}")
+    numbers = Table(title=f"{escape(text)}: {first.tokens:,} tokens, {first.protocol.name}")
     for heading in ("model", "perplexity", "nats/token", "bits/byte", "KL to dense", "same top-1",
                     "repetition"):  # fmt: skip
         numbers.add_column(heading, justify="left" if heading == "model" else "right")
