@@ -7,11 +7,13 @@ incomplete or was changed later is detected when it is read. A checkpoint can be
 different number of processes and onto a different mesh.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import logging
 import re
+import sys
 import threading
 import warnings
 from collections.abc import Sequence
@@ -24,11 +26,31 @@ from etils import epath
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as preservation
 
-from swe_prune.errors import DamagedError, InputError, RunError, first_line
+from swe_prune.early_signals import PROGRAM
+from swe_prune.errors import DamagedError, InputError, RunError, first_line, why_unwritten
 from swe_prune.runtime import processes, storage
 from swe_prune.tree import named_leaves
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every save
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs every save, and every failure
+
+
+def _quiet_loops() -> None:
+    """Leaves out what asyncio and tensorstore print of each write after one that has failed."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            before(found)
+
+    sys.unraisablehook = hook
+
+
+if PROGRAM:  # the failure itself is raised, and becomes a sentence
+    _quiet_loops()
+
+WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+"""What orbax and tensorstore raise when a file cannot be written; a timeout is an OSError."""
 
 AGAIN = "run the command that made it again, which starts from the newest one that is whole"
 """Advice for a damaged checkpoint."""
@@ -70,6 +92,7 @@ class Checkpoints:
             read_only=reading,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._step = 0  # of the last save
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._reading = reading
@@ -95,6 +118,7 @@ class Checkpoints:
                 `wait`, the next `save`, or `close`.
         """
         self.wait()
+        self._step = step
         plain = _without_keys(tree)
         described = {"leaves": _describe(plain), "extra": extra}
         try:
@@ -104,8 +128,8 @@ class Checkpoints:
                     tree=ocp.args.StandardSave(plain), extra=ocp.args.JsonSave(described)
                 ),
             )
-        except (OSError, ValueError) as error:
-            raise self._unwritten(step, error) from error
+        except WRITE_ERRORS as error:
+            raise self._unwritten(step, error) from None
         # Checksums need complete files, so another thread waits for them.
         self._writing = threading.Thread(target=self._finish, args=(step,), daemon=True)
         self._writing.start()
@@ -121,19 +145,19 @@ class Checkpoints:
             self._writing = None
         failure, self._failure = self._failure, None
         if failure is not None:
-            raise failure
+            raise failure from None
 
     def _finish(self, step: int) -> None:
         try:
             self._manager.wait_until_finished()
             self._write_checksums(step)
-        except Exception as error:  # `wait` raises it in the main thread
+        except Exception as error:  # in a thread; `wait` raises it in the main one
             self._failure = self._unwritten(step, error)
 
     def _unwritten(self, step: int, error: Exception) -> RunError:
         return RunError(
-            f"checkpoint {step} in {self.folder} cannot be written: {first_line(error)}; free "
-            "space or choose another workdir, and run the same command again; earlier "
+            f"checkpoint {step} in {self.folder} cannot be written: {why_unwritten(error)}; make "
+            "room or choose another workdir, and run the same command again; earlier "
             "checkpoints are kept"
         )
 
@@ -189,8 +213,14 @@ class Checkpoints:
         """
         try:
             self.wait()
-        finally:
+        except RunError:
+            with contextlib.suppress(*WRITE_ERRORS):  # the same failure again
+                self._manager.close()
+            raise
+        try:
             self._manager.close()
+        except WRITE_ERRORS as error:
+            raise self._unwritten(self._step, error) from None
 
     def fault(self, step: int | None = None) -> str | None:
         """Returns what is wrong with a checkpoint, by default the newest; None: nothing."""

@@ -26,7 +26,15 @@ from rich.table import Table
 
 from swe_prune import config as config_lib
 from swe_prune.early_signals import STOPPED, exit_on_signals
-from swe_prune.errors import InputError, Preempted, RunError, check_choice, suggestion
+from swe_prune.errors import (
+    InputError,
+    Preempted,
+    RunError,
+    check_choice,
+    suggestion,
+    visible,
+    why_unwritten,
+)
 from swe_prune.pretrained import settings as pretrained
 from swe_prune.pretrained.settings import option
 from swe_prune.runtime import storage
@@ -144,7 +152,7 @@ def main(
         clock: Function that returns the time in seconds.
     """
     begun = clock()
-    distributed = False
+    distributed, given = False, None
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         parsed = parse(arguments)
@@ -171,10 +179,11 @@ def main(
     except (InputError, RunError, Preempted) as error:
         return _failed(error, error.exit_code, distributed)
     except OSError as error:
-        where = f" {error.filename!r}" if error.filename else ""
+        place = getattr(given, "workdir", None) or getattr(given, "out", None) if given else None
         failed = RunError(
-            f"writing or reading{where} failed ({error.strerror or error}); make room "
-            "or choose another --workdir and run the same command again; finished phases are kept"
+            f"writing or reading {str(error.filename or place or 'a file')!r} failed "
+            f"({why_unwritten(error)}); make room or choose another folder and run the same "
+            "command again; finished phases are kept"
         )
         return _failed(failed, failed.exit_code, distributed)
     except KeyboardInterrupt:
@@ -204,7 +213,7 @@ def _failed(error: Exception, code: int, distributed: bool) -> int:
         from swe_prune.runtime import processes
 
         processes.fail(error, code)  # does not return when other processes are told
-    print(f"swe_prune: {error}", file=sys.stderr)
+    print(f"swe_prune: {visible(str(error))}", file=sys.stderr)
     return code
 
 

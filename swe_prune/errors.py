@@ -6,6 +6,8 @@ that sentence alone and exits with `exit_code`; library users catch the built-in
 
 import contextlib
 import difflib
+import errno
+import os
 from collections.abc import Iterable, Iterator
 
 
@@ -90,6 +92,24 @@ def shown(value: object, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[:most].rstrip()}…"
 
 
+def visible(text: str, keep: str = "") -> str:
+    r"""Returns a text for a terminal or a page, its control characters as escapes.
+
+    Args:
+        text: Text that may have names of strangers in it.
+        keep: Characters to leave as they are, such as "\n".
+
+    >>> visible("a\x1b[2J\u202eb\n")
+    'a\\x1b[2J\\u202eb\\n'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        one if one.isprintable() or one in keep else one.encode("unicode_escape").decode()
+        for one in text
+    )
+
+
 def first_line(error: BaseException) -> str:
     r"""Returns the type and the first line of an error, to quote in a sentence.
 
@@ -98,6 +118,20 @@ def first_line(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].strip()}"[:200] if lines else type(error).__name__
+
+
+def why_unwritten(error: BaseException) -> str:
+    """Returns why a file could not be written, in a few words where the disk is full.
+
+    >>> why_unwritten(OSError(28, "No space left on device"))
+    'no space is left on the disk'
+    """
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or "RESOURCE_EXHAUSTED" in str(error) or os.strerror(errno.ENOSPC) in str(error):
+        return "no space is left on the disk"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return first_line(error)
 
 
 READER_ERRORS = (

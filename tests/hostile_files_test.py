@@ -440,3 +440,26 @@ def test_a_hostile_tokenizer_of_a_gguf_file_is_refused(tmp_path, changes):
     interop.open_pretrained(path)
     writer.finish(writer.write(path, made, **(plain | changes)))
     refused(path, "model.gguf")
+
+
+# Names that are printed
+
+
+def test_control_characters_of_names_are_visible_on_the_terminal(model, tmp_path, capsys):
+    from swe_prune import cli
+
+    with_header(model / "model.safetensors", {"\x1b[2J\u202e": entry(data_offsets=[0, 10**6])})
+    arguments = ["prune", f"--model={model}", f"--out={tmp_path}/\x1b[31m", "--sparsity=0.5"]
+    assert cli.main([*arguments, "--criterion=magnitude"]) == 2
+    error = capsys.readouterr().err
+    assert error.strip().isprintable()
+
+
+def test_markdown_has_no_html_and_no_control_characters():
+    from swe_prune.report import markdown
+    from swe_prune.report.tables import Table
+
+    table = Table("<script>", ["a\nb"], [["<b>|\x1b[2J"]], 1)
+    text = markdown.document("<img src=x>", "lead", [table])
+    assert "<" not in text
+    assert "\x1b" not in text

@@ -315,3 +315,54 @@ def test_weights_that_are_not_finite_are_not_exported(place, tmp_path):
     with pytest.raises(InputError, match="NaN or infinite"):
         interop.export(tmp_path / "out", model, params)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def pruned(place, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pruned") / "model"
+    assert prune(place, out, "--criterion=magnitude", "--sparsity=0.5") == 0
+    return out
+
+
+def with_masks(pruned, folder, mask):
+    from swe_prune.interop.mask_file import write_masks
+
+    shutil.copytree(pruned, folder)
+    write_masks(folder / interop.MASKS, mask)
+    return folder
+
+
+def test_a_mask_file_has_the_permissions_of_its_neighbours(pruned):
+    modes = {path.stat().st_mode for path in pruned.iterdir()}
+    assert len(modes) == 1
+
+
+def test_masks_that_would_zero_weights_are_refused_unless_asked_for(
+    place, pruned, tmp_path, capsys
+):
+    mask = jax.tree.map(jnp.logical_not, interop.read_masks(pruned))
+    model = with_masks(pruned, tmp_path / "model", mask)
+    assert finetune(place, tmp_path / "out", "--steps=1", model=model) == 2
+    error = capsys.readouterr().err
+    assert "weights that are not 0; give --masks=ignore" in error
+    assert not (tmp_path / "out").exists()
+    for masks in ("ignore", "apply"):  # as it says
+        out = tmp_path / masks
+        assert finetune(place, out, "--steps=1", f"--masks={masks}", model=model) == 0
+        assert (out / interop.MASKS).exists() == (masks == "apply")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda leaf: jnp.ones_like(leaf), "removes no weight"),
+        (lambda leaf: leaf[1:], "is not of this model"),
+    ],
+)
+def test_masks_of_nothing_or_of_another_model_are_refused(
+    place, pruned, tmp_path, capsys, change, said
+):
+    mask = jax.tree.map(change, interop.read_masks(pruned))
+    model = with_masks(pruned, tmp_path / "model", mask)
+    assert finetune(place, tmp_path / "out", "--steps=1", model=model) == 2
+    assert said in capsys.readouterr().err

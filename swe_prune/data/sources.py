@@ -11,7 +11,7 @@ from typing import Any
 
 from swe_prune.config import DataConfig
 from swe_prune.data.text_files import SEPARATOR, read_text
-from swe_prune.errors import InputError, first_line, reading
+from swe_prune.errors import InputError, RunError, first_line, reading, why_unwritten
 
 OWN = ("shakespeare_plays", "digit_prices")  # the datasets that this package can prepare
 _READ_AT_ONCE = 64  # examples
@@ -172,13 +172,13 @@ def _prepare(tfds: Any, name: str, data_dir: str | None) -> Any:
     tfds.disable_progress_bar()  # six bars for two seconds only fill the log
     try:
         builder.download_and_prepare()
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:  # those of array_record's writer, too
         # Renaming fails if another process was faster, but its result is the same.
         if not builder.data_path.exists():
-            raise InputError(
+            raise RunError(
                 f"dataset {name!r} cannot be written to {str(builder.data_path)!r} "
-                f"({first_line(error)}); set data.data_dir to a writable folder"
-            ) from error
+                f"({why_unwritten(error)}); make room, or set data.data_dir to a writable folder"
+            ) from None
     return tfds.builder(name, data_dir=data_dir)
 
 

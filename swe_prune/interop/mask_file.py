@@ -42,7 +42,8 @@ def write_masks(path: Path, mask: PyTree) -> None:
         shapes[name] = None if leaf is None else list(leaf.shape)
         if leaf is not None:
             packed[name] = np.packbits(np.asarray(leaf, bool))
-    safetensors.save_file(packed, path, {"format": FORMAT, "shapes": json.dumps(shapes)})
+    # Written here, since the package makes a file that only its owner may read.
+    path.write_bytes(safetensors.save(packed, {"format": FORMAT, "shapes": json.dumps(shapes)}))
 
 
 def read_masks(path: str | Path) -> dict[str, Any]:

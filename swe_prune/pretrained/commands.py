@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from swe_prune import interop, masks, recipe, tree
+from swe_prune.errors import InputError
 from swe_prune.evaluation import gate
+from swe_prune.masks.fitting import check_mask
 from swe_prune.models import gpt
 from swe_prune.pretrained import bench, choice, cut, dry_run, finetuning, judge, texts, tracked
 from swe_prune.pretrained.opening import has_masks, of_same_text, opened, record_of
@@ -150,8 +152,8 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     texts.keep_apart(used, text)
     texts.check_window("--train-window", given.train_window, checkpoint)
     model = checkpoint.read(dtype=given.dtype)
-    recorded = has_masks(model.path)
-    mask = interop.read_masks(model.path) if recorded else _held_zeros(model, given, console)
+    recorded = has_masks(model.path) and given.masks != "ignore"
+    mask = _masks(model, given) if recorded else _held_zeros(model, given, console)
     module = gpt.build(model.config, model.vocab_size)
     trained = gpt.build(dataclasses.replace(model.config, remat=given.remat), model.vocab_size)
     before = judge.judge(module, model.params, model, text, given)
@@ -232,4 +234,27 @@ def _held_zeros(
         highlight=False,
         soft_wrap=True,
     )
+    return mask
+
+
+def _masks(model: interop.Pretrained, given: FinetuneSettings) -> PyTree:
+    """Returns the masks of a model's file, found to be those of its weights.
+
+    Raises:
+        InputError: They do not fit the weights, would zero some that are not 0, or remove none.
+    """
+    file = model.path / interop.MASKS
+    mask = interop.read_masks(model.path)
+    try:
+        check_mask(mask, model.params)
+    except InputError as error:
+        raise InputError(f"{file} is not of this model ({error}); give --masks=ignore") from None
+    if given.masks == "apply":
+        return mask
+    ways = "give --masks=ignore to train without it, or --masks=apply to use it as it is"
+    count = int(masks.revived(model.params, mask))
+    if count:
+        raise InputError(f"{file} would zero {count:,} weights that are not 0; {ways}")
+    if not masks.summary(mask).pruned:
+        raise InputError(f"{file} removes no weight; {ways}")
     return mask

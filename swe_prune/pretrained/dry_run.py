@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from swe_prune import interop, recipe, tree
+from swe_prune.errors import visible
 from swe_prune.layout import layout as trace_layout
 from swe_prune.models import gpt
 from swe_prune.pretrained import choice, tracked
@@ -61,7 +62,7 @@ def plan(given: RequestSettings, progress: Progress, console: Console) -> None:
     check_trajectory(request, tracked.there(checkpoint.path), given.model)
     chosen, _ = chosen_weights(request, checkpoint, given)
     params = choice.abstract_params(checkpoint)
-    table = Table(title=escape(str(checkpoint.path)))
+    table = Table(title=escape(visible(str(checkpoint.path))))
     for heading in ("tensor", "shape", "weights", "prunable?"):
         table.add_column(
             heading, overflow="fold", justify="right" if heading == "weights" else "left"
@@ -82,4 +83,4 @@ def plan(given: RequestSettings, progress: Progress, console: Console) -> None:
         f"at sparsity {request.target:g} about {amount:,} would go ({amount / total:.1%} of all).",
         WHAT_A_MASK_GIVES,
     ):
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        console.print(escape(visible(line)), highlight=False, soft_wrap=True)

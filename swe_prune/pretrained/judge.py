@@ -9,9 +9,11 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import PyTree
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from swe_prune import interop
+from swe_prune.errors import visible
 from swe_prune.evaluation import (
     GREEDY,
     Distance,
@@ -144,7 +146,7 @@ def judge(
 
 def show_folder(console: Console, folder: Path, compressed: bool) -> None:
     """Prints where a model was written, and who can read it."""
-    lines = [str(folder)]
+    lines = [visible(str(folder))]
     if compressed:
         lines.append(
             f"transformers cannot read its {interop.COMPRESSED}; interop.load and --model=PATH "
@@ -163,7 +165,7 @@ def table(rows: dict[str, Verdict], prompts: tuple[str, ...], text: str) -> list
         text: what they were evaluated on.
     """
     first = next(iter(rows.values())).perplexity
-    numbers = Table(title=f"{text}: {first.tokens:,} tokens, {first.protocol.name}")
+    numbers = Table(title=f"{escape(text)}: {first.tokens:,} tokens, {first.protocol.name}")
     for heading in ("model", "perplexity", "nats/token", "bits/byte", "KL to dense", "same top-1",
                     "repetition"):  # fmt: skip
         numbers.add_column(heading, justify="left" if heading == "model" else "right")
@@ -188,5 +190,5 @@ def table(rows: dict[str, Verdict], prompts: tuple[str, ...], text: str) -> list
 
 def show(console: Console, rows: dict[str, Verdict], prompts: tuple[str, ...], text: str) -> None:
     """Prints the table of `table`, and what each model wrote."""
-    for line in table(rows, prompts, text):
+    for line in table(rows, prompts, visible(text)):
         console.print(line, highlight=False, soft_wrap=isinstance(line, str), markup=False)

@@ -1,5 +1,6 @@
 """Opening of the models of a command, with a line for what lies next to them and is not read."""
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -71,7 +72,7 @@ def of_same_text(
 
 def has_masks(path: Path) -> bool:
     """Returns whether a model has a file of masks."""
-    return path.is_dir() and (path / interop.MASKS).exists()
+    return path.is_dir() and os.path.lexists(path / interop.MASKS)
 
 
 def record_of(path: Path) -> dict[str, Any]:

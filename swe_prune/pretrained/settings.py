@@ -214,6 +214,11 @@ class FinetuneSettings(ModelSettings, ChoiceSettings, JudgingSettings, OutSettin
     zeros: Literal["keep", "free"] = option(
         "keep", "zeros of a model without a mask file: held at 0, or free"
     )
+    masks: Literal["check", "apply", "ignore"] = option(
+        "check",
+        "mask file of the model: refused where its weights are not 0 already, applied to them, or "
+        "not read",
+    )
     lora_rank: int | None = option(
         None, "rank of the adapters; default: the weights are trained", bound=COUNT
     )

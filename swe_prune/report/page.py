@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, visible
 from swe_prune.report import markdown, read
 from swe_prune.report.tables import Bold
 from swe_prune.runtime import storage
@@ -106,4 +106,6 @@ def _html(content: dict[str, Any], svgs: dict[str, str]) -> str:
 
 def _typographic(value: Any) -> Any:
     # Text is written with the keyboard's apostrophe; the page is set with the typographic one.
-    return value.replace("'", "\N{RIGHT SINGLE QUOTATION MARK}") if type(value) is str else value
+    if type(value) is not str:
+        return value
+    return visible(value, "\n").replace("'", "\N{RIGHT SINGLE QUOTATION MARK}")

@@ -5,6 +5,7 @@ atomically as a whole: there is no appending, no atomic rename of a folder, and 
 read and written with gcsfs, arrays with tensorstore.
 """
 
+import contextlib
 import importlib.util
 import os
 
@@ -97,8 +98,11 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:  # that of a full disk does not say which file
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be gone, too
+            temporary.unlink(missing_ok=True)
 
 
 def remove(folder: epath.PathLike) -> None:

@@ -18,6 +18,7 @@ from typing import IO
 
 from etils import epath
 
+from swe_prune.errors import visible
 from swe_prune.runtime import storage
 
 SUPERVISED = "SWE_PRUNE_SUPERVISED"
@@ -127,4 +128,4 @@ def _absent(workdir: epath.Path, sign: epath.Path | None, process: str | None, j
 
 def say(text: str) -> None:
     """Prints a message for the user on standard error."""
-    print(f"swe_prune: {text}", file=sys.stderr, flush=True)
+    print(f"swe_prune: {visible(text)}", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from swe_prune.errors import RunError
+from swe_prune.errors import RunError, why_unwritten
 from swe_prune.runtime import processes, storage
 from swe_prune.training.phase import Phase
 
@@ -50,8 +50,15 @@ class JsonLines:
             return
         line = json.dumps({"step": step, **values}, default=_plain) + "\n"
         if not self._in_bucket:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(line)
+            try:
+                with open(self._path, "a", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError as error:
+                raise RunError(
+                    f"step {step} cannot be logged in {self._path}: {why_unwritten(error)}; make "
+                    "room or choose another workdir, and run the same command again; finished "
+                    "work is kept"
+                ) from None
             return
         self._text += line
         self._unwritten = True

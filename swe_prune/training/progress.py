@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from swe_prune.errors import visible
+
 Advance = Callable[[int, dict[str, float]], None]
 
 EVERY = 30
@@ -29,7 +31,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(visible(text, "\n"), highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def phase(self, name: str, steps: int) -> Iterator[Advance]:
