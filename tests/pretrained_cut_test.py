@@ -48,7 +48,8 @@ def test_cut_writes_a_smaller_model_and_its_record(
     assert (said["units"], said["criterion"]) == (units, criterion)
     assert said["cost"]["cut"]["parameters"] == tree.size(small.params)
     # The model is the one that the indices cut out of the dense one.
-    keep = {k: np.array(v) for k, v in json.loads((out / "kept_units.json").read_text()).items()}
+    kept = json.loads((out / "kept_units.json").read_text())["kept"]
+    keep = {name: np.array(some) for name, some in kept.items()}
     groups = structured.groups(dense.config, units)
     again = structured.cut(dense.params, groups, keep)
     jax.tree.map(np.testing.assert_array_equal, again, small.params)
@@ -59,12 +60,16 @@ def test_cut_writes_a_smaller_model_and_its_record(
     assert f"{tree.size(dense.params):,} -> {tree.size(small.params):,} parameters" in printed
 
 
-def test_a_cut_model_is_tuned_pruned_evaluated_and_cut_again(place, tmp_path):
+def test_a_cut_model_is_tuned_pruned_evaluated_and_cut_again(place, tmp_path, capsys):
     one, tuned, pruned, two = (tmp_path / name for name in ("one", "tuned", "pruned", "two"))
     neurons = ["--units=neurons", "--criterion=magnitude", "--sparsity=0.5"]
     assert cut(place, one, *neurons) == 0
     steps = ["--steps=6", "--learning-rate=3e-3", "--warmup=2"]
-    assert finetune(place, tuned, *steps, model=one) == 0
+    assert finetune(place, tuned, *steps, f"--teacher={place.model}", model=one) == 0
+    dense = ["--window=32", "--eval-windows=8", f"--evaluation={place.held_out}"]
+    assert cli.main(["evaluate", f"--model={one}", f"--dense={place.model}", *dense]) == 0
+    recorded = interop.read_record(one)["evaluation"]["cut"]
+    assert f"{recorded['kl_to_dense']:.4f}" in capsys.readouterr().out
     assert prune(place, pruned, "--criterion=magnitude", "--sparsity=0.5", model=tuned) == 0
     # Masks are cut with the model that has them.
     layers = ["--units=layers", "--criterion=magnitude", "--sparsity=0.5"]
@@ -72,6 +77,7 @@ def test_a_cut_model_is_tuned_pruned_evaluated_and_cut_again(place, tmp_path):
     small, mask = interop.load(two), interop.read_masks(two)
     assert (small.config.layers, small.config.hidden_size) == (1, 32)
     assert masks.zeros(small.params, mask) == masks.summary(mask).pruned > 0
+    assert cut(place, tmp_path / "no", *neurons, "--restore", model=pruned) == 2
     record = interop.read_record(two)
     assert record["recipe"]["criterion"] == "magnitude"
     assert record["evaluation"]["how"]["units"] == "layers"
@@ -79,6 +85,34 @@ def test_a_cut_model_is_tuned_pruned_evaluated_and_cut_again(place, tmp_path):
         {"params": small.params}, jnp.ones((1, 4), jnp.int32)
     )
     assert np.isfinite(np.asarray(logits)).all()
+
+
+@pytest.mark.parametrize(
+    ("units", "criterion"),
+    [
+        ("neurons", "input_norm_product"),
+        ("neurons", "mutual_information"),
+        ("heads", "activation_norm"),
+        ("layers", "block_influence"),
+    ],
+)
+def test_criteria_of_units_and_the_refit(place, tmp_path, capsys, units, criterion):
+    out, how = tmp_path / "cut", [f"--units={units}", f"--criterion={criterion}", "--sparsity=0.5"]
+    more = [] if units == "layers" else ["--restore"]
+    assert cut(place, out, *how, *more) == 0
+    record = interop.read_record(out)
+    assert record["calibration"]["windows"] == 8
+    refits = record["cut"]["restored"]
+    assert len(refits) == (0 if units == "layers" else 2)
+    assert all(one["refitted"] and one["after"] < one["before"] for one in refits)
+    assert ("The refit took" in capsys.readouterr().out) == bool(refits)
+    kept = json.loads((out / "kept_units.json").read_text())
+    if criterion == "mutual_information":  # whatever went has a partner that was there
+        for group, gone in kept["removed"].items():
+            units_gone = [one["unit"] for one in gone]
+            assert sorted([*kept["kept"][group], *units_gone]) == list(range(64))
+            for at, one in enumerate(gone):
+                assert one["partner"] is None or one["partner"] not in units_gone[:at]
 
 
 def test_a_gguf_file_is_cut_as_the_folder(place, tmp_path):
@@ -100,6 +134,11 @@ def test_a_gguf_file_is_cut_as_the_folder(place, tmp_path):
         (["--units=neuron", "--criterion=magnitude", "--sparsity=0.5"],
          "--units must be one of neurons, heads, query_heads, layers, got 'neuron'"),
         (["--units=neurons", "--criterion=magnitud", "--sparsity=0.5"], "did you mean 'magnitude'"),
+        (["--units=heads", "--criterion=block_influence", "--sparsity=0.5"], "scores layers, not"),
+        (["--units=layers", "--criterion=magnitude", "--sparsity=0.5", "--restore"],
+         "whole layers have none"),
+        (["--units=neurons", "--criterion=activation_norm", "--sparsity=0.5", "--option=a=1"],
+         "has no options"),
         (["--units=neurons", "--criterion=magnitude"], "cut needs --sparsity or --budget"),
         (["--units=neurons", "--criterion=magnitude", "--sparsity=0.5", "--budget=params=9"],
          "both were given"),

@@ -18,6 +18,7 @@ PAGES = (
     "docs/criterion.md",
     "docs/saving.md",
     "docs/layout.md",
+    "docs/structured.md",
 )
 
 

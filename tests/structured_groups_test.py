@@ -130,14 +130,15 @@ def test_stacked_layers_choose_together_or_each_its_own():
 
 def test_numbered_layers_in_an_optimizer_state_with_ints_and_names():
     params = {f"h_{n}": {"w": jnp.full(2, float(n))} for n in range(12)} | {
-        "list": {0: jnp.ones(1)}
+        "gain": jnp.arange(12.0)
     }
-    groups = {"layers": Group(12, {r"(?:^|/)h_([0-9]+)/": None})}
+    groups = {"layers": Group(12, {r"(?:^|/)h_([0-9]+)/": None, "gain$": 0})}
     keep = {"layers": [1, 10, 11]}
     small = structured.cut(params, groups, keep)
-    assert {name: float(leaf["w"][0]) for name, leaf in small.items() if name != "list"} == {
+    assert {name: float(leaf["w"][0]) for name, leaf in small.items() if name != "gain"} == {
         "h_0": 1, "h_1": 10, "h_2": 11,
     }  # fmt: skip
+    assert small["gain"].tolist() == [1, 10, 11]
     state = structured.cut(optax.adamw(1e-3).init(params), groups, keep)
     assert jax.tree.structure(state) == jax.tree.structure(optax.adamw(1e-3).init(small))
 
@@ -164,6 +165,8 @@ def test_abstract_and_host_arrays_stay_what_they_are():
         (Group(6, {}), "at least one rule"),
         (Group(0, {"up": -1}), "units of group 'g' must be an integer of at least 1, got 0"),
         (Group(2, {r"up/": None}), "must capture the number"),
+        (Group(2, {r"(": None}), "not a regular expression"),
+        (Group(6, {r"up/kernel$": "last"}), "must be an integer, got 'last'"),  # type: ignore
         (Group(2, {r"(up)/": None}), "must capture the number of a unit, got 'up'"),
     ],
 )  # fmt: skip
@@ -194,6 +197,7 @@ def test_groups_that_clash_and_none_at_all():
         PARAMS, both, {"mlp": [0], "other": [0]}))  # fmt: skip
     refused("at least one", lambda: structured.cut(PARAMS, {}, {}))
     refused("units must be one of neurons, heads", lambda: structured.groups(ModelConfig(), "head"))
+    refused("ModelConfig of a decoder, got dict", lambda: structured.groups({}))  # type: ignore
     refused("break the key-value grouping", lambda: structured.groups(ModelConfig(), "query_heads"))
     odd = ModelConfig(head_norm="projection", norm="layer")
     refused("layer norm over all heads", lambda: structured.groups(odd, "heads"))

@@ -98,15 +98,18 @@ def _refuse_widths(config: ModelConfig, family: str | None) -> None:
     if config.layer_hidden or config.layer_heads:
         raise InputError(
             "the model's layers differ in their widths, which transformers cannot load; cut it "
-            "with uniform=True, or keep it with swe_prune.save"
+            "with uniform=True, or store it in a checkpoint"
         )
-    if family is None or any(key.field == "head_width" for key in FAMILIES[family].keys):
+    if family is None or config.head_size * config.heads == config.width:
         return
-    if config.head_size * config.heads != config.width:
+    # Transformers checks the factors of a Phi-3's longrope against width / heads.
+    by_width = family == "phi3" and config.rope.scaling == "longrope"
+    if by_width or not any(key.field == "head_width" for key in FAMILIES[family].keys):
+        kind = f"{family} with longrope" if by_width else family
         raise InputError(
-            f"in a {family} the width of a head is width / heads, so a model with {config.heads} "
+            f"in a {kind} the width of a head is width / heads, so a model with {config.heads} "
             f"heads of {config.head_size} and width {config.width} cannot be written as its "
-            "config.json; cut neurons or layers, or keep it with swe_prune.save"
+            "config.json; cut neurons or layers, or store it in a checkpoint"
         )
 
 

@@ -15,7 +15,7 @@ from swe_prune import interop, masks, recipe, tree
 from swe_prune.evaluation import gate
 from swe_prune.models import gpt
 from swe_prune.pretrained import bench, choice, cut, dry_run, finetuning, judge, texts, tracked
-from swe_prune.pretrained.opening import has_masks, opened, record_of, weights_like
+from swe_prune.pretrained.opening import has_masks, of_same_text, opened, record_of
 from swe_prune.pretrained.request import check_trajectory, recipe_of
 from swe_prune.pretrained.settings import (
     EvaluateSettings,
@@ -154,7 +154,7 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     gate(before.perplexity, uniform=model.vocab_size, at_most=given.at_most)
     teacher = None
     if given.teacher is not None:
-        teacher = weights_like(model, given.teacher, given.teacher_prefix, progress)
+        teacher = of_same_text(model, given.teacher, given.teacher_prefix, progress)
     start, dtypes = finetuning.as_float32(model.params)
     params, mask, stats = finetuning.tuned(trained, start, mask, teacher, used, given, progress)
     params = tree.map_named(lambda name, leaf: leaf.astype(dtypes[name]), params)
@@ -194,12 +194,21 @@ def evaluate(given: EvaluateSettings, progress: Progress, console: Console) -> d
     model = opened(given, progress).read(dtype=given.dtype)
     text = texts.read(given.evaluation, model)
     module = gpt.build(model.config, model.vocab_size)
-    rows, dense = {}, None
+    rows, dense, dense_module = {}, None, None
     if given.dense is not None:
-        dense = weights_like(model, given.dense, given.dense_prefix, progress)
-        rows["dense"] = judge.judge(module, dense, model, text, given)
+        dense = of_same_text(model, given.dense, given.dense_prefix, progress)
+        dense_module = gpt.build(dense.config, dense.vocab_size)
+        rows["dense"] = judge.judge(dense_module, dense.params, model, text, given)
         gate(rows["dense"].perplexity, uniform=model.vocab_size, at_most=given.at_most)
-    rows["model"] = judge.judge(module, model.params, model, text, given, dense=dense)
+    rows["model"] = judge.judge(
+        module,
+        model.params,
+        model,
+        text,
+        given,
+        dense=None if dense is None else dense.params,
+        dense_module=dense_module,
+    )
     judge.show(console, rows, given.prompts, text.name)
     return rows
 

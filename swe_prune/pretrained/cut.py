@@ -6,32 +6,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 from rich.console import Console
 
-from swe_prune import interop, recipe, structured, tree
+from swe_prune import importance, interop, structured, tree
 from swe_prune.config import literal
 from swe_prune.errors import InputError
 from swe_prune.evaluation import gate
 from swe_prune.evaluation.latency import decode_seconds
-from swe_prune.layout import layout as trace_layout
 from swe_prune.models import gpt
-from swe_prune.pretrained import choice, judge, texts, tracked
-from swe_prune.pretrained.opening import has_masks, opened, record_of
-from swe_prune.pretrained.request import NO_OPTIMIZER, check_trajectory, options_of
+from swe_prune.pretrained import choice, judge, texts, tracked, unit_criteria
+from swe_prune.pretrained.opening import has_masks, opened, record_of, said
+from swe_prune.pretrained.request import check_trajectory
 from swe_prune.pretrained.settings import CutSettings
-from swe_prune.recipe import Recipe
 from swe_prune.structured import Budget, Group
-from swe_prune.training import step
 from swe_prune.training.progress import Progress
-from swe_prune.trajectory import BUFFERS
 from swe_prune.version import __version__
 
 KEPT = "kept_units.json"
-"""File with the indices of the kept units by group, in the model that was cut."""
+"""File with the indices of the kept units by group, and with what made others redundant."""
 
 
 def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
@@ -40,26 +34,38 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
     Raises:
         InputError: Anything that is wrong with the settings, the model or the texts.
     """
-    request = _recipe_of(given)
+    _check_amount(given)
+    request = unit_criteria.checked(given)
     interop.check_free(given.out)
     checkpoint = opened(given, progress)
-    check_trajectory(request, tracked.there(checkpoint.path), given.model)
+    if request is not None:
+        check_trajectory(request, tracked.there(checkpoint.path), given.model)
+    if given.restore and has_masks(checkpoint.path):
+        raise InputError(
+            f"{checkpoint.path} has masks, and --restore would change the weights that they "
+            "remove; cut the dense model with --restore and prune it then"
+        )
     groups = structured.groups(checkpoint.config, given.units)
     _check_choice(given, groups, checkpoint)
     text = texts.read(given.evaluation, checkpoint)
     batches, calibration = [], None
-    if request.reads_batches:
+    if unit_criteria.reads_batches(given, request):
         batches, calibration = texts.calibration(given, checkpoint, text, progress)
-    model = checkpoint.read(dtype=given.dtype)
+    model, recorded = checkpoint.read(dtype=given.dtype), has_masks(checkpoint.path)
     module = gpt.build(model.config, model.vocab_size)
     dense = judge.judge(module, model.params, model, text, given)
     gate(dense.perplexity, uniform=model.vocab_size, at_most=given.at_most)
     # Score, choose and cut; nothing of the model is changed before.
-    units = _unit_scores(given, request, model, groups, batches)
+    units, partners = said(
+        progress, lambda: unit_criteria.unit_scores(given, request, model, groups, batches)
+    )
     keep = _chosen(given, groups, units, model.params, model.config, model.vocab_size)
+    params, refits = model.params, ()
+    if given.restore:
+        params, refits = unit_criteria.restored(model, groups, keep, batches)
     small = dataclasses.replace(
         model,
-        params=structured.cut(model.params, groups, keep),
+        params=structured.cut(params, groups, keep),
         config=structured.cut_config(model.config, keep),
     )
     found = judge.judge(
@@ -73,17 +79,24 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
     )
     about = {
         "units": given.units,
-        "criterion": request.criterion,
-        "options": dict(request.options),
+        "criterion": given.criterion,
+        "options": {} if request is None else dict(request.options),
         "reduce": given.reduce,
         "sparsity": structured.summary(groups, keep).sparsity,
         "requested": {"sparsity": given.sparsity, "budget": given.budget},
         "kept": {name: one.kept for name, one in structured.summary(groups, keep).tensors.items()},
         "of": {name: group.units for name, group in groups.items()},
         "cost": {name: _costs(one) for name, one in (("dense", model), ("cut", small))},
+        "restored": [dataclasses.asdict(one) for one in refits],
     }
     judged = {"text": text.name, "dense": dense.as_json(), "cut": found.as_json()}
-    folder = _write(given, model, small, groups, keep, about, judged, calibration)
+    kept: dict[str, Any] = {"kept": {name: some.tolist() for name, some in keep.items()}}
+    if partners is not None:  # of the units that went, in their order
+        kept["removed"] = {
+            name: some[: groups[name].units - len(keep[name])] for name, some in partners.items()
+        }
+    mask = structured.cut(interop.read_masks(model.path), groups, keep) if recorded else None
+    folder = _write(given, model, small, mask, kept, about, judged, calibration)
     judge.show(console, {"dense": dense, "cut": found}, given.prompts, text.name)
     for line in _lines(about):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -91,22 +104,17 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
     return folder
 
 
-def _recipe_of(given: CutSettings) -> Recipe:
-    """Returns the recipe of the scores, checked in all that needs no model."""
+def _check_amount(given: CutSettings) -> None:
     if (given.sparsity is None) == (given.budget is None):
         said = "neither was given" if given.sparsity is None else "both were given"
         raise InputError(f"cut needs --sparsity or --budget, {said}; give one of them")
-    request = Recipe(
-        criterion=given.criterion,
-        options=options_of(given.options),
-        sparsity=0.0 if given.sparsity is None else given.sparsity,
-        seed=given.seed,
-        zeros="free",
-    )
-    recipe.check(request, unavailable=NO_OPTIMIZER)
     if given.budget is not None:
-        _budget(given.budget, 1).limit  # noqa: B018 (checks the number)
-    return request
+        _ = _budget(given.budget, 1).limit  # checks the number
+    if given.restore and given.units == "layers":
+        raise InputError(
+            "--restore refits the projections that read what goes, and whole layers have none; "
+            "leave it out"
+        )
 
 
 def _budget(text: str, vocab_size: int) -> Budget:
@@ -153,39 +161,6 @@ def _check_choice(
     interop.write_config(structured.cut_config(config, keep), vocab_size, checkpoint.family)
 
 
-def _unit_scores(
-    given: CutSettings,
-    request: Recipe,
-    model: interop.Pretrained,
-    groups: dict[str, Group],
-    batches: list[Any],
-) -> dict[str, Any]:
-    """Returns the scores of the units, from scores of their prunable weights."""
-    module = gpt.build(model.config, model.vocab_size)
-    everything = {name: np.broadcast_to(np.arange(g.units), g.shape) for name, g in groups.items()}
-    inside = structured.unit_mask(model.params, groups, everything)
-    prunable = tree.map_leaves(
-        lambda _, chosen, mask: chosen and mask is not None, tree.prunable(model.params), inside
-    )
-    stats = None
-    if request.needs & set(BUFFERS):
-        prunable = tracked.narrowed(model.path, model.params, prunable)
-        stats = tracked.read(model.path, model.params)
-    evidence = recipe.measure(
-        [request],
-        module,
-        model.params,
-        batches,
-        loss=step.loss_fn(module),
-        prunable=prunable,
-        stats=stats,
-        at_once=1,
-    )
-    layout = trace_layout(module, model.params, jax.ShapeDtypeStruct((1, 2), jnp.int32))
-    scores = recipe.score(request, model.params, evidence, prunable, layout)
-    return structured.unit_scores(groups, scores, given.reduce)
-
-
 def _costs(model: interop.Pretrained) -> dict[str, float]:
     return {
         "parameters": tree.size(model.params),
@@ -198,23 +173,21 @@ def _write(
     given: CutSettings,
     model: interop.Pretrained,
     small: interop.Pretrained,
-    groups: dict[str, Group],
-    keep: structured.Keep,
+    mask: PyTree | None,
+    kept: Mapping[str, Any],
     about: Mapping[str, Any],
     judged: Mapping[str, Any],
     calibration: Mapping[str, Any] | None,
 ) -> Path:
     """Exports the model, with its masks cut alike if it has some, and the record of the cut."""
     commit = interop.commit_of_code()
-    mask = record = None
-    if has_masks(model.path):
-        mask = structured.cut(interop.read_masks(model.path), groups, keep)
+    record = None
+    if mask is not None:
         record = interop.PruningRecord(
             **record_of(model.path), commit=commit, evaluation={**judged, "how": dict(about)}
         )
 
     def also(folder: Path) -> None:
-        kept = {name: indices.tolist() for name, indices in keep.items()}
         (folder / KEPT).write_text(json.dumps(kept) + "\n", encoding="utf-8")
         if record is None:
             said = {
@@ -247,8 +220,19 @@ def _lines(about: Mapping[str, Any]) -> list[str]:
             ("flops", "operations a token"),
         )
     )
-    return [
-        f"Kept {kept} {name}{each}: sparsity {about['sparsity']:.2%} by {about['criterion']}, "
-        f"{about['reduce']} of a unit's weights.",
+    of_weights = about["criterion"] in importance.names()
+    lines = [
+        f"Kept {kept} {name}{each}: sparsity {about['sparsity']:.2%} by {about['criterion']}"
+        + (f", {about['reduce']} of a unit's weights." if of_weights else "."),
         f"{costs}.",
     ]
+    if about["restored"]:
+        before, after = (
+            sum(one[key] for one in about["restored"]) / len(about["restored"])
+            for key in ("before", "after")
+        )
+        lines.append(
+            f"The refit took the outputs' relative error on the calibration text from {before:.4f} "
+            f"to {after:.4f}, mean of {len(about['restored'])} projections."
+        )
+    return lines

@@ -18,9 +18,10 @@ from flax import linen as nn
 from jaxtyping import PyTree
 
 from swe_prune import data as data_lib
-from swe_prune import parallel, resumable, trajectory, tree
+from swe_prune import interop, parallel, resumable, trajectory, tree
 from swe_prune.config import ParallelConfig, PhaseConfig
 from swe_prune.errors import InputError
+from swe_prune.models import gpt
 from swe_prune.pretrained import choice
 from swe_prune.pretrained.settings import FinetuneSettings
 from swe_prune.pretrained.texts import Text
@@ -80,7 +81,7 @@ def tuned(
     module: nn.Module,
     params: PyTree,
     masks: PyTree | None,
-    teacher: PyTree | None,
+    teacher: interop.Pretrained | None,
     text: Text,
     settings: FinetuneSettings,
     progress: Progress,
@@ -91,7 +92,7 @@ def tuned(
         module: the model.
         params: float32 weights; given up.
         masks: bool pytree, None where dense; held, and given up. None: nothing is pruned.
-        teacher: weights of the dense model, or None.
+        teacher: the dense model, of the same vocabulary, or None.
         text: to train on.
         settings: checked.
         progress: told of every step.
@@ -111,7 +112,7 @@ def tuned(
         b2=0.95,
     )
     optimizer = optimizer_lib.build(phase, settings.steps)
-    fixed = state_lib.Frozen(teacher=teacher)
+    fixed = state_lib.Frozen(teacher=None if teacher is None else teacher.params)
     chosen = choice.prunable(params, **choice.rules(settings))
     stats = trajectory.init(params, settings.measures, chosen) if settings.track else None
     if settings.lora_rank is not None:
@@ -123,8 +124,9 @@ def tuned(
         state = state_lib.create(adapters, optimizer, settings.seed)
     else:
         state = state_lib.create(params, optimizer, settings.seed, masks=masks, stats=stats)
-    distillation = None
+    distillation = teacher_model = None
     if teacher is not None:
+        teacher_model = gpt.build(teacher.config, teacher.vocab_size)
         distillation = Distillation(settings.distillation, settings.temperature)
     step = step_lib.compile_train_step(
         module,
@@ -132,6 +134,7 @@ def tuned(
         settings.track_every,
         accumulate=settings.accumulate,
         distillation=distillation,
+        teacher_model=teacher_model,
     )
     state = _fit(
         work, state, lambda state, batch: step(state, batch, fixed), text, settings, progress

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxtyping import PyTree
 from rich.markup import escape
 
-from swe_prune import interop, tree
+from swe_prune import interop
 from swe_prune.errors import InputError
 from swe_prune.pretrained.settings import ModelSettings, WeightsSettings
 from swe_prune.recipe import Recipe
@@ -22,7 +21,7 @@ def opened(given: WeightsSettings, progress: Progress) -> interop.PretrainedSour
     tokenizer: bool | str = False
     if isinstance(given, ModelSettings):
         tokenizer = True if given.tokenizer is None else given.tokenizer
-    return _said(
+    return said(
         progress,
         lambda: interop.open_pretrained(
             given.model,
@@ -33,34 +32,41 @@ def opened(given: WeightsSettings, progress: Progress) -> interop.PretrainedSour
     )
 
 
-def _said(progress: Progress, run: Callable[[], T]) -> T:
-    """Runs a function and prints the warnings for the user as lines."""
+def said(progress: Progress, run: Callable[[], T]) -> T:
+    """Runs a function and prints its warnings for the user as lines, one of each special kind."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         result = run()
-    for one in caught:
+    for at, one in enumerate(caught):
         if one.category is UserWarning:
             progress.say(escape(f"Note: {one.message}."))
+        elif issubclass(one.category, UserWarning):
+            alike = [
+                number for number, other in enumerate(caught) if other.category is one.category
+            ]
+            more = f" ({len(alike) - 1} more such warnings)" if len(alike) > 1 else ""
+            if at == alike[0]:
+                progress.say(escape(f"Note: {one.message}{more}."))
         else:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     return result
 
 
-def weights_like(
+def of_same_text(
     model: interop.Pretrained, name: str, prefix: str | None, progress: Progress
-) -> PyTree:
-    """Returns another model's weights, of the same shapes."""
-    other = _said(progress, lambda: interop.load(name, tokenizer=False, prefix=prefix))
-    shapes = [
-        {leaf_name: leaf.shape for leaf_name, leaf in tree.named_leaves(one.params)}
-        for one in (model, other)
-    ]
-    if shapes[0] != shapes[1]:
+) -> interop.Pretrained:
+    """Returns another model whose predictions can be compared: its tokens are the same.
+
+    Raises:
+        InputError: Its vocabulary is of another size.
+    """
+    other = said(progress, lambda: interop.load(name, tokenizer=False, prefix=prefix))
+    if other.vocab_size != model.vocab_size:
         raise InputError(
-            f"{name} has other tensors than {model.path}, so they cannot be compared; give the "
-            "model that it was made from"
+            f"{name} has {other.vocab_size:,} tokens and {model.path} has {model.vocab_size:,}, so "
+            "they cannot be compared; give the model that it was made from"
         )
-    return other.params
+    return other
 
 
 def has_masks(path: Path) -> bool:

@@ -141,7 +141,9 @@ class CutSettings(ModelSettings, CalibrationSettings, JudgingSettings, OutSettin
     units: Literal["neurons", "heads", "query_heads", "layers"] = option(
         "", "what is removed as a whole"
     )
-    criterion: str = option("", "registered criterion, whose scores of weights score the units")
+    criterion: str = option(
+        "", "registered criterion of weights, or one of units, such as activation_norm"
+    )
     sparsity: float | None = option(None, "fraction of the units to remove, in [0, 1)")
     budget: str | None = option(
         None,
@@ -151,6 +153,9 @@ class CutSettings(ModelSettings, CalibrationSettings, JudgingSettings, OutSettin
     )
     reduce: Literal["sum", "mean", "l2", "max"] = option(
         "l2", "how the scores of the weights of a unit become one"
+    )
+    restore: bool = option(
+        False, "least-squares refit of the projections that read what goes, to make up for it"
     )
     multiple: int | None = option(
         None, "number of which the kept units are a multiple; default: 8 of neurons, 1 of others"

@@ -124,7 +124,9 @@ def unit_numbers(group: Group, group_name: str, values: PyTree) -> dict[str, Num
     """
     leaves = dict(pairing.named(values))
     found = {}
-    for rule in group.axes:
+    for rule, along in group.along.items():
+        if along.axis is not None:
+            continue
         matched = matches(rule, leaves)
         check_matched(rule, group_name, matched, leaves)
         for name in matched:

@@ -33,6 +33,11 @@ def groups(config: ModelConfig, units: str = "neurons") -> dict[str, Group]:
     4
     """
     check_choice(units, UNITS, "units")
+    if not isinstance(config, ModelConfig):
+        raise InputError(
+            f"groups must have the ModelConfig of a decoder, got {type(config).__name__}; declare "
+            "structured.Group for other models"
+        )
     if config.layers < 1:
         raise InputError(f"the model must have at least one layer to cut, got {config.layers}")
     if units == LAYERS:
@@ -48,8 +53,7 @@ def cut_config(config: ModelConfig, keep: Mapping[str, Any]) -> ModelConfig:
     """Returns the config of a decoder after a cut.
 
     If the layers differ in their widths, it has `layer_hidden` or `layer_heads`: `models.gpt`
-    computes such a model and `swe_prune.save` stores it, but no config.json can say it, so it
-    cannot be exported.
+    computes such a model, but stock transformers cannot load it, so it cannot be exported.
 
     Args:
         config: Config before the cut.

@@ -71,7 +71,7 @@ class Group:
 
     @property
     def numbered(self) -> bool:
-        """Whether every unit has weights of its own, with its number in their names."""
+        """Whether the units have weights of their own, with the number in their names."""
         return any(along.axis is None for along in self.along.values())
 
     @property
@@ -103,7 +103,7 @@ def placed(groups: Groups, values: PyTree) -> dict[str, list[Placed]]:
     """Returns where each leaf has units, by name; leaves without units are missing.
 
     Args:
-        groups: Groups by name; those whose units have weights of their own are left out.
+        groups: Groups by name. Weights that belong to one unit as a whole are left out.
         values: Pytree laid out like the parameters: parameters, scores, masks, statistics, or an
             optimizer's state.
 
@@ -116,9 +116,9 @@ def placed(groups: Groups, values: PyTree) -> dict[str, list[Placed]]:
     leaves = dict(tree.named_leaves(values))
     found: dict[str, list[Placed]] = {}
     for group_name, group in groups.items():
-        if group.numbered:
-            continue
         for rule, along in group.along.items():
+            if along.axis is None:
+                continue
             matched = matches(rule, leaves)
             check_matched(rule, group_name, matched, leaves)
             for name in matched:
@@ -174,18 +174,26 @@ def check(groups: Groups) -> None:
         if not group.axes:
             raise InputError(f"group {name!r} must have at least one rule in axes, got none")
         for rule, along in group.along.items():
-            check_count(f"width in rule {rule!r} of group {name!r}", along.width)
-            if along.axis is None and re.compile(rule).groups != 1:
-                raise InputError(
-                    f"rule {rule!r} of group {name!r} has no axis, so it must capture the number "
-                    r"of the unit, as in 'block_([0-9]+)/'"
-                )
-            if (along.copies is None) != (group.copies is None) and along.axis is not None:
-                raise InputError(
-                    f"rule {rule!r} of group {name!r} must say which axis has the copies if the "
-                    f"group has copies, and only then, got copies = {group.copies} of the group "
-                    f"and {along.copies} of the rule"
-                )
+            _check_along(rule, along, group, f"of group {name!r}")
+
+
+def _check_along(rule: str, along: Along, group: Group, where: str) -> None:
+    tree.rule_matches(rule, "")  # refuses what is not a regular expression
+    check_count(f"width in rule {rule!r} {where}", along.width)
+    for axis in (along.axis, along.copies):
+        if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
+            raise InputError(f"an axis in rule {rule!r} {where} must be an integer, got {axis!r}")
+    if along.axis is None and (re.compile(rule).groups != 1 or group.copies is not None):
+        raise InputError(
+            f"rule {rule!r} {where} has no axis, so it must capture the number of the unit, as in "
+            "'block_([0-9]+)/', and the group must have no copies"
+        )
+    if (along.copies is None) != (group.copies is None):
+        raise InputError(
+            f"rule {rule!r} {where} must say which axis has the copies if the group has copies, "
+            f"and only then, got copies = {group.copies} of the group and {along.copies} of the "
+            "rule"
+        )
 
 
 def check_keep(groups: Groups, keep: Mapping[str, Any]) -> dict[str, np.ndarray]:

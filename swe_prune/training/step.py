@@ -43,6 +43,7 @@ def train_step(
     accumulate: int = 1,
     distillation: Distillation | None = None,
     forward: Callable[[PyTree, Array], PyTree] | None = None,
+    teacher_model: nn.Module | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Returns the state after one optimizer step, and its metrics as scalars.
 
@@ -62,6 +63,7 @@ def train_step(
         distillation: how much of the loss is the distance to the teacher; None: it is the text's.
         forward: Function of (params, step) to the weights that the model computes with, such as
             `sparse_training.ste_magnitude`. None: the params themselves.
+        teacher_model: Linen model of the teacher, if units were cut out of `model`. None: `model`.
 
     Raises:
         InputError: a distillation without a teacher, or a teacher without one.
@@ -78,7 +80,13 @@ def train_step(
         if forward is not None:
             params = forward(params, state.step)
         losses_BxL = _losses_BxL(
-            model, params, part, fixed.teacher, distillation, train=True, rngs={"dropout": key}
+            model,
+            params,
+            part,
+            (teacher_model or model, fixed.teacher),
+            distillation,
+            train=True,
+            rngs={"dropout": key},
         )
         return losses.weighted_mean(losses_BxL, part.get("weights"), total)
 
@@ -150,6 +158,7 @@ def compile_train_step(
     place: Callable[[TrainState], TrainState] = lambda state: state,
     distillation: Distillation | None = None,
     forward: Callable[[PyTree, Array], PyTree] | None = None,
+    teacher_model: nn.Module | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the jitted train step of (state, batch), or of (state, batch, fixed).
 
@@ -163,6 +172,7 @@ def compile_train_step(
         place: constrains the state that the step returns to a layout over devices.
         distillation: as in `train_step`; `fixed` then holds the teacher.
         forward: Function of (params, step) to the weights that the model computes with.
+        teacher_model: as in `train_step`.
     """
 
     def step(
@@ -178,6 +188,7 @@ def compile_train_step(
             accumulate=accumulate,
             distillation=distillation,
             forward=forward,
+            teacher_model=teacher_model,
         )
         return place(state), metrics
 
@@ -193,15 +204,16 @@ def _losses_BxL(
     model: nn.Module,
     params: PyTree,
     batch: Batch,
-    teacher: Any = None,
+    teacher: tuple[nn.Module, PyTree] | None = None,
     distillation: Distillation | None = None,
     **options: Any,
 ) -> Array:
     logits_BxLxV: Any = model.apply({"params": params}, batch["inputs"], **options)
     losses_BxL = losses.cross_entropy(logits_BxLxV, batch["targets"])
-    if distillation is None:
+    if distillation is None or teacher is None:
         return losses_BxL
-    teacher_BxLxV: Any = model.apply({"params": teacher}, batch["inputs"])
+    teacher_model, teacher_params = teacher
+    teacher_BxLxV: Any = teacher_model.apply({"params": teacher_params}, batch["inputs"])
     apart_BxL: Any = losses.divergence(logits_BxLxV, teacher_BxLxV, distillation.temperature)
     return (1 - distillation.weight) * losses_BxL + distillation.weight * apart_BxL
 
