@@ -102,7 +102,7 @@ def smaller_rows(cells):
 
 def check_smaller(rows, others):
     assert tuple(rows) == ("dense", "cut", "restored", "recovered", "scratch")
-    assert rows["dense"] < rows["restored"] < rows["cut"]
+    assert rows["cut"] > max(rows["dense"], rows["restored"])
     dense, cut = others["parameters"]
     assert cut < 0.65 * dense
     for part in ("prefill", "decode"):
