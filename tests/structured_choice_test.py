@@ -106,6 +106,13 @@ def test_a_budget_of_latency_is_measured_on_few_candidates():
     assert len(seen) <= 7
 
 
+def test_a_measure_that_says_nothing_is_refused():
+    groups = structured.groups(CONFIG)
+    budget = Budget(latency=1, measure=lambda _: float("nan"))
+    refused("latency = 1 cannot be met: .* has nan", lambda: structured.choose(
+        groups, scores_like(groups), budget=budget, config=CONFIG))  # fmt: skip
+
+
 def test_flops_are_those_that_the_compiler_counts():
     config = ModelConfig(
         layers=1, heads=4, kv_heads=2, width=128, hidden=512, context=16, tied_head=False
@@ -141,6 +148,9 @@ def test_parameters_and_bytes_by_hand():
         ({"sparsity": 0.97, "uniform": False}, "leaves 1 of 48 units, but the 2 groups"),
         ({"budget": Budget()}, "must have one of params, flops, bytes, latency, got none"),
         ({"budget": Budget(params=1, flops=2)}, "got params, flops"),
+        ({"budget": Budget(flops=1, context=0)}, "context of a budget must be an integer"),
+        ({"budget": Budget(latency=1, measure=lambda _: 1.0), "config": CONFIG},
+         r"for the groups of structured.groups\(config\), and 'a' is another"),
         ({"budget": Budget(params=-1)}, "must be a number above 0"),
         ({"budget": Budget(params=9)}, "needs params="),
         ({"budget": Budget(flops=9), "params": PARAMS}, "needs config="),

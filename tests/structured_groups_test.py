@@ -184,6 +184,8 @@ def test_a_declaration_that_does_not_fit_names_the_tensor(group, sentence):
         ({"mlp": np.zeros(0, int)}, "keeps nothing"),
         ({"mlp": np.ones(6, bool)}, r"got bool\[6\]; of a bool array take numpy.flatnonzero"),
         ({"mlp": [0.5]}, "must be integer indices"),
+        ({"mlp": [[1], [2, 3]]}, "as many units in each copy"),
+        ([1], r"must be a mapping of groups to indices, got \[1\]"),
         ({"mlps": [1]}, "no group to cut at 'mlps'; did you mean 'mlp'"),
     ],
 )

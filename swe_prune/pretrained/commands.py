@@ -160,16 +160,17 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     params = tree.map_named(lambda name, leaf: leaf.astype(dtypes[name]), params)
     after = judge.judge(module, params, model, text, given)
     how = {"text": used.name, **{k: getattr(given, k) for k in ("steps", "batch", "learning_rate")}}
+    judged = {"text": text.name, "before": before.as_json(), "finetuned": after.as_json()}
+    judged["finetuning"] = how
     record = None
     if recorded:
         record = interop.PruningRecord(
-            **record_of(model.path),
-            commit=interop.commit_of_code(),
-            evaluation={"text": text.name, "before": before.as_json(), "finetuned": after.as_json(),
-                        "finetuning": how},
-        )  # fmt: skip
+            **record_of(model.path), commit=interop.commit_of_code(), evaluation=judged
+        )
 
     def also(folder: Path) -> None:
+        if record is None:
+            cut.carry_on(model.path, folder, judged)
         if stats is not None:
             tracked.write(
                 folder, stats, {"every": given.track_every, "rules": choice.rules(given), **how}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,26 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
     return folder
 
 
+def carry_on(source: Path, folder: Path, evaluation: Mapping[str, Any]) -> None:
+    """Writes the record of a cut model into the folder of what was made of it, if it is one.
+
+    Args:
+        source: Path of the model that was cut.
+        folder: Folder to write to.
+        evaluation: Measurements to add to those of the cut.
+    """
+    if not (source.is_dir() and (source / KEPT).is_file()):
+        return
+    said = interop.read_record(source)
+    said["evaluation"] = {**said.get("evaluation", {}), **evaluation}
+    _write_json(folder / interop.RECORD, said)
+    shutil.copyfile(source / KEPT, folder / KEPT)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _check_amount(given: CutSettings) -> None:
     if (given.sparsity is None) == (given.budget is None):
         said = "neither was given" if given.sparsity is None else "both were given"
@@ -197,8 +218,7 @@ def _write(
                 "commit": commit,
                 "version": __version__,
             }
-            text = json.dumps(said, indent=2, ensure_ascii=False)
-            (folder / interop.RECORD).write_text(text + "\n", encoding="utf-8")
+            _write_json(folder / interop.RECORD, said)
 
     return interop.export(
         given.out, small, mask=mask, record=record, also=also, compress=given.compress

@@ -8,14 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune import tree
 from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError
 from swe_prune.structured.cutting import cut
-from swe_prune.structured.decoder import cut_config
-from swe_prune.structured.group import Groups
+from swe_prune.structured.decoder import UNITS, cut_config
+from swe_prune.structured.group import Groups, check_count
 
 Measure = Callable[[ModelConfig], float]
 """Function from the config of a candidate to its latency in seconds."""
@@ -59,7 +60,7 @@ class Budget:
                 f"a budget must have one of {', '.join(names)}, got {', '.join(given) or 'none'}"
             )
         ((name, value),) = given.items()
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
         if not number or not 0 < value < math.inf:
             raise InputError(f"budget {name} must be a number above 0, got {value!r}")
         if (name == "latency") != (self.measure is not None):
@@ -67,7 +68,9 @@ class Budget:
                 "a budget of latency needs measure=, a function from a config to seconds, and "
                 "others do not; give both or neither"
             )
-        return name, value
+        if self.context is not None:
+            check_count("context of a budget", self.context)
+        return name, float(value)
 
     def cost(
         self, groups: Groups, params: PyTree | None, config: ModelConfig | None
@@ -87,6 +90,12 @@ class Budget:
             raise InputError(f"a budget of {name} needs params=; give the model's parameters")
         if name in ("latency", "flops") and config is None:
             raise InputError(f"a budget of {name} needs config=; give the model's config")
+        other = next((name for name in groups if name.rpartition("/")[2] not in UNITS), None)
+        if name in ("latency", "flops") and other is not None:
+            raise InputError(
+                f"a budget of {name} is for the groups of structured.groups(config), and {other!r} "
+                "is another; give a budget of params or bytes, or a sparsity"
+            )
         if name == "latency":
             assert config is not None
             assert self.measure is not None

@@ -206,7 +206,7 @@ def _within(budget: Budget, steps: list[Counts], cost: Callable[[Counts], float]
     """Returns the counts of most units whose cost is within the budget, by bisection."""
     name, limit = budget.limit
     least = cost(steps[0])
-    if least > limit:
+    if not least <= limit:
         raise InputError(
             f"the budget {name} = {limit:g} cannot be met: with the fewest units that may stay the "
             f"model has {least:g}; raise the budget or cut other units as well"

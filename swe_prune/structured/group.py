@@ -208,11 +208,19 @@ def check_keep(groups: Groups, keep: Mapping[str, Any]) -> dict[str, np.ndarray]
         InputError: An unknown group, or indices that are out of range, repeated or none.
     """
     check(groups)
+    if not isinstance(keep, Mapping):
+        raise InputError(f"keep must be a mapping of groups to indices, got {keep!r}")
     found = {}
     for name, given in keep.items():
         if name not in groups:
             raise InputError(f"keep has no group to cut at {name!r}{suggestion(name, groups)}")
-        group, indices = groups[name], np.asarray(given)
+        group = groups[name]
+        try:
+            indices = np.asarray(given)
+        except ValueError:  # rows of different lengths
+            raise InputError(
+                f"keep[{name!r}] must have as many units in each copy, got {given!r}"
+            ) from None
         if not np.issubdtype(indices.dtype, np.integer) or indices.ndim != len(group.shape):
             raise InputError(
                 f"keep[{name!r}] must be integer indices of kept units with "
