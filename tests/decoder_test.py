@@ -123,6 +123,18 @@ def test_what_is_fed_in_parts_gives_what_is_fed_at_once(name, length):
     )
 
 
+@pytest.mark.parametrize("name", ["llama", "learned"])
+def test_the_logits_of_the_last_token_alone_are_the_last_of_all(name):
+    model, params = make(ALL[name])
+    tokens_BxL, cache = tokens_of(length=9), gpt.empty_cache(ALL[name], 2, 12)
+    whole, _ = logits_of(model, params, tokens_BxL, cache, method="decode")
+    last, _ = jax.jit(
+        lambda t, c: model.apply({"params": params}, t, c, last_only=True, method="decode")
+    )(tokens_BxL, cache)
+    assert last.shape == (2, 1, whole.shape[-1])
+    np.testing.assert_allclose(last, whole[:, -1:], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("cached", [False, True])
 def test_padding_on_the_left_changes_nothing(name, cached):

@@ -15,7 +15,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 ROWS = ("swe", "magnitude", "random")
 PRUNED = 3789  # 80 % of the 10 x 64 + 64 x 64 weights of the two hidden kernels, 3788.8, rounded
-MOST_LINES = {"quickstart": 25, "prune_llm": 35}
+MOST_LINES = {"quickstart": 25, "prune_llm": 35, "smaller": 65}
 
 
 def read(name):
@@ -92,12 +92,43 @@ def test_a_language_model_is_pruned_and_goes_out_with_its_zeros(tmp_path):
         assert np.mean(np.asarray(kernel) == 0) == 0.5
 
 
+def smaller_rows(cells):
+    """Returns the perplexity of each model, and the other lines by their first word."""
+    split = [line.split() for line in printed(cells).splitlines()]
+    rows = {name: tuple(map(float, numbers)) for name, *numbers in split}
+    others = {name: rows.pop(name) for name in ("parameters", "prefill", "decode")}
+    return {name: found for name, (found,) in rows.items()}, others
+
+
+def check_smaller(rows, others):
+    assert tuple(rows) == ("dense", "cut", "restored", "recovered", "scratch")
+    assert rows["cut"] > max(rows["dense"], rows["restored"])
+    dense, cut = others["parameters"]
+    assert cut < 0.65 * dense
+    for part in ("prefill", "decode"):
+        assert 0 < others[part][0] <= others[part][1] <= others[part][2]
+
+
+def test_a_small_model_is_cut_restored_recovered_and_timed(tmp_path):
+    text = (NOTEBOOKS.parent / "LICENSE").read_text()
+    for name, part in (("train", text[:8000]), ("held_out", text[8000:])):
+        (tmp_path / name).write_text(part)
+    notebook = read("smaller")
+    (chosen,) = (cell for cell in notebook.cells if cell.source.startswith("TEXTS ="))
+    chosen.source = (
+        f"TEXTS = {str(tmp_path / 'train')!r}, {str(tmp_path / 'held_out')!r}\n"
+        "STEPS, RECOVERY = 60, 5"
+    )
+    check_smaller(*smaller_rows(executed(notebook, tmp_path)))
+
+
 def test_the_committed_outputs_come_from_a_run_of_all_cells_in_order():
     for name in NAMES:
         install, others = code_cells(read(name))
         counts = [cell.execution_count for cell in (install, *others)]
         assert counts == list(range(1, len(others) + 2)), name
     check_quickstart(quickstart_rows(code_cells(read("quickstart"))[1]))
+    check_smaller(*smaller_rows(code_cells(read("smaller"))[1]))
     dense, rows = llm_rows(code_cells(read("prune_llm"))[1])
     values = [dense, *(rows[name][1] for name in ("sparsegpt", "wanda", "magnitude"))]
     assert values == sorted(values)
