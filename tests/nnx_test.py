@@ -183,6 +183,8 @@ def test_of_linens_variables_the_weights_alone_are_pruned(wrap):
     given = variables()
     given["batch_stats"]["stacked"] = jnp.ones((3, 4))  # as of a scan over layers
     given = wrap(given)
+    marks = dict(tree.named_leaves(tree.prunable(given)))
+    assert [name for name, mark in marks.items() if mark] == ["params/down/kernel"]
     pruned = swe_prune.prune(given, 0.5, verbose=False)
     assert type(pruned.params) is type(given)
     assert pruned.summary.tensors.keys() == {"down/kernel"}

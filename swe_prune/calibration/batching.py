@@ -18,9 +18,10 @@ def each(batches: Any) -> Iterator[PyTree]:
         InputError: If it is one batch, whose rows or keys would be taken for batches, or nothing
             to iterate over.
     """
-    one = isinstance(batches, Mapping | str) or hasattr(batches, "shape")
-    if one or not isinstance(batches, Iterable):
-        is_array = hasattr(batches, "shape")
+    is_array = hasattr(batches, "shape")
+    # A loader may have __getitem__ alone.
+    iterable = isinstance(batches, Iterable) or hasattr(batches, "__getitem__")
+    if is_array or isinstance(batches, Mapping | str) or not iterable:
         raise InputError(
             "calibration takes batches, such as a list of them, got "
             f"{tree.described(batches) if is_array else f'a {type(batches).__name__}'}; give "

@@ -69,9 +69,11 @@ def best(
         prunable = tree.prunable(params) if stats is None else tracked(params, stats)
     found = moments(opt_state, params, prunable)
     if not found.found:
-        lacks = "an optimizer without a second moment, or one still the same for every weight"
+        lacks = "an optimizer without a second moment"
         if has_second_moment(opt_state, params):
             lacks += f" of the prunable weights ({_listed(found.lacking)})"
+        else:
+            lacks += ", or with one still the same for every weight"
         return _without_optimizer(lacks, scope, measured)
     missing = _told(found)
     has = "it has the optimizer's second moment, but no late mean"

@@ -19,6 +19,7 @@ from swe_prune.tree import pairing
 from swe_prune.tree.dense_rules import DENSE_BY_DEFAULT as DENSE_BY_DEFAULT
 from swe_prune.tree.holders import Held as Held
 from swe_prune.tree.holders import held as held
+from swe_prune.tree.holders import level_of as level_of
 from swe_prune.tree.holders import opt_state_of as opt_state_of
 from swe_prune.tree.pairing import is_absent as is_absent
 from swe_prune.tree.pairing import placed_leaves as placed_leaves
@@ -129,9 +130,10 @@ def prunable(
     """Returns a bool pytree that is True where the weight may be pruned.
 
     A leaf is prunable if an `include` rule matches its name (`re.search`) and no `exclude` rule
-    does. Without `include`, all floating-point leaves with two or more axes are included. Without
-    `exclude`, embeddings, norms, biases, routers and the output head are excluded, under the names
-    that the usual frameworks give them (`DENSE_BY_DEFAULT`).
+    does. Without `include`, all floating-point leaves with two or more axes are included, of
+    Linen's variables or a training state only those under "params". Without `exclude`, embeddings,
+    norms, biases, routers and the output head are excluded, under the names that the usual
+    frameworks give them (`DENSE_BY_DEFAULT`).
 
     Args:
         params: Pytree of arrays; only floating-point leaves can be prunable.
@@ -162,8 +164,10 @@ def prunable(
                     f"Weights: {_abbreviated(list(weights))}"
                 )
     axes = {} if layout is None else dict(named_leaves(layout))
+    within = level_of(params)
     chosen = {
-        name: not dense_reason(name, leaf, include, exclude, axes.get(name))
+        name: (include is not None or name.startswith(within))
+        and not dense_reason(name, leaf, include, exclude, axes.get(name))
         for name, leaf in weights.items()
     }
     if not any(chosen.values()):
@@ -172,9 +176,10 @@ def prunable(
             for name, leaf in named_leaves(params)
             if hasattr(leaf, "shape")
         ]
+        by_default = "" if exclude is not None else ", or give exclude=() to let all weights in"
         raise InputError(
             f"no weight is prunable under include={include!r}, exclude={exclude!r}; "
-            f"widen the rules. Weights: {_abbreviated(told) or 'none'}"
+            f"widen the rules{by_default}. Weights: {_abbreviated(told) or 'none'}"
         )
     return map_named(lambda name, _: chosen.get(name, False), params)
 

@@ -83,6 +83,12 @@ def held(holder: Any) -> Held:
     return Held(holder, lambda new: new)
 
 
+def level_of(holder: Any) -> str:
+    """Returns what the names of the weights begin with in a training state or Linen's variables."""
+    is_collections = isinstance(holder, Mapping) and COLLECTION in holder
+    return f"{COLLECTION}/" if is_collections or _is_train_state(holder) else ""
+
+
 def opt_state_of(given: Any) -> PyTree | None:
     """Returns an optimizer's state; an `nnx.Optimizer` or a training state may be given for it."""
     if isinstance(given, nnx.Optimizer) or _is_train_state(given):
