@@ -15,7 +15,7 @@ from swe_prune import data as data_lib
 from swe_prune import interop, masks, recipe, tree
 from swe_prune.errors import InputError
 from swe_prune.evaluation import gate
-from swe_prune.models import gpt
+from swe_prune.models import phi3v
 from swe_prune.pretrained import choice, dry_run, finetuning, judge, texts, tracked
 from swe_prune.pretrained.opening import opened, weights_like
 from swe_prune.pretrained.request import check_trajectory, recipe_of
@@ -84,7 +84,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
             f"Calibrating on {given.calibration_windows} windows of {window} tokens of {used.name}."
         )
     model = checkpoint.read(dtype=given.dtype)
-    module = gpt.build(model.config, model.vocab_size)
+    module = phi3v.build(model.config, model.vocab_size)
     reads_trajectory = bool(request.needs & set(BUFFERS))
     stats = tracked.read(checkpoint.path, model.params) if reads_trajectory else None
     dense = judge.judge(module, model.params, model, text, given)
@@ -113,7 +113,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
             prunable=chosen,
             layout=layout,
             model=module,
-            blocks=gpt.BLOCKS,
+            blocks=phi3v.blocks(model.config),
             batches=batches,
             loss=loss,
             offload=given.offload,
@@ -160,8 +160,8 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     model = checkpoint.read(dtype=given.dtype)
     recorded = _has_masks(model.path)
     mask = interop.read_masks(model.path) if recorded else _held_zeros(model, given, console)
-    module = gpt.build(model.config, model.vocab_size)
-    trained = gpt.build(dataclasses.replace(model.config, remat=given.remat), model.vocab_size)
+    module = phi3v.build(model.config, model.vocab_size)
+    trained = phi3v.build(dataclasses.replace(model.config, remat=given.remat), model.vocab_size)
     before = judge.judge(module, model.params, model, text, given)
     gate(before.perplexity, uniform=model.vocab_size, at_most=given.at_most)
     teacher = None
@@ -203,7 +203,7 @@ def evaluate(given: EvaluateSettings, progress: Progress, console: Console) -> d
     """
     model = opened(given, progress).read(dtype=given.dtype)
     text = texts.read(given.evaluation, model)
-    module = gpt.build(model.config, model.vocab_size)
+    module = phi3v.build(model.config, model.vocab_size)
     rows, dense = {}, None
     if given.dense is not None:
         dense = weights_like(model, given.dense, given.dense_prefix, progress)
