@@ -47,7 +47,9 @@ def rows(count):
     for number in range(count):
         file = io.BytesIO()
         Image.new("RGB", (16, 8), (40 * number, 20, 250 - 40 * number)).save(file, "PNG")
-        yield Row(lambda file=file: file.getvalue(), "<|image_1|>it costs", f" {number + 3}\n", "it")
+        yield Row(
+            lambda file=file: file.getvalue(), "<|image_1|>it costs", f" {number + 3}\n", "it"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -122,18 +124,23 @@ def test_rules_choose_what_a_phase_trains(model, params, batch):
     chosen = tree.prunable(params, phi3v.PRUNABLE)
     mask = masks.by_sparsity(importance.score("magnitude", params, prunable=chosen), 0.5)
     state = state_lib.create(jax.tree.map(jnp.array, params), optimizer, 0, masks=mask)
-    step = step_lib.compile_train_step(
-        model, optimizer, forward=optimizer_lib.stop_frozen(still)
-    )
+    step = step_lib.compile_train_step(model, optimizer, forward=optimizer_lib.stop_frozen(still))
     state, metrics = step(state, batch)
     assert int(metrics["revived"]) == 0
     after = named(state.params)
     for name, before in named(params).items():
         trained = name.startswith(("decoder/block_", "projection/"))
         assert np.any(after[name] != before) == trained, name
+    scores = importance.score(
+        "magnitude_curvature", state.params, opt_state=state.opt_state, prunable=chosen
+    )
+    assert {name for name, leaf in tree.named_leaves(scores) if leaf is not None} == {
+        name for name, mark in tree.named_leaves(chosen) if mark
+    }
     moments = {name for name, _ in tree.named_leaves(state.opt_state) if "/mu/" in name}
-    assert moments and not any("vision/" in name for name in moments)
-    with pytest.raises(InputError, match="'nowhere' .* matches no weight"):
+    assert moments
+    assert not any("vision/" in name for name in moments)
+    with pytest.raises(InputError, match=r"'nowhere' .* matches no weight"):
         frozen(CONFIG, params, dataclasses.replace(PHASE, trained=("nowhere",)))
 
 
@@ -159,7 +166,8 @@ def test_the_traced_layout_knows_the_kernels_of_both_towers(model, params, batch
     axes = dict(tree.named_leaves(layout(model, params, batch)))
     for name in ("vision/block_1/mlp/up/kernel", "projection/first/kernel",
                  "decoder/block_0/mlp/up/kernel", "vision/patch_embedding/kernel"):  # fmt: skip
-        assert axes[name].inputs == (0,) and axes[name].outputs == (1,), name
+        assert axes[name].inputs == (0,), name
+        assert axes[name].outputs == (1,), name
     assert axes["vision/block_2/mlp/up/kernel"] is None or (
         axes["vision/block_2/mlp/up/kernel"].kind == "vector"
     )

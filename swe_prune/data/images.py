@@ -139,9 +139,7 @@ def tiled(image: Any, vision: VisionConfig) -> UInt8[np.ndarray, "Y X 3"]:
     scaled = np.asarray(image.resize((new_width, new_height), Image.Resampling.BILINEAR))
     missing = -new_height % vision.image
     above = missing // 2
-    padded = np.pad(
-        scaled, ((above, missing - above), (0, 0), (0, 0)), constant_values=WHITE[0]
-    )
+    padded = np.pad(scaled, ((above, missing - above), (0, 0), (0, 0)), constant_values=WHITE[0])
     return padded.swapaxes(0, 1) if on_side else padded
 
 

@@ -84,7 +84,9 @@ def generate(
     key = jax.random.key(seed)
     ends = [] if eos_id is None else np.atleast_1d(eos_id)
     eos_E = np.array([*ends, -1], np.int32)  # -1 is not a token, so the array is never empty
-    state = _begin(model, sampling, max_new_tokens, params, tokens_BxL, valid_BxL, key, eos_E, images)
+    state = _begin(
+        model, sampling, max_new_tokens, params, tokens_BxL, valid_BxL, key, eos_E, images
+    )
     # Decode in chunks, between which `stop` may end texts; without it, in a single chunk.
     until = max_new_tokens if stop is None else 1
     while True:

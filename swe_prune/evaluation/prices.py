@@ -74,7 +74,12 @@ def price_errors(
                       for shown in ("own", "blank"))
     ]  # fmt: skip
     prices = [
-        {"number": number, "price": truth[number], "prompt": split.rows[number].prompt, "text": text}
+        {
+            "number": number,
+            "price": truth[number],
+            "prompt": split.rows[number].prompt,
+            "text": text,
+        }
         for number, text in answers["own"].items()
     ]
     return PriceErrors(generated, unparsable, float(forced[0]), float(forced[1]), prices)

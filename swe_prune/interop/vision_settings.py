@@ -114,9 +114,7 @@ def read_crops(preprocessor: Mapping[str, Any]) -> int:
     """
     crops = preprocessor.get("num_crops", VisionConfig.crops)
     if type(crops) is not int or crops < 1:
-        raise InputError(
-            f"num_crops in {PREPROCESSOR} must be an integer above 0, got {crops!r}"
-        )
+        raise InputError(f"num_crops in {PREPROCESSOR} must be an integer above 0, got {crops!r}")
     return crops
 
 

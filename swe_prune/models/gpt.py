@@ -19,7 +19,6 @@ Zhang and Sennrich 2019 (RMS norm), Shazeer 2020 (gated MLP), Touvron et al. 202
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from swe_prune.config import ModelConfig, VisionConfig
+from swe_prune.config import ModelConfig
 from swe_prune.models import gpt
 from swe_prune.models.checks import check
 from swe_prune.models.kv_cache import Cache
@@ -42,7 +42,7 @@ PARTITION_RULES: tuple[gpt.Rule, ...] = (
     (r"projection/second/kernel$", ("tensor", "fsdp")),
     gpt.POSITION_RULE,
 )
-"""Partition of the parameters that the decoder does not have; its rules cover the tower's blocks."""
+"""Partition of the parameters that the decoder does not have; its rules cover both's blocks."""
 
 PRUNABLE = (r"^decoder/block_[0-9]+/(attention|mlp)/\w+/kernel$",)
 """Rules of the weights that are pruned by default: the decoder's attention and MLP."""
@@ -92,9 +92,7 @@ class Phi3V(nn.Module):
             InputError: If L exceeds config.context (at trace time).
         """
         tokens_BxL, images_BxTxD = self._read(inputs)
-        return self.decoder(
-            tokens_BxL, train=train, valid_BxL=valid_BxL, images_BxTxD=images_BxTxD
-        )
+        return self.decoder(tokens_BxL, train=train, valid_BxL=valid_BxL, images_BxTxD=images_BxTxD)
 
     def decode(
         self, inputs: Inputs, cache: Cache, valid_BxL: Bool[Array, "B L"] | None = None

@@ -27,8 +27,8 @@ def check(config: VisionConfig) -> None:
     """Raises InputError if the sizes of the tower do not fit together."""
     if config.image < 1 or config.patch < 1 or config.image % (2 * config.patch):
         raise InputError(
-            f"config.model.vision.image must be a multiple of 2 * patch = {2 * config.patch}, since "
-            f"2 x 2 patches become one token, got {config.image}"
+            f"config.model.vision.image must be a multiple of 2 * patch = {2 * config.patch}, "
+            f"since 2 x 2 patches become one token, got {config.image}"
         )
     if config.heads < 1 or config.width % config.heads:
         raise InputError(
@@ -108,9 +108,7 @@ class VisionTower(nn.Module):
         x = pixels_BxYxXx3.reshape(batch, side, patch, side, patch, 3)
         x = x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, side * side, -1)  # as torch lays out a
         init = nn.initializers.normal(INIT_STDDEV)  # patch: color, row, column
-        embed = nn.Dense(
-            vision.width, False, cfg.dtype, kernel_init=init, name="patch_embedding"
-        )
+        embed = nn.Dense(vision.width, False, cfg.dtype, kernel_init=init, name="patch_embedding")
         # Wider than CLIP's, so that a narrow tower sees where a patch is from the first step.
         wide = nn.initializers.normal(vision.width**-0.5)
         first_D = self.param("class_embedding", wide, (vision.width,)).astype(cfg.dtype)

@@ -319,9 +319,7 @@ def _prunable(config: Config, params: PyTree) -> PyTree:
         return tree.prunable(params, include, exclude)
     chosen = tree.prunable(params, phi3v.PRUNABLE if include is None else include, exclude)
     # What is in no computation would be ranked by its noise.
-    return tree.map_named(
-        lambda name, mark: mark and not phi3v.unused(config.model, name), chosen
-    )
+    return tree.map_named(lambda name, mark: mark and not phi3v.unused(config.model, name), chosen)
 
 
 def _rules(config: Config) -> list[tuple[str, tuple[str | None, ...]]]:

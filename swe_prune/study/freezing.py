@@ -10,9 +10,7 @@ from swe_prune.errors import InputError
 from swe_prune.models import phi3v
 
 
-def frozen(
-    model: ModelConfig, params: PyTree, phase: PhaseConfig
-) -> Callable[[str], bool] | None:
+def frozen(model: ModelConfig, params: PyTree, phase: PhaseConfig) -> Callable[[str], bool] | None:
     """Returns the function from a weight's name to whether a phase does not change it.
 
     Weights that are in no computation never change, since weight decay alone would shrink them.
