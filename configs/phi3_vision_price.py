@@ -3,22 +3,20 @@
     python -m swe_prune plan --config=configs/phi3_vision_price.py --devices=8
 
 compiles its train step for eight devices and prints what each would hold and receive. The decoder's
-attention and MLP are trained, tracked and pruned, as arXiv 2502.17071 fine-tunes this model; add
-`--config.train.trained=None` to train the tower too. To start from the published weights, give
-their folder and drop the sizes: `--config.model.pretrained=FOLDER` beside a config without `model`.
+attention and MLP are trained, tracked and pruned; `--config.train.trained=None` trains the tower
+too, as the public recipe does. To start from the published weights, give `model` their folder as
+`pretrained` in place of the sizes; they come with their tokenizer.
 
 The data are the price tags, by characters, until `config.data.dataset` names a parquet file of the
-product-price set (title, category3_code, full_price, image). A tag becomes 15 crops and a global
-view, 2,353 tokens; with `--config.model.vision.crops=4`, 2 crops and 457.
+product-price set (title, category3_code, full_price, image). A tag becomes 12 crops and a global
+view, 1,909 tokens; with `--config.model.vision.crops=4`, 3 crops and 601.
 
 Time: not measured. Result to expect: unknown, nobody has run it.
 """
 
 from ml_collections import ConfigDict
 
-_SHORT = (1.0,) * 48
-_LONG = (1.0,) * 48
-"""The factors of a checkpoint are in its config.json; fresh weights need none."""
+FACTORS = (1.0,) * 48  # those of the checkpoint are in its config.json
 
 
 def get_config() -> ConfigDict:
@@ -38,8 +36,8 @@ def get_config() -> ConfigDict:
                 "rope": {
                     "scaling": "longrope",
                     "original_context": 4096,
-                    "short_factors": _SHORT,
-                    "long_factors": _LONG,
+                    "short_factors": FACTORS,
+                    "long_factors": FACTORS,
                 },
                 "activation": "silu",
                 "tied_head": False,

@@ -59,7 +59,8 @@ def groups() -> Iterator[tuple[type, list[str]]]:
             inside += [argument for one in inside for argument in typing.get_args(one)]
             for one in dict.fromkeys(inside):
                 if dataclasses.is_dataclass(one):
-                    listed = "" if one is hint else "[i]"
+                    many = any(typing.get_origin(of) is tuple for of in (hint, *inside))
+                    listed = "[i]" if many else ""
                     walk(typing.cast(type, one), f"{path}.{name}{listed}".lstrip("."))
 
     walk(Config, "")

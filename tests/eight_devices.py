@@ -12,7 +12,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "multidevice"
 GROUPS = {
     "core": ("core", "contract"),
-    "training": ("allocation", "calibration", "sparse_training"),
+    "training": ("allocation", "calibration", "sparse_training", "vision"),
     "study": ("experiment", "interop", "pretrained", "scale"),
 }
 

@@ -38,7 +38,8 @@ def picture(width=16, height=8, color=RED):
 
 def test_grey_palette_and_cmyk_images():
     grey = images.open_image(encoded(Image.new("L", (3, 2), 77)), "it")
-    assert (np.asarray(grey) == 77).all() and grey.mode == "RGB"
+    assert (np.asarray(grey) == 77).all()
+    assert grey.mode == "RGB"
     palette = images.open_image(encoded(picture().convert("P", palette=1)), "it")
     np.testing.assert_allclose(np.asarray(palette)[0, 0], RED, atol=30)
     cmyk = images.open_image(encoded(picture().convert("CMYK"), "JPEG", quality=100), "it")
@@ -104,7 +105,8 @@ def test_an_image_too_thin_for_a_row_of_pixels():
 def test_padding_is_white_above_and_below_or_left_and_right():
     wide = images.tiled(picture(10, 4), VISION)  # 16 x 6 pixels of it
     assert wide.shape == (8, 16, 3)
-    assert (wide[[0, -1]] == 255).all() and (wide[1:-1] == RED).all()
+    assert (wide[[0, -1]] == 255).all()
+    assert (wide[1:-1] == RED).all()
     np.testing.assert_array_equal(images.tiled(picture(4, 10), VISION), wide.swapaxes(0, 1))
 
 
@@ -128,7 +130,8 @@ def table(path, *, count=6, **changes):
 
 def test_rows_of_a_parquet_file(tmp_path):
     data = image_text.load(table(tmp_path / "prices.parquet"), MODEL)
-    assert len(data.train) == 4 and len(data.validation) == 2
+    assert len(data.train) == 4
+    assert len(data.validation) == 2
     row = data.validation.rows[0]
     assert row.prompt.endswith("What is shown in this image?<|end|><|assistant|>")
     assert row.answer == "\nProduct: Bag 4, Category: BAGS, Full Price: 490.0<|end|>"
@@ -183,7 +186,7 @@ def test_a_dataset_without_the_columns(tmp_path):
 @pytest.mark.parametrize("prompt", ["no picture", "<|image_1|> and <|image_1|>"])
 def test_a_prompt_has_one_placeholder(tmp_path, monkeypatch, prompt):
     monkeypatch.setattr(price_rows, "PROMPT", prompt)
-    with pytest.raises(InputError, match="row 0 of .* has the placeholder"):
+    with pytest.raises(InputError, match=r"row 0 of .* has the placeholder"):
         image_text.load(table(tmp_path / "prices.parquet"), MODEL)
 
 
@@ -200,7 +203,8 @@ def test_the_loss_is_on_the_answer_only(data):
     batch = split.batch(split.buckets[0][:2])
     tokens_BxL, pixels = batch["inputs"]["tokens"], batch["inputs"]["pixels"]
     grid = batch["inputs"]["grid"][0]
-    assert pixels.shape == (2, 1 + grid.prod(), 8, 8, 3) and pixels.dtype == np.float32
+    assert pixels.shape == (2, 1 + grid.prod(), 8, 8, 3)
+    assert pixels.dtype == np.float32
     for row, number in enumerate(split.buckets[0][:2]):
         counted = batch["weights"][row] > 0
         answer = data.tokenizer.decode(batch["targets"][row][counted])
@@ -280,7 +284,8 @@ def test_tags_are_the_same_in_every_run():
     one, two = (list(itertools.islice(tags.tags("train"), 20)) for _ in range(2))
     for (pixels, goods, price), (again, *_) in zip(one, two, strict=True):
         np.testing.assert_array_equal(pixels, again)
-        assert pixels.shape == (tags.HEIGHT, tags.WIDTH) and pixels.dtype == np.uint8
+        assert pixels.shape == (tags.HEIGHT, tags.WIDTH)
+        assert pixels.dtype == np.uint8
         low, high = tags.GOODS[goods]
         assert low <= price <= high
 
@@ -293,7 +298,8 @@ def test_the_dataset_of_tags(tmp_path, monkeypatch):
     config = DataConfig(dataset="digit_prices", data_dir=str(tmp_path))
     vision = dataclasses.replace(VISION, crops=3)
     data = image_text.load(config, dataclasses.replace(MODEL, vision=vision))
-    assert len(data.train) == 6 and len(data.train.buckets) == 1
+    assert len(data.train) == 6
+    assert len(data.train.buckets) == 1
     assert tuple(data.train.grids[0]) == (1, 3)
     row = data.train.rows[0]
     assert row.answer == f" {row.price:.0f}\n"

@@ -21,7 +21,8 @@ def test_every_family_is_there():
     there = {
         json.loads((FOLDER / name / "config.json").read_text())["model_type"] for name in NAMES
     }
-    assert there == set(interop.FAMILIES)
+    # tests/phi3v_test.py has a golden folder of a model with a vision tower.
+    assert there == {name for name, family in interop.FAMILIES.items() if not family.vision}
 
 
 @pytest.fixture(scope="module")

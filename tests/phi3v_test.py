@@ -16,7 +16,8 @@ import pytest
 from interop_tiny import assert_logits_close, assert_same_params
 from PIL import Image
 
-from swe_prune import interop, tree
+from swe_prune import interop, masks, tree
+from swe_prune import recipe as recipe_lib
 from swe_prune.config import ModelConfig, VisionConfig
 from swe_prune.data import images
 from swe_prune.errors import InputError
@@ -24,6 +25,7 @@ from swe_prune.interop import slices
 from swe_prune.interop.tensor_names import SAFETENSORS
 from swe_prune.models import gpt, phi3v
 from swe_prune.models.vision import VisionTower, encoder
+from swe_prune.recipe import Recipe
 
 FOLDER = Path(__file__).parent / "golden" / "phi3_v"
 GOLDEN = np.load(FOLDER / "golden.npz")
@@ -193,6 +195,31 @@ def test_out_and_in_again_is_bit_identical(tmp_path):
     assert one.config.vision.crops == 4
     settings = json.loads((tmp_path / "out" / "config.json").read_text())
     assert settings["rope_scaling"]["type"] == "su"
+
+
+def test_write_config_is_the_inverse_of_read_config(model):
+    written = interop.write_config(model.config, model.vocab_size)
+    assert written["model_type"] == "phi3_v"
+    family, config, _ = interop.read_config(written)
+    crops = dataclasses.replace(config.vision, crops=model.config.vision.crops)
+    assert (family, dataclasses.replace(config, vision=crops)) == ("phi3_v", model.config)
+    assert interop.write_config(FULL, 32064)["img_processor"]["image_dim_out"] == 1024
+    assert "vision_config" not in interop.write_config(FULL, 32064)
+
+
+def test_a_pruned_model_is_written_and_read(tmp_path, model):
+    """Magnitudes of the decoder; the tower stays as it came, its unused layer too."""
+    chosen = tree.prunable(model.params, phi3v.PRUNABLE)
+    recipe = Recipe("magnitude", sparsity=0.5)
+    params, mask = recipe_lib.prune(recipe, model.params, prunable=chosen)
+    out = interop.export(
+        tmp_path / "out", model, params, mask=mask, record=interop.PruningRecord(recipe)
+    )
+    again = interop.load(out, tokenizer=False)
+    assert_same_params(again.params["vision"], model.params["vision"])
+    found = masks.summary(interop.read_masks(out))
+    assert found.sparsity == 0.5
+    assert int(masks.revived(again.params, mask)) == 0
 
 
 @pytest.mark.parametrize("named", ["vision_model.", ""])

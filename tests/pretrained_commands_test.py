@@ -346,10 +346,10 @@ def test_masks_that_would_zero_weights_are_refused_unless_asked_for(
     error = capsys.readouterr().err
     assert "weights that are not 0; give --masks=ignore" in error
     assert not (tmp_path / "out").exists()
-    for masks in ("ignore", "apply"):  # as it says
-        out = tmp_path / masks
-        assert finetune(place, out, "--steps=1", f"--masks={masks}", model=model) == 0
-        assert (out / interop.MASKS).exists() == (masks == "apply")
+    for use in ("ignore", "apply"):  # as it says
+        out = tmp_path / use
+        assert finetune(place, out, "--steps=1", f"--masks={use}", model=model) == 0
+        assert (out / interop.MASKS).exists() == (use == "apply")
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 The product-price set is read as the public recipe reads it: columns `title`, `category3_code`,
 `full_price` and `image`, one prompt, and the price as the last word of the answer.
 
-Source: https://github.com/microsoft/Phi-3CookBook, code/04.Finetuning/Phi-3-vision-Trainingscript.py
-(the prompt and the parsing); DBQ/Burberry.Product.prices.United.States (the columns).
+Source: https://github.com/microsoft/Phi-3CookBook, Phi-3-vision-Trainingscript.py in the folder
+code/04.Finetuning (the prompt and the parsing); DBQ/Burberry.Product.prices.United.States (the
+columns).
 """
 
 import dataclasses

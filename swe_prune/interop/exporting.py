@@ -9,7 +9,6 @@
 The folder is written under a temporary name next to its final path, and renamed when complete.
 """
 
-import dataclasses
 import json
 import os
 import shutil
@@ -176,9 +175,6 @@ def _config(model: Pretrained, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the source's config.json, or a new one if the settings have changed."""
     family, config, vocab_size = read_config(model.hf_config, model.config.dtype)
     ours = (model.family, canonical(model.config), model.vocab_size)
-    if config.vision is not None and model.config.vision is not None:  # crops are in another file
-        vision = dataclasses.replace(config.vision, crops=model.config.vision.crops)
-        config = dataclasses.replace(config, vision=vision)
     # Reuse the source's config.json unless the settings have changed.
     if (family, config, vocab_size) == ours:
         written = dict(model.hf_config)

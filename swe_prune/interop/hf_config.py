@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from swe_prune.bounds import COUNT, POSITIVE
-from swe_prune.config import ComputeDtype, ModelConfig
+from swe_prune.config import ComputeDtype, ModelConfig, VisionConfig
 from swe_prune.errors import InputError, check_choice, shown
 from swe_prune.interop.families import ACTIVATIONS, FAMILIES
 from swe_prune.interop.family import NEEDED, Family, Key
@@ -170,6 +170,9 @@ def canonical(config: ModelConfig) -> ModelConfig:
     for field in ("qkv_bias", "out_bias", "mlp_bias", "head_bias"):
         value = getattr(config, field)
         normalized[field] = config.use_bias if value is None else value
+    if config.vision is not None:  # crops are in another file
+        vision = dataclasses.replace(config.vision, crops=VisionConfig.crops)
+        normalized["vision"] = vision
     rope = config.rope
     if config.positions == "rope" and rope.original_context is None:
         normalized["rope"] = dataclasses.replace(rope, original_context=config.context)

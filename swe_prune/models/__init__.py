@@ -1,11 +1,13 @@
 """Linen models, which contain no pruning code.
 
 gpt        one decoder for all model families: `build`, and the partition rules of its parameters
-block      decoder block: attention and MLP
+vision     CLIP's vision tower
+phi3v      Phi-3-vision, the decoder with a tower; `build` for the model of any config
+block      block of the decoder and the tower: attention and MLP
 checks     checks of the config
 experts    MLP of sparse experts
 layers     dense layers, norms and activations
-attention  causal attention
+attention  attention, causal or not
 kv_cache   positions of tokens, and the cache of keys and values
 rope       rotary position embeddings
 

@@ -42,10 +42,7 @@ PARTITION_RULES: tuple[gpt.Rule, ...] = (
     (r"projection/second/kernel$", ("tensor", "fsdp")),
     gpt.POSITION_RULE,
 )
-"""Partition of the parameters that the decoder does not have; its rules cover the tower's blocks."""
-
-BLOCKS = r"decoder/block_[0-9]+"
-"""Regular expression for the paths of the decoder's blocks, which `blockwise` prunes."""
+"""Partition of the parameters that the decoder does not have; its rules cover both's blocks."""
 
 PRUNABLE = (r"^decoder/block_[0-9]+/(attention|mlp)/\w+/kernel$",)
 """Rules of the weights that are pruned by default: the decoder's attention and MLP."""
@@ -205,6 +202,11 @@ def build(
     check(config)
     check_vision(config.vision)
     return Phi3V(config, vocab_size, constrain)
+
+
+def blocks(config: ModelConfig) -> str:
+    """Returns the regular expression for the paths of the decoder's blocks, for `blockwise`."""
+    return gpt.BLOCKS if config.vision is None else f"decoder/{gpt.BLOCKS}"
 
 
 def unused(config: ModelConfig, name: str) -> bool:

@@ -27,8 +27,8 @@ def check(config: VisionConfig) -> None:
     """Raises InputError if the sizes of the tower do not fit together."""
     if config.image < 1 or config.patch < 1 or config.image % (2 * config.patch):
         raise InputError(
-            f"config.model.vision.image must be a multiple of 2 * patch = {2 * config.patch}, since "
-            f"2 x 2 patches become one token, got {config.image}"
+            f"config.model.vision.image must be a multiple of 2 * patch = {2 * config.patch}, "
+            f"since 2 x 2 patches become one token, got {config.image}"
         )
     if config.heads < 1 or config.width % config.heads:
         raise InputError(

@@ -16,7 +16,7 @@ from swe_prune import interop, structured, tree
 from swe_prune.errors import InputError
 from swe_prune.evaluation import latency
 from swe_prune.evaluation.latency import Times, Workload
-from swe_prune.models import gpt
+from swe_prune.models import phi3v
 from swe_prune.pretrained.opening import opened
 from swe_prune.pretrained.settings import BenchSettings
 from swe_prune.training.progress import Progress
@@ -60,7 +60,7 @@ def bench(given: BenchSettings, progress: Progress, console: Console) -> dict[st
     for source in sources.values():
         loads[0].check(source.config.context)
     models = {name: source.read(dtype=given.dtype) for name, source in sources.items()}
-    built = {name: gpt.build(one.config, one.vocab_size) for name, one in models.items()}
+    built = {name: phi3v.build(one.config, one.vocab_size) for name, one in models.items()}
     peaks: dict[str, dict[int, int]] = {name: {} for name in models}
     times: dict[str, dict[int, tuple[Times, ...]]] = {name: {} for name in models}
     for load in loads:

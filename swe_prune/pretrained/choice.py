@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 
 from swe_prune import interop, tree
 from swe_prune.errors import InputError
+from swe_prune.models import phi3v
 from swe_prune.pretrained.settings import ChoiceSettings
 
 _BLOCK = re.compile(r"(?:^|/)block_(\d+)/")
@@ -23,7 +24,8 @@ def prunable(
     """Returns a bool pytree that is True where a weight of a pretrained model may be pruned.
 
     Embeddings, norms, biases and the output head are dense, as in `tree.prunable`; the rules and
-    the blocks choose among the other weights. The result is the argument `prunable` of
+    the blocks choose among the other weights, of a model of images and text by default among those
+    of its decoder. The result is the argument `prunable` of
     `swe_prune.prune`, `recipe.prune` and `blockwise.prune_blocks`.
 
     Args:
@@ -46,6 +48,8 @@ def prunable(
     """
     weights = {name: leaf for name, leaf in tree.named_leaves(params) if tree.is_weight(leaf)}
     names = list(weights)
+    if not include and any(name.startswith("vision/") for name in names):
+        include = phi3v.PRUNABLE  # the commands calibrate on text, which no tower reads
     for kind, given in (("include", include), ("exclude", exclude)):
         for rule in given or ():
             matched = [name for name in names if tree.rule_matches(rule, name)]

@@ -15,7 +15,7 @@ from swe_prune import interop, masks, recipe, tree
 from swe_prune.errors import InputError
 from swe_prune.evaluation import gate
 from swe_prune.masks.fitting import check_mask
-from swe_prune.models import gpt
+from swe_prune.models import phi3v
 from swe_prune.pretrained import bench, choice, cut, dry_run, finetuning, judge, texts, tracked
 from swe_prune.pretrained.opening import has_masks, of_same_text, opened, record_of
 from swe_prune.pretrained.request import check_trajectory, reasons, recipe_of
@@ -76,7 +76,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     if request.reads_batches:
         batches, calibration = texts.calibration(given, checkpoint, text, progress)
     model = checkpoint.read(dtype=given.dtype)
-    module = gpt.build(model.config, model.vocab_size)
+    module = phi3v.build(model.config, model.vocab_size)
     reads_trajectory = bool(request.needs & set(BUFFERS))
     stats = tracked.read(checkpoint.path, model.params) if reads_trajectory else None
     dense = judge.judge(module, model.params, model, text, given)
@@ -105,7 +105,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
             prunable=chosen,
             layout=layout,
             model=module,
-            blocks=gpt.BLOCKS,
+            blocks=phi3v.blocks(model.config),
             batches=batches,
             loss=loss,
             offload=given.offload,
@@ -154,8 +154,8 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     model = checkpoint.read(dtype=given.dtype)
     recorded = has_masks(model.path) and given.masks != "ignore"
     mask = _masks(model, given) if recorded else _held_zeros(model, given, console)
-    module = gpt.build(model.config, model.vocab_size)
-    trained = gpt.build(dataclasses.replace(model.config, remat=given.remat), model.vocab_size)
+    module = phi3v.build(model.config, model.vocab_size)
+    trained = phi3v.build(dataclasses.replace(model.config, remat=given.remat), model.vocab_size)
     before = judge.judge(module, model.params, model, text, given)
     gate(before.perplexity, uniform=model.vocab_size, at_most=given.at_most)
     teacher = None
@@ -200,11 +200,11 @@ def evaluate(given: EvaluateSettings, progress: Progress, console: Console) -> d
     """
     model = opened(given, progress).read(dtype=given.dtype)
     text = texts.read(given.evaluation, model)
-    module = gpt.build(model.config, model.vocab_size)
+    module = phi3v.build(model.config, model.vocab_size)
     rows, dense, dense_module = {}, None, None
     if given.dense is not None:
         dense = of_same_text(model, given.dense, given.dense_prefix, progress)
-        dense_module = gpt.build(dense.config, dense.vocab_size)
+        dense_module = phi3v.build(dense.config, dense.vocab_size)
         rows["dense"] = judge.judge(dense_module, dense.params, model, text, given)
         gate(rows["dense"].perplexity, uniform=model.vocab_size, at_most=given.at_most)
     rows["model"] = judge.judge(

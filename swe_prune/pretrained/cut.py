@@ -16,7 +16,7 @@ from swe_prune.config import literal
 from swe_prune.errors import InputError
 from swe_prune.evaluation import gate
 from swe_prune.evaluation.latency import decode_seconds
-from swe_prune.models import gpt
+from swe_prune.models import phi3v
 from swe_prune.pretrained import choice, judge, texts, tracked, unit_criteria
 from swe_prune.pretrained.opening import has_masks, opened, record_of, said
 from swe_prune.pretrained.request import check_trajectory
@@ -53,7 +53,7 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
     if unit_criteria.reads_batches(given, request):
         batches, calibration = texts.calibration(given, checkpoint, text, progress)
     model, recorded = checkpoint.read(dtype=given.dtype), has_masks(checkpoint.path)
-    module = gpt.build(model.config, model.vocab_size)
+    module = phi3v.build(model.config, model.vocab_size)
     dense = judge.judge(module, model.params, model, text, given)
     gate(dense.perplexity, uniform=model.vocab_size, at_most=given.at_most)
     # Score, choose and cut; nothing of the model is changed before.
@@ -70,7 +70,7 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
         config=structured.cut_config(model.config, keep),
     )
     found = judge.judge(
-        gpt.build(small.config, small.vocab_size),
+        phi3v.build(small.config, small.vocab_size),
         small.params,
         small,
         text,

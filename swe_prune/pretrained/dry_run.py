@@ -10,7 +10,7 @@ from rich.table import Table
 from swe_prune import interop, recipe, tree
 from swe_prune.errors import visible
 from swe_prune.layout import layout as trace_layout
-from swe_prune.models import gpt
+from swe_prune.models import phi3v
 from swe_prune.pretrained import choice, tracked
 from swe_prune.pretrained.opening import opened
 from swe_prune.pretrained.request import check_trajectory, reasons, recipe_of
@@ -45,7 +45,7 @@ def chosen_weights(
     params = choice.abstract_params(checkpoint)
     if request.needs & set(BUFFERS):
         chosen = tracked.narrowed(checkpoint.path, params, chosen)
-    module = gpt.build(checkpoint.config, checkpoint.vocab_size)
+    module = phi3v.build(checkpoint.config, checkpoint.vocab_size)
     layout = trace_layout(module, params, jax.ShapeDtypeStruct((1, 2), jnp.int32))
     recipe.check(request, params, chosen, layout=layout)
     return chosen, layout

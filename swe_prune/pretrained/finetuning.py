@@ -21,7 +21,7 @@ from swe_prune import data as data_lib
 from swe_prune import interop, parallel, resumable, trajectory, tree
 from swe_prune.config import ParallelConfig, PhaseConfig
 from swe_prune.errors import InputError, RunError
-from swe_prune.models import gpt
+from swe_prune.models import phi3v
 from swe_prune.pretrained import choice
 from swe_prune.pretrained.settings import FinetuneSettings
 from swe_prune.pretrained.texts import Text
@@ -121,7 +121,7 @@ def tuned(
         state = state_lib.create(params, optimizer, settings.seed, masks=masks, stats=stats)
     distillation = teacher_model = None
     if teacher is not None:
-        teacher_model = gpt.build(teacher.config, teacher.vocab_size)
+        teacher_model = phi3v.build(teacher.config, teacher.vocab_size)
         distillation = Distillation(settings.distillation, settings.temperature)
     step = step_lib.compile_train_step(
         module,

@@ -38,6 +38,11 @@ def groups(config: ModelConfig, units: str = "neurons") -> dict[str, Group]:
             f"groups must have the ModelConfig of a decoder, got {type(config).__name__}; declare "
             "structured.Group for other models"
         )
+    if config.vision is not None:
+        raise InputError(
+            "groups are derived for decoders of text, got a model with a vision tower, both of "
+            "which have blocks of the same names; declare structured.Group for the one to cut"
+        )
     if config.layers < 1:
         raise InputError(f"the model must have at least one layer to cut, got {config.layers}")
     if units == LAYERS:

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from swe_prune import ledger, parallel, recipe, tree
 from swe_prune import masks as masks_lib
 from swe_prune.errors import InputError
-from swe_prune.models import gpt, phi3v
+from swe_prune.models import phi3v
 from swe_prune.recipe import Evidence
 from swe_prune.runtime.locks import lock_for_run
 from swe_prune.study import histograms, samples
@@ -101,7 +101,7 @@ def pruned(experiment: Experiment, cell: Cell, dense: DenseModel) -> tuple[PyTre
             prunable=experiment.prunable,
             layout=experiment.layout,
             model=experiment.model,
-            blocks=gpt.BLOCKS if experiment.config.model.vision is None else phi3v.BLOCKS,
+            blocks=phi3v.blocks(experiment.config.model),
             batches=experiment.calibration,
             loss=experiment.loss,
         )
