@@ -233,5 +233,5 @@ def test_optimizers_whose_moments_are_not_laid_out_like_the_weights():
 
 def test_a_model_with_a_vision_tower_needs_declared_groups():
     config = ModelConfig(layers=2, heads=2, width=8, vision=VisionConfig())
-    with pytest.raises(InputError, match="declare structured.Group"):
+    with pytest.raises(InputError, match=r"declare structured\.Group"):
         structured.groups(config, "neurons")
