@@ -155,12 +155,12 @@ class OutSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class PruneSettings(RequestSettings, JudgingSettings, OutSettings):
+class PruneSettings(OutSettings, RequestSettings, JudgingSettings):
     """`prune --model`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class CutSettings(ModelSettings, CalibrationSettings, JudgingSettings, OutSettings):
+class CutSettings(OutSettings, ModelSettings, CalibrationSettings, JudgingSettings):
     """`cut --model`."""
 
     units: Literal["neurons", "heads", "query_heads", "layers"] = option(
@@ -191,7 +191,7 @@ class CutSettings(ModelSettings, CalibrationSettings, JudgingSettings, OutSettin
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneSettings(ModelSettings, ChoiceSettings, JudgingSettings, OutSettings):
+class FinetuneSettings(OutSettings, ModelSettings, ChoiceSettings, JudgingSettings):
     """`finetune --model`."""
 
     text: str = option(CALIBRATION, "text to train on: a file, or DATASET:SPLIT", metavar="TEXT")
