@@ -22,6 +22,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from swe_prune import tree
 from swe_prune.errors import InputError
 
 TILE_VALUES = 1 << 25
@@ -192,11 +193,14 @@ def check_samples(samples: Any) -> Float[Array, "N F"]:
     """Returns samples as float32.
 
     Raises:
-        InputError: They are not N x F with two samples or more.
+        InputError: They are not N x F with two samples or more, or have NaN or inf.
     """
     if samples.ndim != 2 or len(samples) < 2:
         raise InputError(
             "samples must be two or more rows of one value a unit, since a kernel compares pairs "
             f"of them, got shape {tuple(samples.shape)}; calibrate on more tokens"
         )
-    return jnp.asarray(samples, jnp.float32)
+    samples_NxF = jnp.asarray(samples, jnp.float32)
+    if not isinstance(samples_NxF, Tracer) and not bool(tree.all_finite(samples_NxF)):
+        raise InputError("the samples have NaN or inf; find the batch or the weight that causes it")
+    return samples_NxF
