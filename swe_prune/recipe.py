@@ -120,12 +120,15 @@ class Recipe:
 
     @property
     def option_text(self) -> str:
-        """Options as `name=value`, sorted by name and joined by commas.
+        """Options and the largest sparsity as `name=value`, sorted by name and joined by commas.
 
         >>> Recipe("forecast", {"horizon": 1.0}, sparsity=0.5).option_text
         'horizon=1'
         """
-        shown = {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in self.options.items()}
+        given = dict(self.options)
+        if self.max_sparsity is not None:
+            given["max_sparsity"] = self.max_sparsity
+        shown = {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in given.items()}
         return ",".join(f"{name}={shown[name]}" for name in sorted(shown))
 
     @property
