@@ -36,7 +36,7 @@ from swe_prune.allocation import Allocation
 from swe_prune.blockwise import KernelReport
 from swe_prune.blockwise.sparsegpt import BLOCK, check_sparsity
 from swe_prune.calibration.measures import MEASURES
-from swe_prune.errors import InputError, check_choice
+from swe_prune.errors import InputError, check_choice, shown
 from swe_prune.layout import axes_of
 from swe_prune.trajectory import TrajectoryStats
 
@@ -187,6 +187,8 @@ def check(
     Raises:
         InputError: The first fault, in one sentence that says how to fix it.
     """
+    if not isinstance(recipe, Recipe):
+        raise InputError(f"recipe must be a recipe.Recipe, got {shown(recipe)}; make one")
     _check_ranking(recipe)
     _check_amount(recipe)
     _check_options(recipe)
