@@ -369,7 +369,8 @@ def _check_allocation(
 
 def _concrete(sparsity: Any) -> Any:
     """Returns a number for what is one: a Python number, or a scalar array of numpy or jax."""
-    return sparsity.item() if jnp.ndim(sparsity) == 0 and hasattr(sparsity, "item") else sparsity
+    scalar = getattr(sparsity, "ndim", None) == 0 and hasattr(sparsity, "item")
+    return sparsity.item() if scalar else sparsity
 
 
 def _scored(scores: PyTree) -> dict[str, Array]:
