@@ -44,8 +44,8 @@ class Bound(NamedTuple):
         kind = numbers.Integral if self.whole else numbers.Real
         if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
             value = value.item()  # of numpy and jax
-        ok = isinstance(value, kind) and not isinstance(value, bool)
-        if not ok or not (self.least <= value <= self.most and value < self.below):
+        number: Any = value if isinstance(value, kind) and not isinstance(value, bool) else math.nan
+        if not (self.least <= number <= self.most and number < self.below):
             raise InputError(f"{what} must be {self}, got {shown(value)}")
 
     def __str__(self) -> str:

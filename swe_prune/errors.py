@@ -140,6 +140,9 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip()}"[:200] if lines else type(error).__name__
 
 
+NO_SPACE = "no space is left on the disk"
+
+
 def why_unwritten(error: BaseException) -> str:
     """Returns why a file could not be written, in a few words where the disk is full.
 
@@ -148,7 +151,7 @@ def why_unwritten(error: BaseException) -> str:
     """
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or "RESOURCE_EXHAUSTED" in str(error) or os.strerror(errno.ENOSPC) in str(error):
-        return "no space is left on the disk"
+        return NO_SPACE
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return first_line(error)

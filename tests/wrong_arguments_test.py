@@ -71,3 +71,9 @@ def test_what_was_taken_silently_is_refused():
         trajectory.update(STATS, {"up": {"kernel": jnp.array(7.0), "bias": jnp.ones(4)}})
     with pytest.raises(InputError):
         tree.prunable({"a/b": jnp.ones((2, 2)), "a": {"b": jnp.zeros((2, 2))}})
+
+
+@pytest.mark.parametrize("value", [float("nan"), "x", None, True, [1.0], float("inf")])
+def test_options_of_a_criterion_are_numbers(value):
+    with pytest.raises(InputError, match="option horizon"):
+        importance.score("forecast", PARAMS, stats=STATS, horizon=value)
