@@ -9,13 +9,17 @@ ACCEL  := $(if $(JAX),$(comma)$(JAX))
 STAMP   = $(VENV)/.installed-$(1)$(JAX)
 FORMAT := swe_prune configs tests benchmarks docs setup.py
 
-.PHONY: demo test test-transformers lint docs smollm2 smaller bench clean
+.PHONY: demo test fuzz test-transformers lint docs smollm2 smaller bench clean
 
 demo: $(call STAMP,demo)
 	$(BIN)/python -m swe_prune run --config=configs/shakespeare_char.py --workdir=runs/demo
 
 test: $(call STAMP,test)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Whatever comes in, a sentence or a right result: an hour of it, with new examples each time.
+fuzz: $(call STAMP,test)
+	SWE_PRUNE_FUZZ=20000 $(BIN)/python -m pytest -n 2 -x tests/fuzz_test.py
 
 lint: $(call STAMP,lint)
 	$(BIN)/ruff check $(FORMAT)

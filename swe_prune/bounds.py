@@ -42,8 +42,10 @@ class Bound(NamedTuple):
         swe_prune.errors.InputError: rate must be a finite number of at least 0 and below 1, got 2
         """
         kind = numbers.Integral if self.whole else numbers.Real
-        ok = isinstance(value, kind) and not isinstance(value, bool)
-        if not ok or not (self.least <= value <= self.most and value < self.below):
+        if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+            value = value.item()  # of numpy and jax
+        number: Any = value if isinstance(value, kind) and not isinstance(value, bool) else math.nan
+        if not (self.least <= number <= self.most and number < self.below):
             raise InputError(f"{what} must be {self}, got {shown(value)}")
 
     def __str__(self) -> str:

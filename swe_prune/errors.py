@@ -8,13 +8,17 @@ import contextlib
 import difflib
 import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class InputError(ValueError):
     """What the user gave cannot be used; found before work is wasted."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        """Returns the sentence on one line, whatever values it shows."""
+        return " ".join(super().__str__().split("\n"))
 
 
 class DamagedError(InputError):
@@ -58,6 +62,22 @@ def check_choice(value: object, known: Iterable[str | None], what: str) -> None:
     if not ((value is None or isinstance(value, str)) and value in known):
         listed = ", ".join(str(one) for one in known)
         raise InputError(f"{what} must be one of {listed}, got {value!r}{suggestion(value, known)}")
+
+
+def check_texts(values: object, what: str) -> tuple[str, ...]:
+    """Returns a sequence of strings, given as one or as a single string.
+
+    Raises:
+        InputError: The values are something else.
+
+    >>> check_texts("late_mean", "measures"), check_texts(["a"], "rules")
+    (('late_mean',), ('a',))
+    """
+    if isinstance(values, str):
+        return (values,)
+    if not isinstance(values, Sequence) or not all(isinstance(one, str) for one in values):
+        raise InputError(f"{what} must be a string or a sequence of strings, got {shown(values)}")
+    return tuple(values)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -120,6 +140,9 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip()}"[:200] if lines else type(error).__name__
 
 
+NO_SPACE = "no space is left on the disk"
+
+
 def why_unwritten(error: BaseException) -> str:
     """Returns why a file could not be written, in a few words where the disk is full.
 
@@ -128,7 +151,7 @@ def why_unwritten(error: BaseException) -> str:
     """
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or "RESOURCE_EXHAUSTED" in str(error) or os.strerror(errno.ENOSPC) in str(error):
-        return "no space is left on the disk"
+        return NO_SPACE
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return first_line(error)

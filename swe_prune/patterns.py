@@ -109,6 +109,8 @@ def is_n_of_m(pattern: str) -> bool:
     Raises:
         InputError: If the pattern is of no known kind.
     """
+    if not isinstance(pattern, str):
+        check_choice(pattern, NAMES, "pattern")
     if pattern in ("row", "column", "neuron") or pattern.startswith("block"):
         return False
     if re.search(r"[a-zA-Z]", pattern) and ":" not in pattern:

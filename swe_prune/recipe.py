@@ -36,7 +36,8 @@ from swe_prune.allocation import Allocation
 from swe_prune.blockwise import KernelReport
 from swe_prune.blockwise.sparsegpt import BLOCK, check_sparsity
 from swe_prune.calibration.measures import MEASURES
-from swe_prune.errors import InputError, check_choice
+from swe_prune.errors import InputError, check_choice, shown
+from swe_prune.importance.registry import check_value
 from swe_prune.layout import axes_of
 from swe_prune.trajectory import TrajectoryStats
 
@@ -201,6 +202,8 @@ def check(
     Raises:
         InputError: The first fault, in one sentence that says how to fix it.
     """
+    if not isinstance(recipe, Recipe):
+        raise InputError(f"recipe must be a recipe.Recipe, got {shown(recipe)}; make one")
     _check_ranking(recipe)
     _check_amount(recipe)
     _check_options(recipe)
@@ -327,30 +330,13 @@ def _check_options(recipe: Recipe) -> None:
         signature = inspect.signature(criterion.function).parameters
         known = {name: signature[name].default for name in criterion.options}
     for name, value in recipe.options.items():
-        _check_value(f"option {name} of {recipe.name!r}", value, known[name])
+        check_value(f"option {name} of {recipe.name!r}", value, known[name])
     if recipe.method is not None and recipe.options.get("block", 1) < 1:
         raise InputError(f"option block must be 1 or more inputs, got {recipe.options['block']!r}")
     if recipe.method is not None and recipe.options.get("damping", 0) < 0:
         raise InputError(f"option damping must be 0 or more, got {recipe.options['damping']!r}")
     if recipe.method is None and recipe.options:
         _trace(recipe)
-
-
-def _check_value(what: str, value: Any, default: Any) -> None:
-    """Refuses a value of another kind than the default; an option without one may be anything."""
-    if isinstance(default, bool):
-        fits, kind = isinstance(value, bool), "True or False"
-    elif isinstance(default, int):
-        fits, kind = isinstance(value, int) and not isinstance(value, bool), "an integer"
-    elif isinstance(default, float):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits, kind = number and math.isfinite(value), "a finite number"
-    elif isinstance(default, str):
-        fits, kind = isinstance(value, str), "a name"
-    else:
-        fits, kind = isinstance(value, int | float | str | None), "a number or a name"
-    if not fits:
-        raise InputError(f"{what} must be {kind}, got {value!r}; its default is {default!r}")
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -21,7 +21,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from swe_prune import counting, tree
-from swe_prune.errors import InputError, did_you_mean
+from swe_prune.errors import InputError, did_you_mean, shown
 
 TIES = ("first", "last")
 """Which of equal elements at the threshold are kept."""
@@ -74,11 +74,11 @@ def top_k_mask(
     >>> top_k_mask(jnp.array([1.0, 3.0, 3.0, 2.0]), 1).tolist()
     [False, True, False, False]
     """
+    check_floats([x])
     if axes is not None:
         axes = tuple(sorted({axis % x.ndim for axis in axes}))
     slice_size = tree.size(x) if axes is None else math.prod(x.shape[a] for a in axes)
     check_k(k, slice_size)
-    check_floats([x])
     # Traced values cannot be checked; concrete ones are checked in the same program.
     check_ties(ties)
     if is_traced(x, k):
@@ -174,8 +174,10 @@ def check_k(k: Any, size: int) -> None:
     """Raises InputError if k is not an integer or, unless it is traced, outside [0, size]."""
     if isinstance(k, counting.Count):
         return
-    if not jnp.issubdtype(jnp.result_type(k), jnp.integer):
-        raise InputError(f"k must be an integer number of elements to keep, got {k!r}")
+    dtype = getattr(k, "dtype", type(k))
+    whole = dtype is int or (hasattr(dtype, "kind") and jnp.issubdtype(dtype, jnp.integer))
+    if not whole or getattr(k, "shape", ()) != ():
+        raise InputError(f"k must be an integer number of elements to keep, got {shown(k)}")
     if not isinstance(k, Tracer) and not 0 <= int(k) <= size:
         raise InputError(f"k must be between 0 and the {size} elements of the scores, got {k}")
 

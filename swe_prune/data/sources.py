@@ -11,9 +11,10 @@ from typing import Any
 
 from swe_prune.config import DataConfig
 from swe_prune.data.text_files import SEPARATOR, read_text
-from swe_prune.errors import InputError, RunError, first_line, reading, why_unwritten
+from swe_prune.errors import NO_SPACE, InputError, RunError, first_line, reading, why_unwritten
 
 OWN = ("shakespeare_plays", "digit_prices")  # the datasets that this package can prepare
+_DATA_DIR = "~/tensorflow_datasets"  # the default of TFDS
 _READ_AT_ONCE = 64  # examples
 
 
@@ -136,7 +137,7 @@ def open_builder(name: str, data_dir: str | None) -> Any:
             f"the name, or prepare it: {build}"
         ) from None
     except Exception as error:  # a malformed name, an unknown config or version, a missing package
-        place = Path(data_dir or tfds.core.constants.DATA_DIR) / name.partition("/")[0]
+        place = Path(data_dir or _DATA_DIR).expanduser() / name.partition("/")[0]
         if place.is_dir():
             raise InputError(
                 f"the prepared dataset in {str(place)!r} cannot be read ({first_line(error)}); "
@@ -175,9 +176,11 @@ def _prepare(tfds: Any, name: str, data_dir: str | None) -> Any:
     except (OSError, RuntimeError, ValueError) as error:  # those of array_record's writer, too
         # Renaming fails if another process was faster, but its result is the same.
         if not builder.data_path.exists():
-            raise RunError(
-                f"dataset {name!r} cannot be written to {str(builder.data_path)!r} "
-                f"({why_unwritten(error)}); make room, or set data.data_dir to a writable folder"
+            why = why_unwritten(error)
+            kind = RunError if why == NO_SPACE else InputError
+            raise kind(
+                f"dataset {name!r} cannot be written to {str(builder.data_path)!r} ({why}); "
+                "set data.data_dir to a folder that can be written and has room"
             ) from None
     return tfds.builder(name, data_dir=data_dir)
 

@@ -13,10 +13,11 @@ option.
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from swe_prune.errors import InputError, check_choice
+from swe_prune.errors import InputError, check_choice, shown
 from swe_prune.trajectory import BUFFERS
 
 MEASURED: Mapping[str, str] = {
@@ -64,13 +65,36 @@ class Criterion:
         return tuple(need for need in self.needs if need in MEASURED)
 
     def check_options(self, options: Iterable[str]) -> None:
-        """Raises InputError for an option that the criterion does not have."""
+        """Raises InputError for an option that the criterion does not have, or a value of one.
+
+        Values are checked where the options are a mapping; arrays may be traced, and are not.
+        """
         for option in options:
             if option not in self.options:
                 has = ", ".join(self.options) or "none"
                 raise InputError(
                     f"criterion {self.name!r} has no option {option!r}; its options: {has}"
                 )
+            if isinstance(options, Mapping) and not hasattr(options[option], "dtype"):
+                default = inspect.signature(self.function).parameters[option].default
+                check_value(f"option {option} of {self.name!r}", options[option], default)
+
+
+def check_value(what: str, value: Any, default: Any) -> None:
+    """Refuses a value of another kind than the default; an option without one may be anything."""
+    if isinstance(default, bool):
+        fits, kind = isinstance(value, bool), "True or False"
+    elif isinstance(default, int):
+        fits, kind = isinstance(value, int) and not isinstance(value, bool), "an integer"
+    elif isinstance(default, float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits, kind = number and math.isfinite(value), "a finite number"
+    elif isinstance(default, str):
+        fits, kind = isinstance(value, str), "a name"
+    else:
+        fits, kind = isinstance(value, int | float | str | None), "a number or a name"
+    if not fits:
+        raise InputError(f"{what} must be {kind}, got {shown(value)}; its default is {default!r}")
 
 
 _CRITERIA: dict[str, Criterion] = {}

@@ -53,9 +53,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredIn]]:
             damaged.
     """
     size = check_file(path, None).stat().st_size
-    if size < len(MAGIC) or (bytes_ := np.memmap(path, np.uint8, "r"))[:4].tobytes() != MAGIC:
+    if size < len(MAGIC) or (mapped := np.memmap(path, np.uint8, "r"))[:4].tobytes() != MAGIC:
         raise InputError(f"{path} is not a GGUF file: it does not begin with {MAGIC.decode()!r}")
-    cursor = _Cursor(memoryview(bytes_))
+    cursor = _Cursor(mapped.data)
     try:
         version = cursor.scalar("I")
         if version not in VERSIONS:

@@ -70,7 +70,8 @@ def read_header(path: Path) -> Header:
                 f"{path} has {name!r} in its header, with {_shown(one)}, which is no tensor of "
                 "safetensors; get it again"
             )
-        entries[name] = Entry(tuple(one["shape"]), DTYPES.get(one["dtype"], one["dtype"]))
+        dtype: str = one["dtype"]
+        entries[name] = Entry(tuple(one["shape"]), DTYPES.get(dtype, dtype))
         first, last = one["data_offsets"]
         places[name] = (start + first, start + last)
         end = max(end, last)
@@ -113,10 +114,10 @@ def _same_bytes(name: str, one: Header, other: Header) -> bool:
 def _is_entry(one: Any) -> bool:
     if not isinstance(one, dict) or not isinstance(one.get("dtype"), str):
         return False
-    lists = one.get("shape"), one.get("data_offsets")
-    if not all(isinstance(values, list) for values in lists) or len(lists[1]) != 2:
+    shape, offsets = one.get("shape"), one.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         return False
-    numbers = [number for values in lists for number in values]
+    numbers = [*shape, *offsets]
     return all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
 
 

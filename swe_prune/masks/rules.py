@@ -10,6 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune import allocation, counting, patterns, select, tree
+from swe_prune.bounds import NOT_NEGATIVE
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.layout import Axes, AxesOf, InputAxes, axes_of, copies_of, copy_labels
 from swe_prune.masks import removed
@@ -50,8 +51,8 @@ def by_std(
     >>> by_std({"w": jnp.array([0.0, 1.0, 5.0])}, 1.0)["w"].tolist()
     [False, False, True]
     """
-    if not select.is_traced(rate) and not _is_rate(rate):
-        raise InputError(f"rate = {rate!r} is no multiple of a standard deviation; give 0 or more")
+    if not select.is_traced(rate):
+        NOT_NEGATIVE.check(rate, "rate")
     named = _scored(scores)
     traced = select.is_traced(list(named.values()), rate)
     copies = copies_of(layout)
@@ -67,11 +68,6 @@ def by_std(
             raise InputError(f"rate = {rate!r} prunes every weight; lower it")
         undecided.warn(named, dict(zip(named, kept, strict=True)), ranked=False)
     return _like(scores, named, kept)
-
-
-def _is_rate(rate: Any) -> bool:
-    is_number = hasattr(rate, "__float__") and jnp.ndim(rate) == 0
-    return is_number and 0 <= float(rate) <= _LARGEST
 
 
 def _std_masks(
@@ -402,13 +398,15 @@ def _check_allocation(
 
 def _concrete(sparsity: Any) -> Any:
     """Returns a number for what is one: a Python number, or a scalar array of numpy or jax."""
-    return sparsity.item() if jnp.ndim(sparsity) == 0 and hasattr(sparsity, "item") else sparsity
+    scalar = getattr(sparsity, "ndim", None) == 0 and hasattr(sparsity, "item")
+    return sparsity.item() if scalar else sparsity
 
 
 def _scored(scores: PyTree) -> dict[str, Array]:
     named = {name: leaf for name, leaf in tree.named_leaves(scores) if leaf is not None}
     if not named:
         raise InputError("no scores were given: every leaf is None, that is dense; widen the rules")
+    select.check_floats(list(named.values()))
     return named
 
 

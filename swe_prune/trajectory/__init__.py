@@ -40,7 +40,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from swe_prune import tree
-from swe_prune.errors import InputError, check_choice
+from swe_prune.bounds import COUNT, INDEX, NOT_NEGATIVE, Bound
+from swe_prune.errors import InputError, check_choice, check_texts
 from swe_prune.trajectory.mode_vote import mode_vote
 from swe_prune.trajectory.restored import from_dict, restored
 from swe_prune.trajectory.stats import (
@@ -71,6 +72,9 @@ __all__ = [
 _CARRIED = ("late_mean", "late_mean_abs", "mean", "sum_of_squares", "mean_abs", "path_length")
 _CARRY = "_carry"  # suffix of the buffer that stores another buffer's rounding error
 _HOLD_INITIAL = ("first", "last")  # start as the weights at init; the others start at zero
+
+
+_POWER = Bound(-3.0, 3.0)  # others overflow the sum of t'^power
 
 
 def init(
@@ -110,18 +114,14 @@ def init(
             starts before snapshot 1, or the power would overflow float32 sums.
     """
     # Check the settings before any buffer is allocated.
-    measures = (measures,) if isinstance(measures, str) else tuple(measures)
+    measures = check_texts(measures, "measures")
     check_measures(measures)
-    if window_start < 1:
-        raise InputError(
-            f"window_start must be 1 or more, got {window_start}; snapshots count from 1"
-        )
+    COUNT.check(window_start, "window_start")
     check_choice(index, INDICES, "index")
-    if not -3 <= power <= 3:
-        raise InputError(
-            f"power must be from -3 to 3, got {power!r}; others overflow the sum of t'^power"
-        )
-    prunable = tree.prunable(params) if prunable is None else prunable
+    _POWER.check(power, "power")
+    NOT_NEGATIVE.check(vote_rate, "vote_rate")
+    INDEX.check(start, "start")
+    prunable = tree.prunable(params) if prunable is None else tree.check_marks(prunable)
     if not any(jax.tree.leaves(prunable)):
         raise InputError("no weight is prunable, so there is nothing to track; widen the rules")
 

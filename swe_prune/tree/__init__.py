@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, check_texts, shown
 from swe_prune.tree import pairing
 from swe_prune.tree.dense_rules import DENSE_BY_DEFAULT as DENSE_BY_DEFAULT
 from swe_prune.tree.holders import Held as Held
@@ -152,7 +153,8 @@ def prunable(
     {'up': {'bias': False, 'kernel': True}}
     """
     include, exclude = (
-        [rules] if isinstance(rules, str) else rules for rules in (include, exclude)
+        None if rules is None else check_texts(rules, what)
+        for rules, what in ((include, "include"), (exclude, "exclude"))
     )
     weights = {name: leaf for name, leaf in named_leaves(params) if is_weight(leaf)}
     # A rule that matches nothing is probably misspelled.
@@ -184,6 +186,22 @@ def prunable(
     return map_named(lambda name, _: chosen.get(name, False), params)
 
 
+def check_marks(marks: PyTree) -> PyTree:
+    """Returns a tree that says which weights are prunable.
+
+    Raises:
+        InputError: A leaf is neither True, False nor None, as of a mask or of strings.
+    """
+    for name, leaf in named_leaves(marks):
+        if leaf is not None and not isinstance(leaf, bool | np.bool_):
+            where = f" of {short(name)!r}" if name else ""
+            raise InputError(
+                f"prunable{where} must be True or False, got {shown(leaf)}; give the tree that "
+                "tree.prunable returns"
+            )
+    return marks
+
+
 def prunable_leaves(params: PyTree, prunable_tree: PyTree | None, what: str) -> dict[str, Any]:
     """Returns the prunable weights by name.
 
@@ -195,7 +213,7 @@ def prunable_leaves(params: PyTree, prunable_tree: PyTree | None, what: str) -> 
     Raises:
         InputError: If no weight is prunable.
     """
-    marks = prunable(params) if prunable_tree is None else prunable_tree
+    marks = prunable(params) if prunable_tree is None else check_marks(prunable_tree)
     kept = map_named(lambda _, weight, mark: weight if mark else None, params, marks)
     found = {name: leaf for name, leaf in named_leaves(kept) if leaf is not None}
     if not found:
