@@ -276,7 +276,8 @@ def _read_detail(path: epath.Path) -> tuple[CellKey, Detail]:
     stages = ("pruned", "finetuned")
     samples = {stage: value.get(f"{stage}_samples") or [] for stage in stages}
     prices = {s: value[f"{s}_prices"] for s in stages if value.get(f"{s}_prices")}
-    return tuple(identity.values()), Detail(tensors, histogram, kept, samples, prices)
+    answers = {stage: value.get(f"{stage}_answers") or [] for stage in stages}
+    return tuple(identity.values()), Detail(tensors, histogram, kept, samples, prices, answers)
 
 
 def _histogram(value: dict[str, Any]) -> Histogram:

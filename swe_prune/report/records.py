@@ -74,6 +74,7 @@ class Detail:
     sample_kept: dict[str, list[bool]]
     samples: dict[str, list[dict[str, Any]]]  # text by stage, "pruned" or "finetuned"
     prices: dict[str, dict[str, Any]]  # `evaluation.prices.PriceErrors` by stage
+    answers: dict[str, list[dict[str, Any]]]  # prices read off pictures, by stage
 
     @property
     def total(self) -> int:

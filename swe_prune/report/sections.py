@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from swe_prune import ledger
-from swe_prune.report import comparison, curves, stats, tables, weights
+from swe_prune.report import answers, comparison, curves, stats, tables, weights
 from swe_prune.report.formats import DASH, NBSP, count, number, percent, plural, seeds_of, signed
 from swe_prune.report.look import Picture
 from swe_prune.report.records import GROUPS, Results, phrase
@@ -65,6 +65,7 @@ def content(results: Results) -> dict[str, Any]:
         "histograms": _histograms(results, subject),
         "training": _training(results),
         "language": _language(results, cells),
+        "answers": _answers(results),
         "tables": [
             *(tables.cells(cells, group) for group in present),
             tables.seeds(results),
@@ -77,7 +78,7 @@ def content(results: Results) -> dict[str, Any]:
 
 
 def _language(results: Results, cells: Sequence[Cell]) -> list[tables.Table]:
-    if any(row.pruned_mae is not None for row in results.rows):
+    if any("dense_prices" in one for one in results.dense.values()):
         return [tables.prices(results, cells)]
     if all(row.pruned_kl is None for row in results.rows):
         return []  # the study writes no samples
@@ -217,6 +218,15 @@ def _training(results: Results) -> Group:
         [picture] if picture else [],
         f"Training of the dense model, {plural(len(results.training), 'seed')}. The loss of single "
         "batches scatters; pruning starts from the validation loss at the end.",
+    )
+
+
+def _answers(results: Results) -> Group:
+    picture = answers.answers(results)
+    return Group(
+        [picture] if picture else [],
+        "The first pictures that the models of the first seed were evaluated on, with the true "
+        "price above and below it what the models read, pruned ones after their recovery.",
     )
 
 

@@ -1,16 +1,21 @@
 """What a model writes, how it repeats itself, and how far it is from the dense one."""
 
+import base64
 import dataclasses
+import io
 from typing import Any
 
 import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune import data as data_lib
+from swe_prune.data import images
 from swe_prune.data.image_text import ImageTextData, chosen
 from swe_prune.evaluation import GREEDY, Protocol, generate, kl_to_dense, repetition
 from swe_prune.evaluation.prices import price_errors
 from swe_prune.study.experiment import Experiment
+
+THUMBNAIL = 160  # pixels of the longer side of a picture in a result
 
 
 def sampled(
@@ -80,9 +85,21 @@ def _prices(
         batch=settings.eval_batch,
     )
     result = dataclasses.asdict(found)
-    prices = result.pop("prices")
+    answers = result.pop("prices")[: experiment.config.samples.pictures]
+    if name == "dense":  # once for all models of the seed
+        for one in answers:
+            row = data.validation.rows[one["number"]]
+            one["picture"] = _thumbnail(images.open_image(row.image(), row.where))
     return {
         f"{name}_prices": result,
         f"{name}_mae": found.generated["own"],
-        f"{name}_answers": prices[: experiment.config.samples.pictures],
+        f"{name}_answers": answers,
     }
+
+
+def _thumbnail(image: Any) -> str:
+    """Returns a small PNG of an image of Pillow, as base64."""
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
