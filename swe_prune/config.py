@@ -536,8 +536,9 @@ def convert(value: Any, wanted: Any, what: str) -> Any:
         return value
     for one in _alternatives(wanted):
         origin = typing.get_origin(one) or one
-        if dataclasses.is_dataclass(one) and isinstance(value, Mapping | ConfigDict):
-            return from_dict(value, typing.cast(type, one), what)
+        grouped: Any = one
+        if dataclasses.is_dataclass(grouped) and isinstance(value, Mapping | ConfigDict):
+            return from_dict(value, typing.cast(type, grouped), what)
         if origin is Mapping:
             if isinstance(value, Mapping):
                 return dict(value)

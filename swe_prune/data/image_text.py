@@ -170,8 +170,8 @@ def _check(row: Row, vision: VisionConfig) -> tuple[int, int]:
     if row.price is None:
         raise InputError(f"{row.where} has no price at the end of its answer, {row.answer!r}")
     image = images.open_image(row.image(), row.where)
-    images.check_size(*image.size, vision, row.where)
-    return images.grid_of(*image.size, vision)
+    images.check_size(image.width, image.height, vision, row.where)
+    return images.grid_of(image.width, image.height, vision)
 
 
 def _parts(row: Row) -> tuple[str, ...]:

@@ -210,7 +210,7 @@ def _bound(
     name = row.stored.format(i=layer, v=layer, e=copy)
     if row.fold is None:
         return StoredTensor(name, shape, tuple(parts))
-    return StoredTensor(name, row.fold(config, shape), tuple(parts), unfolded=shape)
+    return StoredTensor(name, row.fold(shape), tuple(parts), unfolded=shape)
 
 
 def _halves(x: np.ndarray, heads: int, *, back: bool = False) -> np.ndarray:

@@ -9,6 +9,7 @@ Source: https://github.com/huggingface/transformers, models/*/modeling_*.py.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from swe_prune.interop.tensor_rows import IN_OUT, OUT_IN, Row, Table, dense_rows, norm_rows
@@ -136,7 +137,7 @@ _VISION = (
         f"{_CLIP}.embeddings.patch_embedding.weight",
         ("vision/patch_embedding/kernel",),
         OUT_IN,
-        fold=lambda config, shape: (shape[0], 3, *(config.vision.patch,) * 2),  # a convolution
+        fold=lambda shape: (shape[0], 3, *(math.isqrt(shape[1] // 3),) * 2),  # a convolution
     ),
     Row(f"{_CLIP}.embeddings.position_embedding.weight", ("vision/position_embedding",)),
     *norm_rows(f"{_CLIP}.pre_layrnorm", "vision/pre_norm"),  # so spelled
@@ -171,12 +172,12 @@ _PHI3_V = Table(
         Row(
             "model.vision_embed_tokens.glb_GN",
             ("projection/global_separator",),
-            fold=lambda config, shape: (1, 1, *shape),
+            fold=lambda shape: (1, 1, *shape),
         ),
         Row(
             "model.vision_embed_tokens.sub_GN",
             ("projection/row_separator",),
-            fold=lambda config, shape: (1, 1, 1, *shape),
+            fold=lambda shape: (1, 1, 1, *shape),
         ),
         *dense_rows("model.vision_embed_tokens.img_projection.0", "projection/first"),
         *dense_rows("model.vision_embed_tokens.img_projection.2", "projection/second"),

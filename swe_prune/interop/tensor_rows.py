@@ -10,8 +10,6 @@ Layouts of stored tensors, whose parameters are kernels of inputs x outputs:
 import dataclasses
 from collections.abc import Callable
 
-from swe_prune.config import ModelConfig
-
 AS_IS, OUT_IN, IN_OUT = "as_is", "out_in", "in_out"
 
 
@@ -27,8 +25,8 @@ class Row:
         layout: Layout of the stored tensor: `AS_IS`, `OUT_IN` or `IN_OUT`.
         interleaved: Whether the two halves of each head are interleaved.
         by_head: Whether the parameters take turns head by head, instead of one after another.
-        fold: Function from the config and the shape by the layout to the shape in the file, which
-            has the same numbers in the same order. If None, they are the same shape.
+        fold: Function from the shape by the layout to the shape in the file, which has the same
+            numbers in the same order. If None, they are the same shape.
     """
 
     stored: str
@@ -36,7 +34,7 @@ class Row:
     layout: str = AS_IS
     interleaved: bool = False
     by_head: bool = False
-    fold: Callable[[ModelConfig, tuple[int, ...]], tuple[int, ...]] | None = None
+    fold: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,8 @@ def load_vision_tower(
     check_model_folder(path)
     check_inside(path, ("config.json",))
     hf = read_json(path / "config.json")
-    sizes = {"clip_vision_model": hf, "clip": hf.get("vision_config")}.get(hf.get("model_type"))
+    kinds = {"clip_vision_model": hf, "clip": hf.get("vision_config")}
+    sizes = kinds.get(str(hf.get("model_type")))
     if not sizes:
         raise InputError(
             f"{path} has model_type {hf.get('model_type')!r} and no CLIP vision tower; give the "

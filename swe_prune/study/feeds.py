@@ -59,15 +59,16 @@ def fixed(config: Config, data: Data) -> tuple[list[Any], list[Any]]:
     """Returns fixed batches of the validation data, and as many of the training data."""
     count, batch = config.data.eval_windows, config.data.eval_batch
     if isinstance(data, ImageTextData):
-        splits = (data.validation, data.train)
-        return tuple(
+        validation, training = (
             image_text.fixed_batches(split, image_text.chosen(split, count), batch)
-            for split in splits
+            for split in (data.validation, data.train)
         )
-    return tuple(
-        list(data_lib.eval_batches(tokens, context=config.window, windows=count, batch=batch))
+        return validation, training
+    validation, training = (
+        data_lib.eval_batches(tokens, context=config.window, windows=count, batch=batch)
         for tokens in (data.validation, data.train)
     )
+    return list(validation), list(training)
 
 
 def calibration(config: Config, data: Data) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ def scans() -> tuple[UInt8[np.ndarray, "S 8 8"], Int[np.ndarray, " S"]]:
             "pip install 'swe-prune[images]'"
         ) from None
     file = next((one for one in files if one.match("sklearn/datasets/data/digits.csv.gz")), None)
-    content = b"" if file is None else gzip.decompress(file.locate().read_bytes())
+    content = b"" if file is None else gzip.decompress(file.read_binary())
     table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.int64, ndmin=2)
     if table.shape != (SCANS, 65):
         raise InputError(
