@@ -9,7 +9,6 @@ different number of processes and onto a different mesh.
 
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import re
@@ -181,16 +180,19 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps:
             raise DamagedError(f"{self.folder} holds no checkpoint; {AGAIN}")
-        # Newest first: rename a damaged checkpoint, and try the previous one.
-        for number, earlier in itertools.pairwise(steps):
+        # Newest first: rename a damaged checkpoint, and try the previous one; with none left, the
+        # same command starts again.
+        for number, earlier in zip(steps, [*steps[1:], None], strict=True):
             try:
                 return self._restore(like, number)
             except DamagedError as error:
-                reason = str(error).partition("; ")[0]
-                warnings.warn(f"{reason}; continuing from {earlier}", stacklevel=2)
                 if not self._reading:
                     self._set_aside(number)
-        return self._restore(like, steps[-1])
+                if earlier is None:
+                    raise
+                reason = str(error).partition("; ")[0]
+                warnings.warn(f"{reason}; continuing from {earlier}", stacklevel=2)
+        raise AssertionError
 
     def _restore(self, like: PyTree, step: int) -> tuple[PyTree, dict[str, Any]]:
         self._verify(step)

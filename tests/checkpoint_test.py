@@ -66,7 +66,7 @@ def test_a_flipped_bit_is_found(tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(InputError, match=r"checkpoint 2 .* is damaged.*delete .* step 1"):
+    with pytest.raises(InputError, match=r"checkpoint 2 .* is damaged.*starts from the newest"):
         store.restore(TREE, 2)
     assert store.restore(TREE, 1)[1] == {"position": 1}
     with pytest.warns(UserWarning, match=r"checkpoint 2 .* damaged.* writing; continuing from 1"):
@@ -85,9 +85,12 @@ def test_when_all_are_damaged_none_is_trusted(tmp_path):
         file.write_bytes(file.read_bytes()[:-1])
     with (
         pytest.warns(UserWarning, match="continuing from 1"),
-        pytest.raises(InputError, match=r"checkpoint 1 .* is damaged.*start that phase again"),
+        pytest.raises(
+            InputError, match=r"checkpoint 1 .* is damaged.*run the command that made it"
+        ),
     ):
         store.restore(TREE)
+    assert store.latest() is None  # the same command starts again
 
 
 def test_those_of_every_so_many_steps_stay_too(tmp_path):

@@ -194,25 +194,15 @@ def test_a_diverged_run_says_where_and_saves_no_checkpoint_of_it(tmp_path, plays
     assert not list((work / "seed_0/dense/checkpoints").glob("[0-9]*"))
 
 
-def test_a_damaged_result_is_named(finished, tmp_path, capsys):
+def test_a_damaged_result_is_made_again(finished, tmp_path, capsys):
     work = tmp_path / "work"
     shutil.copytree(finished, work)
     damaged = work / "seed_0/cells/tensor-swe-0.5/result.json"
+    before = json.loads(damaged.read_text())
     damaged.write_text(damaged.read_text()[:100])
-    assert cli.main(["run", f"--workdir={work}"]) == 2
-    assert f"{damaged} is damaged" in capsys.readouterr().err
-
-
-def test_a_damaged_dense_checkpoint_is_named(finished, tmp_path, capsys):
-    work = tmp_path / "work"
-    shutil.copytree(finished, work)
-    (work / "seed_0/cells/tensor-swe-0.5/result.json").unlink()
-    newest = work / "seed_0/dense/checkpoints/24"
-    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-1])
-    assert cli.main(["run", f"--workdir={work}"]) == 2
-    assert "checkpoint 24 in " in (message := capsys.readouterr().err)
-    assert "is damaged" in message
+    assert cli.main(["prune", f"--workdir={work}"]) == 0
+    assert "cell tensor-swe-0.5: damaged" in capsys.readouterr().err
+    assert json.loads(damaged.read_text())["pruned_loss"] == before["pruned_loss"]
 
 
 def test_another_config_is_refused_with_the_difference(finished, tmp_path, plays_dir, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from swe_prune import early_signals
 from swe_prune.errors import Preempted
 from swe_prune.runtime.preemption import PreemptionHandler
 
@@ -65,7 +66,8 @@ def test_thirty_signals_are_as_one(tmp_path, plays_dir, number):
     assert "Traceback" not in errors
 
 
-def test_a_second_signal_raises_nothing_and_a_deferred_one_is_not_lost():
+def test_a_second_signal_raises_nothing_and_a_deferred_one_is_not_lost(monkeypatch):
+    monkeypatch.setattr(early_signals, "PROGRAM", True)
     before = signal.getsignal(signal.SIGTERM)
     handler = PreemptionHandler()
     try:

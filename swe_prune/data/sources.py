@@ -173,6 +173,8 @@ def _prepare(tfds: Any, name: str, data_dir: str | None) -> Any:
     tfds.disable_progress_bar()  # six bars for two seconds only fill the log
     try:
         builder.download_and_prepare()
+    except InputError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:  # those of array_record's writer, too
         # Renaming fails if another process was faster, but its result is the same.
         if not builder.data_path.exists():

@@ -8,6 +8,7 @@ from typing import Any
 
 from jax.experimental import multihost_utils
 
+from swe_prune import early_signals
 from swe_prune.early_signals import PREEMPTED as MESSAGE
 from swe_prune.errors import Preempted
 from swe_prune.runtime import processes
@@ -80,8 +81,8 @@ class PreemptionHandler:
         try:
             yield
         finally:
-            # Once it has come, the process ends with 75, whatever comes until then.
-            if not self._given:
+            # Once it has come, the program ends with 75, whatever comes until then.
+            if not (self._given and early_signals.PROGRAM):
                 signal.signal(signal.SIGTERM, before)
 
 

@@ -225,6 +225,11 @@ def _update(stats: TrajectoryStats, params: PyTree, layout: PyTree | None) -> Tr
         before = dict(zip(stats.buffers, old, strict=True))
         _check_shapes(name, weight, old, "the weight")
         copies = getattr(axes.get(name), "copies", ())
+        if not tree.is_weight(weight):
+            raise InputError(
+                f"the weight {tree.short(name)!r} must be a floating-point array, got "
+                f"{weight.dtype}"
+            )
         value = weight.astype(jnp.float32)
         return _advance(before, value, late_share, share, stats.vote_rate, copies)
 
