@@ -173,6 +173,7 @@ def test_two_processes_have_the_numbers_of_one(alone, together):
 
 def test_their_checkpoint_gives_one_process_their_masks(together, config, tmp_path):
     shutil.copytree(together / "seed_0/dense", tmp_path / "seed_0/dense")
+    shutil.copy(together / "config.json", tmp_path)
     assert cli.main(["prune", f"--config={config}", f"--workdir={tmp_path}"]) == 0
     one, two = (
         study.setup(study.workdir.config_of(folder), folder) for folder in (tmp_path, together)
@@ -190,6 +191,7 @@ def test_their_checkpoint_gives_one_process_their_masks(together, config, tmp_pa
 
 def test_one_processs_checkpoint_goes_on_by_two(alone, config, tmp_path):
     shutil.copytree(alone / "seed_0/dense", tmp_path / "seed_0/dense")
+    shutil.copy(alone / "config.json", tmp_path)
     folder = tmp_path / "seed_0/dense"
     (folder / "result.json").unlink()
     shutil.rmtree(folder / "checkpoints/24")

@@ -124,14 +124,14 @@ def test_blocks_are_pruned_as_on_one_device(mesh, variables, method, offload):
 
 
 def test_activations_come_back_from_host_memory_divided_as_they_were(mesh, variables, monkeypatch):
-    seen, back = [], blockwise.runner._on_device
+    seen, back = [], blockwise.runner.on_device
 
     def watched(state):
         assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
         seen.extend(jax.tree.leaves(back(state)))
         return back(state)
 
-    monkeypatch.setattr(blockwise.runner, "_on_device", watched)
+    monkeypatch.setattr(blockwise.runner, "on_device", watched)
     blockwise.prune_blocks(
         Model(), placed(variables, mesh, P()), over_data(mesh), blocks=r"block_\d", sparsity=0.5,
         offload=True,

@@ -124,6 +124,7 @@ def assert_same_curve(got, expected):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_from_one_devices_checkpoint_the_masks_are_the_same(layout, alone, text, tmp_path):
     shutil.copytree(alone.dense(0), Workdir(tmp_path).dense(0))
+    shutil.copy(alone.path / "config.json", tmp_path)
     config = settings(text, LAYOUTS[layout])
     experiment = run(config, tmp_path, phases.prune)
     one = dataclasses.replace(experiment, workdir=alone)
@@ -160,6 +161,7 @@ def test_everything_lies_where_its_weight_lies(layout, text, tmp_path):
 def test_a_checkpoint_goes_on_with_another_layout(alone, text, tmp_path):
     """Eight devices by fsdp stop half way, as one device by data goes on."""
     shutil.copytree(alone.dense(0), Workdir(tmp_path).dense(0))
+    shutil.copy(alone.path / "config.json", tmp_path)
     folder = Workdir(tmp_path).dense(0)
     (folder / "result.json").unlink()
     shutil.rmtree(folder / "checkpoints/12")
