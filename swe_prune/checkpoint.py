@@ -127,6 +127,8 @@ class Checkpoints:
                     tree=ocp.args.StandardSave(plain), extra=ocp.args.JsonSave(described)
                 ),
             )
+        except jax.errors.JaxRuntimeError:
+            raise  # another process is gone, which its own sentence says
         except WRITE_ERRORS as error:
             raise self._unwritten(step, error) from None
         # Checksums need complete files, so another thread waits for them.
@@ -150,6 +152,8 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             self._write_checksums(step)
+        except jax.errors.JaxRuntimeError as error:
+            self._failure = error
         except Exception as error:  # in a thread; `wait` raises it in the main one
             self._failure = self._unwritten(step, error)
 
@@ -221,6 +225,8 @@ class Checkpoints:
             raise
         try:
             self._manager.close()
+        except jax.errors.JaxRuntimeError:
+            raise
         except WRITE_ERRORS as error:
             raise self._unwritten(self._step, error) from None
 
