@@ -349,7 +349,8 @@ def test_a_scanned_model_trains_and_is_pruned_by_what_its_layers_are_given(
     times = iter([100.0, 440.0])
     again = ["run", f"--config={config}", f"--workdir={tmp_path / 'scanned'}"]
     assert cli.main(again, clock=lambda: next(times)) == 0
-    assert capsys.readouterr().err.splitlines()[-1] == "Finished in 5 min 40 s."
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("Finished in 5 min 40 s. Energy at the meter: ")
 
 
 def test_a_full_disk_ends_in_a_sentence_and_the_same_command_goes_on(tmp_path, plays_dir):

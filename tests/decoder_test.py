@@ -266,7 +266,7 @@ def test_dynamic_and_long_frequencies_depend_on_the_longest_text_alone():
         ({"norm": "batch"}, "model.norm must be one of layer, rms, got 'batch'"),
         ({"positions": "sine"}, "model.positions must be one of learned, rope, none, got 'sine'"),
         ({"kv_heads": 3}, "kv_heads must be a divisor of heads = 4, got 3"),
-        ({"window": 0}, "window must be an integer above 0, got 0"),
+        ({"window": 0}, "window must be an integer of at least 1, got 0"),
         ({"rope": RopeConfig(scaling="yarm")}, "did you mean 'yarn'"),
         ({"rope": RopeConfig(share=0.75)}, "rotates 3 of a head's 4"),
         ({"rope": RopeConfig(scaling="linear")}, "factor is missing"),

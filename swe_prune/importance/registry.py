@@ -14,7 +14,7 @@ option.
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from swe_prune.errors import InputError, check_choice, shown
@@ -91,6 +91,10 @@ def check_value(what: str, value: Any, default: Any) -> None:
         fits, kind = number and math.isfinite(value), "a finite number"
     elif isinstance(default, str):
         fits, kind = isinstance(value, str), "a name"
+    elif isinstance(default, tuple):
+        numbers = isinstance(value, Sequence) and not isinstance(value, str)
+        fits = numbers and all(isinstance(one, int | float) for one in value)
+        kind = f"{len(default)} numbers"
     else:
         fits, kind = isinstance(value, int | float | str | None), "a number or a name"
     if not fits:

@@ -235,8 +235,9 @@ def pictured(kwh: Interval) -> str:
     """
     cups = kwh.value / (4186 * 80 / JOULES_PER_KWH) * 4
     if cups < 1:
-        minutes = kwh.value * JOULES_PER_KWH / 10 / 60
-        return f"as much as a lamp of 10 W in {minutes:.1g} minutes"
+        seconds = kwh.value * JOULES_PER_KWH / 10
+        time = f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+        return f"as much as a lamp of 10 W in {time}"
     if cups < 200:
         return f"as much as boiling {cups:.0f} cups of water"
     return f"as much as boiling {cups / 4:,.0f} litres of water"

@@ -84,6 +84,7 @@ def build(
     Raises:
         InputError: If a setting is unknown, or the heads do not divide the width.
 
+    >>> import jax
     >>> model = build(ModelConfig(layers=1, heads=2, width=8, context=4), vocab_size=5)
     >>> params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     >>> sorted(params)

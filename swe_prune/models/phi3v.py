@@ -216,6 +216,7 @@ def unused(config: ModelConfig, name: str) -> bool:
         config: Sizes and choices of the model.
         name: Name of the parameter.
 
+    >>> from swe_prune.config import VisionConfig
     >>> unused(ModelConfig(vision=VisionConfig(layers=4)), "vision/block_3/mlp/up/kernel")
     True
     """
