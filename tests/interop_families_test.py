@@ -97,7 +97,7 @@ REFUSED = {
     "missing": (changed("llama", drop=["hidden_size"]), "lacks 'hidden_size'"),
     "not a number": (
         changed("llama", hidden_size="16"),
-        "hidden_size in .* an integer above 0, got '16'",
+        "hidden_size in .* an integer of at least 1, got '16'",
     ),
     "negative": (changed("llama", num_hidden_layers=-1), "num_hidden_layers in .* got -1"),
     "not a bool": (changed("llama", tie_word_embeddings=1), "tie_word_embeddings in .* got 1"),
