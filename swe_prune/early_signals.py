@@ -4,6 +4,7 @@
 it runs anything. A process that only uses the library keeps its handlers.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -57,5 +58,13 @@ def interrupt_once() -> None:
         signal.signal(signal.SIGINT, interrupt)
 
 
+def _ignore_signals() -> None:
+    for number in CODES:
+        signal.signal(number, signal.SIG_IGN)
+
+
 if PROGRAM:
     exit_on_signals()
+    # Registered first, so called last: Python takes back its own handlers while it ends, after
+    # which a signal would end the process with another exit code.
+    atexit.register(_ignore_signals)

@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import errno
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
 
@@ -124,10 +125,11 @@ def visible(text: str, keep: str = "") -> str:
     """
     if text.isprintable():
         return text
-    return "".join(
-        one if one.isprintable() or one in keep else one.encode("unicode_escape").decode()
-        for one in text
-    )
+
+    def shows(one: str) -> bool:  # spaces of other widths are not "printable"
+        return one.isprintable() or one in keep or unicodedata.category(one) == "Zs"
+
+    return "".join(one if shows(one) else one.encode("unicode_escape").decode() for one in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -73,7 +73,8 @@ def test_cut_logits_are_masked_logits(name):
 
 
 def test_every_family_is_cut():
-    assert {model(name).family for name in FAMILIES} == set(interop.FAMILIES)
+    # A model with a vision tower is cut by declared groups.
+    assert {model(name).family for name in FAMILIES} == set(interop.FAMILIES) - {"phi3_v"}
 
 
 @pytest.mark.parametrize("units", ["neurons", "heads", "query_heads"])

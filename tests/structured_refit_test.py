@@ -193,7 +193,13 @@ def test_block_after_block_the_first_block_is_refitted_as_at_once():
     found = calibration.moments(module, params, batches, leaves=r"down/kernel$", gram=True)
     once, _ = refit(params, groups, keep, found)
     after, _, reports = prune_blocks(
-        module, {"params": params}, batches, blocks=gpt.BLOCKS, mask=mask, restore="least_squares"
+        module,
+        {"params": params},
+        batches,
+        blocks=gpt.BLOCKS,
+        mask=mask,
+        restore="least_squares",
+        holdout=(),
     )
     first, second = (
         [some[block]["mlp"]["down"]["kernel"] for some in (once, after)]
