@@ -17,7 +17,6 @@ from swe_prune.masks import removed
 from swe_prune.masks import ties as undecided
 from swe_prune.masks.counts import kept_counts
 
-_LARGEST = float(jnp.finfo(jnp.float32).max)
 CopiesOf = Callable[[str, tuple[int, ...]], tuple[int, ...]]
 SCOPES = ("tensor", "global", "row")
 ROUNDINGS = ("nearest", "down")
