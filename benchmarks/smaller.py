@@ -45,7 +45,7 @@ from swe_prune.structured.refit import refit
 from swe_prune.training import optimizer as optimizer_lib
 from swe_prune.training import state as state_lib
 from swe_prune.training import step as step_lib
-from swe_prune.training.losses import Distillation
+from swe_prune.training.distillation import Distillation
 
 SHARES = (0.25, 0.5)
 QUICK = {
