@@ -30,7 +30,8 @@ def cut(values: PyTree, groups: Groups, keep: Mapping[str, Any]) -> PyTree:
     """Returns a pytree with only the kept units; dtypes and containers stay.
 
     A model without the cut units computes what the model computes with zeros in their place
-    (`unit_mask`), up to rounding. Leaves without units stay as they are.
+    (`unit_mask`), up to rounding. Leaves without units are the same arrays in both, not copies: a
+    train step that donates the one deletes them in the other.
 
     Args:
         values: Pytree laid out like the parameters: parameters, masks, trajectory statistics, or

@@ -124,7 +124,7 @@ def distilled_losses(
     teacher_BxLxV, theirs = _run(teacher_model, teacher, batch, compare, {})
     w = distillation.weight_at(step)
     text_BxL = losses.cross_entropy(logits_BxLxV, batch["targets"])
-    apart_BxL = losses.divergence(logits_BxLxV, teacher_BxLxV, distillation.temperature)
+    apart_BxL: Any = losses.divergence(logits_BxLxV, teacher_BxLxV, distillation.temperature)
     found_BxL = (1 - w) * text_BxL + w * apart_BxL
     if not compare:
         return found_BxL
