@@ -39,7 +39,7 @@ ComputeDtype = Literal["float32", "bfloat16"]
 Values = Literal["final", "late_mean"]
 Index = Literal["window", "absolute"]
 Memory = Literal["device", "host"]
-Schedule = Literal["one_shot", "cubic", "iterative", "rigl", "set", "ste", "movement"]
+Schedule = Literal["one_shot", "cubic", "iterative", "rigl", "set", "ste", "movement", "elsa"]
 Recovery = Literal["none", "finetune", "rewarm", "rewind", "rewind_weights"]
 """Choices of the settings below; `convert` and `check_choices` refuse every other value."""
 
@@ -346,6 +346,8 @@ class CellConfig(Recipe):
                           et al., 2018)
         ste               dense weights are trained through masks of their magnitude
         movement          scores are learned and pick the masks (Sanh et al., 2020)
+        elsa              dense weights are drawn towards sparse ones by ADMM over the training,
+                          and pruned at its end (Lee et al., 2025)
     """
 
     schedule: Schedule = ONE_SHOT  # when the weights are removed
@@ -765,7 +767,7 @@ def _validate_cell(cell: CellConfig, path: str, must: Callable[..., None]) -> No
         return
     rule = f"None, since schedule {schedule!r} prunes single weights"
     must(cell.pattern is None, f"{path}.pattern", rule, cell.pattern)
-    ranked_by = {"ste": "magnitude", "movement": "movement"}.get(schedule)
+    ranked_by = {"ste": "magnitude", "elsa": "magnitude", "movement": "movement"}.get(schedule)
     if ranked_by is not None:
         rule = f"{ranked_by!r}, by which schedule {schedule!r} ranks"
         must(cell.criterion == ranked_by, f"{path}.criterion", rule, cell.criterion)
