@@ -33,6 +33,7 @@ UPDATES = 10  # largest number of mask updates
 ROUNDS = 5  # largest number of rounds of iterative pruning
 EXCHANGE = 0.75  # share of the recovery in which RigL and SET exchange weights, as in the paper
 DROP_FRACTION = 0.3  # share of the active weights exchanged at first, RigL's alpha
+RENEWALS = 128  # number of times that ELSA renews the sparse weights, as in the paper's 4,096 steps
 SCORE_RATE = 1e-2  # learning rate of movement pruning's scores, as in the paper
 
 _rigl = jax.jit(sparse_training.rigl_update)
@@ -229,8 +230,13 @@ def _straight_through(experiment: Experiment, cell: Cell, tuning: Tuning, start:
 
 def _elsa(experiment: Experiment, cell: Cell, tuning: Tuning, start: PyTree) -> Regime:
     where = {"scope": cell.recipe.scope, "layout": experiment.layout}
+    check_long_enough(cell.schedule, tuning.steps)
     optimizer = sparse_training.elsa(
-        tuning.optimizer, cell.sparsity, prunable=experiment.prunable, **where
+        tuning.optimizer,
+        cell.sparsity,
+        every=max(1, tuning.steps // RENEWALS),
+        prunable=experiment.prunable,
+        **where,
     )
     place = functools.partial(parallel.shard_state, params=experiment.abstract_params)
 
