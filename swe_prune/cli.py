@@ -435,10 +435,14 @@ def _dispatch(parsed: Parsed, distributed: bool, elapsed: Callable[[], float]) -
             rows = study.evaluate(experiment, progress)
             processes.first(lambda: _print_evaluation(rows))
         else:
-            if command == "finetune":
-                study.mend(experiment, progress)
-                study.control(experiment, progress)
-            getattr(study, command)(experiment, progress)
+            with contextlib.ExitStack() as watched:
+                if processes.index() == 0:
+                    country, folder = config.ledger.country, workdir / "codecarbon"
+                    watched.enter_context(ledger.beside(folder, book, place, country, progress.say))
+                if command == "finetune":
+                    study.mend(experiment, progress)
+                    study.control(experiment, progress)
+                getattr(study, command)(experiment, progress)
         spent = processes.first(lambda: _account(workdir, config, place))
         if command == "run":
             processes.first(lambda: _report(workdir))

@@ -398,3 +398,35 @@ def test_a_mask_never_pays_and_a_worse_model_not_at_equal_quality():
     assert "paid for itself" in equal.verdict
     with pytest.raises(InputError, match="margin must be 0 or more"):
         ledger.break_even(1.0, *windows, margin=-0.1)
+
+
+def test_codecarbon_accounts_for_the_same_time_where_it_is_installed(tmp_path):
+    pytest.importorskip("codecarbon")
+    program = (
+        "import sys; from swe_prune import ledger\n"
+        "book, place = ledger.Ledger(), ledger.of_country(sys.argv[2])\n"
+        "with ledger.beside(sys.argv[1], book, place, sys.argv[2], print):\n"
+        "    with ledger.opened(book), ledger.measure('train'):\n"
+        "        sum(range(20_000_000))\n"
+    )
+    for country in ("FRA", "WORLD"):
+        command = [sys.executable, "-c", program, str(tmp_path / country), country]
+        assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == ""
+        (found,) = ledger.read_beside(tmp_path / country)
+        assert found.seconds > 0.1
+        assert found.carbon / found.kwh == pytest.approx(
+            ledger.of_country(country).grid.value / 1000, rel=0.01
+        )
+        assert 0.01 < found.kwh / found.our_kwh.value < 100
+
+
+def test_a_second_source_that_fails_is_said_and_does_not_stop_the_run(tmp_path, monkeypatch):
+    (tmp_path / "codecarbon.py").write_text("raise OSError('no meter')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "codecarbon", raising=False)
+    said = []
+    with ledger.beside(tmp_path / "out", ledger.Ledger(), ledger.of_country(), say=said.append):
+        ran = True
+    assert ran
+    assert said == ["codecarbon does not start (no meter); its account is left out"]
+    assert ledger.read_beside(tmp_path / "out") == []

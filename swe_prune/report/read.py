@@ -80,6 +80,7 @@ def load(workdir: epath.PathLike) -> Results:
         details,
         entries,
         _factors(config),
+        ledger.read_beside(workdir / "codecarbon"),
         [] if settings is None else paybacks(workdir, settings, entries),
     )
 
