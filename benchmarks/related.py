@@ -4,10 +4,11 @@
     python benchmarks/related.py ssprop --seeds 0 1 2  back-propagation through a part
     python benchmarks/related.py ecomls                switching between cuts of SmolLM2
 
-The first two train the demo's dense model (`configs/shakespeare_char.py`) in `--workdir` first, or find it
-there. TRAWL's best layer, rank and method are chosen on a fifth of the validation windows and
-reported on the others; "noise" is a random change of the same kernels by the same norm. ssProp
-trains from scratch with the same data, order and steps; its step time is measured in turns.
+The first two train the demo's dense model (`configs/shakespeare_char.py`) in `--workdir` first, or
+find it there; the third is described in `ecomls.py` and set in `configs/ecomls.py`. TRAWL's best
+layer, rank and method are chosen on a fifth of the validation windows and reported on the others;
+"noise" is a random change of the same kernels by the same norm. ssProp trains from scratch with the
+same data, order and steps; its step time is measured in turns.
 """
 
 import argparse
