@@ -2,11 +2,13 @@
 
     python benchmarks/related.py trawl                 stacked weights at low rank, written back
     python benchmarks/related.py ssprop --seeds 0 1 2  back-propagation through a part
+    python benchmarks/related.py ecomls                switching between cuts of SmolLM2
 
-Both train the demo's dense model (`configs/shakespeare_char.py`) in `--workdir` first, or find it
-there. TRAWL's best layer, rank and method are chosen on a fifth of the validation windows and
-reported on the others; "noise" is a random change of the same kernels by the same norm. ssProp
-trains from scratch with the same data, order and steps; its step time is measured in turns.
+The first two train the demo's dense model (`configs/shakespeare_char.py`) in `--workdir` first, or
+find it there; the third is described in `ecomls.py` and set in `configs/ecomls.py`. TRAWL's best
+layer, rank and method are chosen on a fifth of the validation windows and reported on the others;
+"noise" is a random change of the same kernels by the same norm. ssProp trains from scratch with the
+same data, order and steps; its step time is measured in turns.
 """
 
 import argparse
@@ -29,10 +31,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import ecomls
 from timing import compare
 
 from swe_prune import study
-from swe_prune.config import Config, StudyConfig, load
+from swe_prune.config import Config, StudyConfig, load, read
 from swe_prune.evaluation import mean_loss
 from swe_prune.related import ssprop, trawl
 from swe_prune.study.saved import load_dense
@@ -40,13 +43,15 @@ from swe_prune.training import step as step_lib
 from swe_prune.training.progress import Progress
 
 DEMO = Path(__file__).parents[1] / "configs" / "shakespeare_char.py"
+ECOMLS = DEMO.with_name("ecomls.py")
 RANKS = (4, 8, 16, 32, 48, 64, 80, 90)
 
 
 def parse() -> argparse.Namespace:
     """Returns the options of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("system", choices=("trawl", "ssprop"))
+    parser.add_argument("system", choices=("trawl", "ssprop", "ecomls"))
+    parser.add_argument("--config", default=str(ECOMLS), help="config of ecomls")
     parser.add_argument(
         "--workdir", type=Path, help="folder of the dense models; default: a new one"
     )
@@ -218,6 +223,12 @@ def main() -> None:
     options = parse()
     console = Console()
     console.print(f"{platform.machine()}, {os.cpu_count()} processors, jax {jax.__version__}")
+    if options.system == "ecomls":
+        found = ecomls.run(read(options.config), Progress().say)
+        console.print(ecomls.table(found))
+        if options.out is not None:
+            options.out.write_text(json.dumps(found))
+        return
     with tempfile.TemporaryDirectory() as temporary:
         experiment = study.setup(demo(options), options.workdir or Path(temporary) / "demo")
         if options.system == "trawl":

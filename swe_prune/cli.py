@@ -435,26 +435,32 @@ def _dispatch(parsed: Parsed, distributed: bool, elapsed: Callable[[], float]) -
             rows = study.evaluate(experiment, progress)
             processes.first(lambda: _print_evaluation(rows))
         else:
-            if command == "finetune":
-                study.mend(experiment, progress)
-                study.control(experiment, progress)
-            getattr(study, command)(experiment, progress)
-        spent = processes.first(lambda: _account(workdir, place))
+            with contextlib.ExitStack() as watched:
+                if processes.index() == 0:
+                    country, folder = config.ledger.country, workdir / "codecarbon"
+                    watched.enter_context(ledger.beside(folder, book, place, country, progress.say))
+                if command == "finetune":
+                    study.mend(experiment, progress)
+                    study.control(experiment, progress)
+                getattr(study, command)(experiment, progress)
+        spent = processes.first(lambda: _account(workdir, config, place))
         if command == "run":
             processes.first(lambda: _report(workdir))
             progress.say(f"Finished in {duration(elapsed())}. {spent}")
     processes.end()
 
 
-def _account(workdir: epath.Path, place: "Factors") -> str:
-    """Writes ledger.csv from all attempts so far, and returns the summary."""
+def _account(workdir: epath.Path, config: config_lib.Config, place: "Factors") -> str:
+    """Writes ledger.csv from all attempts so far; returns the summary, and when cuts have paid."""
     from swe_prune import ledger
+    from swe_prune.study import payback
 
     entries = ledger.read(workdir / "ledger")
     if not entries:
         return ""
     ledger.write(workdir / "ledger.csv", entries, place)
-    return ledger.summary(entries, place)
+    found = payback.paybacks(workdir, config, entries)
+    return " ".join([ledger.summary(entries, place), *(s for one in found for s in one.sentences)])
 
 
 def _forced(devices: int, arguments: Sequence[str]) -> int:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
+from swe_prune import importance
 from swe_prune.bounds import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Bound
 from swe_prune.errors import InputError, check_choice, did_you_mean
 from swe_prune.recipe import Recipe
@@ -41,6 +42,7 @@ Index = Literal["window", "absolute"]
 Memory = Literal["device", "host"]
 Schedule = Literal["one_shot", "cubic", "iterative", "rigl", "set", "ste", "movement", "elsa"]
 Recovery = Literal["none", "finetune", "rewarm", "rewind", "rewind_weights"]
+Units = Literal["neurons", "heads", "query_heads", "layers"]
 """Choices of the settings below; `convert` and `check_choices` refuse every other value."""
 
 Duration = int | str
@@ -321,6 +323,14 @@ class LedgerConfig:
 
     country: str = "WORLD"  # country of the electricity: three letters of ISO 3166, or "WORLD"
     pue: float | None = None  # energy of the building per energy of the devices; None: a survey's
+    windows: int = 20  # windows in which each model of a cut serves, in turns, for the break-even
+    window_seconds: float = 5.0  # least length of a window
+    batch: int = 16  # texts that are served at once
+    prompt: int | None = None  # tokens of a prompt; None: half of the context
+    new_tokens: int | None = None  # new tokens of a text; None: a quarter of the context
+    margin: float = (
+        0.02  # loss, in nats per token, by which a cut model may be worse at equal quality
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,6 +391,35 @@ class StudyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CutConfig:
+    """A cut of the dense models, whose arrays become smaller; see `study/cuts.py`.
+
+    What is cut is trained by the settings of `finetune`, and compared with the dense model and with
+    models of smaller shapes that are trained from random weights for as many tokens in all.
+    """
+
+    units: Units = "neurons"  # what is removed as a whole
+    sparsity: float = 0.5  # share of the units to remove
+    criterion: str = "input_norm_product"  # criterion of weights, or of the units' activations
+    restore: bool = True  # whether a least-squares refit makes up for what goes, before training
+    smaller: tuple[float, ...] = ()  # shares of the units that the shapes trained from random
+    # weights lack; empty: that of the cut
+    seeds: tuple[int, ...] | None = None  # seeds of the dense models; None: those of the study
+
+    @property
+    def name(self) -> str:
+        """Folder name, unique within a seed."""
+        restored = "-restored" if self.restore else ""
+        return f"{self.units}-{self.criterion}-{self.sparsity:g}{restored}"
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """Request of a criterion of weights; None of one of activations."""
+        named = self.criterion in importance.names()
+        return Recipe(self.criterion, sparsity=self.sparsity) if named else None
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole experiment."""
 
@@ -392,6 +431,7 @@ class Config:
     trajectory: TrajectoryConfig = TrajectoryConfig()  # statistics recorded during training
     prune: PruneConfig = PruneConfig()  # choice of prunable weights
     study: StudyConfig = StudyConfig()  # grid of pruning settings to compare
+    cuts: tuple[CutConfig, ...] = ()  # cuts of the dense models, and when they have paid
     calibration: CalibrationConfig = CalibrationConfig()  # text for criteria that need data
     samples: SamplesConfig = SamplesConfig()  # text to generate with every model
     parallel: ParallelConfig = ParallelConfig()  # mesh and partition rules
@@ -685,7 +725,7 @@ _COUNTS = """
 model.layers model.heads model.width model.context model.hidden_ratio model.hidden model.kv_heads
 model.head_width model.window data.batch data.eval_windows data.eval_batch data.window
 trajectory.window_start calibration.windows calibration.batch samples.tokens parallel.data
-parallel.fsdp parallel.tensor log_every
+parallel.fsdp parallel.tensor log_every ledger.windows ledger.batch ledger.prompt ledger.new_tokens
 """
 _BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(_COUNTS.split(), COUNT),
@@ -698,6 +738,8 @@ _BOUNDS: dict[str, Bound] = {
     "study.std_seeds": SEED,
     "study.std_rates": NOT_NEGATIVE,
     "study.sparsities": SHARE,
+    "ledger.window_seconds": NOT_NEGATIVE,
+    "ledger.margin": NOT_NEGATIVE,
 }
 """Range of each number, or of each member of a list; None is left to the setting's type."""
 
@@ -742,6 +784,14 @@ def validate(config: Config) -> None:
         check_choice(scope, ("tensor", "global", "row"), "config.study.scopes")
     for number, cell in enumerate(study.cells):
         _validate_cell(cell, f"study.cells[{number}]", must)
+    for number, cut in enumerate(config.cuts):
+        path = f"cuts[{number}]"
+        for name, share in (("sparsity", cut.sparsity), *(("smaller", one) for one in cut.smaller)):
+            SHARE.check(share, f"config.{path}.{name}")
+        rule = "False, since whole layers have no projection to refit"
+        must(not (cut.restore and cut.units == "layers"), f"{path}.restore", rule, cut.restore)
+        rule = "at least one seed, or None for those of the study"
+        must(cut.seeds is None or len(cut.seeds) > 0, f"{path}.seeds", rule, cut.seeds)
 
 
 def _validate_cell(cell: CellConfig, path: str, must: Callable[..., None]) -> None:

@@ -337,3 +337,96 @@ def test_a_mask_is_not_shown_to_pay():
 def test_windows_that_say_nothing_are_refused(given, sentence):
     with pytest.raises(InputError, match=sentence):
         ledger.break_even(*given)
+
+
+def test_windows_go_in_turns_and_back_and_count_every_run():
+    clock, order = Clock(), []
+    clock.joules = 0.0
+
+    def work(name, watts):
+        def run():
+            order.append(name)
+            clock.now += 0.5
+            clock.joules += watts * 0.5
+            return 10
+
+        return run
+
+    works = {"dense": work("dense", 40.0), "cut": work("cut", 20.0)}
+    found = ledger.windows(works, [counter(clock)], count=3, seconds=2.0, clock=lambda: clock.now)
+    assert order[:2] == ["cut", "dense"]  # warm-up, backward
+    assert order[2:][::4] == ["dense", "cut", "cut", "dense", "dense", "cut"]
+    assert [len(some) for some in found.values()] == [3, 3]
+    assert found["dense"][1] == ledger.Window(Interval(80.0, 80.0, 80.0), 2.0, 40)
+    assert ledger.per_token(found["cut"]) == Interval(1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"count": 0}, "windows must be 1 or more"),
+        ({"seconds": -1.0}, "windows must be 1 or more"),
+        ({"seconds": math.nan}, "windows must be 1 or more"),
+        ({"works": {"dense": lambda: 0}}, "work 'dense' must work through tokens"),
+    ],
+)
+def test_windows_that_cannot_be_measured_are_refused(given, sentence):
+    usual = {"works": {"dense": lambda: 1}, "count": 1, "seconds": 0.0}
+    with pytest.raises(InputError, match=sentence):
+        ledger.windows(**{**usual, **given}, meters=[meters.ProcessorMeter()])
+
+
+def test_the_idle_machine_has_the_power_of_its_threads():
+    found = ledger.idle_watts([meters.ProcessorMeter(4)], 0.2)
+    assert found.value == pytest.approx(4 * 0.74, rel=0.2)
+
+
+def test_the_meter_s_own_error_is_common_to_cost_and_saving():
+    wide = Interval(0.5, 1.0, 2.0)  # of a meter that may be off by a factor of two
+    found = ledger.break_even(wide * 100, [wide * 2.0] * 20, [wide * 1.0] * 20)
+    assert found.tokens == Interval(100.0, 100.0, 100.0)
+    assert (found.saved.low, found.saved.high) == (0.5, 2.0)
+
+
+def test_a_mask_never_pays_and_a_worse_model_not_at_equal_quality():
+    windows = [2.0, 2.1, 2.0], [1.0, 1.1, 1.0]
+    assert ledger.break_even(1.0, *windows, mask=True).verdict.startswith("never")
+    worse = ledger.break_even(1.0, *windows, worse=Interval(0.01, 0.03, 0.04), margin=0.02)
+    assert worse.verdict.startswith("not shown to pay at equal quality: its loss is 0.03")
+    equal = ledger.break_even(1.0, *windows, worse=Interval(-0.02, 0.0, 0.01), margin=0.02)
+    assert equal.equal
+    assert "paid for itself" in equal.verdict
+    with pytest.raises(InputError, match="margin must be 0 or more"):
+        ledger.break_even(1.0, *windows, margin=-0.1)
+
+
+def test_codecarbon_accounts_for_the_same_time_where_it_is_installed(tmp_path):
+    pytest.importorskip("codecarbon")
+    program = (
+        "import sys; from swe_prune import ledger\n"
+        "book, place = ledger.Ledger(), ledger.of_country(sys.argv[2])\n"
+        "with ledger.beside(sys.argv[1], book, place, sys.argv[2], print):\n"
+        "    with ledger.opened(book), ledger.measure('train'):\n"
+        "        sum(range(20_000_000))\n"
+    )
+    for country in ("FRA", "WORLD"):
+        command = [sys.executable, "-c", program, str(tmp_path / country), country]
+        assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == ""
+        (found,) = ledger.read_beside(tmp_path / country)
+        assert found.seconds > 0.1
+        assert found.carbon / found.kwh == pytest.approx(
+            ledger.of_country(country).grid.value / 1000, rel=0.01
+        )
+        assert 0.01 < found.kwh / found.our_kwh.value < 100
+
+
+def test_a_second_source_that_fails_is_said_and_does_not_stop_the_run(tmp_path, monkeypatch):
+    (tmp_path / "codecarbon.py").write_text("raise OSError('no meter')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "codecarbon", raising=False)
+    said = []
+    with ledger.beside(tmp_path / "out", ledger.Ledger(), ledger.of_country(), say=said.append):
+        ran = True
+    assert ran
+    assert said == ["codecarbon does not start (no meter); its account is left out"]
+    assert ledger.read_beside(tmp_path / "out") == []

@@ -21,7 +21,13 @@ def test_two_models_side_by_side_as_a_table_and_as_json(place, capsys):
     command = ["bench", f"--model={place.model}", f"--against={place.model}", *QUICK]
     assert cli.main(command) == 0
     shown = capsys.readouterr().out
-    for part in ("ratio (quartiles)", "batch 2: decode, p95 ms", "1.000", "prefill, tokens/s"):
+    for part in (
+        "ratio (quartiles)",
+        "batch 2: decode, p95 ms",
+        "1.000",
+        "prefill, tokens/s",
+        "energy a token",
+    ):
         assert part in shown
     assert cli.main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -35,6 +41,14 @@ def test_two_models_side_by_side_as_a_table_and_as_json(place, capsys):
         assert decode["tokens_per_second"] == pytest.approx(3 * int(batch) / decode["median"])
         assert len(decode["ratio"]) == 3
         assert "ratio" not in found["against"]["batches"][batch]["decode"]
+        energy = found["model"]["batches"][batch]["energy"]
+        each, request = energy["joules_per_token"], energy["joules_per_request"]
+        assert each["low"] <= each["value"] <= each["high"]
+        assert each["value"] > 0
+        assert request["value"] == pytest.approx(11 * each["value"])
+        assert [one["tokens"] for one in energy["windows"]] == [11 * int(batch)] * 2
+    assert found["energy"]["source"]
+    assert found["energy"]["idle_watts"]["value"] > 0
 
 
 def test_a_compressed_model_is_smaller_and_is_read_as_any_other(place, tmp_path, capsys):
@@ -63,6 +77,8 @@ def test_a_compressed_model_is_smaller_and_is_read_as_any_other(place, tmp_path,
     ("more", "part"),
     [
         (["--runs=0"], "--runs must be 1 or more, got 0"),
+        (["--energy-windows=-1"], "--energy-windows must be 0 or more, got -1"),
+        (["--energy-seconds=nan"], "--energy-seconds must be 0 or more, got nan"),
         (["--batch=0"], "--batch must be 1 or more, got 0"),
         (["--prompt-tokens=0"], "--prompt-tokens must be 1 or more, got 0"),
         (["--prompt-tokens=128"], "exceed the model's context of 128"),

@@ -1,7 +1,11 @@
 """EcoMLS against its rules written out, and against what could embarrass it."""
 
+import importlib
+
 import numpy as np
+import pretrained_tiny
 import pytest
+from ml_collections import ConfigDict
 
 from swe_prune.errors import InputError
 from swe_prune.related.ecomls import Profile, Served, Switcher, Trace, compare, serve
@@ -97,3 +101,29 @@ def test_serving_is_the_mean_of_what_was_chosen():
 def test_what_cannot_be_served_is_refused(call, sentence):
     with pytest.raises(InputError, match=sentence):
         call()
+
+
+@pytest.mark.slow
+def test_the_benchmark_serves_real_requests_of_a_tiny_model(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    monkeypatch.syspath_prepend(str(pretrained_tiny.ROOT / "benchmarks"))
+    benchmark = importlib.import_module("ecomls")
+    place = pretrained_tiny.make(tmp_path)
+    given = ConfigDict(
+        {
+            "model": str(place.model), "shares": (0.5,), "text": str(place.held_out),
+            "calibration": str(place.train), "calibration_windows": 8, "length": 16,
+            "requests": 6, "profiled": 2, "prompt": 8, "new": 4, "epsilons": (0.2,), "window": 2,
+            "seeds": (0, 1),
+        }
+    )  # fmt: skip
+    found = benchmark.run(given, lambda _: None)
+    assert list(found["traces"]) == ["dense", "cut 50%"]
+    for trace in found["traces"].values():
+        assert [len(values) for values in trace.values()] == [6, 6, 6]
+        assert min(trace["joules"]) > 0
+        assert all(0 < one <= 1 for one in trace["confidence"])
+    (dense,), (small,) = found["ways"]["always dense"], found["ways"]["always cut 50%"]
+    assert dense["quality"] != small["quality"]
+    assert sum(found["live"]["shares"].values()) == pytest.approx(1)
+    assert benchmark.table(found).row_count == 5

@@ -164,6 +164,11 @@ class Compiled:
         jax.block_until_ready(self._decode(state))
         return between - begun, time.perf_counter() - between
 
+    def tokens(self) -> int:
+        """Runs once; returns the tokens of prompts and answers, a work for `ledger.windows`."""
+        self()
+        return self.load.batch * (self.load.prompt + self.load.new)
+
 
 def compiled(model: Any, params: PyTree, load: Workload, name: str = "model") -> Compiled:
     """Compiles what `generate` runs, for random tokens, after checking that its memory is free.

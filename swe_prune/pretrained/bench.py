@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from swe_prune import interop, structured, tree
+from swe_prune import interop, ledger, structured, tree
 from swe_prune.errors import InputError
 from swe_prune.evaluation import latency
 from swe_prune.evaluation.latency import Times, Workload
@@ -34,6 +35,7 @@ class Bench:
         flops: Operations of one token in a forward pass over prompt and new tokens.
         peak_bytes: Memory of the programs, by batch size.
         times: Seconds of the prefill and of decoding all new tokens, by batch size.
+        energy: Windows in which it ran, in turns with the other model, by batch size.
     """
 
     path: str
@@ -43,6 +45,7 @@ class Bench:
     flops: float
     peak_bytes: dict[int, int]
     times: dict[int, tuple[Times, ...]]
+    energy: dict[int, list[ledger.Window]]
 
 
 def bench(given: BenchSettings, progress: Progress, console: Console) -> dict[str, Bench]:
@@ -56,6 +59,8 @@ def bench(given: BenchSettings, progress: Progress, console: Console) -> dict[st
     for load in loads:
         load.check()
     latency.check_rounds(given.runs, given.warmup)
+    book = ledger.Ledger()
+    count, seconds = _windows(given, book)
     sources = _sources(given, progress)
     for source in sources.values():
         loads[0].check(source.config.context)
@@ -63,6 +68,7 @@ def bench(given: BenchSettings, progress: Progress, console: Console) -> dict[st
     built = {name: phi3v.build(one.config, one.vocab_size) for name, one in models.items()}
     peaks: dict[str, dict[int, int]] = {name: {} for name in models}
     times: dict[str, dict[int, tuple[Times, ...]]] = {name: {} for name in models}
+    energy: dict[str, dict[int, list[ledger.Window]]] = {name: {} for name in models}
     for load in loads:
         progress.say(f"Batch {load.batch}: compiling, then {given.runs} runs of each model.")
         works = {
@@ -71,6 +77,12 @@ def bench(given: BenchSettings, progress: Progress, console: Console) -> dict[st
         }
         for name, found in latency.alternating(works, given.runs, given.warmup).items():
             times[name][load.batch], peaks[name][load.batch] = found, works[name].peak_bytes
+        if count:
+            runs = {name: work.tokens for name, work in works.items()}
+            found = ledger.windows(runs, book.meters, count=count, seconds=seconds)
+            for name, some in found.items():
+                energy[name][load.batch] = some
+    idle = ledger.idle_watts(book.meters, max(seconds, IDLE)) if count else None
     results = {
         name: Bench(
             str(one.path),
@@ -80,17 +92,51 @@ def bench(given: BenchSettings, progress: Progress, console: Console) -> dict[st
             structured.flops(one.config, one.params, given.prompt_tokens + given.new_tokens),
             peaks[name],
             times[name],
+            energy[name],
         )
         for name, one in models.items()
     }
     notes = list(_notes(models, results))
+    if idle is not None:
+        notes.append(_energy_note(idle, book.source, count, results))
     if given.json:
-        print(json.dumps(as_json(results, given, notes)))
+        measured = {"source": book.source, "idle_watts": None if idle is None else vars(idle)}
+        print(json.dumps(as_json(results, given, notes) | {"energy": measured}))
         return results
     console.print(table(results, given))
     for line in notes:
         console.print(escape(line), highlight=False, soft_wrap=True)
     return results
+
+
+IDLE = 0.5
+"""Least seconds in which the power of the idle machine is measured."""
+
+
+def _windows(given: BenchSettings, book: ledger.Ledger) -> tuple[int, float]:
+    """Returns how many windows measure the energy, and their least seconds."""
+    count = min(given.runs, ledger.WINDOWS)
+    if given.energy_windows is not None:
+        count = given.energy_windows
+    counted = set(book.source.split("+")) - {"modelled"}
+    seconds = ledger.SECONDS if counted else 0.0
+    if given.energy_seconds is not None:
+        seconds = given.energy_seconds
+    for name, value in (("energy-windows", count), ("energy-seconds", seconds)):
+        if not 0 <= value < math.inf:
+            raise InputError(f"--{name} must be 0 or more, got {value}")
+    return count, seconds
+
+
+def _energy_note(idle: ledger.Interval, source: str, count: int, results: dict[str, Bench]) -> str:
+    shortest = min(
+        one.seconds for each in results.values() for some in each.energy.values() for one in some
+    )
+    return (
+        f"Energy: {source}, {count} windows of each model in turns, the shortest of "
+        f"{shortest:.3g} s; the idle machine takes {ledger.text(idle, 'W')}. A token is one of the "
+        "prompt or a new one."
+    )
 
 
 def _sources(given: BenchSettings, progress: Progress) -> dict[str, interop.PretrainedSource]:
@@ -120,7 +166,7 @@ def table(results: dict[str, Bench], given: BenchSettings) -> Table:
     if base is not None:
         made.add_column("ratio (quartiles)", justify="right", no_wrap=True)
 
-    def row(name: str, values: list[float], form: Any, ratio: str | None = None) -> None:
+    def row(name: str, values: list[Any], form: Any, ratio: str | None = None) -> None:
         cells = [form(value) for value in values]
         if base is not None:
             cells.append(ratio or f"{values[1] / values[0]:.3f}")
@@ -142,7 +188,24 @@ def table(results: dict[str, Bench], given: BenchSettings) -> Table:
             row(f"{label} p95 ms", [1e3 * t.p95 for t in times], "{:,.1f}".format)
             rates = [batch * tokens / t.median for t in times]
             row(f"{label} tokens/s", rates, "{:,.0f}".format)
+        _energy_rows(row, every, batch, given)
     return made
+
+
+def _energy_rows(row: Any, every: list[Bench], batch: int, given: BenchSettings) -> None:
+    """Adds joules per token and per request, each with its interval, and the paired ratio."""
+    if any(batch not in one.energy for one in every):
+        return
+    ratio = None
+    if len(every) > 1:
+        joules = [Times(tuple(w.per_token.value for w in one.energy[batch])) for one in every]
+        if min(joules[0].seconds) > 0:
+            ratio = spread(joules[1], joules[0])
+    each = [ledger.per_token(one.energy[batch]) for one in every]
+    tokens = given.prompt_tokens + given.new_tokens
+    row(f"batch {batch}: energy a token", each, lambda one: ledger.text(one, "J"), ratio or "-")
+    requests = [one * tokens for one in each]
+    row(f"batch {batch}: energy a request", requests, lambda one: ledger.text(one, "J"), " ")
 
 
 def _parts(given: BenchSettings) -> tuple[tuple[str, int], ...]:
@@ -175,6 +238,8 @@ def as_json(results: dict[str, Bench], given: BenchSettings, notes: list[str]) -
                 if "against" in results and one is results["model"]:
                     base = results["against"].times[batch][name == "decode"]
                     batches[str(batch)][name]["ratio"] = t.ratio(base)
+            if batch in one.energy:
+                batches[str(batch)]["energy"] = _energy_json(one.energy[batch], given)
         plain = ("path", "file_bytes", "parameters", "nonzero", "flops")
         return {name: getattr(one, name) for name in plain} | {"batches": batches}
 
@@ -184,6 +249,15 @@ def as_json(results: dict[str, Bench], given: BenchSettings, notes: list[str]) -
         "settings": {name: getattr(given, name) for name in settings},
         "notes": notes,
         **{name: of(one) for name, one in results.items()},
+    }
+
+
+def _energy_json(found: list[ledger.Window], given: BenchSettings) -> dict[str, Any]:
+    each = ledger.per_token(found)
+    return {
+        "joules_per_token": vars(each),
+        "joules_per_request": vars(each * (given.prompt_tokens + given.new_tokens)),
+        "windows": [dataclasses.asdict(one) for one in found],
     }
 
 

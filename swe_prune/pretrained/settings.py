@@ -275,6 +275,12 @@ class BenchSettings(WeightsSettings):
     new_tokens: int = option(32, "tokens of each text to decode after the first")
     runs: int = option(50, "number of runs of each model that count")
     warmup: int = option(3, "number of runs before them")
+    energy_windows: int | None = option(
+        None, "windows of each model to measure energy in, 0: none; default: the runs, at most 20"
+    )
+    energy_seconds: float | None = option(
+        None, "least seconds of a window; default: 5 with a counter of the hardware, else one run"
+    )
     json: bool = option(False, "JSON output with the seconds of every run, for programs to read")
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from swe_prune.report.sections import Group
 
 _DPI = 180
-_FIGURES = ("heat", "paths", "histograms", "training", "answers")
+_FIGURES = ("heat", "paths", "histograms", "training", "answers", "energy")
 """Groups of figures that are not losses."""
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from etils import epath
 
 from swe_prune import ledger
-from swe_prune.config import from_dict
+from swe_prune.config import Config, from_dict
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.report.records import (
     GROUPS,
@@ -31,6 +31,7 @@ from swe_prune.report.records import (
 )
 from swe_prune.runtime import storage
 from swe_prune.study import grid
+from swe_prune.study.payback import paybacks
 from swe_prune.study.results import COLUMNS, Row
 
 _TYPES: dict[str, Any] = typing.get_type_hints(Row)
@@ -66,18 +67,21 @@ def load(workdir: epath.PathLike) -> Results:
         for path in sorted(folder.glob("cells/*/result.json")):
             key, detail = _read_detail(path)
             details[key] = detail
+    entries, settings = ledger.read(workdir / "ledger"), _settings(config)
     return Results(
         config,
         fingerprint,
-        _wanted(config),
+        None if settings is None else len(grid.cells(settings)),
         [_with_control(row, controls) for row in rows],
         repeated,
         training,
         trajectories,
         dense,
         details,
-        ledger.read(workdir / "ledger"),
+        entries,
         _factors(config),
+        ledger.read_beside(workdir / "codecarbon"),
+        [] if settings is None else paybacks(workdir, settings, entries),
     )
 
 
@@ -165,14 +169,15 @@ def _check_identity(values: Mapping[str, Any]) -> None:
         raise ValueError(f"sparsity and rate = {levels}, where one must be a finite number")
 
 
-def _wanted(config: dict[str, Any] | None) -> int | None:
-    """Returns how many cells the settings ask for; None where they cannot tell."""
-    if config is None:
-        return None
+def _settings(config: dict[str, Any] | None) -> Config | None:
+    """Returns the settings; None without them, or where they are of another version."""
     try:
-        return len(grid.cells(from_dict(config)))
-    except InputError:  # settings of another version
+        settings = None if config is None else from_dict(config)
+        if settings is not None:
+            grid.cells(settings)
+    except InputError:
         return None
+    return settings
 
 
 def _read_control(path: epath.Path) -> float:

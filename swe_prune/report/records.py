@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from swe_prune.ledger import Entry, Factors
+from swe_prune.ledger import Beside, Entry, Factors
+from swe_prune.study.payback import Payback
 from swe_prune.study.results import COLUMNS, Row
 
 GROUPS = {
@@ -97,6 +98,8 @@ class Results:
     details: dict[CellKey, Detail]
     ledger: list[Entry] = dataclasses.field(default_factory=list)
     factors: Factors | None = None
+    beside: list[Beside] = dataclasses.field(default_factory=list)
+    paybacks: list[Payback] = dataclasses.field(default_factory=list)
 
     @property
     def seeds(self) -> list[int]:

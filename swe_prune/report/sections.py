@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from swe_prune import ledger
-from swe_prune.report import answers, comparison, curves, stats, tables, weights
+from swe_prune.report import answers, comparison, curves, energy, stats, tables, weights
 from swe_prune.report.formats import DASH, NBSP, count, number, percent, plural, seeds_of, signed
 from swe_prune.report.look import Picture
 from swe_prune.report.records import GROUPS, Results, phrase
@@ -66,10 +66,12 @@ def content(results: Results) -> dict[str, Any]:
         "training": _training(results),
         "language": _language(results, cells),
         "answers": _answers(results),
+        "energy": _energy(results),
         "tables": [
             *(tables.cells(cells, group) for group in present),
             tables.seeds(results),
             *tables.costs(results),
+            *energy.table(results),
         ],
         "config": settings(results),
         "fingerprint": (results.fingerprint or "")[:12],
@@ -227,6 +229,13 @@ def _answers(results: Results) -> Group:
         [picture] if picture else [],
         "The first pictures that the models of the first seed were evaluated on, with the true "
         "price above and below it what the models read, pruned ones after their recovery.",
+    )
+
+
+def _energy(results: Results) -> Group:
+    return Group(
+        energy.pictures(results),
+        " ".join(sentence for one in results.paybacks for sentence in one.sentences),
     )
 
 

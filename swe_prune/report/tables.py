@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from swe_prune import ledger
+from swe_prune.ledger import second_source
 from swe_prune.report import stats
 from swe_prune.report.comparison import Comparison
 from swe_prune.report.formats import (
@@ -56,7 +57,10 @@ def costs(results: Results) -> list[Table]:
         f"Energy at the building's meter; meters: {ledger.sources(results.ledger)}."
     )
     head = ["Phase", "Seconds", "Energy", "Carbon", "Water"]
-    return [Table(caption, head, ledger.lines(results.ledger, results.factors))]
+    rows = ledger.lines(results.ledger, results.factors)
+    if results.beside:
+        rows.append(second_source.line(results.beside))
+    return [Table(caption, head, rows)]
 
 
 def comparison(found: Comparison) -> Table:

@@ -11,6 +11,8 @@ recovery         the training after pruning, of the cells and of their controls
 phases           what is done; each phase is skipped when its result is there
 prune_phase      the phase that prunes
 finetune_phase   the phase that recovers; gradual, pruning during it
+cuts             the phase that cuts and serves; cut_shapes, its checks; serving, its windows;
+                 payback, when a cut has paid for itself
 mend             finished phases that were damaged later
 saved            the models on disk
 samples          what a model writes, and how far it is from the dense one

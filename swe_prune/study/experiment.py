@@ -23,6 +23,7 @@ from swe_prune.layout import layout as trace_layout
 from swe_prune.models import phi3v
 from swe_prune.runtime import storage
 from swe_prune.study import (
+    cut_shapes,
     feeds,
     freezing,
     from_checkpoint,
@@ -221,6 +222,7 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
         InputError: whatever is wrong with the config or the data.
     """
     grid.cells(config)
+    cut_shapes.check(config)
     measures = grid.measures(config)
     config, checkpoint = from_checkpoint.opened(config)
     data = feeds.load(config, None if checkpoint is None else checkpoint.tokenizer)
@@ -272,7 +274,7 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
     validation, training = feeds.fixed(config, data)
     cells = (shard or Shard()).part(grid.cells(config))
     calibration = []
-    if any(cell.recipe.reads_batches for cell in cells):
+    if config.cuts or any(cell.recipe.reads_batches for cell in cells):
         calibration = _calibration(config, data, mesh)
     return Experiment(
         config=config,

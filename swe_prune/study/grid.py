@@ -177,7 +177,9 @@ def measures(config: Config) -> tuple[str, ...]:
     Raises:
         InputError: an unknown criterion or measure, or a criterion whose measure is not tracked.
     """
-    needed = dict.fromkeys(recipe.measures(cell.recipe for cell in cells(config)))
+    of_cuts = [cut.recipe for cut in config.cuts if cut.recipe is not None]
+    requests = [*(cell.recipe for cell in cells(config)), *of_cuts]
+    needed = dict.fromkeys(recipe.measures(requests))
     if config.prune.values_from == "late_mean":
         needed["late_mean"] = None
     tracked = config.trajectory.measures

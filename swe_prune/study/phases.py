@@ -17,6 +17,7 @@ from swe_prune.study import (
     results,
     samples,
 )
+from swe_prune.study.cuts import cuts
 from swe_prune.study.experiment import Experiment
 from swe_prune.study.finetune_phase import recover
 from swe_prune.study.mend import mend_cells, mend_dense
@@ -38,6 +39,7 @@ def run(experiment: Experiment, progress: Progress) -> None:
     prune(experiment, progress)
     control(experiment, progress)
     finetune(experiment, progress)
+    cuts(experiment, progress)
 
 
 def mend(experiment: Experiment, progress: Progress) -> None:

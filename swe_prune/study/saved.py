@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from swe_prune import trajectory, tree
 from swe_prune.checkpoint import Checkpoints
+from swe_prune.config import CutConfig
 from swe_prune.errors import DamagedError, InputError, RunError
 from swe_prune.runtime import processes
 from swe_prune.study.experiment import Experiment
@@ -92,8 +93,8 @@ def starting_values(experiment: Experiment, dense: TrainState, cell: Cell | None
     )
 
 
-def save(folder: epath.Path, values: PyTree, cell: Cell, step: int = 0) -> None:
-    """Writes one pytree of a cell in a folder of its own."""
+def save(folder: epath.Path, values: PyTree, cell: Cell | CutConfig, step: int = 0) -> None:
+    """Writes one pytree of a cell, or of a cut, in a folder of its own."""
     if processes.count() > 1:
         # In jax 0.10 a result of a process with one device may hold itself as its only shard, which
         # cannot be asked for then; a copy does not.

@@ -1,0 +1,145 @@
+"""Cuts of a study: smaller arrays, recovered, next to smaller shapes, and when they have paid."""
+
+import csv
+import dataclasses
+import json
+
+import pytest
+import tiny
+
+from swe_prune import cli, study, tree
+from swe_prune.config import CutConfig, LedgerConfig, StudyConfig, validate
+from swe_prune.errors import InputError
+from swe_prune.study import cut_shapes, cuts, saved, serving
+
+CUT = CutConfig(criterion="swe", sparsity=0.5, smaller=(0.5, 0.25))
+NAME = "seed_0/cuts/neurons-swe-0.5-restored"
+
+
+def config(plays_dir, **changes):
+    usual = tiny.config(plays_dir)
+    return dataclasses.replace(
+        usual,
+        data=dataclasses.replace(usual.data, eval_batch=2),
+        calibration=dataclasses.replace(usual.calibration, windows=8, batch=4),
+        study=StudyConfig(
+            std_criteria=(), criteria=("magnitude",), sparsities=(0.5,), scopes=("tensor",),
+            seeds=(0,),
+        ),
+        cuts=(CUT,),
+        # A margin that any model of this size is within, so that the smallest shape is chosen.
+        ledger=LedgerConfig(windows=3, window_seconds=0.01, batch=2, margin=9.0),
+        **changes,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, plays_dir):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("cut")
+    path = tiny.config_file(folder, config(plays_dir))
+    assert cli.main(["run", f"--config={path}", f"--workdir={folder / 'work'}"]) == 0
+    return folder / "work"
+
+
+def read(folder, name):
+    return json.loads((folder / NAME / name).read_text())
+
+
+def test_the_cut_model_is_smaller_and_has_its_shapes_next_to_it(finished, plays_dir):
+    result = read(finished, "result.json")
+    sizes = result["parameters"]
+    assert sizes["cut"] == sizes["smaller_0.5"] < sizes["smaller_0.25"] < sizes["dense"]
+    assert result["kept"] == 32
+    assert {len(values) for values in result["losses"].values()} == {4}  # batches
+    settings = config(plays_dir)
+    shared = study.setup(settings, finished)
+    small = cuts._smaller(shared, CUT, 0.5)
+    params = saved.restored(finished / NAME / "recovered", small.abstract_params)
+    assert tree.size(params) == sizes["cut"]
+    assert cuts._losses(small, params) == result["losses"]["recovered"]
+
+
+def test_every_phase_of_a_cut_is_in_the_ledger(finished):
+    rows = list(csv.DictReader((finished / "ledger.csv").read_text().splitlines()))
+    phases = [row["phase"] for row in rows if row["cell"] == "seed_0/neurons-swe-0.5-restored"]
+    assert phases == ["cut", "recover", "smaller", "smaller", "serve"]
+    (recovered,) = [row for row in rows if row["phase"] == "recover"]
+    assert int(recovered["tokens"]) == 4 * 4 * 16
+
+
+def test_serving_is_measured_in_turns_and_says_how(finished):
+    found = read(finished, "serving.json")
+    assert {name: len(some) for name, some in found["windows"].items()} == {
+        "dense": 3, "cut": 3, "smaller": 3,
+    }  # fmt: skip
+    assert (found["batch"], found["prompt"], found["new"], found["context"]) == (2, 8, 4, 16)
+    assert found["smaller"] == "smaller_0.5"
+    assert found["source"]
+    assert len(found["tracking"]) == 2
+
+
+def test_the_report_says_when_it_has_paid_and_draws_it(finished):
+    page = (finished / "report" / "report.html").read_text()
+    for part in ("against the dense model:", "A mask of the same weights: never", "per request",
+                 "Tokens to break even", "What a cut costs and saves"):  # fmt: skip
+        assert part in page
+    (figure,) = (finished / "report").glob("energy_*.png")
+    assert figure.stat().st_size > 5000
+
+
+def test_running_again_changes_nothing_and_a_lost_result_is_made_the_same(finished, tmp_path):
+    import shutil
+
+    work = tmp_path / "work"
+    shutil.copytree(finished, work)
+    stamps = {p: p.stat().st_mtime_ns for p in work.glob("seed_*/**/*.json")}
+    assert cli.main(["run", f"--workdir={work}"]) == 0
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    (work / NAME / "result.json").unlink()
+    assert cli.main(["run", f"--workdir={work}"]) == 0
+    assert read(work, "result.json") == read(finished, "result.json")
+
+
+def test_the_smallest_shape_that_reaches_the_loss_is_compared():
+    losses = {"recovered": [2.0, 2.2], "a": [2.3, 2.3], "b": [2.1, 2.1], "c": [2.0, 2.0]}
+    shapes = {"a": 0.5, "b": 0.3, "c": 0.1}
+    assert serving.rival(losses, shapes, 0.01) == 0.3
+    assert serving.rival(losses, shapes, 0.3) == 0.5
+    assert serving.rival({**losses, "recovered": [1.0]}, shapes, 0.01) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"criterion": "magnitud"}, r"cuts\[0\].criterion.*magnitude"),
+        ({"criterion": "movement"}, "schedule 'movement'"),
+        ({"units": "layers", "restore": False, "criterion": "weight_norm"}, "within a layer"),
+        ({"units": "heads", "sparsity": 0.9}, r"cuts\[0\]: sparsity = 0.9 leaves"),
+    ],
+)
+def test_cuts_that_cannot_be_made_are_refused_before_any_training(plays_dir, changes, sentence):
+    given = dataclasses.replace(config(plays_dir), cuts=(dataclasses.replace(CUT, **changes),))
+    with pytest.raises(InputError, match=sentence):
+        cut_shapes.check(given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"sparsity": 1.0}, r"config.cuts\[0\].sparsity"),
+        ({"smaller": (0.5, -0.1)}, r"config.cuts\[0\].smaller"),
+        ({"units": "neuron"}, "'neurons'"),
+        ({"units": "layers"}, r"cuts\[0\].restore must be False"),
+    ],
+)
+def test_numbers_of_a_cut_out_of_their_range_are_refused(plays_dir, changes, sentence):
+    given = dataclasses.replace(config(plays_dir), cuts=(dataclasses.replace(CUT, **changes),))
+    with pytest.raises(InputError, match=sentence):
+        validate(given)
+
+
+def test_texts_longer_than_the_context_are_refused(plays_dir):
+    given = dataclasses.replace(config(plays_dir), ledger=LedgerConfig(prompt=14))
+    with pytest.raises(InputError, match="model's context is 16"):
+        cut_shapes.check(given)
