@@ -13,10 +13,10 @@ product of the norms of what comes in and goes out (FASP, 2501.09412). For each 
     scratch     the cut shape from random weights, by the same steps under the same teacher
 
 "dense + steps" has had the same steps, too. The weight of the KL goes from 0.9 to 0.5. Perplexity
-is of held-out plays, and of a second text of another kind that the recovery does not see and must not
-worsen: it is said if it does. Decode times are of all shapes in turns, as multiples of the dense
-model's beside them. `--workdir` gets smaller.json and smaller.svg; rows that it has from a run that
-was killed are not made again.
+is of held-out plays, and of a second text of another kind that the recovery does not see and must
+not worsen: it is said if it does. Decode times are of all shapes in turns, as multiples of the
+dense model's beside them. `--workdir` gets smaller.json and smaller.svg; rows that it has from a
+run that was killed are not made again.
 """
 
 import argparse
