@@ -62,7 +62,7 @@ def shards_of(xs: Sequence[Any]) -> Shards | None:
     That is on one device, on several meshes, and on TPUs, which scatter into a histogram one
     element after another and whose collectives cost little.
     """
-    placed = [getattr(x, "sharding", None) for x in xs]
+    placed: list[Any] = [getattr(x, "sharding", None) for x in xs]
     if not placed or jax.default_backend() == "tpu":
         return None
     mesh = getattr(placed[0], "mesh", None)

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
@@ -69,7 +70,7 @@ def top_k_mask(
         return _select([x], _count_of(k), axes, ties)[0]
     shards = radix.shards_of([x]) if axes is None else None
     if shards is not None:
-        return _over_shards(shards, [x], [_count_of(k)], (0,), ties, [name])[0]
+        return _over_shards(shards, [x], [k], (0,), ties, [name])[0]
     masks, nans = _checked_select([x], _count_of(k), axes, ties)
     reject_nan([name], nans)
     return masks[0]
@@ -108,8 +109,7 @@ def top_k_mask_each(
     check_ties(ties)
     for x, k in zip(xs, ks, strict=True):
         check_k(k, tree.size(x))
-    counts = [_count_of(k) for k in ks]
-    return _over_shards(shards, _alike(xs), counts, tuple(range(len(xs))), ties, called)
+    return _over_shards(shards, _alike(xs), ks, tuple(range(len(xs))), ties, called)
 
 
 def top_k_masks(
@@ -144,7 +144,7 @@ def top_k_masks(
     called = names or [f"scores[{i}]" for i in range(len(xs))]
     shards = radix.shards_of(xs)
     if shards is not None:
-        return _over_shards(shards, xs, [_count_of(k)], (0,) * len(xs), ties, called)
+        return _over_shards(shards, xs, [k], (0,) * len(xs), ties, called)
     masks, nans = _checked_select(xs, _count_of(k), None, ties)
     reject_nan(called, nans)
     return masks
@@ -159,7 +159,7 @@ def _alike(xs: Sequence[Array]) -> list[Array]:
 def _over_shards(
     shards: radix.Shards,
     xs: list[Array],
-    counts: Sequence[counting.Count],
+    counts: Sequence[Any],
     groups: tuple[int, ...],
     ties: str,
     names: Sequence[str],
@@ -168,8 +168,11 @@ def _over_shards(
     sizes = [0] * len(counts)
     for x, group in zip(xs, groups, strict=True):
         sizes[group] += tree.size(x)
-    clipped = [_at_most(k, counting.count(size)) for k, size in zip(counts, sizes, strict=True)]
-    stacked = counting.Count(*(jnp.stack(limbs) for limbs in zip(*clipped, strict=True)))
+    # In numpy, since each operation on a device costs more than the sums that it would save.
+    whole = [min(int(k), size) for k, size in zip(counts, sizes, strict=True)]
+    high: Any = np.array([k >> 16 for k in whole], np.uint32)
+    low: Any = np.array([k & 0xFFFF for k in whole], np.uint32)
+    stacked = counting.Count(high, low)
     masks, nans = radix.compiled(shards, groups, ties)(xs, stacked)
     reject_nan(names, nans)
     return masks
