@@ -99,6 +99,7 @@ class Ledger:
         self.source = "+".join(dict.fromkeys(meter.source for meter in self.meters))
         self._process, self._every = process, every
         self._running: list[tuple[Entry, float, float, list[Interval]]] = []
+        self._written: dict[int, str] = {}  # JSON of the entries that have ended, by their number
         self._lock = threading.RLock()
         self._file, self._began = None, time.time()
         if folder is not None:
@@ -158,11 +159,18 @@ class Ledger:
         if self._file is None:
             return
         with self._lock:
-            content = {
-                "began": self._began,
-                "entries": [dataclasses.asdict(entry) for entry in self.entries],
-            }
-        storage.write(self._file, json.dumps(content))
+            entries = ", ".join(map(self._text, range(len(self.entries))))
+        storage.write(self._file, f'{{"began": {self._began!r}, "entries": [{entries}]}}')
+
+    def _text(self, number: int) -> str:
+        # A study has thousands of entries; only those that run are made into text again.
+        if number in self._written:
+            return self._written[number]
+        entry = self.entries[number]
+        text = json.dumps(dataclasses.asdict(entry))
+        if entry.status != OPEN:
+            self._written[number] = text
+        return text
 
 
 def read(folder: epath.PathLike) -> list[Entry]:
