@@ -13,6 +13,7 @@ import os
 import platform
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -101,7 +102,7 @@ class Ledger:
         self._running: list[tuple[Entry, float, float, list[Interval]]] = []
         self._written: dict[int, str] = {}  # JSON of the entries that have ended, by their number
         self._lock = threading.RLock()
-        self._file, self._began = None, time.time()
+        self._file, self._began, self._told = None, time.time(), False
         if folder is not None:
             name = f"{self._began:.6f}-{platform.node()}-{os.getpid()}.json"
             self._file = storage.parse_path(folder, "ledger") / name
@@ -160,7 +161,16 @@ class Ledger:
             return
         with self._lock:
             entries = ", ".join(map(self._text, range(len(self.entries))))
-        storage.write(self._file, f'{{"began": {self._began!r}, "entries": [{entries}]}}')
+        try:
+            storage.write(self._file, f'{{"began": {self._began!r}, "entries": [{entries}]}}')
+        except OSError as error:  # a full disk; what is watched has its own say about it
+            if not self._told:
+                self._told = True
+                warnings.warn(
+                    f"the ledger cannot write {self._file} ({error.strerror or error}); make room, "
+                    "or what this attempt takes is not counted",
+                    stacklevel=2,
+                )
 
     def _text(self, number: int) -> str:
         # A study has thousands of entries; only those that run are made into text again.
