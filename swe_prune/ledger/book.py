@@ -13,6 +13,7 @@ import os
 import platform
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -99,8 +100,9 @@ class Ledger:
         self.source = "+".join(dict.fromkeys(meter.source for meter in self.meters))
         self._process, self._every = process, every
         self._running: list[tuple[Entry, float, float, list[Interval]]] = []
+        self._written: dict[int, str] = {}  # JSON of the entries that have ended, by their number
         self._lock = threading.RLock()
-        self._file, self._began = None, time.time()
+        self._file, self._began, self._told = None, time.time(), False
         if folder is not None:
             name = f"{self._began:.6f}-{platform.node()}-{os.getpid()}.json"
             self._file = storage.parse_path(folder, "ledger") / name
@@ -158,11 +160,27 @@ class Ledger:
         if self._file is None:
             return
         with self._lock:
-            content = {
-                "began": self._began,
-                "entries": [dataclasses.asdict(entry) for entry in self.entries],
-            }
-        storage.write(self._file, json.dumps(content))
+            entries = ", ".join(map(self._text, range(len(self.entries))))
+        try:
+            storage.write(self._file, f'{{"began": {self._began!r}, "entries": [{entries}]}}')
+        except OSError as error:  # a full disk; what is watched has its own say about it
+            if not self._told:
+                self._told = True
+                warnings.warn(
+                    f"the ledger cannot write {self._file} ({error.strerror or error}); make room, "
+                    "or what this attempt takes is not counted",
+                    stacklevel=2,
+                )
+
+    def _text(self, number: int) -> str:
+        # A study has thousands of entries; only those that run are made into text again.
+        if number in self._written:
+            return self._written[number]
+        entry = self.entries[number]
+        text = json.dumps(dataclasses.asdict(entry))
+        if entry.status != OPEN:
+            self._written[number] = text
+        return text
 
 
 def read(folder: epath.PathLike) -> list[Entry]:

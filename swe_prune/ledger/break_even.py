@@ -141,9 +141,11 @@ def break_even(
             for at, saved in zip((spent.low, spent.value, spent.high), savings, strict=True)
         ]
         tokens = _hull(paid)
+    each, other = (_hull([mean(row[model]) for row in rows]) for model in (0, 1))
     return BreakEven(
         spent,
-        *(_hull([mean(row[model]) for row in rows]) for model in (0, 1)),
+        each,
+        other,
         _hull(savings),
         tokens,
         None if worse is None else interval(worse),
