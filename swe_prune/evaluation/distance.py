@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
+from swe_prune.arguments import checked
 from swe_prune.evaluation import scored_windows as of_windows
 from swe_prune.evaluation.protocols import Protocol
 from swe_prune.evaluation.token_losses import by_rows, logits_shape
@@ -38,6 +39,7 @@ class Distance:
     protocol: Protocol
 
 
+@checked
 def kl_to_dense(
     model: Any,
     dense_params: PyTree,

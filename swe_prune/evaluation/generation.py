@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.evaluation.sampling import Sampling, draw
 from swe_prune.evaluation.token_losses import bucket, check_tokens, context_of
@@ -34,6 +35,7 @@ class Generated:
     ended: tuple[bool, ...]
 
 
+@checked
 def generate(
     model: Any,
     params: PyTree,

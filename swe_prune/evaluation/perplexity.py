@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, PyTree
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.evaluation import scored_windows
 from swe_prune.evaluation.protocols import Protocol
@@ -44,6 +45,7 @@ class PerplexityResult:
             return math.inf
 
 
+@checked
 def perplexity(
     model: Any,
     params: PyTree,
@@ -100,6 +102,7 @@ def perplexity(
     )
 
 
+@checked
 def gate(dense: PerplexityResult, *, uniform: int, at_most: float | None = None) -> None:
     """Raises an error if the perplexity of a dense model shows that something is wrong.
 

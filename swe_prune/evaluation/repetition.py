@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 
 
@@ -29,6 +30,7 @@ class Repetition:
     period: int
 
 
+@checked
 def repetition(tokens: Sequence[int] | np.ndarray, *, longest: int = 4) -> Repetition:
     """Measures the repetition in a sequence.
 

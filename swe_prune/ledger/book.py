@@ -18,6 +18,7 @@ from typing import Any
 
 from etils import epath
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.ledger.interval import Interval
 from swe_prune.ledger.meters import ZERO, Meter, of_this_machine, processor_seconds
@@ -68,6 +69,7 @@ class Entry:
         return "/" not in self.phase
 
 
+@checked
 class Ledger:
     """Entries of one attempt, and the meters that they are read from.
 
@@ -165,6 +167,7 @@ class Ledger:
         storage.write(self._file, json.dumps(content))
 
 
+@checked
 def read(folder: epath.PathLike) -> list[Entry]:
     """Returns the entries of all attempts and processes, oldest attempt first.
 
@@ -230,6 +233,7 @@ def _accelerators() -> list[str]:
 _CURRENT: contextvars.ContextVar[Ledger | None] = contextvars.ContextVar("ledger", default=None)
 
 
+@checked
 @contextlib.contextmanager
 def opened(book: Ledger) -> Iterator[Ledger]:
     """Makes a ledger the one that `measure` writes to."""
@@ -240,6 +244,7 @@ def opened(book: Ledger) -> Iterator[Ledger]:
         _CURRENT.reset(token)
 
 
+@checked
 @contextlib.contextmanager
 def measure(phase: str, *, cell: str = "", tokens: int = 0) -> Iterator[Entry]:
     """Measures what runs inside the `with`: time, processor time, energy.

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.ledger.interval import Interval, interval, of_samples, text
 
@@ -44,6 +45,7 @@ class BreakEven:
         return self.saved * tokens - self.spent
 
 
+@checked
 def break_even(
     spent: Interval | float,
     dense: Sequence[float],

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, reading
 from swe_prune.masks.fitting import check_mask
 from swe_prune.trajectory import TrajectoryStats, encoded, from_dict, restored
@@ -45,6 +46,7 @@ class Saved(NamedTuple):
     stats: TrajectoryStats | None
 
 
+@checked
 def save(
     path: str | os.PathLike[str],
     *,
@@ -98,6 +100,7 @@ def save(
     _write(Path(path), arrays, {"format": FORMAT, "about": json.dumps(about)})
 
 
+@checked
 def load(path: str | os.PathLike[str]) -> Saved:
     """Returns the masks and the statistics of a file that `save` has written.
 

@@ -25,12 +25,14 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, check_choice
 
 Product = Callable[[Array, Array], Array]
 Kind = Literal["constant", "linear", "cosine", "bar"]
 
 
+@checked
 def dense(
     x: Float[Array, "... D"],
     kernel: Float[Array, "D O"],
@@ -56,6 +58,7 @@ def dense(
     return _linear(jnp.matmul, x, kernel, bias, keep, key, only_weights)
 
 
+@checked
 def conv(
     x: Float[Array, "B H W I"],
     kernel: Float[Array, "h w I O"],
@@ -96,6 +99,7 @@ def _conv(strides: tuple[int, ...], padding: Any) -> Product:
     )
 
 
+@checked
 def channels(keep: float, count: int) -> int:
     """Returns the number of channels that gradients pass through.
 
@@ -173,6 +177,7 @@ def _backward(product, kept, only_weights, saved, dy):
 _sparse.defvjp(_forward, _backward)
 
 
+@checked
 def interceptor(keep: float, skip: Sequence[str] = ("head", "router")) -> Callable[..., Any]:
     """Returns an interceptor for `nn.intercept_methods` that gives Linen's layers this backward.
 
@@ -287,6 +292,7 @@ class Schedule:
         return sum(map(self, range(self.length))) / self.length
 
 
+@checked
 def backward_flops(inputs: int, outputs: int, tokens: int, keep: float) -> float:
     """Returns the floating-point operations of the backward pass of a dense layer.
 
