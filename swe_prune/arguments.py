@@ -80,6 +80,7 @@ def checked(call: F) -> F:
                 kind = signature.parameters[name].kind
                 if kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
                     bound.arguments[name] = _checked(name, value, hints[name], name)
+        _check_sizes(bound.arguments, hints)
         return call(*bound.args, **bound.kwargs)
 
     return typing.cast(F, checking)
@@ -94,8 +95,9 @@ def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
         return np.asarray(value)
     if isinstance(value, int) and float in kinds and int not in kinds and value is not True:
         return float(value) if value is not False else value  # int32 holds less than float32
-    if isinstance(value, str | os.PathLike) and any(typing.get_origin(k) is os.PathLike
-                                                    or k is os.PathLike for k in kinds):
+    if isinstance(value, str | os.PathLike) and any(
+        typing.get_origin(k) is os.PathLike or k is os.PathLike for k in kinds
+    ):
         _check_path(os.fspath(value), where)
     if name in RANGES:
         for one in value if isinstance(value, list | tuple) else [value]:
@@ -150,7 +152,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind.__module__.startswith("jaxtyping"):  # PyTree
         return True
     if kind.__name__.lower().endswith("array"):  # either library's will do
-        return hasattr(value, "shape") and hasattr(value, "dtype")
+        texts = ("<U", "|S", "object")
+        return hasattr(value, "shape") and not str(getattr(value, "dtype", "|S")).startswith(texts)
     if issubclass(kind, Mapping):
         key, inner = of or (Any, Any)
         return isinstance(value, Mapping) and all(
@@ -232,6 +235,27 @@ def _is_array_of(value: Any, hint: Any) -> bool:
     if any(axis.startswith("*") or axis == "..." for axis in axes):
         return len(value.shape) >= sum(not (a.startswith("*") or a == "...") for a in axes)
     return len(value.shape) == len(axes)
+
+
+def _check_sizes(given: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """Raises InputError where two axes of one letter, as in (R, C) and (R, R), differ in size."""
+    known: dict[str, tuple[int, str]] = {}
+    for name, value in given.items():
+        hint = hints.get(name)
+        kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
+        letters = next((one.dim_str.split() for one in kinds if _is_array(one)), [])
+        shape = getattr(value, "shape", None)
+        if shape is None or any(axis.startswith("*") for axis in letters):
+            continue
+        ends = len(letters) - letters.index("...") - 1 if "..." in letters else len(letters)
+        for letter, size in zip(letters[len(letters) - ends :], shape[len(shape) - ends :],
+                                strict=False):  # fmt: skip
+            if letter.isidentifier() and known.setdefault(letter, (size, name))[0] != size:
+                before, where = known[letter]
+                raise InputError(
+                    f"{name} must have shape ({', '.join(letters)}) with {letter} = {before} as in "
+                    f"{where}, got {tuple(shape)}"
+                )
 
 
 def _is_union(hint: Any) -> bool:

@@ -258,7 +258,7 @@ RIGHT = [
     (data.check_disjoint, {"calibration": "a text", "evaluation": "other", "n": None}),
     (data.load, {"config": None, "context": 8, "tokenizer": None}),
     (evaluation.gate, {"dense": None, "uniform": 3, "at_most": None}),
-    (evaluation.mean_loss, {"eval_step": lambda params, batch: (jnp.array(1.0), jnp.array(2.0)),
+    (evaluation.mean_loss, {"eval_step": lambda params, batch: jnp.array(1.0),
                             "params": PARAMS, "batches": [{"inputs": ROWS, "targets": ROWS}]}),
     (evaluation.repetition, {"tokens": [1, 2, 1, 2], "longest": 2}),
     (evaluation.Protocol, {"name": "overlapping", "window": 8, "stride": 3, "partial": True}),
@@ -300,10 +300,10 @@ WRONG = {
     "large": 10**12, "0.5": 0.5, "True": True, "1j": 1j, "text": "x", "empty": "", "NUL": "a\0b",
     "surrogate": "\ud800", "bytes": b"", "[]": [], "{}": {}, "()": (), "[None]": [None],
     "texts": ["x", 3], "object": object(), "strings": np.array("x"), "lambda": lambda: None,
-    "class": type("Thing", (), {}), "complex": np.ones((2, 2), complex), "bools": np.ones((2, 2), bool),
-    "integers": np.ones((2, 2), int), "cube": np.ones((2, 2, 2), "f4"),
-    "NaNs": np.full((2, 2), np.nan), "nested": {"a": {"b": "c"}}, "numbers": {1: 2}, "params": PARAMS, "other":
-    {"a": jnp.ones(2)}, "jax scalar": jnp.array(7.0),
+    "class": type("Thing", (), {}), "complex": np.ones((2, 2), complex),
+    "bools": np.ones((2, 2), bool), "integers": np.ones((2, 2), int),
+    "cube": np.ones((2, 2, 2), "f4"), "NaNs": np.full((2, 2), np.nan), "nested": {"a": {"b": "c"}}, "numbers": {1: 2}, "params": PARAMS,
+    "other": {"a": jnp.ones(2)}, "jax scalar": jnp.array(7.0),
 }  # fmt: skip
 
 

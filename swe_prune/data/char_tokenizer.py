@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import UInt
+from jaxtyping import Int, UInt
 
 from swe_prune.arguments import checked
 from swe_prune.errors import InputError

@@ -11,7 +11,7 @@ from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.evaluation import scored_windows
 from swe_prune.evaluation.protocols import Protocol
-from swe_prune.evaluation.token_losses import token_losses
+from swe_prune.evaluation.token_losses import check_model, token_losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,7 @@ def perplexity(
         InputError: If there are too few tokens or tokens outside the vocabulary, the windows exceed
             the model's context, the BOS is missing, or batch or limit is below 1.
     """
+    check_model(model, params)
     if windows_limit is not None:
         protocol = dataclasses.replace(
             protocol, name=f"{protocol.name}, {windows_limit} windows", limit=windows_limit

@@ -19,7 +19,7 @@ from typing import Any
 from etils import epath
 
 from swe_prune.arguments import checked
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, RunError
 from swe_prune.ledger.interval import Interval
 from swe_prune.ledger.meters import ZERO, Meter, of_this_machine, processor_seconds
 from swe_prune.runtime import storage
@@ -136,13 +136,17 @@ class Ledger:
                 self._running.pop()
             if not outer:
                 watch.join()
-                self._write()
+                # The phase's own failure is what is said, also where it is that of the disk.
+                failed = entry.status == FAILED
+                with contextlib.suppress(*(OSError, RunError) if failed else ()):
+                    self._write()
 
     def _watch(self, stop: threading.Event) -> None:
         while not stop.wait(self._every):
             with self._lock:
                 self._read()
-            self._write()
+            with contextlib.suppress(OSError, RunError):  # the phase's own end says it
+                self._write()
 
     def _read(self) -> None:
         """Brings every running entry up to date."""

@@ -8,6 +8,7 @@ from typing import Union
 import numpy as np
 
 from swe_prune.arguments import checked
+from swe_prune.bounds import PART
 from swe_prune.errors import InputError
 
 Operand = Union["Interval", float, int]

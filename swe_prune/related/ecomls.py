@@ -110,6 +110,7 @@ class Switcher:
         self._recent = {name: collections.deque(maxlen=window) for name in profiles}
         self._random = np.random.default_rng(seed)
 
+    @checked
     def observe(self, joules: float, confidence: float) -> str:
         """Takes in a request that the current model has served; returns the model for the next.
 
@@ -236,6 +237,8 @@ def compare(
         window: Number of requests that are averaged.
         seeds: Seeds of the random choices.
     """
+    if not traces:
+        raise InputError("traces must have at least one model, got none")
     first = next(iter(traces))
     found: dict[str, list[Served]] = {}
     for epsilon in epsilons:

@@ -85,6 +85,12 @@ def conv(
     Raises:
         InputError: If `keep` is out of its range.
     """
+    known = padding if isinstance(padding, str) else None
+    if len(strides) != 2 or (known or len(padding)) not in ("SAME", "VALID", 2):
+        raise InputError(
+            f"strides must be two integers and padding 'SAME', 'VALID' or two pairs, got "
+            f"{strides!r} and {padding!r}"
+        )
     product = _conv(tuple(strides), padding if isinstance(padding, str) else tuple(padding))
     return _linear(product, x, kernel, bias, keep, key, only_weights)
 
@@ -232,6 +238,7 @@ def _covered(layer: nn.Module) -> bool:
     )
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Share of the channels that is kept, by step or by epoch.

@@ -60,5 +60,7 @@ def ste_magnitude(
     >>> ste_magnitude({"w": jnp.array([[1.0, -3.0]])}, None, 0.5)["w"].tolist()
     [[0.0, -3.0]]
     """
-    scores = importance.score("magnitude", stopped(params), prunable=prunable, layout=layout, zeros="free")
+    scores = importance.score(
+        "magnitude", stopped(params), prunable=prunable, layout=layout, zeros="free"
+    )
     return straight_through(params, masks.by_sparsity(scores, sparsity, scope, layout=layout))

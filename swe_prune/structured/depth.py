@@ -21,7 +21,9 @@ DEPTH = ("block_influence", "angular_distance")
 @checked
 def depth_scores(
     states: Callable[[PyTree, PyTree], Sequence[Array]],
-    params: PyTree, batches: Iterable[PyTree], kind: str = "block_influence"
+    params: PyTree,
+    batches: Iterable[PyTree],
+    kind: str = "block_influence",
 ) -> Float[Array, " layers"]:
     """Returns how much each block turns the residual stream, the score of layers for `choose`.
 
