@@ -91,10 +91,12 @@ def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
     if not _fits(value, hint):
         raise InputError(f"{where} must be {_words(hint)}, got {_told(value)}")
     kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
-    if isinstance(value, list | tuple) and any(map(_is_array, kinds)):
+    if isinstance(value, list | tuple) and any(
+        _is_array(one) and _is_array_of(value, one) for one in kinds
+    ):
         return np.asarray(value)
-    if isinstance(value, int) and float in kinds and int not in kinds and value is not True:
-        return float(value) if value is not False else value  # int32 holds less than float32
+    if isinstance(value, int) and abs(value) >= 2**31 and float in kinds and int not in kinds:
+        return float(value)  # a compiled program takes an integer for an int32
     if isinstance(value, str | os.PathLike) and any(
         typing.get_origin(k) is os.PathLike or k is os.PathLike for k in kinds
     ):

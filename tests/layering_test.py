@@ -13,7 +13,8 @@ HOUSE = [
     "counting", "trajectory", "layout", "select", "schedules", "importance", "allocation",
     "patterns", "masks", "sparse_training", "calibration", "blockwise", "recipe", "pruning",
     "config", "sweep", "structured", "models", "data", "training", "parallel", "checkpoint",
-    "resumable", "evaluation", "interop", "pretrained", "related", "study", "report", "cli", "__main__",
+    "resumable", "evaluation", "interop", "pretrained", "related", "study", "report", "cli",
+    "__main__",
 ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ def straight_through(params: PyTree, mask: PyTree) -> PyTree:
     Raises:
         InputError: mask and parameters differ in structure or shape.
 
+    >>> import jax
     >>> import jax.numpy as jnp
     >>> loss = lambda p: (straight_through(p, {"w": jnp.array([True, False])})["w"] * 3).sum()
     >>> jax.grad(loss)({"w": jnp.array([1.0, 2.0])})["w"].tolist()
