@@ -166,8 +166,9 @@ def why_unwritten(error: BaseException) -> str:
     """
     if isinstance(error, UnwrittenError):
         return error.why
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if full or "RESOURCE_EXHAUSTED" in str(error) or os.strerror(errno.ENOSPC) in str(error):
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    said = ("RESOURCE_EXHAUSTED", *map(os.strerror, codes))  # of tensorstore, of Rust
+    if getattr(error, "errno", None) in codes or any(one in str(error) for one in said):
         return NO_SPACE
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
