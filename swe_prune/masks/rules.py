@@ -10,6 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune import allocation, counting, patterns, select, tree
+from swe_prune.arguments import checked
 from swe_prune.bounds import NOT_NEGATIVE
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.layout import Axes, AxesOf, InputAxes, axes_of, copies_of, copy_labels
@@ -22,6 +23,7 @@ SCOPES = ("tensor", "global", "row")
 ROUNDINGS = ("nearest", "down")
 
 
+@checked
 def by_std(
     scores: PyTree,
     rate: float | Array,
@@ -80,6 +82,7 @@ def _std_masks(
 _std_masks_jit = jax.jit(_std_masks, static_argnums=3)
 
 
+@checked
 def by_sparsity(
     scores: PyTree,
     sparsity: float | Float[Array, ""] | allocation.Allocation,
