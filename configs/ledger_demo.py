@@ -19,17 +19,19 @@ from swe_prune.config import read
 
 def get_config() -> ConfigDict:
     config = read("shakespeare_char.py", __file__)
-    config.name = "ledger_demo"
-    config.data.eval_batch = 16  # sixteen batches, over which a loss has its interval
-    config.finetune.steps = 400
-    config.study = ConfigDict(
+    config.update(
         {
-            "std_criteria": (),
-            "criteria": ("magnitude",),
-            "sparsities": (0.5,),
-            "scopes": ("tensor",),
-            "seeds": (0,),
+            "name": "ledger_demo",
+            "data": {"eval_batch": 16},  # sixteen batches, over which a loss has its interval
+            "finetune": {"steps": 400},
+            "study": {
+                "std_criteria": (),
+                "criteria": ("magnitude",),
+                "sparsities": (0.5,),
+                "scopes": ("tensor",),
+                "seeds": (0,),
+            },
+            "cuts": ({"criterion": "swe", "sparsity": 0.5, "smaller": (0.5, 0.25)},),
         }
     )
-    config.cuts = ({"criterion": "swe", "sparsity": 0.5, "smaller": (0.5, 0.25)},)
     return config

@@ -415,7 +415,7 @@ def _dispatch(parsed: Parsed, distributed: bool, elapsed: Callable[[], float]) -
     from swe_prune.training.progress import Progress, duration
 
     processes.check_same(config_lib.flat(config) | _versions())
-    place = ledger.of_country(config.ledger.country, pue=config.ledger.pue)
+    place = config.ledger.factors
     text = getattr(given, "shard", None)
     shard = None if text is None else study.parse(text)
     experiment = study.setup(config, workdir, shard)

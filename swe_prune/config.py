@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from swe_prune import importance
 from swe_prune.bounds import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Bound
 from swe_prune.errors import InputError, check_choice, did_you_mean
+from swe_prune.ledger import Factors, of_country
 from swe_prune.recipe import Recipe
 from swe_prune.recipe import check as check_recipe
 
@@ -319,18 +320,25 @@ class SamplesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LedgerConfig:
-    """Where the energy of a run comes from, for its carbon and water; see `swe_prune.ledger`."""
+    """Where the energy of a run comes from, and how serving is measured; see `swe_prune.ledger`."""
 
     country: str = "WORLD"  # country of the electricity: three letters of ISO 3166, or "WORLD"
     pue: float | None = None  # energy of the building per energy of the devices; None: a survey's
+    grid: float | None = None  # own carbon intensity, g CO2e/kWh; None: the country's
+    water_site: float | None = None  # own water on site, L/kWh of the devices; None: published
+    water_grid: float | None = None  # own water of the electricity, L/kWh; None: a published one
     windows: int = 20  # windows in which each model of a cut serves, in turns, for the break-even
     window_seconds: float = 5.0  # least length of a window
     batch: int = 16  # texts that are served at once
     prompt: int | None = None  # tokens of a prompt; None: half of the context
     new_tokens: int | None = None  # new tokens of a text; None: a quarter of the context
-    margin: float = (
-        0.02  # loss, in nats per token, by which a cut model may be worse at equal quality
-    )
+    margin: float = 0.02  # nats per token by which a cut model may be worse at equal quality
+
+    @property
+    def factors(self) -> Factors:
+        """Factors of the place; see `ledger.of_country`."""
+        names = ("pue", "grid", "water_site", "water_grid")
+        return of_country(self.country, **{name: getattr(self, name) for name in names})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -430,3 +430,113 @@ def test_a_second_source_that_fails_is_said_and_does_not_stop_the_run(tmp_path, 
     assert ran
     assert said == ["codecarbon does not start (no meter); its account is left out"]
     assert ledger.read_beside(tmp_path / "out") == []
+
+
+def test_a_counter_that_cannot_be_read_for_a_while_widens_the_interval():
+    clock = Clock()
+
+    def reading():
+        if clock.joules is None:
+            raise OSError("the driver is gone")
+        return clock.joules
+
+    meter = meters.CounterMeter("nvml", reading, error=0.0, rated=100.0, clock=lambda: clock.now)
+    for now, joules in ((1.0, None), (2.0, None), (3.0, 500.0), (4.0, 560.0)):
+        clock.now, clock.joules = now, joules
+        found = meter.poll()
+    assert found == Interval(60.0, 60.0 + 150.0, 60.0 + 300.0)
+
+
+@pytest.mark.parametrize("jump", [-1000.0, 0.0])
+def test_a_clock_that_stands_or_goes_back_takes_nothing_away(jump):
+    clock = Clock()
+    clock.busy = 0.0
+    every = [
+        counter(clock),
+        meters.ProcessorMeter(4, lambda: clock.now, lambda: clock.busy),
+        meters.RatedMeter(["H100"], lambda: clock.now),
+    ]
+    clock.now, clock.joules, clock.busy = 10.0, 350.0, 5.0
+    before = [meter.poll() for meter in every]
+    clock.now, clock.joules, clock.busy = 10.0 + jump, 380.0, 6.0
+    after = [meter.poll() for meter in every]
+    for one, other in zip(before, after, strict=True):
+        assert 0 < one.value <= other.value
+        assert one.low <= other.low
+    assert after[0].low <= before[0].low + 30.0 <= after[0].high
+
+
+def test_a_clock_that_leaps_ahead_counts_idle_time_and_no_work():
+    clock = Clock()
+    clock.busy = 0.0
+    meter = meters.ProcessorMeter(1, lambda: clock.now, lambda: clock.busy)
+    clock.now, clock.busy = 3600.0, 1.0
+    found = meter.poll()
+    assert found.low == pytest.approx(1.0 * (3.5 - 0.74))
+    assert found.high > 3600 * 0.74
+
+
+def test_attempts_before_a_clock_was_set_back_are_read(tmp_path):
+    for began in (2000.0, 1000.0):
+        kept = ledger.Ledger(tmp_path / "one")
+        kept._began, kept._file = began, tmp_path / f"{began}.json"
+        with ledger.opened(kept), ledger.measure("train"):
+            pass
+    assert [e.attempt for e in ledger.read(tmp_path)] == [1, 2]
+
+
+def test_a_full_disk_is_said_once_and_does_not_stop_the_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    kept = ledger.Ledger(tmp_path / "file" / "folder")
+
+    def phase():
+        with kept.measure("train"):
+            pass
+
+    with pytest.warns(UserWarning, match="the ledger cannot write"):
+        phase()
+    phase()
+    assert [entry.status for entry in kept.entries] == ["done", "done"]
+
+
+def test_a_phase_without_tokens_has_no_energy_per_token_and_is_in_the_table():
+    with pytest.raises(InputError, match="a window must have tokens"):
+        _ = ledger.Window(Interval(1, 1, 1), 5.0, 0).per_token
+    entry = Entry("score", joules=Interval(1, 1, 1), seconds=1.0)
+    assert ledger.lines([entry], ledger.of_country())[0][0] == "score"
+
+
+@pytest.mark.parametrize("name", ["grid", "water_site", "water_grid", "pue", "lifetime"])
+def test_negative_factors_are_refused_by_name_and_plain_numbers_are_taken(name):
+    usual = {"grid": 400.0}
+    assert isinstance(getattr(ledger.Factors(**{**usual, name: 2.0}), name), Interval)
+    with pytest.raises(InputError, match=f"factor {name} must be"):
+        ledger.Factors(**{**usual, name: -2.0})
+    with pytest.raises(InputError, match="embodied"):
+        ledger.Factors(**usual, embodied={"thread": -1.0})
+
+
+def test_own_factors_take_the_place_of_the_country_s():
+    found = ledger.of_country("DEU", grid=20.0, water_site=0.0)
+    assert (found.grid.value, found.water_site.high) == (20.0, 0.0)
+    assert found.sources["grid"] == "given by the user"
+    assert found.pue == ledger.of_country().pue
+
+
+def test_an_unknown_part_of_a_machine_widens_the_carbon():
+    spent = Entry("train", seconds=factors.YEAR, parts={"abacus": 1})
+    found = ledger.footprint(spent, ledger.of_country()).carbon
+    assert found.low == 0
+    assert found.high == pytest.approx(500 / 4)
+
+
+def test_an_entry_that_has_ended_is_written_as_it_ended(tmp_path):
+    kept = ledger.Ledger(tmp_path, every=0.01)
+    with ledger.opened(kept):
+        for number in range(3):
+            with ledger.measure("prune", cell=str(number)) as entry:
+                time.sleep(0.03)
+                entry.tokens = number
+    assert [(e.cell, e.tokens, e.status) for e in ledger.read(tmp_path)] == [
+        ("0", 0, "done"), ("1", 1, "done"), ("2", 2, "done"),
+    ]  # fmt: skip

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, PyTree
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.calibration import batching
 from swe_prune.calibration.products import input_sums
 from swe_prune.errors import InputError
@@ -21,6 +22,7 @@ Call = Callable[[Any, Any, Any], Any]
 Run = Callable[[Any, Any], Any]
 
 
+@checked
 def inputs(
     fn: Any,
     params: PyTree,

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from swe_prune.arguments import checked
 from swe_prune.calibration import batching
 from swe_prune.calibration import layer_inputs as measuring
 from swe_prune.calibration.products import PRECISION, Reduce, input_sums
@@ -39,6 +40,7 @@ class Moments:
         return jnp.maximum(self.square - self.mean**2, 0)
 
 
+@checked
 def moments(
     fn: Any,
     params: PyTree,

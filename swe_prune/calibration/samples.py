@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.calibration import batching
 from swe_prune.calibration import layer_inputs as measuring
 from swe_prune.calibration.products import Reduce, input_sums
@@ -19,6 +20,7 @@ from swe_prune.layout.notes import Product
 TOKENS = 256
 
 
+@checked
 def samples(
     fn: Any,
     params: PyTree,

@@ -13,12 +13,14 @@ import os
 import platform
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from swe_prune.errors import InputError
+from swe_prune.arguments import checked
+from swe_prune.errors import InputError, RunError
 from swe_prune.ledger.interval import Interval
 from swe_prune.ledger.meters import ZERO, Meter, of_this_machine, processor_seconds
 from swe_prune.runtime import storage
@@ -68,6 +70,7 @@ class Entry:
         return "/" not in self.phase
 
 
+@checked
 class Ledger:
     """Entries of one attempt, and the meters that they are read from.
 
@@ -99,8 +102,9 @@ class Ledger:
         self.source = "+".join(dict.fromkeys(meter.source for meter in self.meters))
         self._process, self._every = process, every
         self._running: list[tuple[Entry, float, float, list[Interval]]] = []
+        self._written: dict[int, str] = {}  # JSON of the entries that have ended, by their number
         self._lock = threading.RLock()
-        self._file, self._began = None, time.time()
+        self._file, self._began, self._told = None, time.time(), False
         if folder is not None:
             name = f"{self._began:.6f}-{platform.node()}-{os.getpid()}.json"
             self._file = storage.parse_path(folder, "ledger") / name
@@ -134,13 +138,17 @@ class Ledger:
                 self._running.pop()
             if not outer:
                 watch.join()
-                self._write()
+                # The phase's own failure is what is said, also where it is that of the disk.
+                failed = entry.status == FAILED
+                with contextlib.suppress(*(OSError, RunError) if failed else ()):
+                    self._write()
 
     def _watch(self, stop: threading.Event) -> None:
         while not stop.wait(self._every):
             with self._lock:
                 self._read()
-            self._write()
+            with contextlib.suppress(OSError, RunError):  # the phase's own end says it
+                self._write()
 
     def _read(self) -> None:
         """Brings every running entry up to date."""
@@ -158,13 +166,30 @@ class Ledger:
         if self._file is None:
             return
         with self._lock:
-            content = {
-                "began": self._began,
-                "entries": [dataclasses.asdict(entry) for entry in self.entries],
-            }
-        storage.write(self._file, json.dumps(content))
+            entries = ", ".join(map(self._text, range(len(self.entries))))
+        try:
+            storage.write(self._file, f'{{"began": {self._began!r}, "entries": [{entries}]}}')
+        except OSError as error:  # a full disk; what is watched has its own say about it
+            if not self._told:
+                self._told = True
+                warnings.warn(
+                    f"the ledger cannot write {self._file} ({error.strerror or error}); make room, "
+                    "or what this attempt takes is not counted",
+                    stacklevel=2,
+                )
+
+    def _text(self, number: int) -> str:
+        # A study has thousands of entries; only those that run are made into text again.
+        if number in self._written:
+            return self._written[number]
+        entry = self.entries[number]
+        text = json.dumps(dataclasses.asdict(entry))
+        if entry.status != OPEN:
+            self._written[number] = text
+        return text
 
 
+@checked
 def read(folder: epath.PathLike) -> list[Entry]:
     """Returns the entries of all attempts and processes, oldest attempt first.
 
@@ -230,6 +255,7 @@ def _accelerators() -> list[str]:
 _CURRENT: contextvars.ContextVar[Ledger | None] = contextvars.ContextVar("ledger", default=None)
 
 
+@checked
 @contextlib.contextmanager
 def opened(book: Ledger) -> Iterator[Ledger]:
     """Makes a ledger the one that `measure` writes to."""
@@ -240,6 +266,7 @@ def opened(book: Ledger) -> Iterator[Ledger]:
         _CURRENT.reset(token)
 
 
+@checked
 @contextlib.contextmanager
 def measure(phase: str, *, cell: str = "", tokens: int = 0) -> Iterator[Entry]:
     """Measures what runs inside the `with`: time, processor time, energy.

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.ledger.interval import Interval, Operand, interval, of_samples, text
 
@@ -75,6 +76,7 @@ class BreakEven:
         return self.saved * tokens
 
 
+@checked
 def break_even(
     spent: Operand,
     dense: Sequence[Operand],
@@ -141,9 +143,11 @@ def break_even(
             for at, saved in zip((spent.low, spent.value, spent.high), savings, strict=True)
         ]
         tokens = _hull(paid)
+    each, other = (_hull([mean(row[model]) for row in rows]) for model in (0, 1))
     return BreakEven(
         spent,
-        *(_hull([mean(row[model]) for row in rows]) for model in (0, 1)),
+        each,
+        other,
         _hull(savings),
         tokens,
         None if worse is None else interval(worse),

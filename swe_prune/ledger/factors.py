@@ -10,9 +10,10 @@ import functools
 from collections.abc import Mapping
 from importlib import resources
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, suggestion
 from swe_prune.ledger.book import Entry
-from swe_prune.ledger.interval import Interval
+from swe_prune.ledger.interval import Interval, interval
 
 JOULES_PER_KWH = 3.6e6
 YEAR = 365.25 * 24 * 3600
@@ -107,6 +108,7 @@ def _grid(grams: float, source: str, year: int) -> Factor:
     return Factor(Interval(low, grams, high), "g CO2e/kWh", source, year)
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Factors:
     """Everything that turns joules and seconds into carbon and water.
@@ -116,7 +118,8 @@ class Factors:
         pue: Energy at the building's meter per energy of the devices.
         water_site: Water that evaporates on site, L/kWh of the devices.
         water_grid: Water that generating the electricity takes, L/kWh at the building's meter.
-        embodied: Carbon of making one part of the machine, kg CO2e, by kind of part.
+        embodied: Carbon of making one part of the machine, kg CO2e, by kind of part; of a part
+            that is not in it, anything from 0 to the largest in the table.
         lifetime: Seconds over which that is shared out.
         sources: Where each is from, by name.
 
@@ -135,7 +138,11 @@ class Factors:
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Checks the signs."""
+        """Takes plain numbers as intervals without width, and checks the signs."""
+        for name in ("grid", "pue", "water_site", "water_grid", "lifetime"):
+            object.__setattr__(self, name, interval(getattr(self, name)))
+        embodied = {part: interval(amount) for part, amount in self.embodied.items()}
+        object.__setattr__(self, "embodied", embodied)
         amounts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         amounts |= {f"embodied[{part!r}]": amount for part, amount in self.embodied.items()}
         for name, amount in amounts.items():
@@ -150,15 +157,26 @@ class Factors:
             raise InputError(f"factor lifetime must be positive, got {self.lifetime}")
 
 
-def of_country(country: str = WORLD, *, pue: float | None = None) -> Factors:
-    """Returns the factors of a country.
+@checked
+def of_country(
+    country: str = WORLD,
+    *,
+    pue: float | None = None,
+    grid: float | None = None,
+    water_site: float | None = None,
+    water_grid: float | None = None,
+) -> Factors:
+    """Returns the factors of a country, or own ones in their place.
 
     Args:
         country: Three letters of ISO 3166, or "WORLD".
         pue: Own PUE. None: the survey's mean with its interval.
+        grid: Own carbon intensity of the electricity, g CO2e/kWh. None: the country's.
+        water_site: Own water on site, L/kWh of the devices. None: the published one.
+        water_grid: Own water of the electricity, L/kWh. None: the published one.
 
     Raises:
-        InputError: If the country is unknown, or the PUE below 1.
+        InputError: If the country is unknown, a factor negative, or the PUE below 1.
 
     >>> of_country("DEU").grid.value
     381.0
@@ -169,6 +187,7 @@ def of_country(country: str = WORLD, *, pue: float | None = None) -> Factors:
             f"country {country!r} is not in the table{suggestion(country, known)}; give three "
             f"letters of ISO 3166, {WORLD!r}, or your own `Factors`"
         )
+    own = {"pue": pue, "grid": grid, "water_site": water_site, "water_grid": water_grid}
     used = {
         "grid": known[country],
         "pue": PUE,
@@ -178,10 +197,9 @@ def of_country(country: str = WORLD, *, pue: float | None = None) -> Factors:
         "lifetime": LIFETIME,
     }
     sources = {name: f"{factor.source} ({factor.year})" for name, factor in used.items()}
-    if pue is None:
-        return Factors(known[country].amount, sources=sources)
-    own = sources | {"pue": "given by the user"}
-    return Factors(known[country].amount, Interval(pue, pue, pue), sources=own)
+    given = {name: interval(value) for name, value in own.items() if value is not None}
+    sources |= dict.fromkeys(given, "given by the user")
+    return Factors(**{"grid": known[country].amount, "sources": sources, **given})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +217,7 @@ class Footprint:
     water: Interval
 
 
+@checked
 def footprint(entry: Entry, factors: Factors) -> Footprint:
     """Returns the footprint of what was spent.
 
@@ -217,13 +236,19 @@ def footprint(entry: Entry, factors: Factors) -> Footprint:
     device = entry.joules * (1 / JOULES_PER_KWH)
     kwh = device * factors.pue
     made = [
-        factors.embodied[part] * count * entry.seconds / factors.lifetime
+        factors.embodied.get(part, _unknown()) * count * entry.seconds / factors.lifetime
         for part, count in entry.parts.items()
     ]
     water = device * factors.water_site + kwh * factors.water_grid
     return Footprint(kwh, sum(made, kwh * factors.grid * 1e-3), water)
 
 
+def _unknown() -> Interval:
+    high = max(factor.amount.high for factor in EMBODIED.values())
+    return Interval(0.0, high / 2, high)
+
+
+@checked
 def pictured(kwh: Interval) -> str:
     """Returns an amount of energy as something a person can picture.
 

@@ -61,16 +61,31 @@ class CounterMeter:
         self.source = source
         self._read, self._clock = read, clock
         self._error, self._rated, self._wraps_at = error, rated, wraps_at
-        self._last, self._at = read(), clock()
-        self._total = ZERO
+        self._last: float | None = read()
+        self._at, self._total = clock(), ZERO
 
     def poll(self) -> Interval:
-        """Returns the joules in all."""
-        now, at = self._read(), self._clock()
-        spent, most = now - self._last, self._rated * max(0.0, at - self._at)
+        """Returns the joules in all; where the counter cannot be read, a wider interval."""
+        at = self._clock()
+        passed = max(0.0, at - self._at)
+        most = self._rated * passed
+        try:
+            now = self._read()
+        except Exception:  # of any driver; the run that is watched goes on
+            now = None
+        if now is None or self._last is None:
+            # Until the next reading anything up to the rated power may have been spent.
+            self._total += Interval(0.0, most / 2, most)
+            self._last, self._at = now, at
+            return self._total
+        spent = now - self._last
         if spent < 0 and self._wraps_at is not None and spent + self._wraps_at <= most:
             spent += self._wraps_at
-        if spent < 0 or spent > 2 * most + 1:
+        if spent > 1 and not passed:
+            added = Interval(
+                0.0, spent, spent
+            )  # the clock stood or went back, so nothing checks it
+        elif spent < 0 or spent > 2 * most + 1:
             # Reset, or gone astray: anything up to the rated power may have been spent.
             added = Interval(0.0, most / 2, most)
         else:
@@ -106,14 +121,19 @@ class ProcessorMeter:
         """
         self.threads = threads or len(os.sched_getaffinity(0))
         self._clock, self._busy = clock, busy or processor_seconds
-        self._begun, self._before = self._clock(), self._busy()
+        self._at, self._before = self._clock(), self._busy()
+        self._wall = self._worked = 0.0
 
     def poll(self) -> Interval:
         """Returns the joules in all."""
-        wall, busy = self._clock() - self._begun, self._busy() - self._before
-        busy = min(max(busy, 0.0), wall * self.threads)
+        at, now = self._clock(), self._busy()
+        # Summed up, so that a clock that goes back takes nothing away.
+        self._wall += max(0.0, at - self._at)
+        self._worked += max(0.0, now - self._before)
+        self._at, self._before = at, now
+        busy = min(self._worked, self._wall * self.threads)
         dynamic = busy * (self.BUSY_WATTS - self.IDLE_WATTS)
-        value = wall * self.threads * self.IDLE_WATTS + dynamic
+        value = self._wall * self.threads * self.IDLE_WATTS + dynamic
         return Interval(dynamic, value, self.MOST * value)
 
 
@@ -146,11 +166,13 @@ class RatedMeter:
         # A part that is not in the table may take anything that accelerators take.
         self._low = sum(0.1 * (watts or min(RATED_WATTS.values())) for watts in known)
         self._high = sum(watts or max(RATED_WATTS.values()) for watts in known)
-        self._clock, self._begun = clock, clock()
+        self._clock, self._at, self._wall = clock, clock(), 0.0
 
     def poll(self) -> Interval:
         """Returns the joules in all."""
-        wall = self._clock() - self._begun
+        at = self._clock()
+        self._wall += max(0.0, at - self._at)
+        self._at, wall = at, self._wall
         return Interval(wall * self._low, wall * (self._low + self._high) / 2, wall * self._high)
 
 

@@ -28,7 +28,13 @@ class Window:
 
     @property
     def per_token(self) -> Interval:
-        """Joules per token."""
+        """Joules per token.
+
+        Raises:
+            InputError: If there are no tokens.
+        """
+        if self.tokens < 1:
+            raise InputError(f"a window must have tokens, got {self.tokens}; work for longer")
         return self.joules * (1 / self.tokens)
 
 

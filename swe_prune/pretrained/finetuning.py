@@ -21,6 +21,7 @@ from swe_prune import data as data_lib
 from swe_prune import interop, parallel, resumable, trajectory, tree
 from swe_prune.config import ParallelConfig, PhaseConfig
 from swe_prune.errors import InputError, RunError
+from swe_prune.interop.stranger_files import parse_json
 from swe_prune.models import phi3v
 from swe_prune.pretrained import choice
 from swe_prune.pretrained.settings import FinetuneSettings
@@ -203,7 +204,8 @@ def _fit(
         checkpoint_every=settings.checkpoint_every,
         keep_latest=1,
     )
-    return resumable.fit(run, state, step, batches, progress)[0]
+    with storage.held(work):
+        return resumable.fit(run, state, step, batches, progress)[0]
 
 
 def _settle(work: epath.Path, settings: FinetuneSettings) -> None:
@@ -220,7 +222,7 @@ def _settle(work: epath.Path, settings: FinetuneSettings) -> None:
     if not begun.exists():
         write_json(begun, asked)
         return
-    before = json.loads(begun.read_text())
+    before = parse_json(begun.read_bytes(), begun, f"remove {work} to start again")
     differing = [key for key in asked if asked[key] != before.get(key)]
     if differing:
         shown = ", ".join(f"{k} ({before.get(k)!r} there, {asked[k]!r} now)" for k in differing[:3])

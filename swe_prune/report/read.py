@@ -17,7 +17,7 @@ from typing import Any
 from etils import epath
 
 from swe_prune import ledger
-from swe_prune.config import Config, from_dict
+from swe_prune.config import Config, LedgerConfig, from_dict
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.report.records import (
     GROUPS,
@@ -79,15 +79,10 @@ def load(workdir: epath.PathLike) -> Results:
         dense,
         details,
         entries,
-        _factors(config),
+        (LedgerConfig() if settings is None else settings.ledger).factors,
         ledger.read_beside(workdir / "codecarbon"),
         [] if settings is None else paybacks(workdir, settings, entries),
     )
-
-
-def _factors(config: Mapping[str, Any] | None) -> ledger.Factors:
-    place = (config or {}).get("ledger", {})
-    return ledger.of_country(place.get("country", ledger.WORLD), pue=place.get("pue"))
 
 
 def read_rows(path: epath.Path) -> tuple[list[Row], int]:

@@ -83,7 +83,7 @@ def elsa(
         return ElsaState(optimizer.init(params), sparse, dual, jnp.zeros((), jnp.int32))
 
     def update(
-        updates: PyTree, state: ElsaState, params: PyTree | None = None, **more: Any
+        updates: PyTree, state: Any, params: PyTree | None = None, **more: Any
     ) -> tuple[PyTree, ElsaState]:
         if params is None:
             raise InputError(
@@ -111,7 +111,7 @@ def elsa(
 
 
 def elsa_masks(
-    state: ElsaState,
+    state: Any,
     params: PyTree,
     sparsity: float,
     *,
@@ -121,7 +121,7 @@ def elsa_masks(
     """Returns the masks after training with `elsa`: the largest |x + u| stay.
 
     Args:
-        state: Last state of the optimizer.
+        state: Last `ElsaState` of the optimizer.
         params: Trained weights.
         sparsity: Share of the prunable weights to remove.
         scope: Scope of `masks.by_sparsity`.

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.structured.group import (
     Along,
@@ -26,6 +27,7 @@ from swe_prune.trajectory import TrajectoryStats
 from swe_prune.tree import pairing
 
 
+@checked
 def cut(values: PyTree, groups: Groups, keep: Mapping[str, Any]) -> PyTree:
     """Returns a pytree with only the kept units; dtypes and containers stay.
 
@@ -70,6 +72,7 @@ def cut(values: PyTree, groups: Groups, keep: Mapping[str, Any]) -> PyTree:
     return small
 
 
+@checked
 def unit_mask(params: PyTree, groups: Groups, keep: Mapping[str, Any]) -> PyTree:
     """Returns the mask that removes the same units: bool, None for weights without units.
 
