@@ -13,7 +13,7 @@ from swe_prune.calibration import layer_inputs as measuring
 from swe_prune.calibration.products import PRECISION, Reduce, input_sums
 from swe_prune.calibration.samples import rows_wanted
 from swe_prune.errors import InputError
-from swe_prune.layout.walk import Product
+from swe_prune.layout.notes import Product
 
 
 @dataclasses.dataclass(frozen=True)

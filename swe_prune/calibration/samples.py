@@ -15,7 +15,7 @@ from swe_prune.calibration import batching
 from swe_prune.calibration import layer_inputs as measuring
 from swe_prune.calibration.products import Reduce, input_sums
 from swe_prune.errors import InputError
-from swe_prune.layout.walk import Product
+from swe_prune.layout.notes import Product
 
 TOKENS = 256
 
