@@ -22,14 +22,18 @@ CACHE_WARNINGS = tuple(
     f"ignore:Error {verb} persistent compilation cache entry" for verb in ("reading", "writing")
 )
 FIRST = (
+    "distributed_test.py",
     "multidevice_core_test.py",
     "multidevice_study_test.py",
-    "multidevice_training_test.py",
-    "distributed_test.py",
     "bucket_test.py",
-    "resume_test.py",
-    "study_test.py",
     "contract_test.py",
+    "study_test.py",
+    "resume_test.py",
+    "multidevice_training_test.py",
+    "mend_test.py",
+    "experiment_test.py",
+    "cli_test.py",
+    "sparse_training_test.py",
 )
 
 
