@@ -308,7 +308,7 @@ def n_of_m_mask(
 
 def check_divides(name: str, inputs: int, m: int) -> None:
     """Raises InputError if the number of inputs of a kernel is not a multiple of m."""
-    if inputs % m:
+    if m < 1 or inputs % m:
         raise InputError(
             f"{name!r} has {inputs} inputs, which are not a multiple of m = {m}; "
             "exclude it or choose another m"

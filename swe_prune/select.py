@@ -21,6 +21,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from swe_prune import counting, tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, did_you_mean, shown
 
 TIES = ("first", "last")
@@ -44,6 +45,7 @@ def sortable_bits(x: Float[Array, "..."]) -> UInt[Array, "..."]:
     return jnp.where((bits & ~sign) > infinity, jnp.zeros_like(bits), ordered)
 
 
+@checked
 def top_k_mask(
     x: Float[Array, "..."],
     k: int | Int[Array, ""] | counting.Count,
@@ -88,6 +90,7 @@ def top_k_mask(
     return masks[0]
 
 
+@checked
 def top_k_masks(
     xs: Sequence[Float[Array, "..."]],
     k: int | Int[Array, ""] | counting.Count,

@@ -290,7 +290,8 @@ RIGHT = [
                 "seed": 0}),
     (trawl.tucker, {"tensor": RNG.normal(size=(2, 3, 4)), "ranks": (1, 2, 2), "steps": 2}),
     (trawl.laser, {"matrix": RNG.normal(size=(3, 4)), "rank": 2}),
-    (trawl.stacked, {"params": {"up": {"kernel": UP}, "gate": {"kernel": UP}}, "stack": STACK}),
+    (trawl.stacked, {"params": {"up": {"kernel": UP}, "gate": {"kernel": UP}},
+                     "stack": dict.fromkeys(STACK, False)}),
     (lora.init, {"params": PARAMS, "rank": 2, "alpha": 1.0, "key": KEY, "targets": None}),
 ]  # fmt: skip
 """Arguments with which each call works, or is refused for another reason than the one below."""
