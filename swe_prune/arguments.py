@@ -12,6 +12,7 @@ import collections.abc
 import functools
 import inspect
 import itertools
+import math
 import numbers
 import os
 import types
@@ -30,7 +31,7 @@ RANGES = {
     name: bound
     for bound, names in {
         bounds.SEED: "seed seeds",
-        bounds.COUNT: "at_once batch block context count every iterations k m max_new_tokens n "
+        bounds.COUNT: "at_once batch block context count every iterations max_new_tokens n "
         "number patience rank ranks resamples rounds steps window windows",
         bounds.INDEX: "at begin end leave_out process size to total",
     }.items()
@@ -206,9 +207,10 @@ def _is_scalar(value: Any, kind: type) -> bool:
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     if kind is int:
-        return isinstance(value, numbers.Integral) and -_LARGEST <= value <= _LARGEST
+        return isinstance(value, numbers.Integral) and abs(int(value)) <= _LARGEST
     # A number beyond float32 overflows in a compiled program.
-    return isinstance(value, numbers.Real) and abs(value) <= bounds.POSITIVE.most
+    number: Any = value if isinstance(value, numbers.Real) else math.nan
+    return bool(abs(number) <= bounds.POSITIVE.most)
 
 
 def _is_tracer(value: Any) -> bool:
@@ -244,7 +246,7 @@ def _check_sizes(given: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     known: dict[str, tuple[int, str]] = {}
     for name, value in given.items():
         hint = hints.get(name)
-        kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
+        kinds: tuple[Any, ...] = typing.get_args(hint) if _is_union(hint) else (hint,)
         letters = next((one.dim_str.split() for one in kinds if _is_array(one)), [])
         shape = getattr(value, "shape", None)
         if shape is None or any(axis.startswith("*") for axis in letters):

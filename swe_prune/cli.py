@@ -4,7 +4,7 @@ Each command has a dataclass of settings, whose fields are its options: those of
 here, those for a pretrained model in `pretrained.settings`. One parser is made of both.
 
 Exit codes: 0 done, 1 the run failed, 2 the input was wrong, 75 preempted by SIGTERM (run the same
-command again to go on), 130 stopped by Ctrl-C.
+command again to go on), 130 stopped by Ctrl-C, 141 nobody read the output any more.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -178,6 +179,9 @@ def main(
         return 0
     except (InputError, RunError, Preempted) as error:
         return _failed(error, error.exit_code, distributed)
+    except BrokenPipeError:  # whoever read the output has ended, as `| head -1` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         place = getattr(given, "workdir", None) or getattr(given, "out", None) if given else None
         failed = RunError(

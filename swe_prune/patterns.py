@@ -12,8 +12,7 @@ all the weights that lead into and out of it, in all the tensors that are couple
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -206,7 +205,7 @@ def _of_matrix(
 
 
 @checked
-def couple(names: Any, rules: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
+def couple(names: Iterable[str], rules: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
     """Returns the coupled tensors, as pairs of name and "in" or "out", by captured text.
 
     Args:
@@ -309,7 +308,7 @@ def n_of_m_mask(
 
 def check_divides(name: str, inputs: int, m: int) -> None:
     """Raises InputError if the number of inputs of a kernel is not a multiple of m."""
-    if inputs % m:
+    if m < 1 or inputs % m:
         raise InputError(
             f"{name!r} has {inputs} inputs, which are not a multiple of m = {m}; "
             "exclude it or choose another m"

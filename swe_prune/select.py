@@ -22,6 +22,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from swe_prune import counting, radix, tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, did_you_mean, shown
 from swe_prune.radix import sortable_bits as sortable_bits
 
@@ -29,6 +30,7 @@ TIES = ("first", "last")
 """Which of equal elements at the threshold are kept."""
 
 
+@checked
 def top_k_mask(
     x: Float[Array, "..."],
     k: int | Int[Array, ""] | counting.Count,
@@ -76,6 +78,7 @@ def top_k_mask(
     return masks[0]
 
 
+@checked
 def top_k_mask_each(
     xs: Sequence[Float[Array, "..."]],
     ks: Sequence[int | Int[Array, ""] | counting.Count],
@@ -112,6 +115,7 @@ def top_k_mask_each(
     return _over_shards(shards, _alike(xs), ks, tuple(range(len(xs))), ties, called)
 
 
+@checked
 def top_k_masks(
     xs: Sequence[Float[Array, "..."]],
     k: int | Int[Array, ""] | counting.Count,

@@ -42,7 +42,7 @@ def test_quotients_hold_every_result(a, b, s, t):
 
 @pytest.mark.parametrize("three", [(2, 1, 3), (0, math.nan, 1), (0, 1, math.inf)])
 def test_what_is_no_interval_is_refused(three):
-    with pytest.raises(InputError, match="low <= value <= high"):
+    with pytest.raises(InputError, match=r"low <= value <= high|finite number"):
         Interval(*three)
 
 
@@ -284,7 +284,7 @@ def test_every_country_has_a_plausible_intensity():
     ("given", "sentence"),
     [
         ({"country": "DEX"}, "or 'DEU'"),
-        ({"country": None}, "not in the table"),
+        ({"country": None}, "country must be a string"),
         ({"pue": 0.5}, "pue must be 1 or more"),
     ],
 )
@@ -331,7 +331,7 @@ def test_a_mask_is_not_shown_to_pay():
         ((1.0, [1.0], [1.0]), "at least two"),
         ((1.0, [1.0, 2.0], [1.0]), "as many windows"),
         ((-1.0, [1.0, 2.0], [1.0, 1.0]), "spent must be 0 or more"),
-        ((1.0, [1.0, math.nan], [1.0, 1.0]), "finite samples"),
+        ((1.0, [1.0, math.nan], [1.0, 1.0]), "finite numbers"),
     ],
 )
 def test_windows_that_say_nothing_are_refused(given, sentence):

@@ -52,7 +52,8 @@ def sequences(batch: PyTree, number: int) -> int:
 def check_arrays(what: str, values: PyTree) -> None:
     """Raises InputError if a leaf is no array, which a compiled program cannot take."""
     for name, leaf in tree.named_leaves(values):
-        if leaf is not None and not hasattr(leaf, "dtype"):
+        dtype = getattr(leaf, "dtype", None)
+        if leaf is not None and (dtype is None or str(dtype).startswith(("<U", "|S", "object"))):
             where = f" at {tree.short(name)!r}" if name else ""
             raise InputError(f"{what} must hold arrays alone, got {shown(leaf)}{where}")
 

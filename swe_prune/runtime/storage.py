@@ -75,12 +75,17 @@ _HELD: dict[str, tuple[int, int]] = {}
 
 
 @contextlib.contextmanager
-def held(folder: epath.PathLike) -> Iterator[None]:
-    """Watches that a local folder of a run stays where it is; `check_held` says so if not."""
+def held(folder: epath.PathLike, marker: str = "") -> Iterator[None]:
+    """Watches that a local folder of a run stays where it is; `check_held` says so if not.
+
+    Args:
+        folder: Folder of the run.
+        marker: Name of a file in it that goes with its content, where there is one.
+    """
     if in_bucket(folder):
         yield
         return
-    path = os.path.abspath(folder)
+    path = os.path.join(os.path.abspath(folder), marker)
     found = os.stat(path)
     _HELD[path] = found.st_dev, found.st_ino
     try:
@@ -108,9 +113,9 @@ def check_held() -> None:
             same = False
         if not same:
             raise RunError(
-                f"workdir {path!r} was renamed, removed or replaced while the run worked in it; "
-                "rename it back, or give its new path as --workdir, and run the same command "
-                "again; what is finished there is kept"
+                f"workdir {os.path.dirname(path)!r} was renamed, removed or replaced while the run "
+                "worked in it; rename it back, or give its new path as --workdir, and run the "
+                "same command again; what is finished there is kept"
             )
 
 

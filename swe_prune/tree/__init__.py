@@ -289,7 +289,11 @@ def size(values: PyTree) -> int:
     >>> size({"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)})
     9
     """
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(values))
+    leaves = jax.tree.leaves(values)
+    other = next((leaf for leaf in leaves if not hasattr(leaf, "shape")), None)
+    if other is not None:
+        raise InputError(f"size counts the elements of arrays, got {shown(other)}")
+    return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 @checked
