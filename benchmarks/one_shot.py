@@ -67,8 +67,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scored", type=int, default=4096, help="tokens scored of each text")
     parser.add_argument("--methods", nargs="+", choices=(*METHODS, *MORE), default=METHODS)
     parser.add_argument("--gradients", type=Path, help="folder that keeps gradients for reruns")
-    parser.add_argument("--out", type=Path, help="JSON file of all the numbers")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file of all the numbers; the rows it has are not run again"
+    )
     return parser.parse_args()
+
+
+def kept_rows(options: argparse.Namespace, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the rows of an earlier run of the same settings, from the file it wrote."""
+    if options.out is None or not options.out.exists():
+        return []
+    kept = json.loads(options.out.read_text())
+    if kept["settings"] != settings:
+        sys.exit(
+            f"{options.out} was written with {kept['settings']}, and this run has {settings}; "
+            "name another file"
+        )
+    return kept["rows"]
 
 
 def source_code() -> str:
@@ -175,7 +190,12 @@ def main() -> None:
     used = np.asarray(
         model.tokenizer.encode(data.read_named("shakespeare_plays:train")[:2_000_000])
     )
-    rows: list[dict[str, Any]] = []
+    settings = {
+        "model": Path(path).name,
+        **{name: getattr(options, name) for name in ("windows", "length", "scored")},
+    }
+    rows = kept_rows(options, settings)
+    done = {(row["method"], row["sparsity"], row["seed"]) for row in rows}
     dense = scored(model, module, model.params, tokens, options.scored)
     print("dense", dense, flush=True)
     for seed in options.seeds:
@@ -196,6 +216,8 @@ def main() -> None:
         given = {"params": model.params, "module": module, "batches": batches, "measured": measured}
         for sparsity in options.sparsities:
             for method in options.methods:
+                if (method, sparsity, seed) in done:
+                    continue
                 begun = time.perf_counter()
                 params, mask = prune(method, sparsity, given)
                 jax.block_until_ready(params)
@@ -208,7 +230,8 @@ def main() -> None:
                 rows.append(row)
                 print(json.dumps(row), flush=True)
                 if options.out:
-                    options.out.write_text(json.dumps({"dense": dense, "rows": rows}, indent=1))
+                    found = {"settings": settings, "dense": dense, "rows": rows}
+                    options.out.write_text(json.dumps(found, indent=1))
     show(dense, rows, options, path)
 
 
@@ -223,7 +246,7 @@ def show(dense: dict[str, float], rows: list[Any], options: argparse.Namespace, 
     for heading in ("", "sparsity", *dense, *(f"{n}, of SparseGPT" for n in dense), "seconds"):
         table.add_column(heading, justify="right")
     for sparsity in options.sparsities:
-        same = [row for row in rows if row["sparsity"] == sparsity]
+        same = [r for r in rows if r["sparsity"] == sparsity and r["seed"] in options.seeds]
         base = {row["seed"]: row for row in same if row["method"] == "sparsegpt"}
         for method in options.methods:
             own = [row for row in same if row["method"] == method]

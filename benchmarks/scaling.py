@@ -51,9 +51,13 @@ def work(devices: int, axis: str) -> None:
     prunable = experiment.prunable
 
     @jax.jit
-    def select(params: Any) -> Any:
-        scores = importance.score("magnitude", params, prunable=prunable)
+    def score(params: Any) -> Any:
+        return importance.score("magnitude", params, prunable=prunable)
+
+    def select(scores: Any) -> Any:
         return masks.by_sparsity(scores, SPARSITY, scope="global")
+
+    select_in_jit = jax.jit(select)
 
     def turn(state: Any) -> tuple[Any, dict[str, float]]:
         given = [next(batches) for _ in range(STEPS)]
@@ -62,8 +66,12 @@ def work(devices: int, axis: str) -> None:
             state, _ = experiment.train_step(state, batch)
         jax.block_until_ready(state)
         stepped = time.perf_counter()
-        jax.block_until_ready(select(state.params))
-        spent = {"step": (stepped - began) / STEPS, "selection": time.perf_counter() - stepped}
+        spent = {"step": (stepped - began) / STEPS}
+        scores = jax.block_until_ready(score(state.params))
+        for name, run in (("selection", select), ("in a jit", select_in_jit)):
+            began = time.perf_counter()
+            jax.block_until_ready(run(scores))
+            spent[name] = time.perf_counter() - began
         return state, spent
 
     state, _ = turn(state)  # compiles
@@ -185,12 +193,21 @@ def main() -> None:
         f"{platform.python_version()}, {told['kind']}, {os.cpu_count()} cores; medians (quartiles) "
         f"of {options.rounds} rounds, ratios to the first line in the same round\n"
     )
-    heads = "devices", "tokens/s", "ratio", "selection, ms", "ratio", "received in a step, kB"
+    heads = (
+        "devices", "tokens/s", "ratio", "selection, ms", "ratio", "in a jit, ms", "ratio",
+        "received in a step, kB",
+    )  # fmt: skip
     print("| " + " | ".join(heads) + " |\n|" + "---:|" * len(heads))
     base = workers[0]
     for worker in workers:
         tokens, first = (one.tokens_per_second(context) for one in (worker, base))
-        chosen, chosen_first = ([t["selection"] for t in one.turns] for one in (worker, base))
+        selections = []
+        for name in ("selection", "in a jit"):
+            chosen, chosen_first = ([t[name] for t in one.turns] for one in (worker, base))
+            selections += [
+                spread([1e3 * seconds for seconds in chosen], ".1f"),
+                spread([a / b for a, b in zip(chosen, chosen_first, strict=True)], ".2f"),
+            ]
         received = ", ".join(
             f"{kind} {size / 1e3:,.0f}" for kind, size in worker.cost["received"].items()
         )
@@ -198,8 +215,7 @@ def main() -> None:
             str(worker.devices),
             spread(tokens, ",.0f"),
             spread([a / b for a, b in zip(tokens, first, strict=True)], ".2f"),
-            spread([1e3 * seconds for seconds in chosen], ".1f"),
-            spread([a / b for a, b in zip(chosen, chosen_first, strict=True)], ".2f"),
+            *selections,
             received or "nothing",
         )
         print("| " + " | ".join(cells) + " |")

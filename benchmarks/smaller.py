@@ -12,17 +12,20 @@ product of the norms of what comes in and goes out (FASP, 2501.09412). For each 
     recovered   then trained to the dense model's predictions (KL, temperature 1) and the text's
     scratch     the cut shape from random weights, by the same steps under the same teacher
 
-"dense + steps" has had the same steps, too. Perplexity is of held-out plays, and of a second text
-of another kind that the recovery does not see and must not worsen: it is said if it does. Decode
-times are of all shapes in turns, as multiples of the dense model's beside them. `--workdir` gets
-smaller.json and smaller.svg.
+"dense + steps" has had the same steps, too. The weight of the KL goes from 0.9 to 0.5. Perplexity
+is of held-out plays, and of a second text of another kind that the recovery does not see and must
+not worsen: it is said if it does. Decode times are of all shapes in turns, as multiples of the
+dense model's beside them. `--workdir` gets smaller.json and smaller.svg; rows that it has from a
+run that was killed are not made again.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +48,11 @@ from swe_prune.structured.refit import refit
 from swe_prune.training import optimizer as optimizer_lib
 from swe_prune.training import state as state_lib
 from swe_prune.training import step as step_lib
-from swe_prune.training.losses import Distillation
+from swe_prune.training.distillation import Distillation
 
 SHARES = (0.25, 0.5)
+KEPT = "smaller.json"
+HOW_ONLY = ("workdir", "runs", "prompt", "new")  # options that decide times alone
 QUICK = {
     "steps": 3, "calibration_windows": 8, "holdout_windows": 4, "length": 16, "windows": 4,
     "runs": 2, "prompt": 8, "new": 2,
@@ -87,6 +92,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--scratch-learning-rate", type=float, default=1e-3)
     parser.add_argument("--distillation", type=float, default=0.9, help="weight of the KL")
+    parser.add_argument("--final-distillation", type=float, default=0.5, help="at the last step")
     parser.add_argument("--calibration-windows", type=int, default=64)
     parser.add_argument("--holdout-windows", type=int, default=16, help="that a refit must help on")
     parser.add_argument("--windows", type=int, default=32, help="windows scored of each text")
@@ -110,9 +116,20 @@ class Study:
     train: np.ndarray
     texts: dict[str, np.ndarray]
     options: argparse.Namespace
+    known: dict[tuple[str, float], Row] = dataclasses.field(default_factory=dict)
 
-    def judged(self, name: str, share: float, module: Any, params: Any) -> Row:
-        """Returns the row of a model."""
+    @property
+    def said(self) -> dict[str, Any]:
+        """The machine, the options that decide the numbers, and the rows."""
+        options = {k: str(v) for k, v in vars(self.options).items() if k not in HOW_ONLY}
+        rows = [dataclasses.asdict(row) for row in self.known.values()]
+        return {"machine": machine(), "options": options, "rows": rows}
+
+    def judged(self, name: str, share: float, module: Any, make: Callable[[], Any]) -> Row:
+        """Returns the row of a model, which is made if the row is not known from before."""
+        if (name, share) in self.known:
+            return self.known[name, share]
+        params = make()
         length, windows = self.options.length, self.options.windows
         protocol = Protocol(f"{windows} windows", window=length, stride=length, limit=windows)
         found = {
@@ -123,7 +140,34 @@ class Study:
         print(
             name, f"{share:.0%}", {text: round(one, 2) for text, one in found.items()}, flush=True
         )
+        self.known[name, share] = row
+        self.keep()
         return row
+
+    def keep(self) -> None:
+        """Writes the rows to the working directory, if there is one."""
+        if self.options.workdir:
+            self.options.workdir.mkdir(parents=True, exist_ok=True)
+            file = self.options.workdir / KEPT
+            new = file.with_suffix(".new")
+            new.write_text(json.dumps(self.said, indent=1))
+            new.replace(file)
+
+    def remember(self) -> None:
+        """Reads the rows of a run that was killed.
+
+        Raises:
+            SystemExit: That run had other options.
+        """
+        file = self.options.workdir / KEPT if self.options.workdir else None
+        if file is None or not file.exists():
+            return
+        before = json.loads(file.read_text())
+        if before["options"] != self.said["options"]:
+            sys.exit(f"{file} is of a run with other options; give another --workdir")
+        for row in before["rows"]:
+            row["decode"] = tuple(row["decode"])
+            self.known[row["name"], row["share"]] = Row(**row)
 
     def trained(self, module: Any, params: Any, learning_rate: float) -> Any:
         """Returns parameters after the steps of recovery under the dense model."""
@@ -136,7 +180,8 @@ class Study:
             b2=0.95,
         )
         optimizer = optimizer_lib.build(phase, options.steps)
-        taught = Distillation(options.distillation)
+        final = options.final_distillation
+        taught = Distillation(options.distillation, final_weight=final, steps=options.steps)
         step = step_lib.compile_train_step(
             scanned(module), optimizer, distillation=taught, teacher_model=scanned(self.module)
         )
@@ -205,18 +250,27 @@ def smaller(study: Study, share: float, groups: Groups, moments: Any) -> tuple[A
     keep = structured.choose(groups, scores, sparsity=share)
     module = gpt.build(structured.cut_config(study.model.config, keep), study.model.vocab_size)
     masked = masks.apply(params, structured.unit_mask(params, groups, keep))
-    rows = [study.judged("masked", share, study.module, masked)]
     plain = structured.cut(params, groups, keep)
-    rows.append(study.judged("cut", share, module, plain))
-    fitted, _ = refit(params, groups, keep, own, holdout=held)
-    restored = structured.cut(fitted, groups, keep)
-    rows.append(study.judged("restored", share, module, restored))
-    recovered = study.trained(module, restored, options.learning_rate)
-    rows.append(study.judged("recovered", share, module, recovered))
-    del restored, recovered
-    start = state_lib.init_params(module, options.seed, options.length)
-    scratch = study.trained(module, start, options.scratch_learning_rate)
-    rows.append(study.judged("scratch", share, module, scratch))
+
+    @functools.cache
+    def restored() -> Any:
+        fitted, _ = refit(params, groups, keep, own, holdout=held)
+        return structured.cut(fitted, groups, keep)
+
+    def scratch() -> Any:
+        start = state_lib.init_params(module, options.seed, options.length)
+        return study.trained(module, start, options.scratch_learning_rate)
+
+    def recovered() -> Any:
+        return study.trained(module, restored(), options.learning_rate)
+
+    rows = [
+        study.judged("masked", share, study.module, lambda: masked),
+        study.judged("cut", share, module, lambda: plain),
+        study.judged("restored", share, module, restored),
+        study.judged("recovered", share, module, recovered),
+        study.judged("scratch", share, module, scratch),
+    ]
     return (module, plain, masked), rows
 
 
@@ -239,11 +293,16 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Makes, judges and times everything; prints the table and returns its rows."""
     options = parse(arguments)
     study = opened(options)
+    study.remember()
     params = study.model.params
-    rows = [study.judged("dense", 0.0, study.module, params)]
-    tuned = study.trained(study.module, params, options.learning_rate)
-    rows.append(study.judged("dense + steps", 0.0, study.module, tuned))
-    del tuned
+
+    def tuned() -> Any:
+        return study.trained(study.module, params, options.learning_rate)
+
+    rows = [
+        study.judged("dense", 0.0, study.module, lambda: params),
+        study.judged("dense + steps", 0.0, study.module, tuned),
+    ]
     groups = structured.groups(study.model.config, "neurons")
     moments = measured(study, groups)
     shapes = {}
@@ -256,10 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     for line in findings(rows):
         print(line)
     if options.workdir:
-        options.workdir.mkdir(parents=True, exist_ok=True)
-        said = {"machine": machine(), "options": {k: str(v) for k, v in vars(options).items()},
-                "rows": [dataclasses.asdict(row) for row in rows]}  # fmt: skip
-        (options.workdir / "smaller.json").write_text(json.dumps(said, indent=1))
+        study.keep()
         figure(rows).savefig(options.workdir / "smaller.svg")
         print(options.workdir / "smaller.svg")
     return rows

@@ -26,7 +26,14 @@ from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as preservation
 
 from swe_prune.early_signals import PROGRAM
-from swe_prune.errors import DamagedError, InputError, RunError, first_line, why_unwritten
+from swe_prune.errors import (
+    DamagedError,
+    InputError,
+    RunError,
+    UnwrittenError,
+    first_line,
+    why_unwritten,
+)
 from swe_prune.runtime import processes, storage
 from swe_prune.tree import named_leaves
 
@@ -78,6 +85,7 @@ class Checkpoints:
             InputError: There is no such folder to read.
         """
         self.folder = storage.absolute(folder)
+        storage.check_held()
         if reading and not processes.first(self.folder.exists):
             raise DamagedError(f"{self.folder} does not exist; {AGAIN}")
         # Retain the newest checkpoints and, permanently, one every `keep_every` steps.
@@ -118,6 +126,7 @@ class Checkpoints:
         """
         self.wait()
         self._step = step
+        storage.check_held()
         plain = _without_keys(tree)
         described = {"leaves": _describe(plain), "extra": extra}
         try:
@@ -152,16 +161,25 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             self._write_checksums(step)
-        except jax.errors.JaxRuntimeError as error:
+        except (jax.errors.JaxRuntimeError, RunError) as error:
             self._failure = error
         except Exception as error:  # in a thread; `wait` raises it in the main one
             self._failure = self._unwritten(step, error)
 
     def _unwritten(self, step: int, error: Exception) -> RunError:
-        return RunError(
-            f"checkpoint {step} in {self.folder} cannot be written: {why_unwritten(error)}; make "
-            "room or choose another workdir, and run the same command again; earlier "
-            "checkpoints are kept"
+        what = f"checkpoint {step} in {self.folder}"
+        if isinstance(error, TimeoutError) or "DEADLINE_EXCEEDED" in str(error):
+            why = "it took longer than orbax allows, as on a suspended machine or a disk that hangs"
+            return UnwrittenError(
+                f"{what} cannot be written: {why}; run the same command again; earlier "
+                "checkpoints are kept",
+                why,
+            )
+        why = why_unwritten(error)
+        return UnwrittenError(
+            f"{what} cannot be written: {why}; make room or choose another workdir, and run the "
+            "same command again; earlier checkpoints are kept",
+            why,
         )
 
     def restore(self, like: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any]]:

@@ -36,6 +36,19 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
+class UnwrittenError(RunError):
+    """What a run writes cannot be written.
+
+    Attributes:
+        why: Reason, in a few words.
+    """
+
+    def __init__(self, sentence: str, why: str):
+        """Keeps the reason, for the sentence of what this is a part of."""
+        super().__init__(sentence)
+        self.why = why
+
+
 class Preempted(RuntimeError):
     """The machine is taken away (SIGTERM); progress is saved, the same command resumes."""
 
@@ -151,8 +164,11 @@ def why_unwritten(error: BaseException) -> str:
     >>> why_unwritten(OSError(28, "No space left on device"))
     'no space is left on the disk'
     """
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if full or "RESOURCE_EXHAUSTED" in str(error) or os.strerror(errno.ENOSPC) in str(error):
+    if isinstance(error, UnwrittenError):
+        return error.why
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    said = ("RESOURCE_EXHAUSTED", *map(os.strerror, codes))  # of tensorstore, of Rust
+    if getattr(error, "errno", None) in codes or any(one in str(error) for one in said):
         return NO_SPACE
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -174,6 +190,27 @@ READER_ERRORS = (
 
 RUST_ERRORS = ("Exception", "SafetensorError", "PanicException")
 """Names of what packages in Rust raise: no narrower class, or panics, which are BaseExceptions."""
+
+
+@contextlib.contextmanager
+def writing(what: object, advice: str) -> Iterator[None]:
+    """Turns what a disk raises while something is written, also through Rust, into one sentence.
+
+    Args:
+        what: What is written and where, such as "the model /out".
+        advice: Instruction at the end of the sentence.
+
+    Raises:
+        RunError: It cannot be written; says why.
+    """
+    try:
+        yield
+    except Exception as error:
+        of_rust = type(error).__name__ in RUST_ERRORS and "os error" in str(error)
+        if not (of_rust or isinstance(error, OSError | UnwrittenError)):
+            raise
+        why = why_unwritten(error)
+        raise UnwrittenError(f"{what} cannot be written: {why}; {advice}", why) from None
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from swe_prune import select
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, check_choice
 from swe_prune.layout import Axes, AxesOf
 
@@ -70,6 +71,7 @@ class Units:
     copies: tuple[int, ...] = ()
 
 
+@checked
 def parse_n_of_m(pattern: str) -> tuple[int, int]:
     """Returns (n, m) of the pattern "n:m", which retains n of every m weights.
 
@@ -85,6 +87,7 @@ def parse_n_of_m(pattern: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+@checked
 def parse_block(pattern: str) -> tuple[int, int]:
     """Returns (r, c) of the pattern "block:rxc", r inputs by c outputs.
 
@@ -202,6 +205,7 @@ def _of_matrix(
     return Units(name, unit_scores, r * c, (name,), spread, tuple(range(len(copies))))
 
 
+@checked
 def couple(names: Any, rules: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
     """Returns the coupled tensors, as pairs of name and "in" or "out", by captured text.
 
@@ -282,6 +286,7 @@ def _neurons(
     return Units(key, across(parts), weights, tensors, spread, tuple(range(len(neurons) - 1)))
 
 
+@checked
 def n_of_m_mask(
     score_RxC: Float[Array, "*copies R C"], n: int, m: int, name: str = "scores"
 ) -> Bool[Array, "*copies R C"]:
@@ -296,6 +301,7 @@ def n_of_m_mask(
         name: Name of the scores in error messages.
     """
     *copies, rows, columns = score_RxC.shape
+    check_divides(name, rows, m)
     grouped = score_RxC.reshape(*copies, rows // m, m, columns)
     mask = select.top_k_mask(grouped, n, axes=(grouped.ndim - 2,), name=name)
     return mask.reshape(score_RxC.shape)

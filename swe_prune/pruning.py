@@ -14,8 +14,9 @@ from swe_prune import calibration, importance, masks, tree
 from swe_prune.errors import InputError
 from swe_prune.layout import layout as trace_layout
 from swe_prune.masks import Summary
-from swe_prune.recipe import MAX_SPARSITY, Evidence, Loss, Recipe, check
+from swe_prune.recipe import MAX_SPARSITY, Evidence, Recipe, check
 from swe_prune.recipe import prune as prune_by
+from swe_prune.recipe.evidence import Loss
 from swe_prune.trajectory import TrajectoryStats, restored
 
 

@@ -17,31 +17,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int
 
-from swe_prune import counting, tree
+from swe_prune import counting, radix, tree
 from swe_prune.errors import InputError, did_you_mean, shown
+from swe_prune.radix import sortable_bits as sortable_bits
 
 TIES = ("first", "last")
 """Which of equal elements at the threshold are kept."""
-
-
-def sortable_bits(x: Float[Array, "..."]) -> UInt[Array, "..."]:
-    """Returns unsigned integers with the order of the floats, with −0 = +0 and NaN below −inf.
-
-    Args:
-        x: Floats of any width; the result has the same width (16 bits for bfloat16).
-    """
-    width = jnp.finfo(x.dtype).bits
-    unsigned = jnp.dtype(f"uint{width}")
-    sign = jnp.asarray(1 << (width - 1), unsigned)
-    infinity = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, x.dtype), unsigned)
-    bits = jax.lax.bitcast_convert_type(x, unsigned)
-    # Compare bits, not floats: a backend that flushes denormals would treat them as zero.
-    bits = jnp.where(bits == sign, jnp.zeros_like(bits), bits)
-    ordered = jnp.where(bits >= sign, ~bits, bits | sign)
-    return jnp.where((bits & ~sign) > infinity, jnp.zeros_like(bits), ordered)
 
 
 def top_k_mask(
@@ -83,9 +68,48 @@ def top_k_mask(
     check_ties(ties)
     if is_traced(x, k):
         return _select([x], _count_of(k), axes, ties)[0]
+    shards = radix.shards_of([x]) if axes is None else None
+    if shards is not None:
+        return _over_shards(shards, [x], [k], (0,), ties, [name])[0]
     masks, nans = _checked_select([x], _count_of(k), axes, ties)
     reject_nan([name], nans)
     return masks[0]
+
+
+def top_k_mask_each(
+    xs: Sequence[Float[Array, "..."]],
+    ks: Sequence[int | Int[Array, ""] | counting.Count],
+    *,
+    ties: str = "first",
+    names: Sequence[str] | None = None,
+) -> list[Bool[Array, "..."]]:
+    """Returns `top_k_mask` of each array, with the collectives of all of them together.
+
+    Args:
+        xs: Arrays of fewer than 2^32 floats each.
+        ks: Number of elements to retain of each.
+        ties: Which of equal elements are retained at the threshold, "first" or "last".
+        names: Names of the arrays in error messages.
+
+    Raises:
+        InputError: As `top_k_mask`.
+
+    >>> masks = top_k_mask_each([jnp.array([5.0, 4.0]), jnp.array([2.0, 3.0])], [1, 1])
+    >>> [mask.tolist() for mask in masks]
+    [[True, False], [False, True]]
+    """
+    called = names or [f"scores[{i}]" for i in range(len(xs))]
+    shards = None if is_traced(xs, ks) else radix.shards_of(xs)
+    if shards is None:
+        return [
+            top_k_mask(x, k, ties=ties, name=name)
+            for x, k, name in zip(xs, ks, called, strict=True)
+        ]
+    check_floats(xs)
+    check_ties(ties)
+    for x, k in zip(xs, ks, strict=True):
+        check_k(k, tree.size(x))
+    return _over_shards(shards, _alike(xs), ks, tuple(range(len(xs))), ties, called)
 
 
 def top_k_masks(
@@ -114,12 +138,43 @@ def top_k_masks(
     check_ties(ties)
     if not xs:
         return []
-    common = jnp.result_type(*xs)  # keys of different widths do not compare
-    xs = [x if x.dtype == common else x.astype(common) for x in xs]
+    xs = _alike(xs)
     if is_traced(xs, k):
         return _select(xs, _count_of(k), None, ties)
+    called = names or [f"scores[{i}]" for i in range(len(xs))]
+    shards = radix.shards_of(xs)
+    if shards is not None:
+        return _over_shards(shards, xs, [k], (0,) * len(xs), ties, called)
     masks, nans = _checked_select(xs, _count_of(k), None, ties)
-    reject_nan(names or [f"scores[{i}]" for i in range(len(xs))], nans)
+    reject_nan(called, nans)
+    return masks
+
+
+def _alike(xs: Sequence[Array]) -> list[Array]:
+    """Returns the arrays in their common dtype, since keys of different widths do not compare."""
+    common = jnp.result_type(*xs)
+    return [x if x.dtype == common else x.astype(common) for x in xs]
+
+
+def _over_shards(
+    shards: radix.Shards,
+    xs: list[Array],
+    counts: Sequence[Any],
+    groups: tuple[int, ...],
+    ties: str,
+    names: Sequence[str],
+) -> list[Array]:
+    """Returns the masks of arrays on one mesh, of each group with its own count."""
+    sizes = [0] * len(counts)
+    for x, group in zip(xs, groups, strict=True):
+        sizes[group] += tree.size(x)
+    # In numpy, since each operation on a device costs more than the sums that it would save.
+    whole = [min(int(k), size) for k, size in zip(counts, sizes, strict=True)]
+    high: Any = np.array([k >> 16 for k in whole], np.uint32)
+    low: Any = np.array([k & 0xFFFF for k in whole], np.uint32)
+    stacked = counting.Count(high, low)
+    masks, nans = radix.compiled(shards, groups, ties)(xs, stacked)
+    reject_nan(names, nans)
     return masks
 
 

@@ -18,6 +18,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from swe_prune.arguments import checked
 from swe_prune.config import CellConfig
 from swe_prune.errors import InputError, did_you_mean
 
@@ -59,6 +60,7 @@ def chain(*sweeps: Iterable[Mapping[str, Any]]) -> list[Settings]:
     return _unique(cell for sweep in sweeps for cell in _checked(sweep))
 
 
+@checked
 def zipped(choices: Mapping[str, Sequence[Any]]) -> list[Settings]:
     """Returns the first choice of each setting as one cell, the second ones as another, and so on.
 

@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import os
 import platform
 import subprocess
@@ -51,6 +52,11 @@ def pytest_configure(config):
     os.environ.setdefault(CACHE_FROM, "0")
     # Entries are not written atomically: a process that reads one while another writes it warns
     # and compiles. The same filters are in setup.cfg, for pytest itself.
+    # A process that may not keep bytecode compiles the whole package again: half a second each.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
+    # Tracing makes many objects and few circles of them; looking for those less often is cheaper.
+    gc.set_threshold(20_000, 20, 20)
     filters = os.environ.get("PYTHONWARNINGS", "")
     if CACHE_WARNINGS[0] not in filters:
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [filters, *CACHE_WARNINGS]))

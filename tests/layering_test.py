@@ -9,11 +9,12 @@ import swe_prune
 
 PACKAGE = Path(swe_prune.__file__).parent
 HOUSE = [
-    "version", "early_signals", "errors", "bounds", "runtime", "ledger", "tree", "counting",
-    "trajectory", "layout", "select", "schedules", "importance", "allocation", "patterns",
-    "masks", "sparse_training", "calibration", "blockwise", "recipe", "pruning", "config",
-    "sweep", "structured", "models", "data", "training", "parallel", "checkpoint", "resumable",
-    "evaluation", "interop", "pretrained", "related", "study", "report", "cli", "__main__",
+    "version", "early_signals", "errors", "bounds", "arguments", "runtime", "ledger", "tree",
+    "counting", "trajectory", "layout", "radix", "select", "schedules", "importance", "allocation",
+    "patterns", "masks", "sparse_training", "calibration", "blockwise", "recipe", "pruning",
+    "config", "sweep", "structured", "models", "data", "training", "parallel", "checkpoint",
+    "resumable", "evaluation", "interop", "pretrained", "related", "study", "report", "cli",
+    "__main__",
 ]  # fmt: skip
 
 

@@ -90,6 +90,27 @@ def test_a_cut_model_is_tuned_pruned_evaluated_and_cut_again(place, tmp_path, ca
     assert np.isfinite(np.asarray(logits)).all()
 
 
+def test_a_model_without_some_layers_learns_the_outputs_of_its_teachers(place, tmp_path, capsys):
+    short, tuned, second = tmp_path / "short", tmp_path / "tuned", tmp_path / "second.txt"
+    second.write_text("Numbers: " + " ".join(map(str, range(900))))
+    assert cut(place, short, "--units=layers", "--criterion=magnitude", "--sparsity=0.5") == 0
+    more = ["--steps=3", "--learning-rate=3e-3", "--warmup=1", "--features=1", "--distillation=0.9",
+            "--final-distillation=0.5", f"--second-evaluation={second}"]  # fmt: skip
+    assert finetune(place, tuned, *more, model=short) == 2  # no teacher
+    assert "give --teacher=PATH with it" in capsys.readouterr().err
+    assert finetune(place, tuned, *more, f"--teacher={place.model}", model=short) == 0
+    found = interop.read_record(tuned)["evaluation"]["second"]
+    printed = " ".join(capsys.readouterr().out.split())
+    line = f"perplexity {found['before']:.2f} before, {found['finetuned']:.2f} after"
+    assert line in printed
+    worse = np.log(found["finetuned"]) > np.log(found["before"]) + 0.005
+    assert ("made the model worse on this text" in printed) == worse
+    # Without the file of kept layers nobody knows which outputs go together.
+    (short / "kept_units.json").unlink()
+    assert finetune(place, tmp_path / "no", *more, f"--teacher={place.model}", model=short) == 2
+    assert "no kept_units.json says which" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("units", "criterion"),
     [

@@ -1,5 +1,6 @@
 """Recovery under a teacher, and on batches whose tokens do not all count."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,15 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 from swe_prune import importance, masks
 from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError
 from swe_prune.models import gpt
-from swe_prune.training import losses
+from swe_prune.training import distillation, losses
 from swe_prune.training import state as state_lib
 from swe_prune.training import step as step_lib
-from swe_prune.training.losses import Distillation
+from swe_prune.training.distillation import Distillation
 from swe_prune.training.state import Frozen
 
 SYMBOLS = 11
@@ -203,14 +205,145 @@ def test_a_teacher_and_a_distillation_come_together(options, fixed, match):
 
 @pytest.mark.parametrize("values", [{"weight": 1.1}, {"weight": -0.1}, {"weight": float("nan")}])
 def test_a_weight_is_a_share(values):
-    with pytest.raises(InputError, match="is no share of the loss"):
+    with pytest.raises(InputError, match="weight must be a finite number of at least 0"):
         Distillation(**values)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_temperature_divides(temperature):
-    with pytest.raises(InputError, match="cannot divide logits"):
+    with pytest.raises(InputError, match="temperature must be a finite number above 0"):
         Distillation(temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"final_weight": 0.5}, "give both or neither"),
+        ({"steps": 10}, "give both or neither"),
+        ({"final_weight": 1.5, "steps": 10}, "final_weight must be"),
+        ({"final_weight": 0.5, "steps": 0}, "steps must be"),
+        ({"features": -1.0}, "features must be"),
+        ({"features": float("inf")}, "features must be"),
+    ],
+)
+def test_a_schedule_and_the_features_are_checked(values, match):
+    with pytest.raises(InputError, match=match):
+        Distillation(**values)
+
+
+def test_the_weight_goes_from_the_first_to_the_last():
+    moving = Distillation(0.9, final_weight=0.5, steps=8)
+    got = [float(moving.weight_at(step)) for step in (0, 2, 4, 8, 100)]
+    np.testing.assert_allclose(got, [0.9, 0.8, 0.7, 0.5, 0.5], rtol=1e-6)
+    # In the step: with both ends alike nothing changes, and at the last step only the end counts.
+    params, fixed, batch = params_of(0), Frozen(teacher=params_of(1)), batch_of(0)
+    state = state_lib.create(jax.tree.map(jnp.copy, params), STORING, 0)
+    state = dataclasses.replace(state, step=jnp.int32(8))
+    step = compile_once(MODEL, STORING, distillation=moving)
+    _, metrics = step(state, batch, fixed)
+    loss, _ = gradients(params, batch, fixed, distillation=Distillation(0.5))
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
+
+
+DEEP = gpt.build(ModelConfig(layers=3, heads=2, width=16, context=8), SYMBOLS)
+SHALLOW = gpt.build(ModelConfig(layers=2, heads=2, width=16, context=8), SYMBOLS)
+
+
+@functools.cache
+def deep_params():
+    return jax.device_get(jax.tree.map(lambda x: 5 * x, state_lib.init_params(DEEP, 3, 8)))
+
+
+def without_block(params, gone):
+    kept = [at for at in range(3) if at != gone]
+    rest = {name: leaf for name, leaf in params.items() if not name.startswith("block_")}
+    return rest | {f"block_{new}": params[f"block_{old}"] for new, old in enumerate(kept)}
+
+
+def outputs(model, params, inputs, blocks):
+    """Returns the hidden state after each of the first blocks, each from a shorter model."""
+    return [hidden_after(model, params, inputs, n + 1) for n in range(blocks)]
+
+
+def hidden_after(model, params, inputs, blocks):
+    """Returns the hidden state after some blocks: the input of the next one's first norm."""
+    seen = []
+
+    def see(call, args, kwargs, context):
+        name = "/".join(context.module.path)
+        last = "final_norm" if blocks == model.config.layers else f"block_{blocks}/attention_norm"
+        if name == last:
+            seen.append(args[0])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(see):
+        model.apply({"params": params}, inputs)
+    return np.asarray(seen[0], np.float64)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_features_are_the_relative_distance_of_the_paired_blocks(remat):
+    config = dataclasses.replace(SHALLOW.config, remat=remat)
+    student, batch = gpt.build(config, SYMBOLS), batch_of(0)
+    params = without_block(deep_params(), 1)
+    layers = distillation.depth_map([0, 2], 3)
+    assert layers == (1, 2)
+    taught = Distillation(0.0, features=2.0, layers=layers)
+    state = state_lib.create(jax.tree.map(jnp.array, params), STORING, 0)
+    step = compile_once(student, STORING, distillation=taught, teacher_model=DEEP)
+    _, metrics = step(state, batch, Frozen(teacher=deep_params()))
+    own = outputs(SHALLOW, params, batch["inputs"], 2)
+    theirs = outputs(DEEP, deep_params(), batch["inputs"], 3)
+    apart = [
+        (((s - theirs[at]) ** 2).sum(-1) / (theirs[at] ** 2).sum(-1)).mean()
+        for s, at in zip(own, layers, strict=True)
+    ]
+    logits = SHALLOW.apply({"params": params}, batch["inputs"])
+    text = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()
+    assert float(metrics["loss"]) == pytest.approx(float(text + 2.0 * np.mean(apart)), rel=1e-4)
+
+
+def test_a_model_has_no_distance_from_its_own_features():
+    params = params_of(0)
+    loss, slopes = gradients(
+        params, batch_of(0), Frozen(teacher=params), distillation=Distillation(1.0, features=3.0)
+    )
+    assert float(loss) == pytest.approx(0, abs=1e-6)
+    assert max(float(np.abs(x).max()) for x in jax.tree.leaves(slopes)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("student", "taught", "match"),
+    [
+        ({}, {}, "the model has 2 blocks and the teacher 3"),
+        ({}, {"layers": (0,)}, "one of the teacher's 3 blocks for each of the model's 2"),
+        ({}, {"layers": (0, 3)}, "one of the teacher's 3 blocks"),
+        ({"width": 8}, {"layers": (0, 2)}, "hidden states have 8 numbers and the teacher's 16"),
+        ({"scan_layers": True}, {"layers": (0, 2)}, "cannot be seen"),
+    ],
+)
+def test_features_that_do_not_go_together_are_refused(student, taught, match):
+    model = gpt.build(dataclasses.replace(SHALLOW.config, **student), SYMBOLS)
+    params = jax.eval_shape(lambda: state_lib.init_params(model, 0, 8))
+    with pytest.raises(InputError, match=match):
+        jax.eval_shape(
+            functools.partial(
+                distillation.distilled_losses,
+                model,
+                teacher_model=DEEP,
+                batch=batch_of(0),
+                distillation=Distillation(features=1.0, **taught),
+                step=0,
+            ),
+            params,
+            teacher=deep_params(),
+        )
+
+
+@pytest.mark.parametrize("kept", [[], [1, 0], [0, 0], [0, 3], [-1, 2]])
+def test_a_depth_map_is_of_blocks_that_there_are(kept):
+    with pytest.raises(InputError, match="ascending numbers below the teacher's 3"):
+        distillation.depth_map(kept, 3)
 
 
 def test_weights_of_one_are_the_plain_loss():

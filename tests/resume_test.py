@@ -12,6 +12,7 @@ import time
 import pytest
 import tiny
 
+from swe_prune import cli
 from swe_prune.training.metrics import read_lines
 
 TIMES = {"seconds", "tokens_per_second"}
@@ -23,9 +24,9 @@ def start(folder, config):
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def finish(process):
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors
+def run(folder, config):
+    """The same command in this process, which has imported everything already."""
+    assert cli.main(["run", f"--config={config}", f"--workdir={folder}"]) == 0
 
 
 def outcome(folder):
@@ -52,13 +53,13 @@ def wait_for(process, ready, seconds=300):
 @pytest.mark.slow
 def test_a_preempted_run_saves_once_more_says_so_and_ends_bit_identical(tmp_path, plays_dir):
     settings = tiny.config(plays_dir)
-    train = dataclasses.replace(settings.train, steps=3000, checkpoint_every=1500)
+    train = dataclasses.replace(settings.train, steps=1200, checkpoint_every=600)
     study = dataclasses.replace(
         settings.study, std_criteria=(), criteria=("swe",), seeds=(0,), scopes=("global",)
     )
     config = tiny.config_file(tmp_path, dataclasses.replace(settings, train=train, study=study))
     undisturbed, preempted = tmp_path / "undisturbed", tmp_path / "preempted"
-    finish(start(undisturbed, config))
+    run(undisturbed, config)
 
     process = start(preempted, config)
     metrics = preempted / "seed_0/dense/metrics.jsonl"
@@ -70,16 +71,20 @@ def test_a_preempted_run_saves_once_more_says_so_and_ends_bit_identical(tmp_path
         "swe_prune: preempted (SIGTERM); run the same command"
     )
     (saved,) = (preempted / "seed_0/dense/checkpoints").glob("*.checksums")
-    assert 20 <= int(saved.stem) < 1500
-    finish(start(preempted, config))
+    assert 20 <= int(saved.stem) < 600
+    run(preempted, config)
     assert outcome(preempted) == outcome(undisturbed)
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_three_moments_ends_bit_identical(tmp_path, plays_dir):
-    config = tiny.config_file(tmp_path, tiny.config(plays_dir))
+    settings = tiny.config(plays_dir)
+    study = dataclasses.replace(
+        settings.study, std_criteria=("swe",), criteria=("swe", "random"), scopes=("global",)
+    )
+    config = tiny.config_file(tmp_path, dataclasses.replace(settings, study=study))
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    finish(start(undisturbed, config))
+    run(undisturbed, config)
 
     moments = (
         lambda: (killed / "seed_0/dense/checkpoints/8.checksums").exists(),  # between checkpoints
@@ -94,5 +99,5 @@ def test_a_run_killed_at_three_moments_ends_bit_identical(tmp_path, plays_dir):
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-    finish(start(killed, config))
+    run(killed, config)
     assert outcome(killed) == outcome(undisturbed)

@@ -34,3 +34,21 @@ def test_a_tiny_model_is_cut_restored_recovered_and_timed(benchmark, tmp_path, c
         assert all(one > 0 for one in cut.decode)
     assert (tmp_path / "out" / "smaller.svg").stat().st_size > 1000
     assert "nats of the cut's" in capsys.readouterr().out
+
+
+def test_rows_of_a_killed_run_are_not_made_again(benchmark, tmp_path):
+    smaller = benchmark("smaller")
+
+    def study(*more):
+        options = smaller.parse([f"--workdir={tmp_path}", *more])
+        return smaller.Study(None, None, None, {}, options)
+
+    first = study()
+    row = smaller.Row("cut", 0.25, 7, {"held out": 3.0, "other": 4.0}, (0.4, 0.5, 0.6))
+    first.known["cut", 0.25] = row
+    first.keep()
+    again = study("--runs=9")
+    again.remember()
+    assert again.judged("cut", 0.25, None, lambda: pytest.fail("made again")) == row
+    with pytest.raises(SystemExit, match="other options"):
+        study("--steps=9").remember()

@@ -44,6 +44,7 @@ CELLS = sweep.chain(
         {"schedule": "set", "allocation": "erk"},
         {"schedule": "ste", "scope": "global"},
         {"schedule": "movement", "criterion": "movement"},
+        {"schedule": "elsa"},
         {"recovery": "rewind_weights", "recovery_steps": 8},
     ]
 )
@@ -63,6 +64,7 @@ NAMES = [
     "tensor-magnitude-0.5-erk-set",
     "global-magnitude-0.5-ste",
     "tensor-movement-0.5-movement",
+    "tensor-magnitude-0.5-elsa",
     "tensor-magnitude-0.5-rewind_weights-8",
 ]
 

@@ -17,10 +17,12 @@ from swe_prune import tree
 from swe_prune.allocation import rounding
 from swe_prune.allocation.groups import Groups, grouped
 from swe_prune.allocation.rounding import Allocation
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.layout import InputAxes, axes_of
 
 
+@checked
 def alpha_pruning(
     params: PyTree,
     sparsity: float,
@@ -70,18 +72,22 @@ def alpha_pruning(
     return rounding.shift_groups_to_total(shares, members, sizes, sparsity)
 
 
+@checked
 def alpha_shares(alphas: list[float], epsilon: float = 0.3) -> list[float]:
     """Returns the relative sparsity of each group, within 1 ± epsilon.
 
     >>> alpha_shares([2.0, 3.0, 6.0], 0.5)
     [0.5, 0.75, 1.5]
     """
+    if not alphas:
+        raise InputError("alphas must have at least one exponent, got none")
     low, width = min(alphas), max(alphas) - min(alphas)
     if width == 0:
         return [1.0] * len(alphas)
     return [1 - epsilon + 2 * epsilon * (alpha - low) / width for alpha in alphas]
 
 
+@checked
 def hill_alpha(eigenvalues: Float[np.ndarray, " n"], k: int) -> float:
     """Returns Hill's estimate of the exponent of a power law, from the k largest eigenvalues.
 
@@ -113,6 +119,7 @@ def hill_alpha(eigenvalues: Float[np.ndarray, " n"], k: int) -> float:
     return 1 + k / spread
 
 
+@checked
 def tail_exponents(
     params: PyTree,
     *,

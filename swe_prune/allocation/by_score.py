@@ -15,8 +15,10 @@ from swe_prune.allocation.rounding import (
     least_kept,
     removed_count,
 )
+from swe_prune.arguments import checked
 
 
+@checked
 def by_scores(scores: PyTree, sparsity: float, *, max_sparsity: float | None = None) -> Allocation:
     """Returns how much of each tensor global selection removes.
 
@@ -52,6 +54,7 @@ def by_scores(scores: PyTree, sparsity: float, *, max_sparsity: float | None = N
     return Allocation(gone, sizes)
 
 
+@checked
 def by_curvature(
     curvature: PyTree, sparsity: float, *, max_sparsity: float | None = None
 ) -> Allocation:

@@ -11,9 +11,11 @@ from swe_prune.allocation import groups as grouping
 from swe_prune.allocation import rounding
 from swe_prune.allocation.groups import Groups
 from swe_prune.allocation.rounding import Allocation
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 
 
+@checked
 def uniform(shapes: PyTree, sparsity: float) -> Allocation:
     """Returns the allocation with the same sparsity in every tensor, rounded to the exact total.
 
@@ -34,6 +36,7 @@ def uniform(shapes: PyTree, sparsity: float) -> Allocation:
     )
 
 
+@checked
 def erk(shapes: PyTree, sparsity: float, *, power: float = 1.0, kernel: bool = True) -> Allocation:
     """Returns the Erdős–Rényi-kernel allocation, which prunes large tensors more.
 
@@ -58,6 +61,7 @@ def erk(shapes: PyTree, sparsity: float, *, power: float = 1.0, kernel: bool = T
     return rounding.round_to_total(gone, sizes, sparsity)
 
 
+@checked
 def erk_densities(
     shapes: PyTree, sparsity: float, *, power: float = 1.0, kernel: bool = True
 ) -> tuple[dict[str, float], float]:
@@ -98,6 +102,7 @@ def erk_densities(
     return dict(zip(named, densities, strict=True)), scale
 
 
+@checked
 def progression(
     shapes: PyTree, sparsity: float, *, spread: float = 0.2, groups: Groups = "block"
 ) -> Allocation:
@@ -138,6 +143,7 @@ def progression(
     return rounding.shift_groups_to_total(shares, members, sizes, sparsity)
 
 
+@checked
 def table(rules: Mapping[str, float], shapes: PyTree, sparsity: float | None = None) -> Allocation:
     """Returns the allocation with a given sparsity for each tensor, by rules on its path.
 

@@ -18,12 +18,14 @@ from swe_prune.allocation import rounding
 from swe_prune.allocation.filling import water_fill, within_groups
 from swe_prune.allocation.groups import Groups, grouped
 from swe_prune.allocation.rounding import Allocation
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, check_choice
 
 MEASURES = ("gradient", "weight_gradient", "weight_gradient_square")
 REDUCTIONS = ("sum", "mean")
 
 
+@checked
 def ecoflap(
     loss: Callable[[PyTree, PyTree], Any],
     params: PyTree,
@@ -81,6 +83,7 @@ def ecoflap(
     return within_groups(water_fill(scores, whole, sparsity, max_sparsity), members, sizes)
 
 
+@checked
 def zeroth_order_importance(
     loss: Callable[[PyTree, PyTree], Any],
     params: PyTree,

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from swe_prune.allocation import rounding
 from swe_prune.allocation.rounding import Allocation
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 
 
+@checked
 def water_fill(
     scores: Sequence[float],
     sizes: Sequence[int],
@@ -40,6 +42,11 @@ def water_fill(
     [430, 430, 640]
     """
     rounding.check_sparsity(sparsity)
+    if len(scores) != len(sizes) or not sizes:
+        raise InputError(
+            f"scores and sizes must be of the same groups, one or more, got {len(scores)} and "
+            f"{len(sizes)}"
+        )
     most = min(sparsity + 0.1, 1.0) if max_sparsity is None else max_sparsity
     if not sparsity <= most <= 1:
         raise InputError(

@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from swe_prune import select, tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, check_choice
 from swe_prune.tree import pairing
 
@@ -77,6 +78,7 @@ def scored(scores: PyTree) -> dict[str, jax.Array]:
     return named
 
 
+@checked
 def grouped(names: Iterable[str], groups: Groups = "block") -> dict[str, list[str]]:
     """Returns the names of the tensors in each group, in the order of the groups' first tensors.
 

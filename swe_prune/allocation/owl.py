@@ -16,9 +16,11 @@ from swe_prune import counting, select, tree
 from swe_prune.allocation import rounding
 from swe_prune.allocation.groups import Groups, grouped, scored
 from swe_prune.allocation.rounding import Allocation
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 
 
+@checked
 def owl(
     scores: PyTree,
     sparsity: float,
@@ -54,6 +56,7 @@ def owl(
     return rounding.shift_groups_to_total(wanted, members, sizes, sparsity)
 
 
+@checked
 def owl_sparsities(outliers: Sequence[float], sparsity: float, lam: float = 0.08) -> list[float]:
     """Returns the sparsities of blocks by their outlier ratios; they may leave [0, 1].
 
@@ -74,6 +77,8 @@ def owl_sparsities(outliers: Sequence[float], sparsity: float, lam: float = 0.08
 def _centred(outliers: Sequence[float], spread: float) -> list[float]:
     """Returns the ratios moved linearly onto a spread around 0."""
     ratios = np.asarray(outliers, np.float64)
+    if not ratios.size:
+        raise InputError("outliers must have the ratio of at least one block, got none")
     width = ratios.max() - ratios.min()
     if width == 0:
         return [0.0] * len(ratios)

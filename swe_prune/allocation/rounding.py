@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 
 
@@ -20,6 +21,7 @@ def check_sparsity(sparsity: Any) -> None:
         )
 
 
+@checked
 def removed_count(size: int, sparsity: float) -> int:
     """Returns the number of elements that a sparsity removes, to the nearest integer, halves up.
 
@@ -35,6 +37,7 @@ def removed_count(size: int, sparsity: float) -> int:
     return int(size * sparsity + 0.5)
 
 
+@checked
 def least_kept(size: int, max_sparsity: float) -> int:
     """Returns how many elements stay at least when no more than a share may go.
 
@@ -70,6 +73,7 @@ def check_room(size: int, keep: Any, least: int, max_sparsity: float) -> None:
         )
 
 
+@checked
 def apportion(targets: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
     """Rounds targets to integers that add up to a total, by the largest remainder method.
 
@@ -86,6 +90,11 @@ def apportion(targets: Sequence[float], sizes: Sequence[int], total: int) -> lis
     >>> apportion([1.5, 0.25, 1.25], [2, 2, 2], 3)
     [2, 0, 1]
     """
+    if len(targets) != len(sizes) or not 0 <= total <= sum(sizes):
+        raise InputError(
+            f"targets and sizes must be of the same parts and total at most their sum, got "
+            f"{len(targets)}, {len(sizes)} and {total}"
+        )
     # Round down, then distribute the remaining units by the fractional parts.
     parts = [min(max(math.floor(t), 0), size) for t, size in zip(targets, sizes, strict=True)]
     remainders = [t - part for t, part in zip(targets, parts, strict=True)]

@@ -18,11 +18,13 @@ from jaxtyping import Array, Float, PyTree
 from swe_prune import counting, select, tree
 from swe_prune.allocation.groups import scored
 from swe_prune.allocation.rounding import Allocation, check_sparsity, removed_count, round_to_total
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 
 _HALF_NORMAL_STD = math.sqrt(1 - 2 / math.pi)  # std of |x| for x ~ N(0, 1): 0.6028
 
 
+@checked
 def gaussian_sparsity(rate: float) -> float:
     """Returns the sparsity of `by_std(rate)` on a zero-mean Gaussian tensor.
 
@@ -34,6 +36,7 @@ def gaussian_sparsity(rate: float) -> float:
     return 2 * NormalDist().cdf(rate * _HALF_NORMAL_STD) - 1
 
 
+@checked
 def gaussian_rate(sparsity: float) -> float:
     """Returns the rate at which `by_std` reaches a sparsity on a zero-mean Gaussian tensor.
 
@@ -118,6 +121,7 @@ def _kept(scores: list[Array], rate: Array, of_each: list[Array]) -> counting.Co
     return counting.total(_kept_each(scores, rate, of_each))
 
 
+@checked
 def rate_for_sparsity(
     scores: PyTree, sparsity: float, *, spread: float | None = None
 ) -> tuple[float, float]:
@@ -144,6 +148,7 @@ def rate_for_sparsity(
     return float(_float_of(best)), search.removed(best) / search.total
 
 
+@checked
 def std(scores: PyTree, sparsity: float, *, spread: float | None = None) -> Allocation:
     """Returns the allocation of the std rule at the rate that meets a sparsity.
 

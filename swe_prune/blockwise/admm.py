@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from swe_prune import allocation, importance, patterns, select
+from swe_prune.arguments import checked
 from swe_prune.blockwise.sparsegpt import SolverReport, check_kernel
 from swe_prune.errors import InputError, check_choice
 from swe_prune.importance import hessian
@@ -24,6 +25,7 @@ CHOOSING = 15
 """Iterations in all, and those of them that choose the mask, as in the reference."""
 
 
+@checked
 def admm(
     weight_RxC: Float[Array, "R C"],
     hessian_RxR: Float[Array, "R R"],
@@ -75,6 +77,11 @@ def admm(
     """
     share, n_of_m = _checked(weight_RxC, hessian_RxR, sparsity, pattern, mask, iterations, damping)
     check_choice(zeros, importance.ZEROS, "zeros")
+    if cross_RxR is not None and cross_RxR.shape != hessian_RxR.shape:
+        raise InputError(
+            f"cross_RxR must have the shape of the Hessian, {hessian_RxR.shape}, got "
+            f"{cross_RxR.shape}"
+        )
     size = weight_RxC.size
     if mask is not None:
         keep, gone = mask, None

@@ -19,6 +19,7 @@ from jaxtyping import Array, PyTree
 
 from swe_prune import importance, patterns, tree
 from swe_prune.allocation import Allocation
+from swe_prune.arguments import checked
 from swe_prune.blockwise import block_graph, guard, local, nnx_blocks
 from swe_prune.blockwise.kernels import (
     METHODS,
@@ -38,6 +39,7 @@ from swe_prune.layout import conventional_axes
 from swe_prune.masks.fitting import check_mask
 
 
+@checked
 def prune_blocks(
     model: Any,
     variables: PyTree,

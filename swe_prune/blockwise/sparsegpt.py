@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from swe_prune import allocation, counting, importance, patterns, select, tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, check_choice
 from swe_prune.importance import hessian
 
@@ -37,6 +38,7 @@ class SolverReport(NamedTuple):
     error: Any
 
 
+@checked
 def sparsegpt(
     weight_RxC: Float[Array, "R C"],
     hessian_RxR: Float[Array, "R R"],

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from swe_prune import allocation, masks, select
+from swe_prune.arguments import checked
 
 TOLERANCE = 1e-3
 """Largest distance of the variant from the sparsity, and smallest width of its bracket."""
 
 
+@checked
 def wanda_mask(
     score_RxC: Float[Array, "R C"],
     sparsity: float,
@@ -53,6 +55,7 @@ def wanda_mask(
     )["scores"]
 
 
+@checked
 def wanda_variant_mask(score_RxC: Float[Array, "R C"], sparsity: float) -> Bool[Array, "R C"]:
     """Returns the mask that removes the lowest scores of each output up to a share α of their sum.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from swe_prune import tree
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, shown
 
 
 def each(batches: Any) -> Iterator[PyTree]:
@@ -47,6 +47,14 @@ def sequences(batch: PyTree, number: int) -> int:
             f"more sequences, got {tree.described(batch)}"
         )
     return lengths.pop()
+
+
+def check_arrays(what: str, values: PyTree) -> None:
+    """Raises InputError if a leaf is no array, which a compiled program cannot take."""
+    for name, leaf in tree.named_leaves(values):
+        if leaf is not None and not hasattr(leaf, "dtype"):
+            where = f" at {tree.short(name)!r}" if name else ""
+            raise InputError(f"{what} must hold arrays alone, got {shown(leaf)}{where}")
 
 
 def nothing_given() -> InputError:

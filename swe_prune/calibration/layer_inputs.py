@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, PyTree
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.calibration import batching
 from swe_prune.calibration.products import input_sums
 from swe_prune.errors import InputError
@@ -21,6 +22,7 @@ Call = Callable[[Any, Any, Any], Any]
 Run = Callable[[Any, Any], Any]
 
 
+@checked
 def inputs(
     fn: Any,
     params: PyTree,
@@ -185,7 +187,9 @@ def others(variables: Mapping[str, Any]) -> dict[str, Any]:
 def make_measure_fn(
     tracing: Tracing, wanted: Mapping[str, Any], *, hessian: bool, paired: bool = False
 ) -> Callable[[Any, Any], dict[str, dict[str, Array]]]:
-    """Returns a function of (variables, batch) that computes `input_sums`, not yet compiled.
+    """Returns a jitted function of (variables, batch) that computes `input_sums`.
+
+    Both its abstract result and the step that adds it up come from one trace.
 
     Args:
         tracing: Function that is measured.
@@ -204,7 +208,7 @@ def make_measure_fn(
             traced, variables["params"], given, wanted, hessian=hessian, beside=beside
         )
 
-    return measure
+    return jax.jit(measure)
 
 
 def make_accumulate_step(measure: Callable[[Any, Any], Any]) -> Callable[..., Any]:

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.calibration import batching
 from swe_prune.calibration.layer_inputs import wanted_shapes
 from swe_prune.errors import InputError
 
 
+@checked
 def gradients(
     loss: Callable[[PyTree, PyTree], Any],
     params: PyTree,

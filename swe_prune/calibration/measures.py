@@ -6,6 +6,7 @@ from typing import Any
 from flax import linen as nn
 from jaxtyping import PyTree
 
+from swe_prune.arguments import checked
 from swe_prune.calibration.layer_inputs import inputs
 from swe_prune.calibration.loss_gradients import gradients
 
@@ -15,6 +16,7 @@ MEASURES = OF_INPUTS | OF_GRADIENTS
 """Names of everything that can be measured here; criteria may need other inputs too."""
 
 
+@checked
 def measure(
     needs: Iterable[str],
     fn: Any,

@@ -7,12 +7,13 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from swe_prune.arguments import checked
 from swe_prune.calibration import batching
 from swe_prune.calibration import layer_inputs as measuring
 from swe_prune.calibration.products import PRECISION, Reduce, input_sums
 from swe_prune.calibration.samples import rows_wanted
 from swe_prune.errors import InputError
-from swe_prune.layout.walk import Product
+from swe_prune.layout.notes import Product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Moments:
         return jnp.maximum(self.square - self.mean**2, 0)
 
 
+@checked
 def moments(
     fn: Any,
     params: PyTree,

@@ -15,9 +15,10 @@ from jaxtyping import Array, PyTree
 
 from swe_prune.errors import InputError
 from swe_prune.layout import walked
+from swe_prune.layout.notes import Product, SumKey, Sums
 from swe_prune.layout.trace import Traced, array_leaves
 from swe_prune.layout.views import Piece
-from swe_prune.layout.walk import Product, SumKey, Sums, Walk
+from swe_prune.layout.walk import Walk
 
 PRECISION = jax.lax.Precision.HIGHEST  # accelerators round the factors of a product by default
 
@@ -95,7 +96,7 @@ def input_sums(
 def _measured(
     traced: Traced, params: PyTree, batch: PyTree, measure: Callable[[Product], Sums]
 ) -> dict[str, dict[str, Array]]:
-    walk = Walk(traced.shapes, measure, walked(traced)[0].members)
+    walk = Walk(traced.shapes, measure, walked(traced)[0].notes.members)
     _, sums = walk.run(traced.closed, traced.cells(array_leaves(params, batch)))
     by_leaf: dict[int, list[tuple[SumKey, Any]]] = {}
     for key, value in sums.items():

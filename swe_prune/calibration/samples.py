@@ -10,15 +10,17 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.calibration import batching
 from swe_prune.calibration import layer_inputs as measuring
 from swe_prune.calibration.products import Reduce, input_sums
 from swe_prune.errors import InputError
-from swe_prune.layout.walk import Product
+from swe_prune.layout.notes import Product
 
 TOKENS = 256
 
 
+@checked
 def samples(
     fn: Any,
     params: PyTree,

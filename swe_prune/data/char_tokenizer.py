@@ -5,11 +5,13 @@ import json
 from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import UInt
+from jaxtyping import Int, UInt
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class CharTokenizer:
     """Tokenizer with one token per character; ids follow the code point order of the symbols.
@@ -32,7 +34,8 @@ class CharTokenizer:
             )
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str]) -> "CharTokenizer":
+    @checked
+    def from_texts(cls, texts: Iterable[str] | str) -> "CharTokenizer":
         """Returns the tokenizer for all symbols of the texts.
 
         Pass every split that will be encoded. A symbol that occurs only in the validation split is
@@ -57,6 +60,7 @@ class CharTokenizer:
         """Smallest unsigned integer dtype for all ids."""
         return np.min_scalar_type(self.vocab_size - 1)
 
+    @checked
     def encode(self, text: str) -> UInt[np.ndarray, " N"]:
         """Returns the ids of the characters, of dtype `dtype`.
 
@@ -74,7 +78,8 @@ class CharTokenizer:
             )
         return ids.astype(self.dtype)
 
-    def decode(self, ids) -> str:
+    @checked
+    def decode(self, ids: Int[np.ndarray, " N"]) -> str:
         """Returns the text of token ids.
 
         Args:
@@ -96,6 +101,7 @@ class CharTokenizer:
         return json.dumps({"type": "char", "symbols": self.symbols})
 
     @classmethod
+    @checked
     def from_json(cls, text: str) -> "CharTokenizer":
         """Returns the tokenizer from JSON text written by `to_json`.
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Integer
 
+from swe_prune.arguments import checked
 from swe_prune.config import DataConfig
 from swe_prune.data import sources
 from swe_prune.data.char_tokenizer import CharTokenizer
@@ -48,6 +49,7 @@ class TextData:
     texts: tuple[str, str] = dataclasses.field(repr=False)
 
 
+@checked
 def load(config: DataConfig, context: int, tokenizer: Tokenizer | None = None) -> TextData:
     """Returns the text that the config names, checked to be enough for windows of `context` tokens.
 

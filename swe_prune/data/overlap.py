@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt64
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 
 CHARACTERS = 200
@@ -17,7 +18,7 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2
 _INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 2**64))
 _SHOWN = 60  # characters or, a fifth as many, tokens of a passage that the error quotes
 
-Text = str | Int[np.ndarray, "..."] | Sequence[Any]
+Text = str | Int[np.ndarray, "N ..."] | Sequence[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,7 @@ def overlap(first: Text, second: Text, *, n: int | None = None) -> Overlap | Non
     return Overlap(unit, length, (i, ours[i].place(at)), (j, theirs[j].place(to)), passage, share)
 
 
+@checked
 def check_disjoint(calibration: Text, evaluation: Text, *, n: int | None = None) -> None:
     """Refuses to calibrate and to evaluate on texts that share a passage; see `overlap`.
 

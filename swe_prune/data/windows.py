@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int, Int32, Integer
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ Batch = Mapping[str, Int32[np.ndarray, "B L"]]
 """`inputs` and `targets`; `targets[b, i]` is the token after `inputs[b, i]`."""
 
 
+@checked
 def train_iterator(
     tokens: Integer[np.ndarray, " N"],
     *,
@@ -70,6 +72,7 @@ def train_iterator(
     return iter(windows.to_iter_dataset(options))
 
 
+@checked
 def eval_batches(
     tokens: Integer[np.ndarray, " N"], *, context: int, windows: int, batch: int
 ) -> list[Batch]:
@@ -100,6 +103,7 @@ def eval_batches(
     return [_cut(tokens, chunk, context) for chunk in starts.reshape(-1, batch)]
 
 
+@checked
 def random_batches(
     tokens: Integer[np.ndarray, " N"],
     *,

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
+from swe_prune.arguments import checked
 from swe_prune.evaluation import scored_windows as of_windows
 from swe_prune.evaluation.protocols import Protocol
-from swe_prune.evaluation.token_losses import by_rows, logits_shape
+from swe_prune.evaluation.token_losses import by_rows, check_model, logits_shape
 from swe_prune.training import losses
 
 
@@ -38,6 +39,7 @@ class Distance:
     protocol: Protocol
 
 
+@checked
 def kl_to_dense(
     model: Any,
     dense_params: PyTree,
@@ -67,6 +69,8 @@ def kl_to_dense(
     Raises:
         InputError: As for `perplexity`.
     """
+    check_model(model, dense_params)
+    check_model(model if pruned_model is None else pruned_model, pruned_params)
     windows = of_windows.of_text(model, tokens, protocol, bos_id)
     pruned_model = model if pruned_model is None else pruned_model
     divergence_WxM, same_WxM = of_windows.in_batches(

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.evaluation.sampling import Sampling, draw
-from swe_prune.evaluation.token_losses import bucket, check_tokens, context_of
+from swe_prune.evaluation.token_losses import bucket, check_model, check_tokens, context_of
 from swe_prune.models import gpt
 
 STOP_CHECK_EVERY = 32
@@ -34,6 +35,7 @@ class Generated:
     ended: tuple[bool, ...]
 
 
+@checked
 def generate(
     model: Any,
     params: PyTree,
@@ -72,6 +74,7 @@ def generate(
         InputError: If there is no prompt, a prompt is empty or has tokens outside the vocabulary,
             or a prompt and its new tokens exceed the context.
     """
+    check_model(model, params)
     # Pad the prompts on the left to a common length.
     rows = [np.asarray(prompt, dtype=np.int64).reshape(-1) for prompt in prompts]
     words = rows if images is None else [np.maximum(row, 0) for row in rows]

@@ -6,7 +6,11 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from swe_prune.arguments import checked
+from swe_prune.errors import InputError
 
+
+@checked
 def mean_loss(
     eval_step: Callable[[PyTree, Any], Any], params: PyTree, batches: Sequence[dict[str, Any]]
 ) -> float:
@@ -17,7 +21,15 @@ def mean_loss(
         params: Parameters of the model.
         batches: Evaluation batches; every token has the same weight, regardless of batch sizes, or
             those in "weights".
+
+    Raises:
+        InputError: There is no batch, or one is no mapping that has "targets".
     """
+    if not batches or not all("targets" in batch or "weights" in batch for batch in batches):
+        raise InputError(
+            "batches must be one or more mappings with 'inputs' and 'targets', got "
+            f"{[sorted(map(str, batch)) for batch in batches[:3]]}"
+        )
     sums = jax.device_get([eval_step(params, batch) for batch in batches])
     counted = sum(
         float(batch["weights"].sum()) if "weights" in batch else batch["targets"].size

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, PyTree
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.evaluation import scored_windows
 from swe_prune.evaluation.protocols import Protocol
-from swe_prune.evaluation.token_losses import token_losses
+from swe_prune.evaluation.token_losses import check_model, token_losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ class PerplexityResult:
             return math.inf
 
 
+@checked
 def perplexity(
     model: Any,
     params: PyTree,
@@ -75,6 +77,7 @@ def perplexity(
         InputError: If there are too few tokens or tokens outside the vocabulary, the windows exceed
             the model's context, the BOS is missing, or batch or limit is below 1.
     """
+    check_model(model, params)
     if windows_limit is not None:
         protocol = dataclasses.replace(
             protocol, name=f"{protocol.name}, {windows_limit} windows", limit=windows_limit
@@ -100,6 +103,7 @@ def perplexity(
     )
 
 
+@checked
 def gate(dense: PerplexityResult, *, uniform: int, at_most: float | None = None) -> None:
     """Raises an error if the perplexity of a dense model shows that something is wrong.
 

@@ -9,11 +9,13 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, check_choice
 
 BOS = ("none", "text", "window")
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Protocol:
     """Windows of a text, and the tokens in them that are scored.
@@ -91,6 +93,7 @@ def names() -> tuple[str, ...]:
     return tuple(_BY_NAME)
 
 
+@checked
 def get(
     name: str, *, window: int | None = None, stride: int | None = None, bos: str | None = None
 ) -> Protocol:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from swe_prune.arguments import checked
+from swe_prune.bounds import Bound
 from swe_prune.errors import InputError
 
 
@@ -29,6 +31,10 @@ class Repetition:
     period: int
 
 
+_LENGTHS = Bound(1, 1000, whole=True)
+
+
+@checked
 def repetition(tokens: Sequence[int] | np.ndarray, *, longest: int = 4) -> Repetition:
     """Measures the repetition in a sequence.
 
@@ -37,7 +43,7 @@ def repetition(tokens: Sequence[int] | np.ndarray, *, longest: int = 4) -> Repet
         longest: Largest length n of the counted n-grams.
 
     Raises:
-        InputError: If `longest` is below 1, or the tokens are not one-dimensional.
+        InputError: If `longest` is not from 1 to 1000, or the tokens are not one-dimensional.
 
     >>> repetition([5, 1, 2, 1, 2, 1, 7, 8], longest=2)
     Repetition(shares=(0.375, 0.2857142857142857), loop=5, period=2)
@@ -45,8 +51,7 @@ def repetition(tokens: Sequence[int] | np.ndarray, *, longest: int = 4) -> Repet
     row = np.asarray(tokens, dtype=np.int64)
     if row.ndim != 1:
         raise InputError(f"tokens must be one-dimensional, got shape {row.shape}")
-    if longest < 1:
-        raise InputError(f"longest must be a length of n-grams of 1 or more, got {longest}")
+    _LENGTHS.check(longest, "longest")
     shares = tuple(_repeated(row, n) for n in range(1, longest + 1))
     return Repetition(shares, *_longest_loop(row))
 

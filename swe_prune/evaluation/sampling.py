@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """Sampling settings, applied in the order temperature, top_k, top_p.

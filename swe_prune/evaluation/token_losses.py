@@ -1,7 +1,7 @@
 """Loss of every token of a batch, with the logits of only a few rows in memory."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from swe_prune.errors import InputError
+from swe_prune.calibration.batching import check_arrays
+from swe_prune.errors import InputError, shown
 
 LOGITS_BYTES = 2**28
 """Upper bound on the bytes of float32 logits in memory, except that one row is always computed."""
@@ -76,6 +77,13 @@ def by_rows(
     groups = jax.tree.map(lambda x: x.reshape(rows // group, group, *x.shape[1:]), batch)
     results = jax.lax.map(function, groups)
     return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), results)
+
+
+def check_model(model: Any, params: PyTree) -> None:
+    """Raises InputError if a model has no `apply`, or its parameters are no arrays."""
+    if not hasattr(model, "apply") or not isinstance(model, Hashable) or isinstance(model, type):
+        raise InputError(f"model must be a Linen module, got {shown(model)}")
+    check_arrays("params", params)
 
 
 def context_of(model: Any) -> int | None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, check_choice
 from swe_prune.importance import (
     activation,
@@ -58,6 +59,7 @@ ZEROS = ("keep", "free")
 """What becomes of weights that are 0 before pruning; see `score`."""
 
 
+@checked
 def score(
     name: str,
     params: PyTree,

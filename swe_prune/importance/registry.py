@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, check_choice, shown
 from swe_prune.trajectory import BUFFERS
 
@@ -104,6 +105,7 @@ def check_value(what: str, value: Any, default: Any) -> None:
 _CRITERIA: dict[str, Criterion] = {}
 
 
+@checked
 def register(
     name: str, *, spread: float | None = None, sorts: bool = False
 ) -> Callable[[Any], Any]:
@@ -129,6 +131,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_CRITERIA))
 
 
+@checked
 def get(name: str) -> Criterion:
     """Returns a criterion.
 

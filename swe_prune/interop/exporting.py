@@ -23,7 +23,7 @@ from jaxtyping import PyTree
 
 from swe_prune import masks, tree
 from swe_prune.config import VisionConfig
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, writing
 from swe_prune.interop.compressed_file import write_compressed
 from swe_prune.interop.families import FAMILIES
 from swe_prune.interop.folder_files import COMPRESSED, COPIED, TOKENIZER_FILES
@@ -44,6 +44,8 @@ CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "trust_remote_co
 """Settings that name code of the source folder, which is not part of an export."""
 
 SHARD_BYTES = 5 * 10**9
+
+ROOM = "make room or give another output folder, and run the same command again"
 
 
 def export(
@@ -75,6 +77,7 @@ def export(
             `compressed_file`.
 
     Raises:
+        RunError: If the disk is full, or cannot be written to.
         InputError: If the folder exists or its parent does not, the parameters do not fit the
             config or are not finite, the config cannot be expressed in config.json, or only one of
             mask and record is given.
@@ -97,23 +100,24 @@ def export(
         files[RECORD] = record_file(record, mask)
     # Write to a temporary folder, and rename it when it is complete.
     partial = folder.parent / f".{folder.name}.partial-{uuid.uuid4().hex[:8]}"
-    partial.mkdir()
     try:
-        _copy_or_write_tokenizer(model, partial)
-        for name, content in files.items():
-            if name == PREPROCESSOR and (partial / name).exists():  # with more than the crops
-                content = read_json(partial / name) | content
-            _write_json(partial / name, content)
-        if compress:
-            write_compressed(partial / COMPRESSED, pieces_of(bound, *_contents(leaves, mask)))
-        else:
-            write_folder(partial, bound, *_contents(leaves, mask), shard_bytes)
-        if mask is not None:
-            write_masks(partial / MASKS, mask)
-        if also is not None:
-            also(partial)
-        check_free(folder)
-        os.rename(partial, folder)
+        with writing(f"the model {folder}", ROOM):
+            partial.mkdir()
+            _copy_or_write_tokenizer(model, partial)
+            for name, content in files.items():
+                if name == PREPROCESSOR and (partial / name).exists():  # with more than the crops
+                    content = read_json(partial / name) | content
+                _write_json(partial / name, content)
+            if compress:
+                write_compressed(partial / COMPRESSED, pieces_of(bound, *_contents(leaves, mask)))
+            else:
+                write_folder(partial, bound, *_contents(leaves, mask), shard_bytes)
+            if mask is not None:
+                write_masks(partial / MASKS, mask)
+            if also is not None:
+                also(partial)
+            check_free(folder)
+            os.rename(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

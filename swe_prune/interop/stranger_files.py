@@ -106,23 +106,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(raw, path)
 
 
-def parse_json(raw: bytes | str, where: object) -> dict[str, Any]:
+def parse_json(raw: bytes | str, where: object, advice: str = "get it again") -> dict[str, Any]:
     """Returns the object that a JSON text is, whose numbers are finite and whose texts are UTF-8.
 
     Args:
         raw: The text.
         where: Path or description of the file it comes from.
+        advice: Instruction at the end of the sentence.
 
     Raises:
         InputError: The text is no JSON object.
     """
-    with reading(where):
+    with reading(where, advice):
         text = raw.decode() if isinstance(raw, bytes) else raw
         value = json.loads(text, parse_constant=_no_number, parse_float=_finite)
         if "\\ud" in text or "\\uD" in text:  # half of a pair cannot be written again
             json.dumps(value, ensure_ascii=False).encode()
     if not isinstance(value, dict):
-        raise InputError(f"{where} holds no JSON object; get it again")
+        raise InputError(f"{where} holds no JSON object; {advice}")
     return value
 
 

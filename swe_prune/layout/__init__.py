@@ -1,9 +1,16 @@
 """Which axes of every weight are inputs, outputs and copies, asked of the computation itself.
 
-axes   `Axes`, Flax's convention where there is no trace, and what rules do with copies
-views  which axes of a weight the dimensions of a value run over
-walk   the walk through a jaxpr that follows every weight to its products
-trace  a user's function, Linen module or NNX module as a jaxpr
+axes          `Axes`, Flax's convention where there is no trace, and what rules do with copies
+trace         a user's function, Linen module or NNX module as a jaxpr
+walk          the walk through a jaxpr that follows every weight to its products
+notes         what the walk knows of values, products and weights
+primitives    names of the primitives and readers of their equations
+views         which axes of a weight the dimensions of a value run over
+operations    what an operation does to views
+picks         weights that data picks, by lookup or by a one-hot
+products      the roles that a product gives to the axes of a weight
+experts       copies that all get the same activations
+control_flow  scans, loops and branches
 
 The shape of a kernel does not tell its inputs: Flax has (in, out), Equinox and torch (out, in),
 attention (in, heads, width), scans stack layers in front or elsewhere, experts are (E, in, out).
@@ -27,8 +34,9 @@ from swe_prune.layout.axes import (
     copy_labels,
     split,
 )
+from swe_prune.layout.notes import Cell, Notes
 from swe_prune.layout.trace import Traced, function_of, one_sentence, trace
-from swe_prune.layout.walk import Cell, Walk
+from swe_prune.layout.walk import Walk
 
 
 def layout(fn: Any, params: PyTree, batch: PyTree) -> PyTree:
@@ -71,7 +79,7 @@ def axes_by_name(traced: Traced) -> dict[str, Axes | None]:
     walk, results = walked(traced)
     last = _last(results, traced.closed.out_avals)
     return {
-        name: _axes(walk, number, len(shape), number == last)
+        name: _axes(walk.notes, number, len(shape), number == last)
         for number, (name, shape) in enumerate(zip(traced.names, traced.shapes, strict=True))
     }
 
@@ -80,25 +88,25 @@ def walked(traced: Traced) -> tuple[Walk, list[Cell]]:
     """Returns what a walk through a traced function found, and its results."""
     walk = Walk(traced.shapes)
     results, _ = walk.run(traced.closed, traced.cells())
-    if walk.members:  # which only products further on have shown
-        walk = Walk(traced.shapes, members=walk.members)
+    if walk.notes.members:  # which only products further on have shown
+        walk = Walk(traced.shapes, members=walk.notes.members)
         results, _ = walk.run(traced.closed, traced.cells())
     return walk, results
 
 
-def _axes(walk: Walk, number: int, ndim: int, last: bool) -> Axes | None:
+def _axes(notes: Notes, number: int, ndim: int, last: bool) -> Axes | None:
     """Returns what the walk found of a weight."""
-    uses = walk.uses.get(number, []) + walk.tentative.get(number, [])
+    uses = notes.uses.get(number, []) + notes.tentative.get(number, [])
     distinct = [use for at, use in enumerate(uses) if use is not None and use not in uses[:at]]
     every = tuple(range(ndim))
-    embedding = number in walk.looked_up
-    if None in uses or (not distinct and number in walk.opaque):
+    embedding = number in notes.looked_up
+    if None in uses or (not distinct and number in notes.opaque):
         return Axes(outputs=every, kind="unknown")
     if not distinct:
-        copies = tuple(sorted(walk.copies.get(number, ())))
+        copies = tuple(sorted(notes.copies.get(number, ())))
         others = tuple(axis for axis in every if axis not in copies)
         return Axes((), others, copies, "embedding" if embedding else "vector")
-    kind = "router" if number in walk.ranked else "kernel"
+    kind = "router" if number in notes.ranked else "kernel"
     also = [Axes(**use) for use in distinct[1:]]
     if embedding:
         also.append(Axes(outputs=every, kind="embedding"))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, check_choice
 
 KINDS = ("kernel", "embedding", "router", "vector", "unknown")
@@ -22,6 +23,7 @@ InputAxes = Callable[[str, tuple[int, ...]], tuple[int, ...]]
 AxesOf = Callable[[str, tuple[int, ...]], "Axes"]
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Axes:
     """What each axis of a weight is in the computation that uses it.
@@ -91,6 +93,7 @@ class Axes:
         return jnp.transpose(value, (*self.copies, *self.inputs, *self.outputs))
 
 
+@checked
 def conventional_axes(name: str, shape: tuple[int, ...]) -> Axes | None:
     """Returns the axes of a kernel by Flax's naming convention, or None if it does not say.
 
@@ -189,6 +192,7 @@ def copies_of(layout: PyTree | None) -> Callable[[str, tuple[int, ...]], tuple[i
     return copies
 
 
+@checked
 def split(named: Mapping[str, Any], layout: PyTree | None) -> dict[str, Any]:
     """Returns the tensors by name with each copy as a tensor of its own, "name[i]" or "name[i,j]".
 
@@ -208,10 +212,13 @@ def split(named: Mapping[str, Any], layout: PyTree | None) -> dict[str, Any]:
     return parts
 
 
+@checked
 def copy_labels(
     name: str, shape: tuple[int, ...], copies: tuple[int, ...]
 ) -> list[tuple[tuple[Any, ...], str]]:
     """Returns the index expression and the name of every copy of a tensor, in row-major order."""
+    if any(not -len(shape) <= axis < len(shape) for axis in copies):
+        raise InputError(f"copies of {name!r} must be axes of its shape {shape}, got {copies}")
     sizes = [shape[axis] for axis in copies]
     labels = []
     for flat in range(math.prod(sizes)):

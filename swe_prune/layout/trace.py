@@ -11,8 +11,8 @@ from jaxtyping import PyTree
 
 from swe_prune import tree
 from swe_prune.errors import InputError
+from swe_prune.layout.notes import Cell
 from swe_prune.layout.views import of_leaf
-from swe_prune.layout.walk import Cell
 
 
 class Traced(NamedTuple):

@@ -55,6 +55,11 @@ class View:
         return sum(any(piece.size > 1 for piece in dim) for dim in self.dims)
 
 
+def size(dim: Dim) -> int:
+    """Returns how many positions on the axes of the weight a dimension runs over."""
+    return math.prod(piece.size for piece in dim)
+
+
 def of_leaf(leaf: int, shape: Sequence[int]) -> View:
     """Returns the view of a weight itself."""
     return View(leaf, tuple((Piece(axis, size, 1),) for axis, size in enumerate(shape)))

@@ -19,7 +19,8 @@ from typing import Any
 
 from etils import epath
 
-from swe_prune.errors import InputError
+from swe_prune.arguments import checked
+from swe_prune.errors import InputError, RunError
 from swe_prune.ledger.interval import Interval
 from swe_prune.ledger.meters import ZERO, Meter, of_this_machine, processor_seconds
 from swe_prune.runtime import storage
@@ -69,6 +70,7 @@ class Entry:
         return "/" not in self.phase
 
 
+@checked
 class Ledger:
     """Entries of one attempt, and the meters that they are read from.
 
@@ -136,13 +138,17 @@ class Ledger:
                 self._running.pop()
             if not outer:
                 watch.join()
-                self._write()
+                # The phase's own failure is what is said, also where it is that of the disk.
+                failed = entry.status == FAILED
+                with contextlib.suppress(*(OSError, RunError) if failed else ()):
+                    self._write()
 
     def _watch(self, stop: threading.Event) -> None:
         while not stop.wait(self._every):
             with self._lock:
                 self._read()
-            self._write()
+            with contextlib.suppress(OSError, RunError):  # the phase's own end says it
+                self._write()
 
     def _read(self) -> None:
         """Brings every running entry up to date."""
@@ -183,6 +189,7 @@ class Ledger:
         return text
 
 
+@checked
 def read(folder: epath.PathLike) -> list[Entry]:
     """Returns the entries of all attempts and processes, oldest attempt first.
 
@@ -248,6 +255,7 @@ def _accelerators() -> list[str]:
 _CURRENT: contextvars.ContextVar[Ledger | None] = contextvars.ContextVar("ledger", default=None)
 
 
+@checked
 @contextlib.contextmanager
 def opened(book: Ledger) -> Iterator[Ledger]:
     """Makes a ledger the one that `measure` writes to."""
@@ -258,6 +266,7 @@ def opened(book: Ledger) -> Iterator[Ledger]:
         _CURRENT.reset(token)
 
 
+@checked
 @contextlib.contextmanager
 def measure(phase: str, *, cell: str = "", tokens: int = 0) -> Iterator[Entry]:
     """Measures what runs inside the `with`: time, processor time, energy.

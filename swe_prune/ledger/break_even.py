@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.ledger.interval import Interval, Operand, interval, of_samples, text
 
@@ -75,6 +76,7 @@ class BreakEven:
         return self.saved * tokens
 
 
+@checked
 def break_even(
     spent: Operand,
     dense: Sequence[Operand],

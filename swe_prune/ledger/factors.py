@@ -10,6 +10,7 @@ import functools
 from collections.abc import Mapping
 from importlib import resources
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, suggestion
 from swe_prune.ledger.book import Entry
 from swe_prune.ledger.interval import Interval, interval
@@ -107,6 +108,7 @@ def _grid(grams: float, source: str, year: int) -> Factor:
     return Factor(Interval(low, grams, high), "g CO2e/kWh", source, year)
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Factors:
     """Everything that turns joules and seconds into carbon and water.
@@ -155,6 +157,7 @@ class Factors:
             raise InputError(f"factor lifetime must be positive, got {self.lifetime}")
 
 
+@checked
 def of_country(
     country: str = WORLD,
     *,
@@ -214,6 +217,7 @@ class Footprint:
     water: Interval
 
 
+@checked
 def footprint(entry: Entry, factors: Factors) -> Footprint:
     """Returns the footprint of what was spent.
 
@@ -244,6 +248,7 @@ def _unknown() -> Interval:
     return Interval(0.0, high / 2, high)
 
 
+@checked
 def pictured(kwh: Interval) -> str:
     """Returns an amount of energy as something a person can picture.
 

@@ -7,11 +7,14 @@ from typing import Union
 
 import numpy as np
 
+from swe_prune.arguments import checked
+from swe_prune.bounds import PART
 from swe_prune.errors import InputError
 
 Operand = Union["Interval", float, int]
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Interval:
     """A number that is known to lie between two others.
@@ -80,6 +83,7 @@ def interval(value: Operand) -> Interval:
     return value if isinstance(value, Interval) else Interval(value, value, value)
 
 
+@checked
 def of_samples(
     samples: Sequence[float], *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Interval:
@@ -97,6 +101,7 @@ def of_samples(
     >>> of_samples([1.0, 1.0, 1.0])
     Interval(low=1.0, value=1.0, high=1.0)
     """
+    PART.check(confidence, "confidence")
     values = np.asarray(samples, np.float64)
     if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
         raise InputError(
@@ -113,6 +118,7 @@ def of_samples(
 PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
 
 
+@checked
 def text(number: Operand, unit: str = "") -> str:
     """Returns a number with its interval, in no more digits than the interval has.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from swe_prune.arguments import checked
 from swe_prune.ledger.book import KILLED, Entry
 from swe_prune.ledger.factors import Factors, footprint, pictured
 from swe_prune.ledger.interval import text
@@ -38,6 +39,7 @@ def row(entry: Entry, factors: Factors) -> dict[str, Any]:
     }
 
 
+@checked
 def write(path: epath.PathLike, entries: Iterable[Entry], factors: Factors) -> None:
     """Writes the rows of entries as CSV, atomically."""
     out = io.StringIO()
@@ -47,6 +49,7 @@ def write(path: epath.PathLike, entries: Iterable[Entry], factors: Factors) -> N
     storage.write(path, out.getvalue())
 
 
+@checked
 def total(entries: Iterable[Entry], phase: str = "in all") -> Entry:
     """Returns one entry for all that are no part of another one: seconds, joules, tokens.
 
@@ -79,12 +82,14 @@ def by_phase(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
     return found
 
 
+@checked
 def sources(entries: Iterable[Entry]) -> str:
     """Returns the meters of the entries, such as "nvml+modelled"."""
     found = (source for entry in entries for source in entry.source.split("+"))
     return "+".join(dict.fromkeys(found))
 
 
+@checked
 def lines(entries: Sequence[Entry], factors: Factors) -> list[tuple[str, ...]]:
     """Returns (phase, seconds, energy, carbon, water) of each phase and of the whole, as text."""
     phases = by_phase(entries)
@@ -103,6 +108,7 @@ def lines(entries: Sequence[Entry], factors: Factors) -> list[tuple[str, ...]]:
     return shown
 
 
+@checked
 def summary(entries: Sequence[Entry], factors: Factors) -> str:
     """Returns the whole in one or two sentences.
 

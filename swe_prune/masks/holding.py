@@ -7,6 +7,7 @@ import optax
 from jaxtyping import PyTree
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.masks.fitting import check_mask, map_masked
 
@@ -29,6 +30,7 @@ def apply(params: PyTree, mask: PyTree) -> PyTree:
     return map_masked(lambda weight, keep: jnp.where(keep, weight, 0), params, mask)
 
 
+@checked
 def keep(
     optimizer: optax.GradientTransformation, mask: PyTree
 ) -> optax.GradientTransformationExtraArgs:

@@ -10,6 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune import allocation, counting, patterns, select, tree
+from swe_prune.arguments import checked
 from swe_prune.bounds import NOT_NEGATIVE
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.layout import Axes, AxesOf, InputAxes, axes_of, copies_of, copy_labels
@@ -22,6 +23,7 @@ SCOPES = ("tensor", "global", "row")
 ROUNDINGS = ("nearest", "down")
 
 
+@checked
 def by_std(
     scores: PyTree,
     rate: float | Array,
@@ -80,6 +82,7 @@ def _std_masks(
 _std_masks_jit = jax.jit(_std_masks, static_argnums=3)
 
 
+@checked
 def by_sparsity(
     scores: PyTree,
     sparsity: float | Float[Array, ""] | allocation.Allocation,
@@ -193,7 +196,7 @@ def by_sparsity(
     if scope == "global":
         kept_units = _global(units, sparsity, rounding, ties, max_sparsity)
     else:
-        kept_units = [_of_units(one, sparsity, rounding, ties, copies, named) for one in units]
+        kept_units = _each(units, sparsity, rounding, ties, copies, named)
     # Each weight gets the fate of its unit.
     kept = {}
     for one, mask in zip(units, kept_units, strict=True):
@@ -220,15 +223,44 @@ def _gone(size: int, sparsity: float, rounding: str) -> int:
     return int(size * sparsity) if rounding == "down" else allocation.removed_count(size, sparsity)
 
 
-def _of_units(
-    one: patterns.Units,
+def _each(
+    units: list[patterns.Units],
     sparsity: Any,
     rounding: str,
     ties: str,
     copies: CopiesOf,
     named: Mapping[str, Array],
-) -> Array:
-    """Returns the unit masks of one tensor or group of tensors, ranked within each copy."""
+) -> list[Array]:
+    """Returns the unit masks of each tensor or group of tensors, ranked within each copy."""
+    keep = [_kept_units(one, sparsity, rounding, copies, named) for one in units]
+    whole = [at for at, one in enumerate(units) if not one.copies]
+    found = dict(
+        zip(
+            whole,
+            select.top_k_mask_each(
+                [units[at].score for at in whole],
+                [keep[at] for at in whole],
+                ties=ties,
+                names=[units[at].name for at in whole],
+            ),
+            strict=True,
+        )
+    )
+    for at, one in enumerate(units):
+        if one.copies:
+            axes = tuple(axis for axis in range(one.score.ndim) if axis not in one.copies)
+            found[at] = select.top_k_mask(one.score, keep[at], axes=axes, ties=ties, name=one.name)
+    return [found[at] for at in range(len(units))]
+
+
+def _kept_units(
+    one: patterns.Units,
+    sparsity: Any,
+    rounding: str,
+    copies: CopiesOf,
+    named: Mapping[str, Array],
+) -> Any:
+    """Returns how many units of a tensor, or of each of its copies, stay."""
     ranked = tuple(axis for axis in range(one.score.ndim) if axis not in one.copies)
     size = math.prod(one.score.shape[axis] for axis in ranked)
     if isinstance(sparsity, allocation.Allocation):
@@ -244,8 +276,7 @@ def _of_units(
     else:
         keep = _keep(size, sparsity, rounding)
         _check_some_stay(one, keep, size, sparsity)
-    axes = ranked if one.copies else None
-    return select.top_k_mask(one.score, keep, axes=axes, ties=ties, name=one.name)
+    return keep
 
 
 def _removed_units(

@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune import tree
-from swe_prune.errors import InputError, reading
+from swe_prune.arguments import checked
+from swe_prune.errors import InputError, reading, why_unwritten
 from swe_prune.masks.fitting import check_mask
 from swe_prune.trajectory import TrajectoryStats, encoded, from_dict, restored
 
@@ -45,6 +46,7 @@ class Saved(NamedTuple):
     stats: TrajectoryStats | None
 
 
+@checked
 def save(
     path: str | os.PathLike[str],
     *,
@@ -98,6 +100,7 @@ def save(
     _write(Path(path), arrays, {"format": FORMAT, "about": json.dumps(about)})
 
 
+@checked
 def load(path: str | os.PathLike[str]) -> Saved:
     """Returns the masks and the statistics of a file that `save` has written.
 
@@ -220,7 +223,8 @@ def _write(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -
         os.replace(partial, path)
     except OSError as error:
         raise InputError(
-            f"{path} cannot be written ({error.strerror}); give a path in a folder that can be"
+            f"{path} cannot be written ({why_unwritten(error)}); give a path in a folder that can "
+            "be"
         ) from None
     finally:
         partial.unlink(missing_ok=True)

@@ -150,6 +150,10 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     choice.of_checkpoint(checkpoint, given)
     text, used = (texts.read(name, checkpoint) for name in (given.evaluation, given.text))
     texts.keep_apart(used, text)
+    second = None
+    if given.second_evaluation is not None:
+        second = texts.read(given.second_evaluation, checkpoint)
+        texts.keep_apart(used, second)
     texts.check_window("--train-window", given.train_window, checkpoint)
     model = checkpoint.read(dtype=given.dtype)
     recorded = has_masks(model.path) and given.masks != "ignore"
@@ -158,16 +162,27 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     trained = phi3v.build(dataclasses.replace(model.config, remat=given.remat), model.vocab_size)
     before = judge.judge(module, model.params, model, text, given)
     gate(before.perplexity, uniform=model.vocab_size, at_most=given.at_most)
+    seconds = []
+    if second is not None:
+        seconds.append(judge.perplexity_of(module, model.params, model, second, given))
     teacher = None
     if given.teacher is not None:
         teacher = of_same_text(model, given.teacher, given.teacher_prefix, progress)
     start, dtypes = finetuning.as_float32(model.params)
-    params, mask, stats = finetuning.tuned(trained, start, mask, teacher, used, given, progress)
+    params, mask, stats = finetuning.tuned(
+        trained, start, mask, teacher, used, given, progress, cut.kept_layers(model.path)
+    )
     params = tree.map_named(lambda name, leaf: leaf.astype(dtypes[name]), params)
     after = judge.judge(module, params, model, text, given)
     how = {"text": used.name, **{k: getattr(given, k) for k in ("steps", "batch", "learning_rate")}}
     judged = {"text": text.name, "before": before.as_json(), "finetuned": after.as_json()}
     judged["finetuning"] = how
+    if second is not None:
+        seconds.append(judge.perplexity_of(module, params, model, second, given))
+        judged["second"] = {
+            "text": second.name,
+            **dict(zip(("before", "finetuned"), (one.perplexity for one in seconds), strict=True)),
+        }
     record = None
     if recorded:
         record = interop.PruningRecord(
@@ -188,6 +203,8 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     )
     finetuning.forget(given)
     judge.show(console, {"before": before, "fine-tuned": after}, given.prompts, text.name)
+    if second is not None:
+        judge.show_second(console, second.name, *seconds)
     judge.show_folder(console, folder, given.compress)
     return folder
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from swe_prune import importance, interop, structured, tree
 from swe_prune.config import literal
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, reading
 from swe_prune.evaluation import gate
 from swe_prune.evaluation.latency import decode_seconds
 from swe_prune.models import phi3v
@@ -22,6 +22,7 @@ from swe_prune.pretrained.opening import has_masks, opened, record_of, said
 from swe_prune.pretrained.request import check_trajectory
 from swe_prune.pretrained.settings import CutSettings
 from swe_prune.structured import Budget, Group
+from swe_prune.structured.decoder import LAYERS
 from swe_prune.training.progress import Progress
 from swe_prune.version import __version__
 
@@ -103,6 +104,20 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     judge.show_folder(console, folder, given.compress)
     return folder
+
+
+def kept_layers(path: Path) -> list[int] | None:
+    """Returns the layers that a cut model has of the model it was cut from; None: all of them.
+
+    Raises:
+        InputError: Its file of kept units cannot be read.
+    """
+    file = path / KEPT
+    if not (path.is_dir() and file.is_file()):
+        return None
+    with reading(file):
+        kept = json.loads(file.read_text(encoding="utf-8"))["kept"].get(LAYERS)
+        return None if kept is None else [int(layer) for layer in kept]
 
 
 def carry_on(source: Path, folder: Path, evaluation: Mapping[str, Any]) -> None:

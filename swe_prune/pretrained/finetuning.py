@@ -21,6 +21,7 @@ from swe_prune import data as data_lib
 from swe_prune import interop, parallel, resumable, trajectory, tree
 from swe_prune.config import ParallelConfig, PhaseConfig
 from swe_prune.errors import InputError, RunError
+from swe_prune.interop.stranger_files import parse_json
 from swe_prune.models import phi3v
 from swe_prune.pretrained import choice
 from swe_prune.pretrained.settings import FinetuneSettings
@@ -30,7 +31,7 @@ from swe_prune.training import lora
 from swe_prune.training import optimizer as optimizer_lib
 from swe_prune.training import state as state_lib
 from swe_prune.training import step as step_lib
-from swe_prune.training.losses import Distillation
+from swe_prune.training.distillation import Distillation, depth_map
 from swe_prune.training.metrics import write_json
 from swe_prune.training.phase import Phase
 from swe_prune.training.progress import Progress
@@ -66,6 +67,11 @@ def checked(settings: FinetuneSettings) -> None:
             f"--{next(iter(choice.rules(settings)))} chooses the weights to track or to adapt; "
             "give --track or --lora-rank with it"
         )
+    for name in ("features", "final_distillation"):
+        if getattr(settings, name) and settings.teacher is None:
+            raise InputError(
+                f"--{name.replace('_', '-')} compares with a teacher; give --teacher=PATH with it"
+            )
     if settings.track:
         trajectory.check_measures(settings.measures)
     if settings.lora_alpha is not None and settings.lora_rank is None:
@@ -80,6 +86,7 @@ def tuned(
     text: Text,
     settings: FinetuneSettings,
     progress: Progress,
+    kept_layers: list[int] | None = None,
 ) -> tuple[PyTree, PyTree | None, TrajectoryStats | None]:
     """Returns the parameters after fine-tuning, the masks, and the trajectory if it was tracked.
 
@@ -91,6 +98,7 @@ def tuned(
         text: to train on.
         settings: checked.
         progress: told of every step.
+        kept_layers: the teacher's layers that the model has; None: all, or it is not known.
 
     Raises:
         InputError: the text is too short, or OUT.work is of other settings.
@@ -122,7 +130,7 @@ def tuned(
     distillation = teacher_model = None
     if teacher is not None:
         teacher_model = phi3v.build(teacher.config, teacher.vocab_size)
-        distillation = Distillation(settings.distillation, settings.temperature)
+        distillation = _distillation(settings, kept_layers, module.config.layers, teacher)
     step = step_lib.compile_train_step(
         module,
         optimizer,
@@ -149,6 +157,31 @@ def tuned(
     return tuned
 
 
+def _distillation(
+    settings: FinetuneSettings, kept: list[int] | None, layers: int, teacher: interop.Pretrained
+) -> Distillation:
+    of_teacher = teacher.config.layers
+    compared = None
+    if settings.features and layers != of_teacher:
+        # The file of kept layers counts in the model that was cut, which may not be the teacher.
+        if kept is None or len(kept) != layers or max(kept) >= of_teacher:
+            raise InputError(
+                f"--features compares the outputs of blocks, and the model has {layers} blocks, "
+                f"its teacher {of_teacher}, and no kept_units.json says which of them; give the "
+                "model that it was cut from as --teacher, or leave --features out"
+            )
+        compared = depth_map(kept, of_teacher)
+    final = settings.final_distillation
+    return Distillation(
+        settings.distillation,
+        settings.temperature,
+        final_weight=final,
+        steps=None if final is None else settings.steps,
+        features=settings.features,
+        layers=compared,
+    )
+
+
 def _fit(
     work: epath.Path,
     state: state_lib.TrainState,
@@ -171,7 +204,8 @@ def _fit(
         checkpoint_every=settings.checkpoint_every,
         keep_latest=1,
     )
-    return resumable.fit(run, state, step, batches, progress)[0]
+    with storage.held(work):
+        return resumable.fit(run, state, step, batches, progress)[0]
 
 
 def _settle(work: epath.Path, settings: FinetuneSettings) -> None:
@@ -188,7 +222,7 @@ def _settle(work: epath.Path, settings: FinetuneSettings) -> None:
     if not begun.exists():
         write_json(begun, asked)
         return
-    before = json.loads(begun.read_text())
+    before = parse_json(begun.read_bytes(), begun, f"remove {work} to start again")
     differing = [key for key in asked if asked[key] != before.get(key)]
     if differing:
         shown = ", ".join(f"{k} ({before.get(k)!r} there, {asked[k]!r} now)" for k in differing[:3])

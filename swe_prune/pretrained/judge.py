@@ -28,6 +28,9 @@ from swe_prune.evaluation import (
 from swe_prune.pretrained.settings import JudgingSettings
 from swe_prune.pretrained.texts import Text
 
+WORSE = 0.005
+"""Nats per token by which a text must get worse to be called so, 0.5 % of its perplexity."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
@@ -102,18 +105,7 @@ def judge(
         dense_module: the dense model, if units were cut out of it; None: `module`.
     """
     assert model.tokenizer is not None
-    protocol = protocol_of(model, settings)
-    bos = model.tokenizer.bos_id
-    found = perplexity(
-        module,
-        params,
-        text.tokens,
-        protocol,
-        batch=settings.eval_batch,
-        bos_id=bos,
-        text_bytes=text.size,
-        windows_limit=settings.eval_windows,
-    )
+    found = perplexity_of(module, params, model, text, settings)
     prompts = [model.tokenizer.encode(prompt) for prompt in settings.prompts]
     made = generate(
         module,
@@ -133,7 +125,7 @@ def judge(
             text.tokens,
             found.protocol,
             batch=settings.eval_batch,
-            bos_id=bos,
+            bos_id=model.tokenizer.bos_id,
             pruned_model=module,
         )
     return Verdict(
@@ -141,6 +133,27 @@ def judge(
         tuple(model.tokenizer.decode(np.asarray(tokens, np.int32)) for tokens in made.tokens),
         float(np.mean([repetition(tokens).shares[2] for tokens in made.tokens])),
         distance,
+    )
+
+
+def perplexity_of(
+    module: nn.Module,
+    params: PyTree,
+    model: interop.Pretrained | interop.PretrainedSource,
+    text: Text,
+    settings: JudgingSettings,
+) -> PerplexityResult:
+    """Returns the perplexity of a text; the arguments are those of `judge`."""
+    assert model.tokenizer is not None
+    return perplexity(
+        module,
+        params,
+        text.tokens,
+        protocol_of(model, settings),
+        batch=settings.eval_batch,
+        bos_id=model.tokenizer.bos_id,
+        text_bytes=text.size,
+        windows_limit=settings.eval_windows,
     )
 
 
@@ -154,6 +167,21 @@ def show_folder(console: Console, folder: Path, compressed: bool) -> None:
         )
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def show_second(
+    console: Console, name: str, before: PerplexityResult, after: PerplexityResult
+) -> None:
+    """Prints the perplexity of a second text before and after training, and whether it is worse."""
+    line = (
+        f"{visible(name)}: perplexity {before.perplexity:.2f} before, {after.perplexity:.2f} after"
+    )
+    if after.nats_per_token > before.nats_per_token + WORSE:
+        line += (
+            ". Training made the model worse on this text: train on text of its kind too, for "
+            "fewer steps, or at a lower --learning-rate"
+        )
+    console.print(f"{line}.", highlight=False, soft_wrap=True, markup=False)
 
 
 def table(rows: dict[str, Verdict], prompts: tuple[str, ...], text: str) -> list[Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from swe_prune.bounds import COUNT, INDEX, PART, POSITIVE, SEED
+from swe_prune.bounds import COUNT, INDEX, NOT_NEGATIVE, PART, POSITIVE, SEED
 from swe_prune.config import PHASE
 
 CALIBRATION = "shakespeare_plays:train"
@@ -232,7 +232,19 @@ class FinetuneSettings(OutSettings, ModelSettings, ChoiceSettings, JudgingSettin
     distillation: float = option(
         0.5, "weight of the distance to the teacher in the loss", bound=PART
     )
+    final_distillation: float | None = option(
+        None, "the same weight at the last step, approached linearly; default: it stays", bound=PART
+    )
     temperature: float = option(1.0, "temperature of the distance to the teacher", bound=POSITIVE)
+    features: float = option(
+        0.0, "weight of the distance between the outputs of blocks in the loss", bound=NOT_NEGATIVE
+    )
+    second_evaluation: str | None = option(
+        None,
+        "text of another kind, a file or DATASET:SPLIT, on which the model must not get worse; it "
+        "is said if it does",
+        metavar="TEXT",
+    )
     seed: int = option(0, "seed of the order of the text", bound=SEED)
 
 

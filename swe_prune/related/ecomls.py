@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 
 COSTLY = 1.25
@@ -32,6 +33,7 @@ TOLERANCE = 0.1
 """Confidence that a cheaper model may have less."""
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Profile:
     """A model as it was measured before it serves.
@@ -64,6 +66,7 @@ class Profile:
         return (self.low + self.high) / 2
 
 
+@checked
 class Switcher:
     """Chooses the model for the next request from what the last ones took.
 
@@ -107,6 +110,7 @@ class Switcher:
         self._recent = {name: collections.deque(maxlen=window) for name in profiles}
         self._random = np.random.default_rng(seed)
 
+    @checked
     def observe(self, joules: float, confidence: float) -> str:
         """Takes in a request that the current model has served; returns the model for the next.
 
@@ -148,6 +152,7 @@ class Switcher:
         return [statistics.fmean(self._joules[name])] if self._joules[name] else []
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Trace:
     """What one model took and gave for each of the same requests.
@@ -178,6 +183,7 @@ class Served:
     shares: Mapping[str, float]
 
 
+@checked
 def serve(traces: Mapping[str, Trace], choose: Callable[[float, float], str], first: str) -> Served:
     """Returns what serving recorded requests in order takes and gives.
 
@@ -212,6 +218,7 @@ def _any(random: np.random.Generator, names: Sequence[str], *_: float) -> str:
     return str(random.choice(names))
 
 
+@checked
 def compare(
     traces: Mapping[str, Trace],
     profiles: Mapping[str, Profile],
@@ -230,6 +237,8 @@ def compare(
         window: Number of requests that are averaged.
         seeds: Seeds of the random choices.
     """
+    if not traces:
+        raise InputError("traces must have at least one model, got none")
     first = next(iter(traces))
     found: dict[str, list[Served]] = {}
     for epsilon in epsilons:

@@ -25,12 +25,14 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, check_choice
 
 Product = Callable[[Array, Array], Array]
 Kind = Literal["constant", "linear", "cosine", "bar"]
 
 
+@checked
 def dense(
     x: Float[Array, "... D"],
     kernel: Float[Array, "D O"],
@@ -56,6 +58,7 @@ def dense(
     return _linear(jnp.matmul, x, kernel, bias, keep, key, only_weights)
 
 
+@checked
 def conv(
     x: Float[Array, "B H W I"],
     kernel: Float[Array, "h w I O"],
@@ -82,6 +85,12 @@ def conv(
     Raises:
         InputError: If `keep` is out of its range.
     """
+    known = padding if isinstance(padding, str) else None
+    if len(strides) != 2 or (known or len(padding)) not in ("SAME", "VALID", 2):
+        raise InputError(
+            f"strides must be two integers and padding 'SAME', 'VALID' or two pairs, got "
+            f"{strides!r} and {padding!r}"
+        )
     product = _conv(tuple(strides), padding if isinstance(padding, str) else tuple(padding))
     return _linear(product, x, kernel, bias, keep, key, only_weights)
 
@@ -96,6 +105,7 @@ def _conv(strides: tuple[int, ...], padding: Any) -> Product:
     )
 
 
+@checked
 def channels(keep: float, count: int) -> int:
     """Returns the number of channels that gradients pass through.
 
@@ -173,6 +183,7 @@ def _backward(product, kept, only_weights, saved, dy):
 _sparse.defvjp(_forward, _backward)
 
 
+@checked
 def interceptor(keep: float, skip: Sequence[str] = ("head", "router")) -> Callable[..., Any]:
     """Returns an interceptor for `nn.intercept_methods` that gives Linen's layers this backward.
 
@@ -227,6 +238,7 @@ def _covered(layer: nn.Module) -> bool:
     )
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Share of the channels that is kept, by step or by epoch.
@@ -287,6 +299,7 @@ class Schedule:
         return sum(map(self, range(self.length))) / self.length
 
 
+@checked
 def backward_flops(inputs: int, outputs: int, tokens: int, keep: float) -> float:
     """Returns the floating-point operations of the backward pass of a dense layer.
 

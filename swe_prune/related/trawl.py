@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 
 RIDGE = 1e-8
@@ -123,6 +124,7 @@ def _als(tensor: Array, key: Array, rank: int, steps: int, tolerance: float) -> 
     return CP(*factors)
 
 
+@checked
 def cp(
     tensor: Float[Array, "m p q"],
     rank: int,
@@ -153,6 +155,7 @@ def cp(
     return _als(tensor, jax.random.key(seed), rank, steps, tolerance)
 
 
+@checked
 def tucker(
     tensor: Float[Array, "m p q"], ranks: tuple[int, int, int], *, steps: int = 10
 ) -> Tucker:
@@ -194,6 +197,7 @@ def _hooi(tensor: Array, ranks: tuple[int, int, int], steps: int) -> Tucker:
     return Tucker(projected(factors), *factors)
 
 
+@checked
 def laser(matrix: Float[Array, "p q"], rank: int) -> Array:
     """Returns the nearest matrix of a rank: the truncated SVD (LASER, 2312.13558).
 
@@ -220,6 +224,7 @@ def _check_rank(what: str, rank: int, most: int) -> None:
         raise InputError(f"{what} must be an integer between 1 and {most}, got {rank!r}")
 
 
+@checked
 def stacked(params: PyTree, stack: Stack) -> Array:
     """Returns the tensor of some kernels, float32.
 
@@ -244,6 +249,7 @@ def stacked(params: PyTree, stack: Stack) -> Array:
     return jnp.stack([one.astype(jnp.float32) for one in slices])
 
 
+@checked
 def written(params: PyTree, stack: Stack, tensor: Float[Array, "m p q"]) -> PyTree:
     """Returns the parameters with the slices of a tensor in place of kernels, in their dtypes."""
     slices = dict(zip(stack, tensor, strict=True))
@@ -283,6 +289,7 @@ class Tried(NamedTuple):
     loss: float
 
 
+@checked
 def search(
     params: PyTree,
     stacks: Mapping[str, Stack],

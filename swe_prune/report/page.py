@@ -42,6 +42,9 @@ def build(workdir: epath.PathLike) -> list[epath.Path]:
         content = sections.content(results)
         groups: list[Group] = [*content["losses"], *(content[name] for name in _FIGURES)]
         pictures = [picture for group in groups for picture in group.pictures]
+        for picture in pictures:  # once, not twice for each of the two files
+            picture.figure.draw_without_rendering()
+            picture.figure.set_layout_engine("none")
         svgs = {picture.name: _svg(picture) for picture in pictures}
         pngs = {f"{picture.name}.png": _png(picture) for picture in pictures}
     html = _html(content, svgs).encode()

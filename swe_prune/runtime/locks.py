@@ -54,6 +54,7 @@ def lock(folder: epath.PathLike, what: str, say: Callable[[str], None]) -> Itera
                 ) from error
             yield
         return
+    storage.check_held()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as file:
         try:

@@ -8,10 +8,11 @@ read and written with gcsfs, arrays with tensorstore.
 import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 
 from etils import epath
 
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, RunError
 
 SCHEME = "gs://"
 
@@ -69,6 +70,50 @@ def in_bucket(path: epath.PathLike) -> bool:
     return os.fspath(path).startswith(SCHEME)
 
 
+_HELD: dict[str, tuple[int, int]] = {}
+"""Folders that a run works in, with what tells them from others of the same path."""
+
+
+@contextlib.contextmanager
+def held(folder: epath.PathLike) -> Iterator[None]:
+    """Watches that a local folder of a run stays where it is; `check_held` says so if not."""
+    if in_bucket(folder):
+        yield
+        return
+    path = os.path.abspath(folder)
+    found = os.stat(path)
+    _HELD[path] = found.st_dev, found.st_ino
+    try:
+        yield
+    except Exception:
+        check_held()  # whatever has failed in a folder that is gone, that is why
+        raise
+    finally:
+        _HELD.pop(path, None)
+
+
+def check_held() -> None:
+    """Checks, before something is written, that nobody renamed or removed the folder of the run.
+
+    A path that is gone would be made again, and hold half of a run.
+
+    Raises:
+        RunError: It is not there, or another folder is in its place.
+    """
+    for path, identity in _HELD.items():
+        try:
+            found = os.stat(path)
+            same = (found.st_dev, found.st_ino) == identity
+        except OSError:
+            same = False
+        if not same:
+            raise RunError(
+                f"workdir {path!r} was renamed, removed or replaced while the run worked in it; "
+                "rename it back, or give its new path as --workdir, and run the same command "
+                "again; what is finished there is kept"
+            )
+
+
 def absolute(path: epath.PathLike) -> epath.Path:
     """Returns the absolute path."""
     return epath.Path(path) if in_bucket(path) else epath.Path(os.path.abspath(path))
@@ -83,12 +128,14 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
 
     Raises:
         OSError: If the file cannot be written.
+        RunError: If the folder of the run is gone.
     """
     path = epath.Path(path)
     data = content.encode() if isinstance(content, str) else content
     if in_bucket(path):
         path.write_bytes(data)
         return
+    check_held()
     path.parent.mkdir(parents=True, exist_ok=True)
     # Write a temporary file and rename it, which is atomic on a local disk.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -3,9 +3,11 @@
 import math
 from typing import Any
 
+from swe_prune.arguments import checked
 from swe_prune.schedules.steps import Step, as_float, check_share, check_step, numbers, result
 
 
+@checked
 def cosine_drop_fraction(step: Step, alpha: float, end: int) -> Any:
     """Returns RigL's fraction of active weights to exchange.
 

@@ -17,14 +17,16 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt32
 
 from swe_prune import counting, masks, select, tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, did_you_mean
 from swe_prune.layout import copies_of
-from swe_prune.masks.fitting import check_fits
+from swe_prune.masks.fitting import check_fits, check_mask
 
 REGROWN = ("keep", "reset")
 """Value of a weight that is dropped and grown in one update: "keep" its own, or "reset" to 0."""
 
 
+@checked
 def drop_and_grow(
     params: PyTree,
     mask: PyTree,
@@ -83,6 +85,7 @@ def drop_and_grow(
     return masks.apply(params, held), new, masks.hold_moments(opt_state, held)
 
 
+@checked
 def rigl_update(
     params: PyTree,
     mask: PyTree,
@@ -121,6 +124,7 @@ def rigl_update(
     return drop_and_grow(params, mask, opt_state, fraction, scores, regrown=regrown, layout=layout)
 
 
+@checked
 def set_update(
     params: PyTree,
     mask: PyTree,
@@ -146,6 +150,7 @@ def set_update(
     Raises:
         InputError: As for `drop_and_grow`.
     """
+    check_mask(mask)
     scores = tree.map_named(
         lambda name, keep: jax.random.uniform(tree.named_key(key, name), keep.shape),
         mask,

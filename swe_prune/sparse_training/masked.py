@@ -4,7 +4,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
+
+from swe_prune import tree
+
+
+def stopped(values: PyTree) -> PyTree:
+    """Returns a pytree through whose arrays no gradient goes."""
+    return tree.map_named(
+        lambda _, leaf: jax.lax.stop_gradient(leaf) if tree.is_weight(leaf) else leaf, values
+    )
 
 
 # A derivative rule: w + stop_gradient(w · m − w) would make NaN of an infinity, and custom_vjp has

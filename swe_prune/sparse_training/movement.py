@@ -29,9 +29,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from swe_prune import counting, masks, select, tree
-from swe_prune.errors import InputError, did_you_mean
+from swe_prune.arguments import checked
+from swe_prune.errors import InputError, did_you_mean, shown
 from swe_prune.masks.fitting import check_fits
-from swe_prune.sparse_training.masked import masked
+from swe_prune.sparse_training.masked import masked, stopped
 
 LEAST_KEPT = 0.005
 """The share of a tensor that a threshold always leaves."""
@@ -40,6 +41,7 @@ _TEMPERATURE, _LOW, _HIGH = 2 / 3, -0.1, 1.1  # of the hard concrete distributio
 PENALTIES = ("l1", "l0")
 
 
+@checked
 def init(params: PyTree, prunable: PyTree | None = None, value: float = 0.0) -> PyTree:
     """Returns scores to begin with: float32, one constant, None where dense.
 
@@ -51,7 +53,7 @@ def init(params: PyTree, prunable: PyTree | None = None, value: float = 0.0) -> 
     >>> init({"kernel": jnp.ones((1, 2))})["kernel"].tolist()
     [[0.0, 0.0]]
     """
-    prunable = tree.prunable(params) if prunable is None else prunable
+    prunable = tree.prunable(params) if prunable is None else tree.check_marks(prunable)
     return tree.map_named(
         lambda _, w, chosen: jnp.full_like(w, value, jnp.float32) if chosen else None,
         params,
@@ -86,6 +88,7 @@ def forward(params: PyTree, scores: PyTree, mask: PyTree) -> PyTree:
     return tree.map_leaves(leaf, params, mask, scores)
 
 
+@checked
 def hard_masks(
     scores: PyTree,
     sparsity: float | Float[Array, ""],
@@ -104,9 +107,10 @@ def hard_masks(
     Raises:
         InputError: as `masks.by_sparsity`.
     """
-    return masks.by_sparsity(jax.lax.stop_gradient(scores), sparsity, scope, layout=layout)
+    return masks.by_sparsity(stopped(scores), sparsity, scope, layout=layout)
 
 
+@checked
 def soft_masks(scores: PyTree, threshold: float | Float[Array, ""]) -> PyTree:
     """Returns the masks sigmoid(S) > τ, with ⌊0.005 n⌋ + 1 of n weights always kept.
 
@@ -117,6 +121,7 @@ def soft_masks(scores: PyTree, threshold: float | Float[Array, ""]) -> PyTree:
     >>> soft_masks({"w": jnp.array([-9.0, 0.0, 9.0])}, 0.6)["w"].tolist()
     [False, False, True]
     """
+    _check_scores(scores)
 
     def leaf(name: str, score: Array) -> Bool[Array, "..."]:
         score = jax.lax.stop_gradient(score).astype(jnp.float32)
@@ -133,6 +138,7 @@ def soft_masks(scores: PyTree, threshold: float | Float[Array, ""]) -> PyTree:
     return tree.map_named(leaf, scores)
 
 
+@checked
 def l0_gates(scores: PyTree, key: PRNGKeyArray | None = None) -> PyTree:
     """Returns gates in [0, 1] of the hard concrete distribution, differentiable in the scores.
 
@@ -143,6 +149,7 @@ def l0_gates(scores: PyTree, key: PRNGKeyArray | None = None) -> PyTree:
         scores: S, None where dense.
         key: for training, a new one in every step; None: to evaluate.
     """
+    _check_scores(scores)
 
     def leaf(name: str, score: Array) -> Float[Array, "..."]:
         score = score.astype(jnp.float32)
@@ -163,6 +170,7 @@ def gated(params: PyTree, gates: PyTree) -> PyTree:
     )
 
 
+@checked
 def penalty(scores: PyTree, kind: str = "l1") -> Float[Array, ""]:
     """Returns what to add to the loss, times λ, so that scores fall: a mean in [0, 1].
 
@@ -182,9 +190,19 @@ def penalty(scores: PyTree, kind: str = "l1") -> Float[Array, ""]:
     """
     if kind not in PENALTIES:
         raise InputError(f"unknown penalty {kind!r}; {did_you_mean(kind, PENALTIES)}")
+    _check_scores(scores)
     leaves = jax.tree.leaves(scores)
     if not leaves:
         raise InputError("there are no scores to penalize: every tensor is dense; widen the rules")
     shift = _TEMPERATURE * math.log(-_LOW / _HIGH) if kind == "l0" else 0.0
     means = [jnp.mean(jax.nn.sigmoid(leaf.astype(jnp.float32) - shift)) for leaf in leaves]
     return sum(means[1:], means[0]) / len(means)
+
+
+def _check_scores(scores: PyTree) -> None:
+    for name, score in tree.named_leaves(scores):
+        if score is not None and not tree.is_weight(score):
+            raise InputError(
+                f"the score of {tree.short(name)!r} must be a floating-point array, or None where "
+                f"the tensor is dense, got {shown(score)}"
+            )

@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune import importance, masks, schedules, select, tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.layout import copies_of
 from swe_prune.masks.fitting import check_fits
@@ -18,6 +19,7 @@ from swe_prune.masks.fitting import check_fits
 _NOT_MONOTONE = {"reduce": ("l2", "abs_sum"), "across": ("prod",)}
 
 
+@checked
 def all_kept(params: PyTree, prunable: PyTree | None = None) -> PyTree:
     """Returns the masks that training starts with: True everywhere, None where dense.
 
@@ -28,7 +30,7 @@ def all_kept(params: PyTree, prunable: PyTree | None = None) -> PyTree:
     >>> all_kept({"up": {"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)}})
     {'up': {'bias': None, 'kernel': Array([[ True,  True]], dtype=bool)}}
     """
-    prunable = tree.prunable(params) if prunable is None else prunable
+    prunable = tree.prunable(params) if prunable is None else tree.check_marks(prunable)
     return tree.map_named(
         lambda _, weight, chosen: jnp.ones_like(weight, dtype=bool) if chosen else None,
         params,
@@ -36,6 +38,7 @@ def all_kept(params: PyTree, prunable: PyTree | None = None) -> PyTree:
     )
 
 
+@checked
 def prune_on_schedule(
     schedule: schedules.Schedule,
     score: str | Callable[..., PyTree],

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from swe_prune import masks, tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 
 
@@ -52,6 +53,7 @@ def rewind(params: PyTree, early_params: PyTree, mask: PyTree) -> PyTree:
     return masks.apply(tree.map_named(leaf, params, early_params), mask)
 
 
+@checked
 def rewound_schedule(schedule: optax.Schedule, to: int, *, at: int = 0) -> optax.Schedule:
     """Returns an optax schedule that goes on from an early step: t ↦ schedule(t − at + to).
 

@@ -1,13 +1,14 @@
 """Sparse in the forward pass, dense in the gradient: the straight-through estimator."""
 
-import jax
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune import importance, masks
+from swe_prune.arguments import checked
 from swe_prune.masks.fitting import map_masked
-from swe_prune.sparse_training.masked import masked
+from swe_prune.sparse_training.masked import masked, stopped
 
 
+@checked
 def straight_through(params: PyTree, mask: PyTree) -> PyTree:
     """Returns the masked weights, whose gradient goes to all the weights as if there was no mask.
 
@@ -21,6 +22,7 @@ def straight_through(params: PyTree, mask: PyTree) -> PyTree:
     Raises:
         InputError: mask and parameters differ in structure or shape.
 
+    >>> import jax
     >>> import jax.numpy as jnp
     >>> loss = lambda p: (straight_through(p, {"w": jnp.array([True, False])})["w"] * 3).sum()
     >>> jax.grad(loss)({"w": jnp.array([1.0, 2.0])})["w"].tolist()
@@ -29,6 +31,7 @@ def straight_through(params: PyTree, mask: PyTree) -> PyTree:
     return map_masked(lambda weight, keep: masked(weight, keep, None), params, mask)
 
 
+@checked
 def ste_magnitude(
     params: PyTree,
     prunable: PyTree | None,
@@ -58,6 +61,7 @@ def ste_magnitude(
     >>> ste_magnitude({"w": jnp.array([[1.0, -3.0]])}, None, 0.5)["w"].tolist()
     [[0.0, -3.0]]
     """
-    fixed = jax.lax.stop_gradient(params)
-    scores = importance.score("magnitude", fixed, prunable=prunable, layout=layout, zeros="free")
+    scores = importance.score(
+        "magnitude", stopped(params), prunable=prunable, layout=layout, zeros="free"
+    )
     return straight_through(params, masks.by_sparsity(scores, sparsity, scope, layout=layout))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune import patterns, tree
+from swe_prune.arguments import checked
 from swe_prune.calibration import Moments
 from swe_prune.errors import InputError, check_choice
 from swe_prune.layout import axes_of
@@ -19,6 +20,7 @@ from swe_prune.structured.unit_scores import unit_scores
 KINDS = ("activation_norm", "activation_variance", "input_norm_product", "weight_norm", "random")
 
 
+@checked
 def readers(groups: Groups, params: PyTree, layout: PyTree | None = None) -> dict[str, str]:
     """Returns the weight that reads the units of each group, by group.
 
@@ -54,6 +56,7 @@ def readers(groups: Groups, params: PyTree, layout: PyTree | None = None) -> dic
     return {group: names[0] for group, names in found.items()}
 
 
+@checked
 def activation_scores(
     groups: Groups,
     params: PyTree,

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError
 from swe_prune.structured.cutting import cut
@@ -116,6 +117,7 @@ def abstract(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf
 
 
+@checked
 def memory(params: PyTree) -> int:
     """Returns the size of arrays in bytes.
 
@@ -126,6 +128,7 @@ def memory(params: PyTree) -> int:
     return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in arrays)
 
 
+@checked
 def flops(config: ModelConfig, params: PyTree, context: int | None = None) -> float:
     """Returns the floating-point operations of one token in a forward pass of the decoder.
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune.allocation.rounding import check_sparsity, removed_count
+from swe_prune.arguments import checked
 from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError
 from swe_prune.masks.counts import Summary, Tally
@@ -18,6 +19,7 @@ Keep = dict[str, np.ndarray]
 Counts = dict[str, int]
 
 
+@checked
 def choose(
     groups: Groups,
     units: Mapping[str, Any],
@@ -90,6 +92,7 @@ def choose(
     return _best(scores, counts)
 
 
+@checked
 def summary(groups: Groups, keep: Mapping[str, Any]) -> Summary:
     """Returns how many units stay, in all and by group (as `tensors`); of each copy.
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.structured.group import (
     Along,
@@ -26,11 +27,13 @@ from swe_prune.trajectory import TrajectoryStats
 from swe_prune.tree import pairing
 
 
+@checked
 def cut(values: PyTree, groups: Groups, keep: Mapping[str, Any]) -> PyTree:
     """Returns a pytree with only the kept units; dtypes and containers stay.
 
     A model without the cut units computes what the model computes with zeros in their place
-    (`unit_mask`), up to rounding. Leaves without units stay as they are.
+    (`unit_mask`), up to rounding. Leaves without units are the same arrays in both, not copies: a
+    train step that donates the one deletes them in the other.
 
     Args:
         values: Pytree laid out like the parameters: parameters, masks, trajectory statistics, or
@@ -69,6 +72,7 @@ def cut(values: PyTree, groups: Groups, keep: Mapping[str, Any]) -> PyTree:
     return small
 
 
+@checked
 def unit_mask(params: PyTree, groups: Groups, keep: Mapping[str, Any]) -> PyTree:
     """Returns the mask that removes the same units: bool, None for weights without units.
 

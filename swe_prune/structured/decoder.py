@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from swe_prune.arguments import checked
 from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError, check_choice
 from swe_prune.structured.group import Along, Group, check_keep
@@ -16,6 +17,7 @@ MULTIPLE = 8
 """Number that the count of hidden units should be a multiple of: odd widths are slow."""
 
 
+@checked
 def groups(config: ModelConfig, units: str = "neurons") -> dict[str, Group]:
     """Returns the groups of a decoder, "block_0/neurons" and so on, or "layers".
 
@@ -54,6 +56,7 @@ def groups(config: ModelConfig, units: str = "neurons") -> dict[str, Group]:
     }
 
 
+@checked
 def cut_config(config: ModelConfig, keep: Mapping[str, Any]) -> ModelConfig:
     """Returns the config of a decoder after a cut.
 

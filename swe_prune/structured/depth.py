@@ -9,16 +9,21 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.blockwise import block_graph, nnx_blocks
-from swe_prune.calibration.batching import nothing_given
+from swe_prune.calibration.batching import check_arrays, each, nothing_given, sequences
 from swe_prune.calibration.layer_inputs import applied
 from swe_prune.errors import InputError, check_choice
 
 DEPTH = ("block_influence", "angular_distance")
 
 
+@checked
 def depth_scores(
-    states: Any, params: PyTree, batches: Iterable[PyTree], kind: str = "block_influence"
+    states: Callable[[PyTree, PyTree], Sequence[Array]],
+    params: PyTree,
+    batches: Iterable[PyTree],
+    kind: str = "block_influence",
 ) -> Float[Array, " layers"]:
     """Returns how much each block turns the residual stream, the score of layers for `choose`.
 
@@ -41,6 +46,7 @@ def depth_scores(
     [1.0, 0.0]
     """
     check_choice(kind, DEPTH, "kind")
+    check_arrays("params", params)
 
     @jax.jit
     def turned(params: PyTree, batch: PyTree) -> tuple[Array, int]:
@@ -57,7 +63,8 @@ def depth_scores(
         return score.sum(-1), x.shape[1]
 
     total, tokens = None, 0
-    for batch in batches:
+    for number, batch in enumerate(each(batches)):
+        sequences(batch, number)
         sums, number = turned(params, batch)
         total = sums if total is None else total + sums
         tokens += int(number)
@@ -68,6 +75,7 @@ def depth_scores(
     return total / tokens
 
 
+@checked
 def residual_states(
     model: Any, blocks: str | Sequence[str]
 ) -> Callable[[PyTree, PyTree], list[Array]]:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune import patterns, tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.layout import axes_of
 from swe_prune.structured.activations import readers
@@ -16,6 +17,7 @@ from swe_prune.structured.redundancy import Redundancy, Removal
 from swe_prune.structured.refit import bias_name
 
 
+@checked
 def fold_units(
     params: PyTree,
     groups: Groups,

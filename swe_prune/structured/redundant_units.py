@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune import patterns, tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.layout import axes_of
 from swe_prune.structured.activations import readers
@@ -20,6 +21,7 @@ from swe_prune.structured.unit_clusters import clusters_of
 Found = dict[str, Redundancy]
 
 
+@checked
 def redundant_units(
     groups: Groups,
     params: PyTree,
@@ -116,8 +118,16 @@ def best_of_seeds(found: Mapping[int, Found], distance: Callable[[Found], float]
     }
 
 
+@checked
 def redundancy_scores(groups: Groups, found: Mapping[str, Redundancy]) -> dict[str, Array]:
     """Returns the place of each unit in the order of removal, scores for `choose`."""
+    for name, group in groups.items():
+        copies = [name] if group.copies is None else [f"{name}[{n}]" for n in range(group.copies)]
+        lacking = [one for one in copies if one not in found]
+        if lacking:
+            raise InputError(
+                f"found has no {lacking[0]!r}; give what redundant_units returns for these groups"
+            )
     return {
         name: jnp.asarray(
             found[name].scores()

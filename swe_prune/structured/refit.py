@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from swe_prune import patterns, tree
+from swe_prune.arguments import checked
 from swe_prune.blockwise.admm import squared_error
 from swe_prune.blockwise.least_squares import least_squares
 from swe_prune.calibration import Moments
@@ -46,6 +47,7 @@ class RefitReport:
     refitted: bool
 
 
+@checked
 def refit(
     params: PyTree,
     groups: Groups,
@@ -94,7 +96,7 @@ def refit(
     >>> new["down"]["kernel"].ravel().tolist(), new["down"]["bias"].tolist()
     ([0.0, 4.0], [-1.0])
     """
-    dampings = (damping,) if isinstance(damping, int | float) else tuple(damping)
+    dampings = tuple(np.ravel(damping).tolist())
     if not dampings or (len(dampings) > 1 and holdout is None):
         raise InputError(
             f"damping must be one number, or several to choose from on holdout=, got {damping!r}"

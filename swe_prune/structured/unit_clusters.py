@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.structured import kernel_width
 
 
+@checked
 def clusters_of(
     samples_NxF: Float[Any, "N F"], number: int, *, seed: int = 0, iterations: int = 25
 ) -> Int[np.ndarray, " F"]:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, check_choice
 from swe_prune.structured.cutting import unit_numbers
 from swe_prune.structured.group import Along, Groups, placed
@@ -20,6 +21,7 @@ REDUCES = ("sum", "mean", "l2", "max")
 Reduce = Literal["sum", "mean", "l2", "max"]
 
 
+@checked
 def unit_scores(groups: Groups, scores: PyTree, reduce: Reduce = "l2") -> dict[str, Array]:
     """Returns the score of each unit by group, float32 (units,) or (copies, units).
 

@@ -99,6 +99,7 @@ def _locked(path: epath.Path, shard: Shard | None, _: Callable[[str], None]) -> 
         ) from error
     with contextlib.ExitStack() as stack:
         stack.enter_context(file)
+        stack.enter_context(storage.held(path))
         _take(file, fcntl.LOCK_EX if shard is None else fcntl.LOCK_SH, f"workdir {str(path)!r}")
         if shard is not None:
             name = f"shard_{shard.index}_of_{shard.count}"

@@ -24,6 +24,7 @@ from jaxtyping import Array, PyTree
 
 from swe_prune import masks as masks_lib
 from swe_prune import patterns, tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.layout import Axes, conventional_axes
 
@@ -44,6 +45,7 @@ class Adapters:
     scale: float = dataclasses.field(metadata={"static": True})
 
 
+@checked
 def init(
     params: PyTree,
     rank: int,

@@ -1,6 +1,5 @@
 """Losses in nats per token, and their mean over a batch."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -11,40 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from swe_prune.errors import InputError
-
 AT_ONCE = 2**20
 """How many logits `divergence` compares at a time, 4 MiB in float32; at least one position's."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Distillation:
-    """How much of the loss is the distance to a teacher, and at what temperature.
-
-        (1 − weight) · cross entropy + weight · `divergence` at the temperature
-
-    Attributes:
-        weight: in [0, 1]; 1 is the teacher alone.
-        temperature: above 0; 1 compares the distributions as they are, more compares what the
-            models think of the tokens that neither expects.
-
-    Raises:
-        InputError: a weight or temperature that is none.
-    """
-
-    weight: float = 0.5
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight <= 1:
-            raise InputError(
-                f"distillation.weight = {self.weight} is no share of the loss; give 0 to 1"
-            )
-        if not 0 < self.temperature < math.inf:
-            raise InputError(
-                f"distillation.temperature = {self.temperature} cannot divide logits; give 1 or "
-                "another number above 0"
-            )
 
 
 def cross_entropy(
@@ -135,6 +102,30 @@ def _backward(temperature: float, kept: tuple[Array, Array], slope_BxL: Array) -
 
 
 divergence.defvjp(_forward, _backward)
+
+
+def feature_distance(
+    student_BxLxD: Float[Array, "B L D"], teacher_BxLxD: Float[Array, "B L D"]
+) -> Float[Array, "B L"]:
+    """Returns the relative squared distance of every token's hidden state, float32.
+
+        ‖s − t‖² / ‖t‖²
+
+    No gradient flows into the teacher.
+
+    Args:
+        student_BxLxD: s, floating; computed in float32.
+        teacher_BxLxD: t, likewise.
+
+    >>> feature_distance(jnp.array([[[1.0, 2.0]]]), jnp.array([[[0.0, 2.0]]])).tolist()
+    [[0.25]]
+    """
+    s_BxLxD = student_BxLxD.astype(jnp.float32)
+    t_BxLxD = jax.lax.stop_gradient(teacher_BxLxD).astype(jnp.float32)
+    size_BxL = jnp.sum(t_BxLxD**2, axis=-1)
+    return jnp.sum((s_BxLxD - t_BxLxD) ** 2, axis=-1) / jnp.maximum(
+        size_BxL, jnp.finfo(jnp.float32).tiny
+    )
 
 
 def weighted_mean(

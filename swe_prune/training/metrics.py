@@ -50,6 +50,7 @@ class JsonLines:
             return
         line = json.dumps({"step": step, **values}, default=_plain) + "\n"
         if not self._in_bucket:
+            storage.check_held()
             try:
                 with open(self._path, "a", encoding="utf-8") as file:
                     file.write(line)

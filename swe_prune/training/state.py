@@ -45,7 +45,7 @@ class Frozen:
     """Constant inputs of the train step: a separate argument that is never donated.
 
     Attributes:
-        teacher: Parameters of the dense model for `losses.Distillation`, or None.
+        teacher: Parameters of the dense model for `Distillation`, or None.
         base: Base parameters if the params of the state are `lora.Adapters`, or None.
         masks: Bool pytree like `base`, None where dense; the masks in the state are for its params.
     """

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, PyTree
 from swe_prune import masks, trajectory
 from swe_prune.errors import InputError
 from swe_prune.training import lora, losses
-from swe_prune.training.losses import Distillation
+from swe_prune.training.distillation import Distillation, distilled_losses
 from swe_prune.training.state import Frozen, TrainState
 
 Batch = dict[str, Any]
@@ -79,15 +79,14 @@ def train_step(
             params = lora.apply(fixed.base, params, fixed.masks)
         if forward is not None:
             params = forward(params, state.step)
-        losses_BxL = _losses_BxL(
-            model,
-            params,
-            part,
-            (teacher_model or model, fixed.teacher),
-            distillation,
-            train=True,
-            rngs={"dropout": key},
-        )
+        options: dict[str, Any] = {"train": True, "rngs": {"dropout": key}}
+        if distillation is None:
+            losses_BxL = _losses_BxL(model, params, part, **options)
+        else:
+            taught = (teacher_model or model, fixed.teacher)
+            losses_BxL = distilled_losses(
+                model, params, *taught, part, distillation, state.step, **options
+            )
         return losses.weighted_mean(losses_BxL, part.get("weights"), total)
 
     loss, grads = _accumulated(loss_of, state.params, batch, dropout, accumulate)
@@ -203,22 +202,9 @@ def eval_step(params: PyTree, batch: Batch, *, model: nn.Module) -> Float[Array,
     return losses.weighted_mean(losses_BxL, batch["weights"], jnp.ones(()))
 
 
-def _losses_BxL(
-    model: nn.Module,
-    params: PyTree,
-    batch: Batch,
-    teacher: tuple[nn.Module, PyTree] | None = None,
-    distillation: Distillation | None = None,
-    **options: Any,
-) -> Array:
+def _losses_BxL(model: nn.Module, params: PyTree, batch: Batch, **options: Any) -> Array:
     logits_BxLxV: Any = model.apply({"params": params}, batch["inputs"], **options)
-    losses_BxL = losses.cross_entropy(logits_BxLxV, batch["targets"])
-    if distillation is None or teacher is None:
-        return losses_BxL
-    teacher_model, teacher_params = teacher
-    teacher_BxLxV: Any = teacher_model.apply({"params": teacher_params}, batch["inputs"])
-    apart_BxL: Any = losses.divergence(logits_BxLxV, teacher_BxLxV, distillation.temperature)
-    return (1 - distillation.weight) * losses_BxL + distillation.weight * apart_BxL
+    return losses.cross_entropy(logits_BxLxV, batch["targets"])
 
 
 def _check_teacher(fixed: Frozen, distillation: Distillation | None) -> None:

@@ -40,6 +40,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.bounds import COUNT, INDEX, NOT_NEGATIVE, Bound
 from swe_prune.errors import InputError, check_choice, check_texts
 from swe_prune.trajectory.mode_vote import mode_vote
@@ -77,9 +78,10 @@ _HOLD_INITIAL = ("first", "last")  # start as the weights at init; the others st
 _POWER = Bound(-3.0, 3.0)  # others overflow the sum of t'^power
 
 
+@checked
 def init(
     params: PyTree,
-    measures: Sequence[str] = ("late_mean",),
+    measures: str | Sequence[str] = ("late_mean",),
     prunable: PyTree | None = None,
     *,
     power: float = 0.5,
@@ -453,6 +455,7 @@ def read(stats: TrajectoryStats | Mapping[str, Any], measure: str) -> PyTree:
     return buffers[measure]
 
 
+@checked
 def memory(
     params: PyTree,
     measures: Sequence[str],
@@ -471,13 +474,6 @@ def memory(
         compensated: Whether rounding errors are tracked.
     """
     check_measures(measures)
-    prunable = tree.prunable(params) if prunable is None else prunable
-    weights = sum(
-        tree.size(leaf)
-        for (_, leaf), (_, tracked) in zip(
-            tree.named_leaves(params), tree.named_leaves(prunable), strict=True
-        )
-        if tracked
-    )
+    weights = tree.size(tree.prunable_leaves(params, prunable, "track"))
     needed = sorted(_needed(measures, compensated))
     return {name: weights * (2 if name.endswith(_CARRY) else 4) for name in needed}

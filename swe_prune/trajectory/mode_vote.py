@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 
 
+@checked
 def mode_vote(
     snapshots: Sequence[PyTree],
     final: PyTree,
@@ -56,7 +58,7 @@ def mode_vote(
             f"snapshots must vote, got {leave_out}"
         )
     voting = snapshots[: len(snapshots) - leave_out]
-    chosen = tree.prunable(final) if prunable is None else prunable
+    chosen = tree.prunable(final) if prunable is None else tree.check_marks(prunable)
 
     def vote(_: str, final: Any, marked: bool, *thetas: Any) -> Any:
         if not marked:

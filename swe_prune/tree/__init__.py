@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, check_texts, shown
 from swe_prune.tree import pairing
 from swe_prune.tree.dense_rules import DENSE_BY_DEFAULT as DENSE_BY_DEFAULT
@@ -241,6 +242,11 @@ def dense_reason(
         return "not a floating-point array"
     if include is None and leaf.ndim < 2:
         return "fewer than two axes"
+    if axes is not None and not hasattr(axes, "dense_reason"):
+        raise InputError(
+            f"the layout of {short(name)!r} must be layout.Axes, got {shown(axes)}; give what "
+            "swe_prune.layout returns"
+        )
     if include is None and axes is not None and axes.dense_reason:
         return axes.dense_reason
     if include is not None and not any(rule_matches(rule, name) for rule in include):
@@ -286,6 +292,7 @@ def size(values: PyTree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(values))
 
 
+@checked
 def nested(named: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the nested dict of leaves by name.
 

@@ -1,5 +1,7 @@
 """Every criterion, allocation and pattern on eight devices: the masks of one, no weight moved."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,6 +99,12 @@ def spread(request, mesh):
 
 
 @pytest.fixture(scope="module")
+def expected_of(alone):
+    """The scores of a criterion on one device, computed once for all the layouts."""
+    return functools.cache(lambda name: jax.jit(lambda *given: score(name, *given))(*alone))
+
+
+@pytest.fixture(scope="module")
 def scored_alone(alone):
     return score("forecast_curvature", *alone)
 
@@ -112,10 +120,9 @@ SUMS = {"swe_spread", "snip", "votes", "ria"}
 
 
 @pytest.mark.parametrize("name", importance.names())
-def test_every_criterion_scores_and_masks_as_on_one_device(alone, spread, name):
-    scoring = jax.jit(lambda *given: score(name, *given))
-    compiled = scoring.lower(*spread).compile()
-    expected, got = scoring(*alone), compiled(*spread)
+def test_every_criterion_scores_and_masks_as_on_one_device(expected_of, spread, name):
+    compiled = jax.jit(lambda *given: score(name, *given)).lower(*spread).compile()
+    expected, got = expected_of(name), compiled(*spread)
     for path, leaf in tree.named_leaves(expected):
         other = dict(tree.named_leaves(got))[path]
         if name in SUMS:

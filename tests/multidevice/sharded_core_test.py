@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from swe_prune import importance, masks, select, trajectory
+from swe_prune import importance, masks, radix, select, trajectory
+from swe_prune.errors import InputError
 
 pytestmark = [
     pytest.mark.multidevice,
@@ -153,3 +154,67 @@ def test_selection_reduces_its_candidates_together(mesh):
                              sharding=NamedSharding(mesh, P("x", "y")))  # fmt: skip
     text = compiled(PROGRAMS["top_k_mask"], x, jax.ShapeDtypeStruct((), jnp.int32))
     assert "all-reduce" in {operation for operation, _ in collectives(text)}
+
+
+MIXED = (P("x", "y"), P(None, ("y", "x")), P(), P(("x", "y")), P("y", None))
+MIXED_SHAPES = ((8, 6), (3, 16), (5, 7), (24,), (4, 3))
+
+
+def mixed(mesh, dtype=np.float32, distinct=9):
+    """Arrays in as many layouts, of few distinct values, on the devices and as numpy."""
+    rng = np.random.default_rng(0)
+    values = [
+        (rng.integers(0, distinct, shape) - 4).astype(np.float32).astype(dtype)
+        for shape in MIXED_SHAPES
+    ]
+    on = [
+        jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(values, MIXED, strict=True)
+    ]
+    return on, [jnp.asarray(x) for x in values]
+
+
+@pytest.mark.parametrize("ties", select.TIES)
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_a_global_selection_over_shards_is_that_of_one_device(mesh, ties, dtype):
+    spread, alone = mixed(mesh, dtype)
+    total = sum(x.size for x in alone)
+    assert radix.shards_of(spread) is not None
+    for k in (0, 1, 7, 60, 100, total - 1, total):
+        got = select.top_k_masks(spread, k, ties=ties)
+        for a, b, x in zip(got, select.top_k_masks(alone, k, ties=ties), spread, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=f"{k}")
+            assert a.sharding.is_equivalent_to(x.sharding, x.ndim)
+
+
+@pytest.mark.parametrize("ties", select.TIES)
+def test_selections_of_each_array_over_shards_are_those_of_one_device(mesh, ties):
+    spread, alone = mixed(mesh)
+    for share in (0.0, 0.3, 0.8, 1.0):
+        ks = [round(share * x.size) for x in alone]
+        got = select.top_k_mask_each(spread, ks, ties=ties)
+        for a, x, k in zip(got, alone, ks, strict=True):
+            np.testing.assert_array_equal(a, select.top_k_mask(x, k, ties=ties))
+
+
+def test_infinities_zeros_and_nan_over_shards(mesh):
+    x = np.array([np.inf, -np.inf, 0.0, -0.0, 1e-42, -1e-42, 3.0, -3.0], np.float32)
+    spread = jax.device_put(x, NamedSharding(mesh, P(("x", "y"))))
+    for k in range(9):
+        np.testing.assert_array_equal(select.top_k_mask(spread, k), select.top_k_mask(x, k))
+    x[5] = np.nan
+    broken = jax.device_put(x, NamedSharding(mesh, P(("x", "y"))))
+    with pytest.raises(InputError, match="scores of 'b' have 1 NaN"):
+        select.top_k_masks([spread, broken], 3, names=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("groups", "most"), [((0,) * 5, 5), (tuple(range(5)), 5)], ids=["global", "each"]
+)
+def test_a_selection_takes_few_collectives_whatever_the_tree(mesh, groups, most):
+    spread, _ = mixed(mesh)
+    shards = radix.shards_of(spread)
+    k = select.counting.Count(*(jnp.zeros(max(groups) + 1, jnp.uint32) for _ in range(2)))
+    text = radix.compiled(shards, groups, "first").lower(spread, k).compile().as_text()
+    found = list(collectives(text))
+    assert {operation for operation, _ in found} == {"all-reduce"}
+    assert len(found) <= most, found  # 3 digits, the ties, and their places, which are below 2^16

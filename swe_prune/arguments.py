@@ -1,0 +1,319 @@
+"""Arguments of public calls, held against the annotations of their signatures.
+
+    @checked
+    def samples(fn, params, batches, *, leaves: str | Sequence[str], tokens: int = 512): ...
+
+A value of another kind than the annotation names ends in one sentence before anything is computed,
+in place of whatever error its first use would raise. What an annotation cannot say, such as which
+shapes belong together, the function checks itself.
+"""
+
+import collections.abc
+import functools
+import inspect
+import itertools
+import numbers
+import os
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from swe_prune import bounds
+from swe_prune.errors import InputError, shown
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+RANGES = {
+    name: bound
+    for bound, names in {
+        bounds.SEED: "seed seeds",
+        bounds.COUNT: "at_once batch block context count every iterations k m max_new_tokens n "
+        "number patience rank ranks resamples rounds steps window windows",
+        bounds.INDEX: "at begin end leave_out process size to total",
+    }.items()
+    for name in names.split()
+}
+"""Ranges of the integers that have the same meaning in every call, by name."""
+
+_SCALARS = {bool: "True or False", int: "an integer", float: "a finite number", str: "a string"}
+_LARGEST = 2**63 - 1
+
+
+def checked(call: F) -> F:
+    """Returns a function, or a class, that checks its arguments by their annotations first.
+
+    Sequences of numbers and nested ones count as arrays and are handed on as such.
+
+    Raises:
+        InputError: By the call, if an argument is not what its annotation says.
+
+    >>> @checked
+    ... def half(size: int, rule: str = "up"):
+    ...     return size // 2
+    >>> half(4)
+    2
+    >>> half("x")
+    Traceback (most recent call last):
+    ...
+    swe_prune.errors.InputError: size must be an integer, got 'x'
+    """
+    if isinstance(call, type):
+        made: Any = call
+        made.__init__ = checked(made.__init__)
+        return made
+    signature, annotations = inspect.signature(call), call.__annotations__
+    hints: dict[str, Any] = {}
+
+    @functools.wraps(call)
+    def checking(*args: Any, **kwargs: Any) -> Any:
+        if not hints:  # now, since annotations may name what is defined further down
+            given = {name: one for name, one in annotations.items() if name != "return"}
+            holder = types.SimpleNamespace(__annotations__=given)
+            hints.update(typing.get_type_hints(holder, call.__globals__))  # pyright: ignore
+        bound = signature.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            # An own default may be a marker that the annotation does not name.
+            if name in hints and value is not signature.parameters[name].default:
+                kind = signature.parameters[name].kind
+                if kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+                    bound.arguments[name] = _checked(name, value, hints[name], name)
+        _check_sizes(bound.arguments, hints)
+        return call(*bound.args, **bound.kwargs)
+
+    return typing.cast(F, checking)
+
+
+def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
+    """Returns a value that fits an annotation, lists as arrays; else raises the sentence."""
+    if not _fits(value, hint):
+        raise InputError(f"{where} must be {_words(hint)}, got {_told(value)}")
+    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if isinstance(value, list | tuple) and any(
+        _is_array(one) and _is_array_of(value, one) for one in kinds
+    ):
+        return np.asarray(value)
+    if isinstance(value, int) and abs(value) >= 2**31 and float in kinds and int not in kinds:
+        return float(value)  # a compiled program takes an integer for an int32
+    if isinstance(value, str | os.PathLike) and any(
+        typing.get_origin(k) is os.PathLike or k is os.PathLike for k in kinds
+    ):
+        _check_path(os.fspath(value), where)
+    if name in RANGES:
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(one, numbers.Integral):
+                RANGES[name].check(one, where)
+    return value
+
+
+def _check_path(path: str | bytes, where: str) -> None:
+    try:
+        raw = os.fsencode(path)
+    except UnicodeEncodeError:  # half of a pair
+        raw = b""
+    if not raw or b"\0" in raw:
+        raise InputError(f"{where} must be the path of a file or folder, got {path!r}; give one")
+
+
+def _takes(call: Any, number: int) -> bool:
+    """Returns whether a function can be called with a number of arguments, as far as it says."""
+    try:
+        inspect.signature(call).bind(*[None] * number)
+    except TypeError:
+        return False
+    except ValueError:  # it says nothing
+        return True
+    return True
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if _is_union(hint):
+        return any(_fits(value, one) for one in typing.get_args(hint))
+    if hint is None or hint is type(None):
+        return value is None
+    if hint in _SCALARS:
+        return _is_scalar(value, hint)
+    if _is_array(hint):
+        return _is_array_of(value, hint)
+    origin, of = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return isinstance(value, str | int | None) and value in of
+    if origin is os.PathLike or hint is os.PathLike:
+        return isinstance(value, os.PathLike)
+    if origin is collections.abc.Callable or hint is collections.abc.Callable:
+        with_arguments = of and isinstance(of[0], list)
+        return callable(value) and (not with_arguments or _takes(value, len(of[0])))
+    kind = origin if isinstance(origin, type) else hint
+    if not isinstance(kind, type) or kind in (Any, object):
+        return True  # Any, type variables
+    if getattr(kind, "_is_protocol", False):
+        wanted = [name for name in vars(kind) if not name.startswith("_")]
+        return not isinstance(value, type) and all(hasattr(value, name) for name in wanted)
+    if kind.__module__.startswith("jaxtyping"):  # PyTree
+        return True
+    if kind.__name__.lower().endswith("array"):  # either library's will do
+        texts = ("<U", "|S", "object")
+        return hasattr(value, "shape") and not str(getattr(value, "dtype", "|S")).startswith(texts)
+    if issubclass(kind, Mapping):
+        key, inner = of or (Any, Any)
+        return isinstance(value, Mapping) and all(
+            _fits(name, key) and _fits(one, inner) for name, one in value.items()
+        )
+    if issubclass(kind, tuple) and of:
+        every = of[-1] is Ellipsis
+        fits = isinstance(value, tuple | list) and (every or len(value) == len(of))
+        return fits and all(map(_fits, value, itertools.cycle(of[:1]) if every else of))
+    if kind in (list, Sequence, collections.abc.Iterable, collections.abc.Collection):
+        return _is_series(value, kind, of[0] if of else Any)
+    return isinstance(value, kind)
+
+
+def _is_series(value: Any, kind: Any, inner: Any) -> bool:
+    """Returns whether a value is a sequence, or what iterates, of members of a kind."""
+    if isinstance(value, str | bytes):
+        return False
+    if getattr(value, "ndim", None) is not None:
+        if inner in _SCALARS:
+            return value.ndim == 1 and _fits(value[:1].tolist(), list[inner])
+        return value.ndim > 0 and (_is_array(inner) or _fits(object, inner))
+    if kind is collections.abc.Iterable:
+        if not isinstance(value, collections.abc.Iterable) and not hasattr(value, "__getitem__"):
+            return False
+        if not isinstance(value, collections.abc.Collection):
+            return not isinstance(value, type)  # a generator is not used up
+    elif isinstance(value, Mapping) or not (
+        hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, type)
+    ):
+        return False
+    return all(_fits(one, inner) for one in value)
+
+
+def _is_scalar(value: Any, kind: type) -> bool:
+    """Returns whether a value is of one of the four kinds, also as an array without axes."""
+    if kind is str:
+        return isinstance(value, str)
+    name = str(getattr(value, "dtype", ""))
+    if name and getattr(value, "ndim", None) == 0:
+        if kind is bool or name == "bool":
+            return kind is bool and name == "bool"
+        if "int" not in name and not (kind is float and "float" in name):
+            return False
+        if not hasattr(value, "item") or _is_tracer(value):
+            return True
+        value = value.item()
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, numbers.Integral) and -_LARGEST <= value <= _LARGEST
+    # A number beyond float32 overflows in a compiled program.
+    return isinstance(value, numbers.Real) and abs(value) <= bounds.POSITIVE.most
+
+
+def _is_tracer(value: Any) -> bool:
+    return type(value).__name__.endswith("Tracer") or type(value).__name__ == "ShapeDtypeStruct"
+
+
+def _is_array_of(value: Any, hint: Any) -> bool:
+    """Returns whether a value is an array of the dtypes and number of axes of an annotation."""
+    if isinstance(value, list | tuple | numbers.Number):
+        try:
+            value = np.asarray(value)
+        except (ValueError, TypeError, OverflowError):  # rows of different lengths
+            return False
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        return False
+    name, wanted = str(value.dtype), hint.dtypes
+    kinds = ("bool", "int", "float", "key")
+    kind = next((one for one in kinds if one in name), name)
+    if isinstance(wanted, list | tuple):
+        allowed = {one for one in kinds for text in wanted if one in str(text)}
+        if "float" in allowed:
+            allowed.add("int")  # whole numbers do where others do
+        if kind not in allowed:
+            return False
+    axes = hint.dim_str.split()
+    if any(axis.startswith("*") or axis == "..." for axis in axes):
+        return len(value.shape) >= sum(not (a.startswith("*") or a == "...") for a in axes)
+    return len(value.shape) == len(axes)
+
+
+def _check_sizes(given: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """Raises InputError where two axes of one letter, as in (R, C) and (R, R), differ in size."""
+    known: dict[str, tuple[int, str]] = {}
+    for name, value in given.items():
+        hint = hints.get(name)
+        kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
+        letters = next((one.dim_str.split() for one in kinds if _is_array(one)), [])
+        shape = getattr(value, "shape", None)
+        if shape is None or any(axis.startswith("*") for axis in letters):
+            continue
+        ends = len(letters) - letters.index("...") - 1 if "..." in letters else len(letters)
+        for letter, size in zip(letters[len(letters) - ends :], shape[len(shape) - ends :],
+                                strict=False):  # fmt: skip
+            if letter.isidentifier() and known.setdefault(letter, (size, name))[0] != size:
+                before, where = known[letter]
+                raise InputError(
+                    f"{name} must have shape ({', '.join(letters)}) with {letter} = {before} as in "
+                    f"{where}, got {tuple(shape)}"
+                )
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _is_array(hint: Any) -> bool:
+    return hasattr(hint, "dim_str") and hasattr(hint, "dtypes")
+
+
+def _words(hint: Any) -> str:
+    """Returns what an annotation asks for, in words."""
+    if _is_union(hint):
+        every = list(dict.fromkeys(_words(one) for one in typing.get_args(hint)))
+        return " or ".join(every)
+    if hint is None or hint is type(None):
+        return "None"
+    if hint in _SCALARS:
+        return _SCALARS[hint]
+    if _is_array(hint):
+        wanted = str(hint.dtypes)
+        kind = next((one for one in ("float", "bool", "key", "int") if one in wanted), "")
+        shape = f" of shape ({', '.join(hint.dim_str.split())})" if hint.dim_str.split() else ""
+        return f"{'an integer' if kind == 'int' else 'a ' + kind} array{shape}"
+    origin, of = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, of))}"
+    if origin is os.PathLike or hint is os.PathLike:
+        return "a path"
+    if origin is collections.abc.Callable or hint is collections.abc.Callable:
+        number = len(of[0]) if of and isinstance(of[0], list) else None
+        return "a function" + (f" of {number} arguments" if number is not None else "")
+    kind = origin if isinstance(origin, type) else hint
+    if not isinstance(kind, type) or kind is Any:
+        return "a value"
+    if issubclass(kind, Mapping):
+        return f"a mapping of {' to '.join(map(_plural, of or (Any, Any)))}"
+    if issubclass(kind, tuple) and of:
+        number = f"{len(of)} " if of[-1] is not Ellipsis else ""
+        return f"a tuple of {number}{_plural(of[0])}"
+    if kind in (list, Sequence, collections.abc.Iterable, collections.abc.Collection):
+        return f"a sequence of {_plural(of[0] if of else Any)}"
+    name = kind.__name__.rpartition(".")[2]
+    return f"a{'n' * (name[0] in 'AEIO')} {name}"
+
+
+_PLURALS = {str: "strings", int: "integers", float: "finite numbers", bool: "bools"}
+
+
+def _plural(hint: Any) -> str:
+    return _PLURALS.get(hint, "values" if hint is Any or isinstance(hint, TypeVar) else
+                        f"{_words(hint).removeprefix('a ').removeprefix('an ')}s")  # fmt: skip
+
+
+def _told(value: Any) -> str:
+    """Returns a value for a sentence: arrays as their dtype and shape, others as their repr."""
+    if hasattr(value, "shape") and hasattr(value, "dtype") and getattr(value, "ndim", 0):
+        return f"{value.dtype}{list(value.shape)}"
+    return shown(value)

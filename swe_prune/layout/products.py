@@ -1,0 +1,96 @@
+"""Products, in which a weight meets the activations: the roles that they give to its axes."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from swe_prune.layout import views
+from swe_prune.layout.experts import expert_axis, find_members, over_experts
+from swe_prune.layout.notes import Cell, Notes, Product
+from swe_prune.layout.picks import by_one_hot, picks_matrices
+from swe_prune.layout.primitives import conv_sides, dot_sides
+from swe_prune.layout.views import View
+
+
+def note_products(notes: Notes, eqn: Any, cells: list[Cell]) -> list[Product]:
+    """Notes the roles of the axes of the weights in a product, and returns what can be measured."""
+    kind, sides = _kind_and_sides(eqn)
+    groups = cells[2].value if kind == "ragged" else None
+    products = []
+    for side in (0, 1):
+        cell, other = cells[side], cells[1 - side]
+        if not cell.is_weight:
+            continue
+        (contracted, batched), (their, theirs) = sides[side], sides[1 - side]
+        for view in cell.views:
+            roles = _dims_roles(len(view.dims), contracted, batched)
+            roles |= over_experts(notes, view, other, contracted, their)
+            if kind == "dot":
+                find_members(notes, view, other, batched, theirs)
+                roles |= expert_axis(notes, view, roles)
+                hot = by_one_hot(view, other, contracted, their)
+                if any(view.dims[at] and at not in hot for at in contracted):
+                    roles |= dict.fromkeys(hot, "copies")
+                elif hot and picks_matrices(eqn, cells):
+                    continue
+                elif hot:
+                    notes.looked_up.add(view.leaf)
+            # Repeated over the inputs it is a scale, not a kernel.
+            sizes = eqn.invars[side].aval.shape
+            repeated = any(sizes[at] > 1 and not view.dims[at] for at in contracted)
+            found = views.roles(view, notes.shapes[view.leaf], roles, repeated)
+            both = other.is_weight and not other.data
+            noted = (notes.tentative if both else notes.uses).setdefault(view.leaf, [])
+            if found not in noted:
+                noted.append(found)
+            if both:
+                continue
+            exact = all(
+                roles[at] == "outputs" or not dim or views.size(dim) == sizes[at]
+                for at, dim in enumerate(view.dims)
+            )
+            whole = view.whole and exact and found is not None
+            whole = whole and _covers(view, roles, notes.shapes[view.leaf])
+            product = Product(
+                view=dataclasses.replace(view, whole=whole),
+                roles=roles,
+                kind=kind,
+                other=other.value,
+                contracted=(contracted, their),
+                batched=(batched, theirs),
+                params=eqn.params,
+                groups=groups,
+                shape=notes.shapes[view.leaf],
+            )
+            products.append(product)
+    return products
+
+
+def _kind_and_sides(eqn: Any) -> tuple[str, list[tuple[tuple[int, ...], tuple[int, ...]]]]:
+    """Returns the kind of a product, and the summed and the shared dimensions of both operands."""
+    name = eqn.primitive.name
+    if name == "conv_general_dilated":
+        return "conv", [conv_sides(eqn, side) for side in (0, 1)]
+    if name == "dot_general":
+        return "dot", [dot_sides(eqn.params["dimension_numbers"], side) for side in (0, 1)]
+    ragged = eqn.params["ragged_dot_dimension_numbers"]
+    sides = [dot_sides(ragged.dot_dimension_numbers, side) for side in (0, 1)]
+    # The groups of the weight are its copies.
+    sides[1] = (sides[1][0], (*sides[1][1], *ragged.rhs_group_dimensions))
+    return "ragged", sides
+
+
+def _covers(view: View, roles: Mapping[int, str], shape: Sequence[int]) -> bool:
+    """Returns whether a product runs over the whole of every axis of inputs and of copies."""
+    sizes: dict[int, int] = {}
+    pieces = [piece for at, dim in enumerate(view.dims) if roles[at] != "outputs" for piece in dim]
+    for piece in (*pieces, *(piece for _, piece in view.scanned), *view.picked):
+        sizes[piece.axis] = sizes.get(piece.axis, 1) * piece.size
+    return all(size == shape[axis] for axis, size in sizes.items())
+
+
+def _dims_roles(ndim: int, contracted: Sequence[int], batched: Sequence[int]) -> dict[int, str]:
+    return {
+        at: "inputs" if at in contracted else "copies" if at in batched else "outputs"
+        for at in range(ndim)
+    }

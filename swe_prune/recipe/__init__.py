@@ -1,0 +1,33 @@
+"""How something is pruned: one request, one validation, one way from scores to masks.
+
+    request    `Recipe`: a criterion or a method, how much, where, in which shape
+    checks     `check`: refuses what cannot work before any work is done
+    evidence   `Evidence`, what the criterion may read besides the weights, and `measure`, which
+               makes it of calibration data, once for any number of recipes
+    scores     `score`: the scores of the criterion, compiled once
+    selection  `allocate` and `select`: scores to masks
+    pruning    `prune`: scores -> allocation -> masks, or one block of the model after the other
+
+`swe_prune.prune`, `prune --model` and every cell of a study hold a `Recipe` and call `prune`. The
+model, the parameters, the batches and the loss are arguments.
+"""
+
+from swe_prune.recipe.checks import check
+from swe_prune.recipe.evidence import Evidence, measure, measures
+from swe_prune.recipe.pruning import prune
+from swe_prune.recipe.request import MAX_SPARSITY, Recipe
+from swe_prune.recipe.scores import score
+from swe_prune.recipe.selection import allocate, select
+
+__all__ = [
+    "MAX_SPARSITY",
+    "Evidence",
+    "Recipe",
+    "allocate",
+    "check",
+    "measure",
+    "measures",
+    "prune",
+    "score",
+    "select",
+]
