@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+import sys
 import typing
 
 import pytest
@@ -413,3 +415,13 @@ def test_a_config_may_start_from_another(tmp_path):
     (tmp_path / "first.py").unlink()
     with pytest.raises(InputError, match=r"first\.py' is not a file"):
         config.load(folder / "second.py")
+
+
+def test_a_file_is_read_as_it_is_and_nothing_is_left_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = tmp_path / "config.py"
+    for steps in (100, 200):  # the same size and, here, the same second
+        path.write_text(f"def get_config():\n    return {{'train': {{'steps': {steps}}}}}\n")
+        os.utime(path, (1e9, 1e9))
+        assert config.load(path, []).train.steps == steps
+    assert list(tmp_path.iterdir()) == [path]
