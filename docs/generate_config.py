@@ -39,7 +39,7 @@ def page() -> str:
     """Returns the whole page."""
     parts = [
         "# Config\n",
-        "Made by `python docs/generate_config.py` from the dataclasses in `swe_prune/config.py`.\n",
+        "Made by `python docs/generate_config.py` from the dataclasses of `swe_prune.config`.\n",
         INTRODUCTION,
     ]
     sections = list(groups())

@@ -28,12 +28,6 @@ def test_vocabulary_is_the_sorted_set_of_symbols(text):
     assert CharTokenizer.from_texts([*text[::-1]]) == tokenizer
 
 
-@given(st.text(min_size=1))
-def test_json_round_trip_keeps_the_tokenizer(text):
-    tokenizer = CharTokenizer.from_texts([text])
-    assert CharTokenizer.from_json(tokenizer.to_json()) == tokenizer
-
-
 @pytest.mark.parametrize(("size", "dtype"), [(1, "uint8"), (256, "uint8"), (257, "uint16")])
 def test_ids_take_the_smallest_unsigned_dtype(size, dtype):
     text = "".join(chr(0x4E00 + i) for i in range(size))
@@ -60,19 +54,3 @@ def test_an_id_outside_the_vocabulary_is_refused(ids):
 def test_symbols_must_be_sorted_and_unique(symbols):
     with pytest.raises(InputError, match="must be sorted and unique"):
         CharTokenizer(symbols)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "no json",
-        "3",
-        "{}",
-        '{"type": "bpe", "symbols": "ab"}',
-        '{"symbols": "ab"}',
-        '{"type": "char", "symbols": ["ab"]}',
-    ],
-)
-def test_other_json_is_refused(text):
-    with pytest.raises(InputError, match="write it with to_json"):
-        CharTokenizer.from_json(text)

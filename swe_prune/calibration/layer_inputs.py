@@ -16,7 +16,7 @@ from swe_prune.calibration import batching
 from swe_prune.calibration.products import input_sums
 from swe_prune.errors import InputError
 from swe_prune.layout import axes_by_name
-from swe_prune.layout.trace import Traced, function_of, inputs_of, one_sentence, trace
+from swe_prune.layout.trace import Traced, function_of, inputs_of, one_sentence, trace, variables_of
 
 Call = Callable[[Any, Any, Any], Any]
 Run = Callable[[Any, Any], Any]
@@ -101,8 +101,7 @@ def separated(
     where the pytree holds anything else.
     """
     if isinstance(fn, nn.Module):
-        variables = params if isinstance(params, Mapping) and "params" in params else None
-        variables = {"params": params} if variables is None else dict(variables)
+        variables = dict(variables_of(params))
         model = call or applied
         return variables["params"], variables, Tracing(lambda own, batch: model(fn, own, batch))
     if call is not None:

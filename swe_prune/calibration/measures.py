@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 from swe_prune.arguments import checked
 from swe_prune.calibration.layer_inputs import inputs
 from swe_prune.calibration.loss_gradients import gradients
+from swe_prune.layout.trace import variables_of
 
 OF_INPUTS = frozenset({"input_norm", "hessian"})
 OF_GRADIENTS = frozenset({"gradient", "gradient_square"})
@@ -60,7 +61,6 @@ def measure(
     if wanted & OF_INPUTS:
         found |= inputs(fn, params, batches, hessian="hessian" in wanted, prunable=prunable)
     if wanted & OF_GRADIENTS:
-        has_params = isinstance(fn, nn.Module) and "params" in params
-        weights = params["params"] if has_params else params
+        weights = variables_of(params)["params"] if isinstance(fn, nn.Module) else params
         found |= gradients(loss, weights, batches, prunable=prunable, at_once=at_once)
     return found

@@ -1,7 +1,6 @@
 """Character-level tokenizer."""
 
 import dataclasses
-import json
 from collections.abc import Iterable
 
 import numpy as np
@@ -95,28 +94,6 @@ class CharTokenizer:
                 f"{self.vocab_size} symbols; decode with the tokenizer that the model trained with"
             )
         return "".join(self.symbols[i] for i in ids)
-
-    def to_json(self) -> str:
-        """Returns the tokenizer as JSON text, for `from_json`."""
-        return json.dumps({"type": "char", "symbols": self.symbols})
-
-    @classmethod
-    @checked
-    def from_json(cls, text: str) -> "CharTokenizer":
-        """Returns the tokenizer from JSON text written by `to_json`.
-
-        Raises:
-            InputError: If the text is not such JSON.
-        """
-        try:
-            value = json.loads(text)
-            if value["type"] != "char" or not isinstance(value["symbols"], str):
-                raise KeyError("type")
-        except (ValueError, KeyError, TypeError):
-            raise InputError(
-                "the tokenizer file is not JSON of a character tokenizer; write it with to_json()"
-            ) from None
-        return cls(value["symbols"])
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -8,6 +8,7 @@ with the pictures, with blank ones, and with those of other examples.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -102,6 +103,16 @@ def _pictures(split: Split, numbers: np.ndarray, shown: str) -> dict[str, np.nda
     return found
 
 
+def _batches(
+    split: Split, groups: list[np.ndarray], batch: int, shown: str
+) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
+    """Yields each group, its numbers repeated to a whole batch, and the pictures to show."""
+    for group in groups:
+        at = filled(np.arange(len(group)), batch)
+        shown_pictures = _pictures(split, group, shown)
+        yield group, group[at], {name: values[at] for name, values in shown_pictures.items()}
+
+
 def _generated(
     model: Any,
     params: PyTree,
@@ -114,10 +125,8 @@ def _generated(
     ends = {int(tokens[-1]) for tokens in split.tokens}
     longest = max(len(t) - start for t, start in zip(split.tokens, split.starts, strict=True))
     found = {}
-    for group in groups:
-        pictures = _pictures(split, group, shown)
-        at = filled(np.arange(len(group)), batch)
-        prompts = [split.tokens[number][: split.starts[number]] for number in group[at]]
+    for group, rows, pictures in _batches(split, groups, batch, shown):
+        prompts = [split.tokens[number][: split.starts[number]] for number in rows]
         made = generate(
             model,
             params,
@@ -126,7 +135,7 @@ def _generated(
             sampling=GREEDY,
             seed=0,
             eos_id=sorted(ends) if len(ends) == 1 else None,
-            images={name: values[at] for name, values in pictures.items()},
+            images=pictures,
         )
         texts = [tokenizer.decode(np.asarray(tokens, np.int32)) for tokens in made.tokens]
         found |= dict(zip(group.tolist(), texts, strict=False))
@@ -143,11 +152,9 @@ def _forced(
     shown: str,
 ) -> dict[int, str]:
     found = {}
-    for group in groups:
-        at = filled(np.arange(len(group)), batch)
-        whole = split.batch(group[at])
-        pictures = {name: values[at] for name, values in _pictures(split, group, shown).items()}
-        likeliest_BxL = np.asarray(_likeliest(model, params, whole["inputs"] | pictures))
+    for group, rows, pictures in _batches(split, groups, batch, shown):
+        inputs = split.batch(rows)["inputs"] | pictures
+        likeliest_BxL = np.asarray(_likeliest(model, params, inputs))
         for row, number in enumerate(group.tolist()):
             own = likeliest_BxL[row, : len(split.tokens[number]) - 1]
             found[number] = tokenizer.decode(own)

@@ -52,7 +52,7 @@ def function_of(fn: Any, params: PyTree) -> Callable[[PyTree, PyTree], Any]:
         InputError: `fn` is none of these.
     """
     if isinstance(fn, nn.Module):
-        return lambda params, batch: fn.apply(_variables(params), inputs_of(batch))
+        return lambda params, batch: fn.apply(variables_of(params), inputs_of(batch))
     if isinstance(fn, nnx.Module):
         if isinstance(params, nnx.Module):
             return lambda params, batch: params(inputs_of(batch))
@@ -65,7 +65,8 @@ def function_of(fn: Any, params: PyTree) -> Callable[[PyTree, PyTree], Any]:
     return fn
 
 
-def _variables(params: Any) -> Any:
+def variables_of(params: Any) -> Any:
+    """Returns the variables of a Linen module: `params` itself, or {"params": params}."""
     return params if isinstance(params, Mapping) and "params" in params else {"params": params}
 
 

@@ -297,17 +297,3 @@ class Schedule:
     def mean(self) -> float:
         """Mean share over the whole length."""
         return sum(map(self, range(self.length))) / self.length
-
-
-@checked
-def backward_flops(inputs: int, outputs: int, tokens: int, keep: float) -> float:
-    """Returns the floating-point operations of the backward pass of a dense layer.
-
-    Two products of 2 N D k each, and the mean of |dY| over the tokens, 2 N O, unless all is kept.
-
-    >>> backward_flops(64, 64, 100, 0.5) / backward_flops(64, 64, 100, 1.0)
-    0.5078125
-    """
-    kept = channels(keep, outputs)
-    ranked = 0 if kept == outputs else 2 * tokens * outputs
-    return 4.0 * tokens * inputs * kept + ranked

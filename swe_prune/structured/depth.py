@@ -14,6 +14,7 @@ from swe_prune.blockwise import block_graph, nnx_blocks
 from swe_prune.calibration.batching import check_arrays, each, nothing_given, sequences
 from swe_prune.calibration.layer_inputs import applied
 from swe_prune.errors import InputError, check_choice
+from swe_prune.layout.trace import variables_of
 
 DEPTH = ("block_influence", "angular_distance")
 
@@ -92,10 +93,7 @@ def residual_states(
 
     def states(params: PyTree, batch: PyTree) -> list[Array]:
         is_nnx = isinstance(model, nnx.Module)
-        if is_nnx:
-            variables = nnx_blocks.variables_of(model, params)
-        else:
-            variables = params if "params" in params else {"params": params}
+        variables = nnx_blocks.variables_of(model, params) if is_nnx else variables_of(params)
         names = [name for name, _ in tree.named_leaves(variables["params"])]
         paths = block_graph.find(names, blocks)
         run = nnx_blocks.runner(model, paths, None) if is_nnx else None

@@ -232,22 +232,16 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
     constrain = functools.partial(parallel.constrain_rows, mesh=mesh)
     trained = phi3v.build(config.model, vocab_size(config, data), constrain)
     model = phi3v.build(config.without_switches().model, vocab_size(config, data))
-    parallel.check_batch(config.data.eval_batch, "config.data.eval_batch", mesh)
-    for phase in (config.train, config.finetune):
-        name = "config.data.batch" + (" / accumulate" if phase.accumulate > 1 else "")
-        parallel.check_batch(config.data.batch // phase.accumulate, name, mesh)
+    _check_batches(config, mesh)
+    # The shapes of the parameters, and which of them may be pruned.
     inputs = jax.eval_shape(lambda: feeds.example(config))
     params = jax.eval_shape(lambda: state_lib.init_params(model, 0, feeds.example(config)))
     specs, undivided = parallel.partition(params, _rules(config), mesh)
     params = parallel.with_shardings(params, specs, mesh)
-    missing = None
-    if config.parallel.statistics == "host":
-        missing = parallel.host_memory_missing(mesh)
-        if missing is not None:
-            warnings.warn(missing, stacklevel=2)
     prunable = _prunable(config, params)
     layout = trace_layout(model, params, inputs)
     grid.check(config, params, prunable, layout)
+    # The lengths, the optimizers and the compiled steps of both phases.
     epoch = feeds.steps_per_epoch(config, data)
     train_steps = to_steps(config.train.steps, epoch=epoch)
     track_every = to_steps(config.trajectory.every, total=train_steps)
@@ -271,11 +265,9 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
     for cell in grid.cells(config):
         if cell.gradual:
             recovery.check_long_enough(cell.schedule, tunings[cell.recovery].steps)
+    # What each model is measured on.
     validation, training = feeds.fixed(config, data)
     cells = (shard or Shard()).part(grid.cells(config))
-    calibration = []
-    if config.cuts or any(cell.recipe.reads_batches for cell in cells):
-        calibration = _calibration(config, data, mesh)
     return Experiment(
         config=config,
         workdir=workdir.Workdir(storage.parse_path(path)),
@@ -283,7 +275,7 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
         checkpoint=checkpoint,
         model=model,
         mesh=mesh,
-        host_statistics=missing is None and config.parallel.statistics == "host",
+        host_statistics=_host_statistics(config, mesh),
         undivided=undivided,
         abstract_params=params,
         prunable=prunable,
@@ -295,7 +287,7 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
         track_every=track_every,
         validation=[parallel.shard_batch(batch, mesh) for batch in validation],
         training=[parallel.shard_batch(batch, mesh) for batch in training],
-        calibration=calibration,
+        calibration=_calibration(config, cells, data, mesh),
         optimizer=optimizer,
         train_step=step_lib.compile_train_step(
             trained,
@@ -309,8 +301,30 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
     )
 
 
-def _calibration(config: Config, data: feeds.Data, mesh: Mesh) -> list[Any]:
-    """Returns random examples of the training data in batches, sharded; none is evaluated on."""
+def _check_batches(config: Config, mesh: Mesh) -> None:
+    parallel.check_batch(config.data.eval_batch, "config.data.eval_batch", mesh)
+    for phase in (config.train, config.finetune):
+        name = "config.data.batch" + (" / accumulate" if phase.accumulate > 1 else "")
+        parallel.check_batch(config.data.batch // phase.accumulate, name, mesh)
+
+
+def _host_statistics(config: Config, mesh: Mesh) -> bool:
+    """Returns whether statistics live in host memory; warns where they should and cannot."""
+    if config.parallel.statistics != "host":
+        return False
+    missing = parallel.host_memory_missing(mesh)
+    if missing is not None:
+        warnings.warn(missing, stacklevel=3)
+    return missing is None
+
+
+def _calibration(config: Config, cells: list[grid.Cell], data: feeds.Data, mesh: Mesh) -> list[Any]:
+    """Returns random examples of the training data in batches, sharded; none is evaluated on.
+
+    Empty where no cell reads them.
+    """
+    if not config.cuts and not any(cell.recipe.reads_batches for cell in cells):
+        return []
     settings = config.calibration
     for size in {settings.batch, settings.windows} - {0}:
         parallel.check_batch(
