@@ -68,8 +68,9 @@ def elsa(
     >>> optimizer = elsa(optax.sgd(0.1), 0.5, penalty=1.0, every=1)
     >>> state = optimizer.init(start)
     >>> updates, state = optimizer.update({"kernel": jnp.zeros((1, 2))}, state, start)
-    >>> optax.apply_updates(start, updates)["kernel"].round(2).tolist()  # 0.5 is drawn to 0
-    [[0.45, 2.0]]
+    >>> after = optax.apply_updates(start, updates)["kernel"][0]
+    >>> [round(float(weight), 2) for weight in after]  # 0.5 is drawn to 0
+    [0.45, 2.0]
     """
     NOT_NEGATIVE.check(penalty, "penalty")
     COUNT.check(every, "every")
