@@ -137,6 +137,7 @@ def top_k_masks(
         InputError: If k is out of range, or an array contains NaN. Neither is detected while
             tracing, where NaN counts as the smallest value.
     """
+    xs = list(xs)  # of a stacked array its rows
     check_k(k, tree.size(list(xs)))
     check_floats(xs)
     check_ties(ties)

@@ -134,9 +134,9 @@ def test_the_search_tries_each_on_the_parameters_as_they_came(params):
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda p: trawl.cp(jnp.ones((3, 4, 5)), 0), "between 1 and 12"),
+        (lambda p: trawl.cp(jnp.ones((3, 4, 5)), 0), "integer of at least 1"),
         (lambda p: trawl.cp(jnp.ones((3, 4, 5)), 13), "between 1 and 12"),
-        (lambda p: trawl.cp(jnp.ones((3, 4)), 1), "three axes"),
+        (lambda p: trawl.cp(jnp.ones((3, 4)), 1), "of shape .m, p, q."),
         (lambda p: trawl.tucker(jnp.ones((3, 4, 5)), (4, 1, 1)), "axis 0 must be .* 1 and 3"),
         (lambda p: trawl.laser(jnp.ones((3, 4)), 4), "between 1 and 3"),
         (lambda p: trawl.stacked(p, {"block_0/mlp/up": False}), "no matrix"),

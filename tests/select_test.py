@@ -156,7 +156,7 @@ def test_k_that_is_no_integer_is_refused(k):
 
 @pytest.mark.parametrize("x", [jnp.arange(3), jnp.ones(3, bool)])
 def test_scores_that_are_no_floats_are_refused(x):
-    with pytest.raises(InputError, match=f"must be floating-point arrays, got {x.dtype}"):
+    with pytest.raises(InputError, match=f"float.* array.*, got {x.dtype}"):
         select.top_k_mask(x, 1)
 
 
