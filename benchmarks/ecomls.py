@@ -107,7 +107,7 @@ def server(module: Any, params: Any, given: Any, meters: Any) -> Serve:
     def serve(window: np.ndarray) -> Served:
         prompt = window[: given.prompt]
         before = [meter.poll().value for meter in meters]
-        made = generate(module, params, [prompt], given.new, sampling=GREEDY, seed=0)
+        made = generate(module, params, [prompt.tolist()], given.new, sampling=GREEDY, seed=0)
         after = [meter.poll().value for meter in meters]
         # What follows is read off the logits in a server, so its energy does not count.
         return {

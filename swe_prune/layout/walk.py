@@ -90,8 +90,9 @@ class Walk:
                 self.notes.opaque |= {view.leaf: name for view in cell.views}
         if name in PRODUCTS:
             products = note_products(self.notes, eqn, cells)
-            for product in products if self.measure else ():
-                self.add(self.measure(product))
+            if self.measure is not None:
+                for product in products:
+                    self.add(self.measure(product))
         if name in RANKS:
             self.notes.ranked |= {
                 leaf for cell in cells if len(cell.sources) == 1 for leaf in cell.sources
