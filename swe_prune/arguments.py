@@ -33,7 +33,7 @@ RANGES = {
         bounds.SEED: "seed seeds",
         bounds.COUNT: "at_once batch block context count every iterations max_new_tokens n "
         "number patience rank ranks resamples rounds steps window windows",
-        bounds.INDEX: "at begin end leave_out process size to total",
+        bounds.INDEX: "at begin end leave_out process size to",
     }.items()
     for name in names.split()
 }
@@ -233,7 +233,9 @@ def _is_array_of(value: Any, hint: Any) -> bool:
         allowed = {one for one in kinds for text in wanted if one in str(text)}
         if "float" in allowed:
             allowed.add("int")  # whole numbers do where others do
-        if kind not in allowed:
+        # No numbers are of any dtype, but where one alone will do, as that of a random key.
+        empty = not value.size and len(wanted) > 1
+        if kind not in allowed and not empty:
             return False
     axes = hint.dim_str.split()
     if any(axis.startswith("*") or axis == "..." for axis in axes):
@@ -283,7 +285,8 @@ def _words(hint: Any) -> str:
         wanted = str(hint.dtypes)
         kind = next((one for one in ("float", "bool", "key", "int") if one in wanted), "")
         shape = f" of shape ({', '.join(hint.dim_str.split())})" if hint.dim_str.split() else ""
-        return f"{'an integer' if kind == 'int' else 'a ' + kind} array{shape}"
+        named = {"int": "an integer array", "": "an array"}.get(kind, f"a {kind} array")
+        return f"{named}{shape}"
     origin, of = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, of))}"
@@ -302,7 +305,7 @@ def _words(hint: Any) -> str:
         return f"a tuple of {number}{_plural(of[0])}"
     if kind in (list, Sequence, collections.abc.Iterable, collections.abc.Collection):
         return f"a sequence of {_plural(of[0] if of else Any)}"
-    name = kind.__name__.rpartition(".")[2]
+    name = kind.__name__.rpartition(".")[2].replace("PyTree", "pytree")
     return f"a{'n' * (name[0] in 'AEIO')} {name}"
 
 
@@ -310,6 +313,8 @@ _PLURALS = {str: "strings", int: "integers", float: "finite numbers", bool: "boo
 
 
 def _plural(hint: Any) -> str:
+    if _is_union(hint):
+        return " or ".join(dict.fromkeys(_plural(one) for one in typing.get_args(hint)))
     return _PLURALS.get(hint, "values" if hint is Any or isinstance(hint, TypeVar) else
                         f"{_words(hint).removeprefix('a ').removeprefix('an ')}s")  # fmt: skip
 

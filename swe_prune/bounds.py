@@ -53,8 +53,8 @@ class Bound(NamedTuple):
         words = [f"above {0:g}" if self.least == _TINY else f"of at least {self.least:g}"]
         if math.isfinite(self.below):
             words.append(f"below {self.below:g}")
-        elif self.most < (COUNT.most if self.whole else _LARGEST):
-            words.append(f"at most {self.most:g}")
+        elif self.most not in (COUNT.most, _LARGEST):
+            words.append(f"at most {self.most if self.whole else format(self.most, 'g')}")
         return f"{'an integer' if self.whole else 'a finite number'} {' and '.join(words)}"
 
 

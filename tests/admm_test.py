@@ -125,10 +125,13 @@ def test_dead_inputs_go_first_and_everything_stays_finite():
     [
         ({}, "neither a sparsity nor a pattern"),
         ({"sparsity": 1.0}, r"sparsity must be a number in \[0, 1\)"),
-        ({"sparsity": 0.5, "iterations": 0}, "iterations must be 1 or more, got 0"),
-        ({"sparsity": 0.5, "damping": float("nan")}, "damping must be 0 or more, got nan"),
+        ({"sparsity": 0.5, "iterations": 0}, "iterations must be an integer of at least 1, got 0"),
+        ({"sparsity": 0.5, "damping": float("nan")}, "damping must be a finite number, got nan"),
         ({"sparsity": 0.5, "mask": np.ones((24, 10), bool)}, "a mask says itself what goes"),
-        ({"mask": np.ones((24, 10))}, "the mask of 'kernel' is of float64, not bool"),
+        (
+            {"mask": np.ones((24, 10))},
+            r"mask must be a bool array of shape \(R, C\) or None, got float64",
+        ),
         ({"pattern": "3:5"}, "24 inputs, which are not a multiple"),
     ],
 )

@@ -196,11 +196,14 @@ def test_table_scales_what_stays_to_meet_a_total():
     ("call", "sentence"),
     [
         (lambda: allocation.uniform(SHAPES, 1.0), "sparsity must be a number in"),
-        (lambda: allocation.uniform(SHAPES, math.nan), "sparsity must be a number in"),
+        (lambda: allocation.uniform(SHAPES, math.nan), "sparsity must be a finite number"),
         (lambda: allocation.uniform({"a": None}, 0.5), "no tensors were given"),
         (lambda: allocation.uniform({"a": (0, 3)}, 0.5), "no tensors were given"),
         (lambda: allocation.erk({"a": 3.0}, 0.5), "'a' must be an array or a shape, got 3.0"),
-        (lambda: allocation.erk(SHAPES, 0.5, power=math.nan), "power must be in .* got nan"),
+        (
+            lambda: allocation.erk(SHAPES, 0.5, power=math.nan),
+            "power must be a finite number, got nan",
+        ),
         (lambda: allocation.table({"a/": 0.5}, SHAPES), "no rule of the table matches 'b/kernel'"),
         (lambda: allocation.table({".*": 0.5, "a": 0.1}, SHAPES), "rule 'a' matches no tensor"),
         (lambda: allocation.table({"(": 0.5}, SHAPES), "not a regular expression"),
@@ -448,7 +451,7 @@ def test_owl_is_exact_and_monotone(first, second, lam):
         ({"a": jnp.array([1.0, -1.0])}, {}, "group 'a' have negative values"),
         ({"a": None}, {}, "no scores were given"),
         ({"a": jnp.ones(2)}, {"lam": -1}, "lam = -1 is negative"),
-        ({"a": jnp.ones(2)}, {"m": math.inf}, "m = inf is negative or not finite"),
+        ({"a": jnp.ones(2)}, {"m": math.inf}, "m must be a finite number, got inf"),
         ({"a": jnp.ones(2)}, {"groups": {"x": "b"}}, "'a' is not in a group"),
     ],
 )
@@ -503,7 +506,7 @@ def test_water_fill_is_exact_within_its_bounds(groups, sparsity):
     [
         (([1, 1], [10, 10], 0.5, 0.4), "max_sparsity = 0.4 is not between"),
         (([1, 1], [3, 3], 0.5, 0.5), "out of reach: groups that may lose 50.00% each"),
-        (([1, math.nan], [10, 10], 0.5), "importance nan of a group"),
+        (([1, math.nan], [10, 10], 0.5), "scores must be a sequence of finite numbers"),
         (([1, -1], [10, 10], 0.5), "importance -1 of a group"),
         (([1], [10], 1.0), "sparsity must be a number in"),
     ],
@@ -821,7 +824,7 @@ def test_rules_of_weights_share_out_the_tensors_that_have_scores():
         ("owl", 0.5, {"lamda": 0.1}, "allocation 'owl' has no option 'lamda'; its options: lam, m"),
         ("uniform", 0.5, {"lam": 0.1}, "its options: none"),
         ("table", 0.5, {}, "allocation 'table' needs the option 'rules'"),
-        ("uniform", None, {}, "sparsity must be a number .* got None"),
+        ("uniform", None, {}, "sparsity must be a finite number, got None"),
         ("erk", 1.5, {}, "sparsity must be a number .* got 1.5"),
     ],
 )

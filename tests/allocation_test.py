@@ -36,9 +36,10 @@ def test_rate_and_sparsity_of_a_gaussian_are_inverse(sparsity):
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan"), jnp.float32(0.5)])
 def test_sparsity_outside_0_to_1_is_refused(sparsity):
-    with pytest.raises(InputError, match="must be a number in"):
+    said = "must be a number in|must be a finite number"
+    with pytest.raises(InputError, match=said):
         allocation.gaussian_rate(sparsity)
-    with pytest.raises(InputError, match="must be a number in"):
+    with pytest.raises(InputError, match=said):
         allocation.rate_for_sparsity({"w": jnp.ones(3)}, sparsity)
 
 

@@ -141,7 +141,10 @@ def test_repetition_of_plain_cases():
 
 @pytest.mark.parametrize(
     ("tokens", "longest", "sentence"),
-    [([[1, 2]], 4, "must be one-dimensional"), ([1], 0, "1 or more, got 0")],
+    [
+        ([[1, 2]], 4, r"tokens must be a sequence of integers .*got \[\[1, 2\]\]"),
+        ([1], 0, "longest must be an integer of at least 1"),
+    ],
 )
 def test_repetition_refuses_what_is_no_sequence(tokens, longest, sentence):
     with pytest.raises(InputError, match=sentence):

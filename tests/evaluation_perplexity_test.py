@@ -177,7 +177,7 @@ def test_one_window_has_no_standard_error(small):
     [
         ({"tokens": []}, "0 tokens and protocol 'plain' needs 8"),
         ({"tokens": TOKENS[:7]}, "7 tokens and protocol 'plain' needs 8"),
-        ({"tokens": TOKENS.reshape(1, -1)}, r"shape \(1, 61\)"),
+        ({"tokens": TOKENS.reshape(1, -1)}, r"of shape \(N\), got int64\[1, 61\]"),
         ({"tokens": [*TOKENS, VOCABULARY]}, "vocabulary of 11"),
         ({"tokens": [*TOKENS[:8], -1], "protocol": Protocol("p", 9, 9)}, "ids from -1"),
         ({"protocol": Protocol("long", 17, 17)}, "a context of 16; .* window=16 or less"),

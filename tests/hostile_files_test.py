@@ -48,12 +48,12 @@ def bounded(seconds=SECONDS, memory=MEMORY):
         mapped = int(file.read().split()[5]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (mapped + memory, limits[1]))
-    begun = time.perf_counter()
+    begun = time.process_time()  # the machine may have other work
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
-    assert time.perf_counter() - begun < seconds
+    assert time.process_time() - begun < seconds
 
 
 def refused(path, *said, **settings):

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from swe_prune import interop, masks, tree
 from swe_prune.config import ModelConfig
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, RunError
 from swe_prune.interop.hf_config import read_config
 from swe_prune.recipe import Recipe
 
@@ -235,7 +235,7 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr("swe_prune.interop.exporting.write_masks", fail)
     made = model("gpt2")
-    with pytest.raises(type(error)):
+    with pytest.raises(RunError if isinstance(error, OSError) else KeyboardInterrupt):
         interop.export(tmp_path / "out", made, mask=half_mask(made.params), record=RECORD)
     assert list(tmp_path.iterdir()) == []
 

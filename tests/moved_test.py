@@ -122,7 +122,8 @@ def test_the_failure_of_a_phase_is_not_hidden_by_that_of_its_ledger(tmp_path):
     book = ledger.Ledger(tmp_path / "ledger", meters=[])
     with pytest.raises(RunError, match="the first"), small_files(10), book.measure("train"):
         raise RunError("the first")
-    with pytest.raises(OSError, match=str(tmp_path)), small_files(10), book.measure("train"):
+    said = pytest.warns(UserWarning, match="the ledger cannot write")
+    with said, small_files(10), book.measure("train"):
         pass
 
 

@@ -238,14 +238,17 @@ W, H = jnp.ones((6, 2)), jnp.eye(6)
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: sparsegpt(W, jnp.eye(5), 0.5), r"shape \(6, 2\) and a hessian of \(5, 5\)"),
+        (
+            lambda: sparsegpt(W, jnp.eye(5), 0.5),
+            r"shape \(R, R\) with R = 6 as in weight_RxC, got \(5, 5\)",
+        ),
         (lambda: sparsegpt(W, H), "neither a sparsity nor a pattern"),
         (lambda: sparsegpt(W, H, 1.5), "sparsity"),
         (lambda: sparsegpt(W, H, 0.6, "1:2"), "a sparsity of 0.5, not 0.6; make the two agree"),
         (lambda: sparsegpt(W, H, pattern="2:4"), "has 6 inputs, which are not a multiple of m = 4"),
         (lambda: sparsegpt(W, H, pattern="1:3", block=4), "would cut groups of 3 inputs"),
         (lambda: sparsegpt(W, H, 0.5, "block:2x2"), "cannot be pruned by calibration"),
-        (lambda: sparsegpt(W, H, 0.5, block=0), "block = 0"),
+        (lambda: sparsegpt(W, H, 0.5, block=0), "block must be an integer of at least 1, got 0"),
         (lambda: sparsegpt(W * jnp.nan, H, 0.5), "the weight has NaN"),
         (lambda: sparsegpt(W, H * jnp.nan, 0.5), "the hessian has NaN"),
         (lambda: sparsegpt(W, H, 0.5, damping=-1.0), "damping = -1.0"),

@@ -17,7 +17,7 @@ from swe_prune.models import gpt
 from swe_prune.training import lora
 from swe_prune.training import state as state_lib
 from swe_prune.training import step as step_lib
-from swe_prune.training.losses import Distillation
+from swe_prune.training.distillation import Distillation
 from swe_prune.training.state import Frozen
 
 SYMBOLS = 11
@@ -233,7 +233,7 @@ def test_a_bfloat16_base_keeps_its_dtype_and_the_adapters_their_precision():
         ({"targets": ()}, "names no rule"),
         ({"rank": 17}, "smaller side of 'block_0/attention/key/kernel', 16 x 16.* lower it to 16"),
         ({"rank": 12, "targets": "head"}, "smaller side of 'head/kernel', 16 x 11"),
-        ({"rank": 0}, "rank must be 1 or more, got 0"),
+        ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
         ({"alpha": 0.0}, "alpha must be .* got 0.0"),
         ({"alpha": float("nan")}, "alpha must be .* got nan"),
     ],

@@ -810,8 +810,8 @@ def on_schedule(**options):
         (lambda: movement.penalty({"w": None}), "no scores to penalize"),
         (lambda: sparse_training.rewind(W, {"w": jnp.ones(3)}, M), r"has shape \(3,\) in the e"),
         (lambda: sparse_training.rewind(W, {"v": jnp.ones(3)}, M), "differ in structure"),
-        (lambda: sparse_training.rewound_schedule(lambda t: t, to=-1), "to = -1 is no step"),
-        (lambda: sparse_training.rewound_schedule(lambda t: t, 1, at=2.5), "at = 2.5"),  # pyright: ignore
+        (lambda: sparse_training.rewound_schedule(lambda t: t, to=-1), "to must be an integer of"),
+        (lambda: sparse_training.rewound_schedule(lambda t: t, 1, at=2.5), "at must be an integer"),  # pyright: ignore
         (lambda: on_schedule(score="magnitud"), "criterion must be one of .*, got 'magnitud'"),
         (lambda: on_schedule(reduce="l2"), "reduce = 'l2' makes the scores of pruned"),
         (lambda: on_schedule(across="prod"), "across = 'prod'"),

@@ -89,9 +89,9 @@ def test_depth_scores_are_those_of_the_residual_stream():
         ((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1))
         for a, b in itertools.pairwise(x)
     ]
-    influence = depth_scores(states, PARAMS, BATCHES)
+    influence = depth_scores(states, PARAMS, list(BATCHES))
     np.testing.assert_allclose(influence, [np.mean(1 - c) for c in cosine], rtol=1e-4, atol=1e-6)
-    angle = depth_scores(states, PARAMS, BATCHES, "angular_distance")
+    angle = depth_scores(states, PARAMS, list(BATCHES), "angular_distance")
     np.testing.assert_allclose(angle, [np.mean(np.arccos(c) / np.pi) for c in cosine], rtol=1e-3)
     groups = structured.groups(CONFIG, "layers")
     kept = structured.choose(groups, {"layers": influence}, sparsity=0.5)["layers"]
@@ -126,15 +126,18 @@ def test_depth_scores_are_those_of_the_residual_stream():
             r"have shape \(16,\), and it has inputs \(24,\)",
         ),
         (
-            lambda: depth_scores(lambda p, b: [b], PARAMS, BATCHES),
+            lambda: depth_scores(lambda p, b: [b], PARAMS, list(BATCHES)),
             "two or more arrays of one shape",
         ),
         (lambda: depth_scores(lambda p, b: [b, b], PARAMS, []), "calibration set is empty"),
         (
-            lambda: depth_scores(residual_states(MODEL, "blok"), PARAMS, BATCHES),
+            lambda: depth_scores(residual_states(MODEL, "blok"), PARAMS, list(BATCHES)),
             "blocks= names 'blok'",
         ),
-        (lambda: depth_scores(lambda p, b: [b], PARAMS, BATCHES, "cosine"), "kind must be one of"),
+        (
+            lambda: depth_scores(lambda p, b: [b], PARAMS, list(BATCHES), "cosine"),
+            "kind must be one of",
+        ),
     ],
 )
 def test_what_cannot_be_scored_is_said(call, said):

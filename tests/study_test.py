@@ -324,7 +324,7 @@ def test_a_gradual_cell_that_is_killed_ends_as_if_it_had_not_been(done, tmp_path
 
 def test_evaluate_computes_every_recorded_loss_again(done):
     compared = study.evaluate(done, Progress())
-    assert len(compared) == 1 + 16 + 14
+    assert len(compared) == 1 + 17 + 15
     for row in compared:
         assert row["computed"] == pytest.approx(row["recorded"], rel=1e-6), row["model"]
 

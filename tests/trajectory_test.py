@@ -338,7 +338,7 @@ def test_one_measure_may_be_given_as_a_string():
         ({"measures": ()}, "no measure was given"),
         ({"measures": ("late_men",)}, "did you mean 'late_mean'"),
         ({"window_start": 0}, "window_start must be an integer of at least 1"),
-        ({"power": float("nan")}, "of at least -3 and at most 3"),
+        ({"power": float("nan")}, "power must be a finite number, got nan"),
         ({"power": 8}, "of at least -3 and at most 3"),
         ({"prunable": {"up": {"kernel": False, "bias": False}}}, "nothing to track"),
         ({"prunable": {"up": {"kernel": True}}}, "differ in structure"),

@@ -26,7 +26,6 @@ import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune import tree
-from swe_prune.arguments import checked
 from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError
 from swe_prune.evaluation import generation
@@ -38,7 +37,6 @@ NO_END = np.array([-1], np.int32)  # no token, so every text runs to its full le
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
-@checked
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """What one run computes.

@@ -139,16 +139,13 @@ class Ledger:
             if not outer:
                 watch.join()
                 # The phase's own failure is what is said, also where it is that of the disk.
-                failed = entry.status == FAILED
-                with contextlib.suppress(*(OSError, RunError) if failed else ()):
-                    self._write()
+                self._write(quiet=entry.status == FAILED)
 
     def _watch(self, stop: threading.Event) -> None:
         while not stop.wait(self._every):
             with self._lock:
                 self._read()
-            with contextlib.suppress(OSError, RunError):  # the phase's own end says it
-                self._write()
+            self._write(quiet=True)  # the phase's own end says it
 
     def _read(self) -> None:
         """Brings every running entry up to date."""
@@ -162,15 +159,18 @@ class Ledger:
             ]
             entry.joules = sum(spent, ZERO)
 
-    def _write(self) -> None:
+    def _write(self, quiet: bool) -> None:
         if self._file is None:
             return
         with self._lock:
             entries = ", ".join(map(self._text, range(len(self.entries))))
         try:
             storage.write(self._file, f'{{"began": {self._began!r}, "entries": [{entries}]}}')
-        except OSError as error:  # a full disk; what is watched has its own say about it
-            if not self._told:
+        except RunError:  # the folder of the run is gone
+            if not quiet:
+                raise
+        except OSError as error:  # a full disk, which does not stop what is watched
+            if not quiet and not self._told:
                 self._told = True
                 warnings.warn(
                     f"the ledger cannot write {self._file} ({error.strerror or error}); make room, "

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from importlib import resources
 
 from swe_prune.arguments import checked
-from swe_prune.errors import InputError, suggestion
+from swe_prune.errors import InputError, shown, suggestion
 from swe_prune.ledger.book import Entry
 from swe_prune.ledger.interval import Interval, interval
 
@@ -108,7 +108,6 @@ def _grid(grams: float, source: str, year: int) -> Factor:
     return Factor(Interval(low, grams, high), "g CO2e/kWh", source, year)
 
 
-@checked
 @dataclasses.dataclass(frozen=True)
 class Factors:
     """Everything that turns joules and seconds into carbon and water.
@@ -141,6 +140,9 @@ class Factors:
         """Takes plain numbers as intervals without width, and checks the signs."""
         for name in ("grid", "pue", "water_site", "water_grid", "lifetime"):
             object.__setattr__(self, name, interval(getattr(self, name)))
+        for name in ("embodied", "sources"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise InputError(f"{name} must be a mapping, got {shown(getattr(self, name))}")
         embodied = {part: interval(amount) for part, amount in self.embodied.items()}
         object.__setattr__(self, "embodied", embodied)
         amounts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

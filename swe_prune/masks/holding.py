@@ -31,9 +31,7 @@ def apply(params: PyTree, mask: PyTree) -> PyTree:
 
 
 @checked
-def keep(
-    optimizer: optax.GradientTransformation, mask: PyTree
-) -> optax.GradientTransformationExtraArgs:
+def keep(optimizer: Any, mask: PyTree) -> optax.GradientTransformationExtraArgs:
     """Returns an optimizer that keeps pruned weights, and their moments, at exactly 0.
 
     Gradients of pruned weights are zeroed before the inner optimizer sees them. After it, the
