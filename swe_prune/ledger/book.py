@@ -159,7 +159,7 @@ class Ledger:
             ]
             entry.joules = sum(spent, ZERO)
 
-    def _write(self, quiet: bool) -> None:
+    def _write(self, quiet: bool = False) -> None:
         if self._file is None:
             return
         with self._lock:
