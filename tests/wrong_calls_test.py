@@ -347,7 +347,8 @@ def faults_of(call, right):
     [pytest.param(c, marks=[pytest.mark.slow] * (name_of(c) in SLOW)) for c in RIGHT],
     ids=name_of,
 )
-def test_a_wrong_argument_is_a_sentence(case):
+def test_a_wrong_argument_is_a_sentence(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a text is a path to some
     call, right = case
     assert not set(right) - set(inspect.signature(call).parameters)
     faults = faults_of(call, right)
