@@ -373,7 +373,11 @@ def figure(rows: list[Row]) -> Any:
     marks = {"masked": "x", "cut": "s", "restored": "^", "recovered": "o", "scratch": "v"}
     with look.look():
         made, axes = look.panel()
-        axes.plot(1.0, rows[0].perplexity["held out"], "*", color=look.INK, ms=10, label="dense")
+        for row, fill in zip(rows[:2], ("full", "none"), strict=True):
+            height = row.perplexity["held out"]
+            axes.plot(
+                1.0, height, "*", color=look.INK, ms=10, fillstyle=fill, label=row.name, ls="none"
+            )
         for number, (name, mark) in enumerate(marks.items()):
             own = [row for row in rows if row.name == name]
             x = [row.decode[1] for row in own]
@@ -383,6 +387,8 @@ def figure(rows: list[Row]) -> Any:
                 axes.annotate(f"{one.share:.0%}", (at, height), (4, 4), textcoords="offset points",
                               fontsize=7)  # fmt: skip
         axes.set_yscale("log")
+        for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            ticks(lambda value, _: f"{value:,.0f}" if f"{value:.0e}"[0] in "125" else "")
         axes.set_xlabel("decode time, multiple of the dense model's")
         axes.set_ylabel("perplexity of held-out text")
         look.legend(axes)
