@@ -33,7 +33,8 @@ RANGES = {
         bounds.SEED: "seed seeds",
         bounds.COUNT: "at_once batch block context count every iterations max_new_tokens n "
         "number patience rank ranks resamples rounds steps window windows",
-        bounds.INDEX: "at begin end leave_out process size to",
+        bounds.INDEX: "at begin end leave_out process to",
+        bounds.Bound(0, 2**48, whole=True): "size total",  # of weights, which may be billions
     }.items()
     for name in names.split()
 }

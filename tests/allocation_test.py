@@ -113,3 +113,8 @@ def test_threshold_is_the_unbiased_deviation_times_the_rate():
         rtol=1e-5,
     )
     assert allocation.std_threshold(jnp.ones(1), 2.0) == 0
+
+
+def test_models_of_billions_of_weights_are_counted():
+    assert allocation.removed_count(4_146_621_440, 0.5) == 2_073_310_720
+    assert allocation.least_kept(4_146_621_440, 0.95) == 207_331_072
