@@ -79,7 +79,7 @@ def alpha_shares(alphas: list[float], epsilon: float = 0.3) -> list[float]:
     >>> alpha_shares([2.0, 3.0, 6.0], 0.5)
     [0.5, 0.75, 1.5]
     """
-    if not alphas:
+    if not len(alphas):
         raise InputError("alphas must have at least one exponent, got none")
     low, width = min(alphas), max(alphas) - min(alphas)
     if width == 0:

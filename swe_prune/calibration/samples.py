@@ -60,7 +60,7 @@ def samples(
     >>> sorted(found[""].tolist())
     [[3.0, 0.0], [4.0, 0.0]]
     """
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 2:
+    if tokens < 2:
         raise InputError(f"tokens must be 2 or more, which a comparison takes, got {tokens!r}")
     weights, variables, tracing = measuring.separated(fn, params, call)
     wanted = rows_wanted(weights, leaves)
