@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ PRECISION = "JAX_DEFAULT_MATMUL_PRECISION"
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 CACHE_FROM = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 CACHE_BYTES = 1 << 30
+MAPPINGS = 20_000
 CACHE_WARNINGS = tuple(
     f"ignore:Error {verb} persistent compilation cache entry" for verb in ("reading", "writing")
 )
@@ -59,8 +61,6 @@ def pytest_configure(config):
     # A process that may not keep bytecode compiles the whole package again: half a second each.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
-    # Tracing makes many objects and few circles of them; looking for those less often is cheaper.
-    gc.set_threshold(20_000, 20, 20)
     filters = os.environ.get("PYTHONWARNINGS", "")
     if CACHE_WARNINGS[0] not in filters:
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [filters, *CACHE_WARNINGS]))
@@ -101,6 +101,19 @@ def pytest_collection_modifyitems(items):
     """Puts the longest files first, so that no worker is left alone with one at the end."""
     names = {name: number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: names.get(item.path.name, len(FIRST)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Lets go of compiled programs before a process has as many mappings as Linux allows.
+
+    Each program takes several of 65,530 mappings; XLA crashes where it gets no more.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
