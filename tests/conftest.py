@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # These tests compile thousands of small programs and run each of them a few times. Without the
@@ -61,6 +62,9 @@ def pytest_configure(config):
     # A process that may not keep bytecode compiles the whole package again: half a second each.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
+    # How long an example takes says how busy the machine is.
+    hypothesis.settings.register_profile("any machine", deadline=None)
+    hypothesis.settings.load_profile("any machine")
     filters = os.environ.get("PYTHONWARNINGS", "")
     if CACHE_WARNINGS[0] not in filters:
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [filters, *CACHE_WARNINGS]))
