@@ -57,14 +57,14 @@ def pytest_configure(config):
         _make_room(folder)
         os.environ[CACHE] = str(folder / version("jax"))
     os.environ.setdefault(CACHE_FROM, "0")
-    # Entries are not written atomically: a process that reads one while another writes it warns
-    # and compiles. The same filters are in setup.cfg, for pytest itself.
     # A process that may not keep bytecode compiles the whole package again: half a second each.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
     # How long an example takes says how busy the machine is.
     hypothesis.settings.register_profile("any machine", deadline=None)
     hypothesis.settings.load_profile("any machine")
+    # Entries are not written atomically: a process that reads one while another writes it warns
+    # and compiles. The same filters are in setup.cfg, for pytest itself.
     filters = os.environ.get("PYTHONWARNINGS", "")
     if CACHE_WARNINGS[0] not in filters:
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [filters, *CACHE_WARNINGS]))
