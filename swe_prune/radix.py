@@ -7,6 +7,7 @@ one for the ties of each array and two for their places. The masks are the same.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -139,14 +140,8 @@ def _select(
         # The largest digit that at least k elements reach, and how many are beyond it.
         from_G = _from_top(high, low, above_G)
         enough = from_G >= counting.Count(k.high[:, None], k.low[:, None])
-        chosen_G = jnp.maximum(jnp.sum(enough, axis=1), 1) - 1
+        chosen_G, reached_G, above_G = _resolved(from_G, enough, above_G)
         prefix_G = (prefix_G << digit) | chosen_G.astype(prefix_G.dtype)
-        reached_G = _taken(from_G, chosen_G)
-        last = chosen_G + 1 == (1 << digit)
-        beyond_G = _taken(from_G, jnp.minimum(chosen_G + 1, (1 << digit) - 1))
-        above_G = counting.Count(
-            *(jnp.where(last, a, b) for a, b in zip(above_G, beyond_G, strict=True))
-        )
     surplus_G = reached_G.minus(k)
     plain = [key >= prefix_G[group] for key, group in zip(keys, groups, strict=True)]
     masks = jax.lax.cond(
@@ -210,7 +205,7 @@ def _bounds(
     for i, group in enumerate(groups):
         wanted_G = wanted_G.at[group].add(jnp.where(partly[i], gone[i], 0))
     size = PLACE_DIGIT if n_groups == 1 else DIGIT
-    at = max(1, max(_size(shape) - 1 for shape in shards.shapes).bit_length())
+    at = max(1, max(math.prod(shape) - 1 for shape in shards.shapes).bit_length())
     bound_G, above_G = (jnp.zeros(n_groups, jnp.uint32) for _ in range(2))
     while at > 0:
         digit = min(size, at)
@@ -222,11 +217,7 @@ def _bounds(
             found_GxB = found_GxB.at[group].add(_histogram(_shifted(places[i], at), counted, digit))
         found_GxB = jax.lax.psum(found_GxB, shards.mesh.axis_names)
         from_GxB = above_G[:, None] + _suffix(found_GxB)
-        chosen_G = jnp.maximum(jnp.sum(from_GxB >= wanted_G[:, None], axis=1), 1) - 1
-        last = chosen_G + 1 == (1 << digit)
-        beyond = jnp.minimum(chosen_G + 1, (1 << digit) - 1)
-        beyond_G = jnp.take_along_axis(from_GxB, beyond[:, None], axis=1)[:, 0]
-        above_G = jnp.where(last, above_G, beyond_G)
+        chosen_G, _, above_G = _resolved(from_GxB, from_GxB >= wanted_G[:, None], above_G)
         bound_G = (bound_G << digit) | chosen_G.astype(jnp.uint32)
     return bound_G
 
@@ -264,10 +255,6 @@ def _names(entry: Any) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    return functools.reduce(lambda a, b: a * b, shape, 1)
-
-
 def _shifted(key: Array, by: int) -> Array:
     """Returns key >> by, 0 where nothing of it is left."""
     return key >> by if by < jnp.iinfo(key.dtype).bits else jnp.zeros_like(key)
@@ -292,7 +279,24 @@ def _from_top(high_GxB: Array, low_GxB: Array, above_G: counting.Count) -> count
     return counting.Count(high_GxB + (low_GxB >> 16), low_GxB & 0xFFFF)
 
 
-def _taken(counts_GxB: counting.Count, at_G: Array) -> counting.Count:
-    return counting.Count(
-        *(jnp.take_along_axis(limb, at_G[:, None], axis=1)[:, 0] for limb in counts_GxB)
+def _resolved(from_GxB: Any, enough_GxB: Array, above_G: Any) -> tuple[Array, Any, Any]:
+    """Returns the largest digit that enough elements reach, and what reaches it and what is beyond.
+
+    Args:
+        from_GxB: Numbers of elements from each digit on, uint32 or a `Count`.
+        enough_GxB: Whether these are enough, True up to some digit.
+        above_G: Number of elements above all digits.
+    """
+    top = enough_GxB.shape[1] - 1
+    chosen_G = jnp.maximum(jnp.sum(enough_GxB, axis=1), 1) - 1
+
+    def taken(x_GxB: Array, at_G: Array) -> Array:
+        return jnp.take_along_axis(x_GxB, at_G[:, None], axis=1)[:, 0]
+
+    reached_G = jax.tree.map(lambda x: taken(x, chosen_G), from_GxB)
+    beyond_G = jax.tree.map(
+        lambda x, a: jnp.where(chosen_G == top, a, taken(x, jnp.minimum(chosen_G + 1, top))),
+        from_GxB,
+        above_G,
     )
+    return chosen_G, reached_G, beyond_G

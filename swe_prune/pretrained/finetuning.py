@@ -67,8 +67,8 @@ def checked(settings: FinetuneSettings) -> None:
             f"--{next(iter(choice.rules(settings)))} chooses the weights to track or to adapt; "
             "give --track or --lora-rank with it"
         )
-    for name in ("features", "final_distillation"):
-        if getattr(settings, name) and settings.teacher is None:
+    for name, unused in (("features", 0.0), ("final_distillation", None)):
+        if getattr(settings, name) != unused and settings.teacher is None:
             raise InputError(
                 f"--{name.replace('_', '-')} compares with a teacher; give --teacher=PATH with it"
             )
