@@ -122,7 +122,7 @@ def _sums(name: str, product: Product, reduce: Reduce) -> Sums:
     parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
     ordered = [_ordered(part.astype(jnp.float32), inputs, len(copies)) for part in parts]
     sums = [reduce(x_KxNxR, product) for x_KxNxR in ordered]
-    found = jax.tree.map(lambda *each: sum(each), *sums)
+    found = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), sums)
     # Copies that all get these activations have the same sums.
     shared = [
         piece
