@@ -223,7 +223,7 @@ def make_accumulate_step(measure: Callable[[Any, Any], Any]) -> Callable[..., An
     return jax.jit(add, donate_argnums=1)
 
 
-def _not_finite(sums: Mapping[str, Mapping[str, Array]]) -> Bool[Array, "names"]:
+def _not_finite(sums: Mapping[str, Mapping[str, Array]]) -> Bool[Array, " names"]:
     """Returns whose sums have NaN or inf, in the order of the names.
 
     A check of each weight by itself would be a third of the program. Outer products are finite
