@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import tiny
 
@@ -84,6 +85,14 @@ def test_the_report_says_when_it_has_paid_and_draws_it(finished):
     for part in ("against the dense model:", "A mask of the same weights: never", "per request",
                  "Tokens to break even", "What a cut costs and saves"):  # fmt: skip
         assert part in page
+    # A cut model has trained longer than the dense one; the control has, too.
+    control = json.loads((finished / "seed_0" / "control" / "result.json").read_text())
+    recovered = np.mean(read(finished, "result.json")["losses"]["recovered"])
+    more = recovered - control["control_loss"]
+    said = f"the dense model's loss is {control['control_loss']:.4f} nats per token, and the cut"
+    assert f"{said} one's {abs(more):.4f} {'above' if more > 0 else 'below'} it" in page.replace(
+        "’", "'"
+    )
     (figure,) = (finished / "report").glob("energy_*.png")
     assert figure.stat().st_size > 5000
 

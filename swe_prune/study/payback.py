@@ -10,7 +10,7 @@ from etils import epath
 from swe_prune import ledger, recipe
 from swe_prune.config import Config, CutConfig
 from swe_prune.ledger import BreakEven, Entry, Interval
-from swe_prune.study.workdir import read_json
+from swe_prune.study.workdir import Workdir, read_json
 
 PHASES = {"cut": "score, cut and restore", "recover": "recover"}
 """Phases of the ledger that a cut costs, and what they do."""
@@ -25,7 +25,8 @@ class Payback:
         seed: Seed of its dense model.
         spent: Joules by what they were spent on; failed and killed attempts count.
         tracking: Energy of tracking as a share of the training's, None if not measured.
-        loss: Loss of each model, nats per token.
+        loss: Loss of each model, nats per token; "control" is the dense one after as many more
+            steps as the cut one has had.
         dense: Break-even against the dense model.
         smaller: Break-even against a smaller dense model of the cut one's loss, None: no shape
             trained from random weights reached that loss.
@@ -55,6 +56,7 @@ class Payback:
         request = self.dense.per(load["prompt"] + load["new"])
         found = [
             f"Cut {self.name} of seed {self.seed}, against the dense model: {self.dense.verdict}.",
+            *self._against_control(),
             f"{small[0].upper()}{small[1:]}.",
             "A mask of the same weights: never, since its arrays are as large as the dense "
             "model's.",
@@ -70,6 +72,16 @@ class Payback:
             found.append(f"Tracking took {text(share)} % of the training's energy.")
         return found
 
+    def _against_control(self) -> list[str]:
+        """A loss that is better only because the cut model has trained on says nothing of a cut."""
+        if "control" not in self.loss:
+            return []
+        more = self.loss["recovered"] - self.loss["control"]
+        return [
+            f"After as many more steps the dense model's loss is {self.loss['control']:.4f} nats "
+            f"per token, and the cut one's {abs(more):.4f} {'above' if more > 0 else 'below'} it."
+        ]
+
 
 def paybacks(workdir: epath.Path, config: Config, entries: Sequence[Entry]) -> list[Payback]:
     """Returns what every cut that is measured has cost and saves, in the order of the config.
@@ -83,6 +95,9 @@ def paybacks(workdir: epath.Path, config: Config, entries: Sequence[Entry]) -> l
             folder = workdir / f"seed_{seed}" / "cuts" / cut.name
             if (folder / "result.json").exists() and (folder / "serving.json").exists():
                 result, served = (read_json(folder / f"{n}.json") for n in ("result", "serving"))
+                control = Workdir(workdir).control(seed) / "result.json"
+                if control.exists():
+                    result["losses"]["control"] = [read_json(control)["control_loss"]]
                 found.append(_payback(config, cut, seed, result, served, entries))
     return found
 
