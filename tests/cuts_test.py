@@ -91,7 +91,7 @@ def test_the_report_says_when_it_has_paid_and_draws_it(finished):
     more = recovered - control["control_loss"]
     said = f"the dense model's loss is {control['control_loss']:.4f} nats per token, and the cut"
     assert f"{said} one's {abs(more):.4f} {'above' if more > 0 else 'below'} it" in page.replace(
-        "’", "'"
+        "\u2019", "'"
     )
     (figure,) = (finished / "report").glob("energy_*.png")
     assert figure.stat().st_size > 5000
