@@ -20,7 +20,8 @@ from typing import Any
 from etils import epath
 
 from swe_prune.arguments import checked
-from swe_prune.errors import InputError, RunError
+from swe_prune.bounds import NOT_NEGATIVE
+from swe_prune.errors import InputError, RunError, check_choice
 from swe_prune.ledger.interval import Interval
 from swe_prune.ledger.meters import ZERO, Meter, of_this_machine, processor_seconds
 from swe_prune.runtime import storage
@@ -34,6 +35,7 @@ TOGETHER = 60.0
 DONE, FAILED, OPEN, KILLED = "done", "failed", "open", "killed"
 
 
+@checked
 @dataclasses.dataclass
 class Entry:
     """What one phase took in one attempt.
@@ -165,7 +167,10 @@ class Ledger:
         with self._lock:
             entries = ", ".join(map(self._text, range(len(self.entries))))
         try:
-            storage.write(self._file, f'{{"began": {self._began!r}, "entries": [{entries}]}}')
+            text = f'{{"began": {self._began!r}, "entries": [{entries}]'
+            storage.write(
+                self._file, f'{text}, "{storage.CHECKSUM}": {storage.checksum(text + "}")}}}'
+            )
         except RunError:  # the folder of the run is gone
             if not quiet:
                 raise
@@ -227,14 +232,17 @@ def read(folder: epath.PathLike) -> list[Entry]:
 
 def _parsed(path: epath.Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-        for entry in content["entries"]:
-            entry["joules"] = Interval(**entry["joules"])
-            entry["attempt"] = 1
-        return {
-            "began": float(content["began"]),
-            "entries": [Entry(**entry) for entry in content["entries"]],
-        }
+        content = storage.read_json(path)
+        NOT_NEGATIVE.check(content["began"], "began")
+        entries = []
+        for one in content["entries"]:
+            entries.append(Entry(**one | {"joules": Interval(**one["joules"]), "attempt": 1}))
+            check_choice(entries[-1].status, (DONE, FAILED, OPEN, KILLED), "status")
+            for name in ("seconds", "processor_seconds", "tokens"):
+                NOT_NEGATIVE.check(one.get(name, 0), name)
+            for part, count in entries[-1].parts.items():
+                NOT_NEGATIVE.check(count, part)
+        return {"began": float(content["began"]), "entries": entries}
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise InputError(
             f"{path} is damaged ({error}); move it away, and what its attempt took is not counted"

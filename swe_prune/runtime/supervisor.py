@@ -5,6 +5,7 @@ others, so no Python code can report it. The work therefore runs in a child. The
 JAX; it forwards the child's output and prints the message that the child could not.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -104,9 +105,10 @@ def _absent(workdir: epath.Path, sign: epath.Path | None, process: str | None, j
     since = time.time() - 2 * join
     came = {}
     for file in _signs(workdir).glob("*"):
-        left = json.loads(file.read_text())
-        if left["time"] > since:
-            came[file.name] = left["host"]
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # damaged is absent
+            left = storage.read_json(file)
+            if left["time"] > since:
+                came[file.name] = left["host"]
     if sign is not None:
         came[sign.name] = socket.gethostname()
     here = ", ".join(f"{name} on {host}" for name, host in sorted(came.items()))
