@@ -190,9 +190,6 @@ def _check_complete(path: Path, files: Sequence[Path]) -> None:
             groups.setdefault((match["stem"], match["count"]), set()).add(int(match["number"]))
     for (stem, count), numbers in groups.items():
         if len(numbers) < int(count) and path.is_dir():
-            first = min(numbers) if min(numbers) < 2 else 0
-            missing = next(n for n in range(first, first + int(count)) if n not in numbers)
             raise InputError(
-                f"{path} has {len(numbers)} of the {int(count)} files of {stem!r} and lacks number "
-                f"{missing}; get that file"
+                f"{path} has {len(numbers)} of the {int(count)} files of {stem!r}; get the others"
             )

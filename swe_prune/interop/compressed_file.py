@@ -165,7 +165,8 @@ def decompressed(
 
 
 def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return zlib.crc32(flat.view(np.uint8).data, zlib.crc32(flat.dtype.name.encode()))
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

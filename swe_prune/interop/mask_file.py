@@ -89,9 +89,7 @@ def read_masks(path: str | Path) -> dict[str, Any]:
 
 def _checksum(packed: Mapping[str, np.ndarray]) -> int:
     """Returns the CRC-32 of masks in the order of their names."""
-    return functools.reduce(
-        lambda so_far, name: zlib.crc32(packed[name], so_far), sorted(packed), 0
-    )
+    return functools.reduce(lambda crc, name: zlib.crc32(packed[name], crc), sorted(packed), 0)
 
 
 def _bits(packed: np.ndarray, shape: list[int]) -> Any:

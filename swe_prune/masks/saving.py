@@ -104,7 +104,7 @@ def save(
                         "checkpoint library"
                     )
                 arrays[f"{part}/{name}"] = leaf
-    about["checksum"] = _checksum(arrays)
+    about["checksum"] = _checksum(arrays, about)
     _write(Path(path), arrays, {"format": FORMAT, "about": json.dumps(about)})
 
 
@@ -268,14 +268,16 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 raise ValueError("a bool is neither 0 nor 1")
             arrays[name] = np.frombuffer(raw, dtype).reshape(one["shape"])
     about = json.loads(metadata["about"], object_pairs_hook=each_once)
-    if about.get("checksum", (found := _checksum(arrays))) != found:
-        raise ValueError("a tensor was changed after it was written")
+    wanted = about.pop("checksum", None)  # of an early version, none
+    if wanted is not None and wanted != _checksum(arrays, about):
+        raise ValueError("it was changed after it was written")
     return {name: jnp.asarray(array) for name, array in arrays.items()}, about
 
 
-def _checksum(arrays: Mapping[str, Any]) -> int:
-    """Returns the CRC-32 of arrays in the order of their names."""
-    found = 0
+def _checksum(arrays: Mapping[str, Any], about: Mapping[str, Any]) -> int:
+    """Returns the CRC-32 of what is said of arrays, and of each, in the order of their names."""
+    found = zlib.crc32(json.dumps(about).encode())
     for name in sorted(arrays):
-        found = zlib.crc32(np.ascontiguousarray(np.asarray(arrays[name])).tobytes(), found)
+        array = np.ascontiguousarray(np.asarray(arrays[name]))
+        found = zlib.crc32(array.dtype.name.encode(), zlib.crc32(array.tobytes(), found))
     return found

@@ -7,6 +7,7 @@ before the end. A file that is there but cannot be understood is an `InputError`
 import csv
 import dataclasses
 import math
+import os
 import re
 import sys
 import types
@@ -73,7 +74,7 @@ def load(workdir: epath.PathLike) -> Results:
             ("dense/trajectory.jsonl", trajectories, _read_trajectory),
             ("dense/result.json", dense, _read_dense),
         ):
-            if (folder / name).exists():
+            if _there(folder / name):
                 into[seed] = reader(folder / name)
         for path in sorted(folder.glob("control*/result.json")):
             recovery = path.parent.name.removeprefix("control").removeprefix("-")
@@ -231,9 +232,10 @@ def _read_control(path: epath.Path) -> float:
 def _read_dense(path: epath.Path) -> dict[str, Any]:
     found = _read_object(path)
     for name, value in found.items():
-        if name.endswith("_loss") or name in _SIZES:
-            if not _fits(value, float) or (name in _SIZES and value < 0):
-                raise _malformed(path, f"{name!r} is {shown(value)}, not a number that it can be")
+        least = 0 if name in _SIZES else -math.inf
+        of_numbers = name in _SIZES or name.endswith("_loss")
+        if of_numbers and not (_fits(value, float) and value >= least):
+            raise _malformed(path, f"{name!r} is {shown(value)}, not a number that it can be")
     _check_forms(path, found, "dense")
     return found
 
@@ -262,8 +264,13 @@ def _fits(value: Any, form: Any) -> bool:
 
 def _with_control(row: Row, controls: Mapping[tuple[int, str], float]) -> Row:
     # A cell may finish before its seed's control does: the control's own file is then the newer.
-    loss = controls.get((row.seed, row.recovery))
-    return row if row.control_loss is not None else dataclasses.replace(row, control_loss=loss)
+    loss = controls.get((row.seed, row.recovery), row.control_loss)
+    return dataclasses.replace(row, control_loss=loss)
+
+
+def _there(path: epath.Path) -> bool:
+    """Returns whether something has this name, be it a link that leads nowhere."""
+    return path.exists() or (not storage.in_bucket(path) and os.path.islink(path))
 
 
 def _malformed(path: epath.Path, reason: str) -> InputError:
@@ -298,7 +305,7 @@ def _read_lines(path: epath.Path) -> Iterable[dict[str, Any]]:
 
 
 def _read_config(path: epath.Path) -> tuple[dict[str, Any] | None, str | None]:
-    if not path.exists():
+    if not _there(path):
         return None, None
     value = _read_object(path)
     if not isinstance(value.get("config"), dict):

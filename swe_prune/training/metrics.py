@@ -86,16 +86,16 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    found, number = [], 0
+    found: list[dict[str, Any]] = []
     try:
-        for number, line in enumerate(storage.read_text(path).split("\n")[:-1], start=1):
+        for line in storage.read_text(path).split("\n")[:-1]:
             found.append(storage.parse_json(line))
             if type(found[-1].get("step")) is not int:
-                raise ValueError("it has no step")
+                raise ValueError("without a step")
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path} is damaged (line {number}: {first_line(error)}); remove it and run the same "
-            "command again, which goes on without the lines of earlier steps"
+            f"{path} is damaged (after line {len(found)}: {first_line(error)}); remove it and run "
+            "the same command again, which goes on without the lines of earlier steps"
         ) from None
     return found
 
