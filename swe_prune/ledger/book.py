@@ -21,7 +21,7 @@ from etils import epath
 
 from swe_prune.arguments import checked
 from swe_prune.bounds import NOT_NEGATIVE
-from swe_prune.errors import InputError, RunError, check_choice
+from swe_prune.errors import InputError, RunError, check_choice, why_unwritten
 from swe_prune.ledger.interval import Interval
 from swe_prune.ledger.meters import ZERO, Meter, of_this_machine, processor_seconds
 from swe_prune.runtime import storage
@@ -106,7 +106,9 @@ class Ledger:
         self._running: list[tuple[Entry, float, float, list[Interval]]] = []
         self._written: dict[int, str] = {}  # JSON of the entries that have ended, by their number
         self._lock = threading.RLock()
-        self._file, self._began, self._told = None, time.time(), False
+        self._file, self._began = None, time.time()
+        self._unwritten: str | None = None
+        self._told = False
         if folder is not None:
             name = f"{self._began:.6f}-{platform.node()}-{os.getpid()}.json"
             self._file = storage.parse_path(folder, "ledger") / name
@@ -140,8 +142,9 @@ class Ledger:
                 self._running.pop()
             if not outer:
                 watch.join()
-                # The phase's own failure is what is said, also where it is that of the disk.
                 self._write(quiet=entry.status == FAILED)
+                if _CURRENT.get() is not self:
+                    self.warn()
 
     def _watch(self, stop: threading.Event) -> None:
         while not stop.wait(self._every):
@@ -175,13 +178,20 @@ class Ledger:
             if not quiet:
                 raise
         except OSError as error:  # a full disk, which does not stop what is watched
-            if not quiet and not self._told:
-                self._told = True
-                warnings.warn(
-                    f"the ledger cannot write {self._file} ({error.strerror or error}); make room, "
-                    "or what this attempt takes is not counted",
-                    stacklevel=2,
-                )
+            if not quiet:
+                self._unwritten = why_unwritten(error)
+        else:
+            self._unwritten = None
+
+    def warn(self) -> None:
+        """Warns once if the ledger could not be written to the end."""
+        if self._unwritten and not self._told:
+            self._told = True
+            warnings.warn(
+                f"the ledger cannot write {self._file} ({self._unwritten}); make room, or what "
+                "this attempt takes is not counted",
+                stacklevel=3,
+            )
 
     def _text(self, number: int) -> str:
         # A study has thousands of entries; only those that run are made into text again.
@@ -267,11 +277,14 @@ _CURRENT: contextvars.ContextVar[Ledger | None] = contextvars.ContextVar("ledger
 @contextlib.contextmanager
 def opened(book: Ledger) -> Iterator[Ledger]:
     """Makes a ledger the one that `measure` writes to."""
+    within = _CURRENT.get() is book
     token = _CURRENT.set(book)
     try:
         yield book
     finally:
         _CURRENT.reset(token)
+    if not within:  # where something has failed, that is what is said
+        book.warn()
 
 
 @checked

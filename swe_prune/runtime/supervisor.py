@@ -19,6 +19,7 @@ from typing import IO
 
 from etils import epath
 
+from swe_prune.early_signals import ignored
 from swe_prune.errors import visible
 from swe_prune.runtime import storage
 
@@ -49,8 +50,9 @@ def supervise(
     env = os.environ | {SUPERVISED: str(os.getpid()), "GLOG_minloglevel": "3"}
     # Forward signals to the child, and its messages to standard error.
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as child:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, _: child.send_signal(number))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if not ignored(number):
+                signal.signal(number, lambda number, _: child.send_signal(number))
         assert child.stderr is not None
         fatal = _pass_on(child.stderr)
         code = child.wait()
