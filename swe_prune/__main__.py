@@ -1,5 +1,6 @@
 """`python -m swe_prune`, and the command `swe-prune`."""
 
+import os
 import sys
 
 from swe_prune.early_signals import STOPPED, exit_on_signals, interrupt_once
@@ -16,6 +17,10 @@ def main() -> int:
     except KeyboardInterrupt:
         exit_on_signals(code := 130)
         print(f"swe_prune: {STOPPED}", file=sys.stderr)
+    if code == 130:
+        # Where it came through an exec() of a text, Python would end by the signal all the same.
+        sys.stdout.flush()
+        os._exit(code)
     return code
 
 

@@ -4,7 +4,6 @@
 it runs anything. A process that only uses the library keeps its handlers.
 """
 
-import _thread
 import atexit
 import contextlib
 import os
@@ -12,6 +11,8 @@ import signal
 import stat
 import sys
 import termios
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +79,35 @@ def interrupt_once() -> None:
         exit_on_signals()
         signal.default_int_handler(number, frame)
 
-    def unraisable(found: Any) -> None:
-        if found.exc_type is KeyboardInterrupt:  # in a finalizer, where it would be lost
-            interrupt_once()
-            _thread.interrupt_main()
-        else:
-            before(found)
-
     if PROGRAM:
         signal.signal(signal.SIGINT, interrupt)
-        before, sys.unraisablehook = sys.unraisablehook, unraisable
+        again_if_lost(KeyboardInterrupt, signal.SIGINT, interrupt_once)
+
+
+def again_if_lost(kind: type[BaseException], number: int, prepare: Callable[[], None]) -> None:
+    """Sends a signal again whose exception was raised in a finalizer, where Python drops it.
+
+    Args:
+        kind: Type of the exception.
+        number: Signal that raises it.
+        prepare: Function to call before, so that the signal raises once more.
+    """
+    before = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if found.exc_type is not kind:
+            before(found)
+            return
+        prepare()
+        # Later, since here it would be dropped again.
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+
+    if kind not in _AGAIN:
+        _AGAIN.add(kind)
+        sys.unraisablehook = hook
+
+
+_AGAIN: set[type[BaseException]] = set()
 
 
 def _ignore_signals() -> None:

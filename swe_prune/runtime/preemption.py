@@ -12,7 +12,7 @@ from typing import Any
 from jax.experimental import multihost_utils
 
 from swe_prune import early_signals
-from swe_prune.early_signals import HUNG_UP, ignored, leave_terminal
+from swe_prune.early_signals import HUNG_UP, again_if_lost, ignored, leave_terminal
 from swe_prune.early_signals import PREEMPTED as MESSAGE
 from swe_prune.errors import Preempted
 from swe_prune.runtime import processes
@@ -67,6 +67,9 @@ class PreemptionHandler:
             self._raised = True
             raise Preempted(self.why)
 
+    def _raise_again(self) -> None:
+        self._raised = False
+
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Installs the signal handler while the context is open; does so only in the main thread.
@@ -94,6 +97,8 @@ class PreemptionHandler:
         numbers = [signal.SIGHUP] if not ignored(signal.SIGHUP) else []
         numbers += [signal.SIGTERM] if processes.count() == 1 else []
         before = {number: signal.signal(number, note) for number in numbers}
+        if early_signals.PROGRAM:
+            again_if_lost(Preempted, signal.SIGTERM, self._raise_again)
         try:
             yield
         finally:
