@@ -94,10 +94,8 @@ COMMANDS = {
 @pytest.mark.parametrize(
     ("name", "limit", "more"),
     [
-        ("prune", "size=64k", []),
-        ("prune", "nr_inodes=5", ["--compress"]),
-        ("cut", "size=64k", []),
-        ("finetune", "nr_inodes=2", []),
+        ("prune", "size=64k", ["--compress"]),
+        ("cut", "nr_inodes=5", []),
         ("finetune", "size=64k", []),
     ],
 )

@@ -234,7 +234,7 @@ def _folder(
     family, config, vocab_size = _config(hf, compute_dtype, str(path / "config.json"))
     if config.vision is not None and (path / PREPROCESSOR).exists():
         check_inside(path, (PREPROCESSOR,))
-        crops = read_crops(read_json(path / PREPROCESSOR))
+        crops = read_crops(read_json(path / PREPROCESSOR), path / PREPROCESSOR)
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, crops=crops))
     table = SAFETENSORS[family]
     stored = read_folder(path)

@@ -107,14 +107,18 @@ def write_vision(vision: VisionConfig) -> dict[str, Any]:
     return written
 
 
-def read_crops(preprocessor: Mapping[str, Any]) -> int:
+def read_crops(preprocessor: Mapping[str, Any], path: object = PREPROCESSOR) -> int:
     """Returns how many crops an image may have by a preprocessor_config.json.
+
+    Args:
+        preprocessor: Content of the file.
+        path: Path of the file, for the sentence.
 
     Raises:
         InputError: If the number is none.
     """
     crops = preprocessor.get("num_crops", VisionConfig.crops)
-    COUNT.check(crops, f"num_crops in {PREPROCESSOR}")
+    COUNT.check(crops, f"num_crops in {path}")
     return crops
 
 

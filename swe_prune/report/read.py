@@ -236,6 +236,8 @@ def _read_dense(path: epath.Path) -> dict[str, Any]:
         of_numbers = name in _SIZES or name.endswith("_loss")
         if of_numbers and not (_fits(value, float) and value >= least):
             raise _malformed(path, f"{name!r} is {shown(value)}, not a number that it can be")
+    if "dense_loss" not in found:
+        raise _malformed(path, "it has no 'dense_loss'")
     _check_forms(path, found, "dense")
     return found
 
