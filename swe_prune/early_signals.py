@@ -4,6 +4,7 @@
 it runs anything. A process that only uses the library keeps its handlers.
 """
 
+import _thread
 import atexit
 import contextlib
 import os
@@ -11,7 +12,7 @@ import signal
 import stat
 import sys
 import termios
-import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,14 +75,19 @@ def leave_terminal() -> None:
 
 def interrupt_once() -> None:
     """Makes the first Ctrl-C raise KeyboardInterrupt, and a further one end the process at once."""
+    fresh = [True]
 
     def interrupt(number: int, frame: Any) -> None:
-        exit_on_signals()
-        signal.default_int_handler(number, frame)
+        exit_on_signals(None)
+        if fresh:
+            fresh.clear()
+            signal.signal(signal.SIGINT, interrupt)
+            signal.default_int_handler(number, frame)
+        signal.raise_signal(number)
 
     if PROGRAM:
         signal.signal(signal.SIGINT, interrupt)
-        again_if_lost(KeyboardInterrupt, signal.SIGINT, interrupt_once)
+        again_if_lost(KeyboardInterrupt, signal.SIGINT, lambda: fresh.append(True))
 
 
 def again_if_lost(kind: type[BaseException], number: int, prepare: Callable[[], None]) -> None:
@@ -98,9 +104,12 @@ def again_if_lost(kind: type[BaseException], number: int, prepare: Callable[[], 
         if found.exc_type is not kind:
             before(found)
             return
+        _thread.start_new_thread(again, ())
+
+    def again() -> None:
+        time.sleep(0.01)  # until the finalizer is over, in which it would be dropped again
         prepare()
-        # Later, since here it would be dropped again.
-        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+        os.kill(os.getpid(), number)
 
     if kind not in _AGAIN:
         _AGAIN.add(kind)
