@@ -276,7 +276,10 @@ def _there(path: epath.Path) -> bool:
 
 
 def _malformed(path: epath.Path, reason: str) -> InputError:
-    return InputError(f"{str(path)!r} cannot be read: {reason}; repair or remove it")
+    advice = "repair or remove it"
+    if path.parent.parent.name == "cells":  # whose row would have no file
+        advice = "remove it and run the experiment's command again, which makes it again"
+    return InputError(f"{str(path)!r} cannot be read: {reason}; {advice}")
 
 
 def _text(path: epath.Path) -> str:
