@@ -80,10 +80,6 @@ FOLLOWED = {
         "cut", ["--units=layers", "--criterion=block_influence", "--sparsity=0.5", "--restore"],
         "leave it out", ["--units=layers", "--criterion=block_influence", "--sparsity=0.5"],
     ),
-    "a teacher": (
-        "finetune", ["--steps=1", "--features=0.5"], "give --teacher=PATH with it",
-        ["--steps=1", "--features=0.5", "--teacher=MODEL"],
-    ),
     "snapshots": (
         "finetune", ["--steps=1", "--track"], "lower it",
         ["--steps=1", "--track", "--track-every=1"],
@@ -122,28 +118,23 @@ def test_what_is_said_of_folders_works(place, tmp_path, fails, capsys):
     shutil.rmtree(out)
     works(prune)
 
-    # A fine-tuning that others began, and masks of another model.
+    # A fine-tuning that was begun with other settings.
     tune = [*of_model(place, "finetune", model=plain), f"--out={tmp_path / 'tuned'}"]
     diverging = ["--learning-rate=3e38", "--weight-decay=1e38", "--warmup=0"]
     fails([*tune, "--steps=2", *diverging], "training diverged; remove", "tuned.work")
     fails([*tune, "--steps=1"], "go back to those, or remove it")
     shutil.rmtree(tmp_path / "tuned.work")
-    shutil.copy(out / "masks.safetensors", place.model)
-    shutil.copy(out / "pruning.json", place.model)
-    try:
-        tune = of_model(place, "finetune", "--steps=1")
-        fails([*tune, f"--out={tmp_path / 'a'}"], "give --masks=ignore", "or --masks=apply")
-        works([*tune, f"--out={tmp_path / 'a'}", "--masks=ignore"])
-        works([*tune, f"--out={tmp_path / 'b'}", "--masks=apply"])
-        (place.model / "masks.safetensors").write_bytes(b"")
-        fails([*tune, f"--out={tmp_path / 'c'}"], "masks.safetensors")
-    finally:
-        (place.model / "masks.safetensors").unlink()
-        (place.model / "pruning.json").unlink()
+    works([*tune, "--steps=1"])
+
+
+def _stop_before_its_end(dense):
+    """Makes a finished phase one that was killed after its checkpoint of step 4."""
+    shutil.rmtree(dense / "checkpoints/8")
+    (dense / "checkpoints/8.checksums").unlink()
+    (dense / "result.json").unlink()
 
 
 def test_what_is_said_of_a_run_works(tmp_path, plays_dir, fails):
-    pytest.importorskip("matplotlib")
     small = tiny.config(plays_dir)
     train = dataclasses.replace(small.train, steps=8)
     study = dataclasses.replace(
@@ -156,6 +147,13 @@ def test_what_is_said_of_a_run_works(tmp_path, plays_dir, fails):
     fails(["report", work], "run the experiment first")
     fails(["prune", work, config], "run the command 'train' first")
     works(["train", work, config])
+    _stop_before_its_end(tmp_path / "work/seed_0/dense")
+    log = tmp_path / "work/seed_0/dense/metrics.jsonl"
+    log.write_text("\n".join(["{", *log.read_text().splitlines()[1:], ""]))
+    fails(["train", work], "metrics.jsonl is damaged", "remove it and run the same command again")
+    log.unlink()
+    works(["train", work])
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == 8
     fails(["finetune", work], "run the command 'prune' first")
     works(["prune", work])
     works(["finetune", work])
@@ -175,27 +173,10 @@ def test_what_is_said_of_a_run_works(tmp_path, plays_dir, fails):
         path.write_text("damaged")
         fails(["report", work], path.name, said)
         does(path)
-        works(["run", work]) if "command again" in said else read.load(folder)
+        for command in ("prune", "finetune") if "command again" in said else ():
+            works([command, work])
+        read.load(folder)
     kept = [line.rsplit(",", 1)[0] for line in results.splitlines()]  # but for the seconds
     assert [one.rsplit(",", 1)[0] for one in (folder / "results.csv").read_text().splitlines()] == (
         kept
     )
-
-
-def test_a_damaged_log_of_a_run_that_goes_on(tmp_path, plays_dir, fails):
-    small = tiny.config(plays_dir)
-    train = dataclasses.replace(small.train, steps=8)
-    config = f"--config={tiny.config_file(tmp_path, dataclasses.replace(small, train=train))}"
-    work = tmp_path / "work"
-    works(["train", f"--workdir={work}", config])
-    dense = work / "seed_0/dense"
-    shutil.rmtree(dense / "checkpoints/8")
-    (dense / "checkpoints/8.checksums").unlink()
-    (dense / "result.json").unlink()
-    log = dense / "metrics.jsonl"
-    lines = log.read_text().splitlines()
-    log.write_text("\n".join(["{", *lines[1:], ""]))
-    fails(["train", f"--workdir={work}"], "metrics.jsonl is damaged", "remove it and run the same")
-    log.unlink()
-    works(["train", f"--workdir={work}"])
-    assert json.loads(log.read_text().splitlines()[-1])["step"] == 8
