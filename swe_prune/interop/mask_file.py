@@ -73,10 +73,10 @@ def read_masks(path: str | Path) -> dict[str, Any]:
         if metadata.get("format") != FORMAT:
             raise InputError(f"{path} is not a {FORMAT} mask file; give an exported {FILE}")
         for name, shape in parse_json(metadata["shapes"], path).items():
-            packed = None if shape is None else file.get_tensor(name)
-            leaves[name] = None if packed is None else _bits(packed, shape)
-            if packed is not None:
-                stored[name] = packed
+            leaves[name] = None
+            if shape is not None:
+                stored[name] = file.get_tensor(name)
+                leaves[name] = _bits(stored[name], shape)
     if metadata.get("checksum", str(_checksum(stored))) != str(_checksum(stored)):
         raise InputError(
             f"{path} is damaged: it was changed after it was written; export the model again"
@@ -89,7 +89,8 @@ def read_masks(path: str | Path) -> dict[str, Any]:
 
 def _checksum(packed: Mapping[str, np.ndarray]) -> int:
     """Returns the CRC-32 of masks in the order of their names."""
-    return functools.reduce(lambda crc, name: zlib.crc32(packed[name], crc), sorted(packed), 0)
+    parts = (np.ascontiguousarray(packed[name]).data for name in sorted(packed))
+    return functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
 
 
 def _bits(packed: np.ndarray, shape: list[int]) -> Any:

@@ -180,13 +180,14 @@ def _converted(name: str, value: Any) -> Any:
             return ""
         if types.NoneType in kinds:
             return None
-    kind, is_text = kinds[0], isinstance(value, str)
-    if kind is str and is_text:
+    kind: Any = kinds[0]
+    if kind is str and isinstance(value, str):
         return value
+    is_number = type(value) in (int, float)
+    if isinstance(value, str):
+        is_number = _NUMBER.fullmatch(value) is not None
     try:
-        if kind is not str and (
-            _NUMBER.fullmatch(value) if is_text else type(value) in (int, float)
-        ):
+        if kind is not str and is_number:
             number = kind(value)
             if kind is float or (0 <= number < 1 << 63 and number == float(value)):
                 return number
@@ -223,7 +224,7 @@ def _settings(config: dict[str, Any] | None) -> Config | None:
 
 
 def _read_control(path: epath.Path) -> float:
-    loss = _read_object(path).get("control_loss")
+    loss: Any = _read_object(path).get("control_loss")
     if not _fits(loss, float):
         raise _malformed(path, f"'control_loss' is {shown(loss)}, not a number")
     return float(loss)
