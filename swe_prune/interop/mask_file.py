@@ -2,8 +2,8 @@
 
 Each mask is flattened, packed with eight weights per byte, the first in the highest bit
 (`numpy.packbits`), and stored as uint8 under the name of the parameter. The metadata in the header
-contains the shapes, the names of the dense parameters, and a CRC-32 of the stored bytes in the
-order of the names.
+contains the shapes, the names of the dense parameters, and a CRC-32 of the shapes' text and the
+stored bytes in the order of the names.
 """
 
 import functools
@@ -47,7 +47,8 @@ def write_masks(path: Path, mask: PyTree) -> None:
         if leaf is not None:
             packed[name] = np.packbits(np.asarray(leaf, bool))
     # Written here, since the package makes a file that only its owner may read.
-    about = {"format": FORMAT, "shapes": json.dumps(shapes), "checksum": str(_checksum(packed))}
+    about = {"format": FORMAT, "shapes": json.dumps(shapes)}
+    about["checksum"] = str(_checksum(about["shapes"], packed))
     path.write_bytes(safetensors.save(packed, about))
 
 
@@ -77,7 +78,8 @@ def read_masks(path: str | Path) -> dict[str, Any]:
             if shape is not None:
                 stored[name] = file.get_tensor(name)
                 leaves[name] = _bits(stored[name], shape)
-    if metadata.get("checksum", str(_checksum(stored))) != str(_checksum(stored)):
+    found = str(_checksum(metadata["shapes"], stored))
+    if metadata.get("checksum", found) != found:
         raise InputError(
             f"{path} is damaged: it was changed after it was written; export the model again"
         )
@@ -87,10 +89,11 @@ def read_masks(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is damaged: {error}; export it again") from None
 
 
-def _checksum(packed: Mapping[str, np.ndarray]) -> int:
-    """Returns the CRC-32 of masks in the order of their names."""
+def _checksum(shapes: str, packed: Mapping[str, np.ndarray]) -> int:
+    """Returns the CRC-32 of the shapes, and of masks in the order of their names."""
     parts = (np.ascontiguousarray(packed[name]).data for name in sorted(packed))
-    return functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
+    first = zlib.crc32(shapes.encode())
+    return functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, first)
 
 
 def _bits(packed: np.ndarray, shape: list[int]) -> Any:

@@ -188,8 +188,8 @@ def _converted(name: str, value: Any) -> Any:
         is_number = _NUMBER.fullmatch(value) is not None
     try:
         if kind is not str and is_number:
-            number = kind(value)
-            if kind is float or (0 <= number < 1 << 63 and number == float(value)):
+            number: Any = kind(value)
+            if kind is float or (0 <= number < 1 << 63 and number == float(value or 0)):
                 return number
     except (ValueError, OverflowError):
         pass  # an integer with a point, or too large
