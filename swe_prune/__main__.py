@@ -1,8 +1,12 @@
 """`python -m swe_prune`, and the command `swe-prune`."""
 
+import os
 import sys
 
-from swe_prune.early_signals import STOPPED, exit_on_signals, interrupt_once
+from swe_prune.early_signals import CODES, STOPPED, exit_on_signals, interrupt_once
+
+SUPERVISED = "SWE_PRUNE_SUPERVISED"
+"""As in `runtime.supervisor`, whose import takes time in which a signal may come."""
 
 
 def main() -> int:
@@ -16,6 +20,11 @@ def main() -> int:
     except KeyboardInterrupt:
         exit_on_signals(code := 130)
         print(f"swe_prune: {STOPPED}", file=sys.stderr)
+    if code in CODES.values() and SUPERVISED not in os.environ:
+        # An end in order may crash in threads that compute, or, where Ctrl-C came through an exec()
+        # of a text, be by the signal. All is written, and several processes part in order.
+        sys.stdout.flush()
+        os._exit(code)
     return code
 
 

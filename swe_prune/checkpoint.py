@@ -177,7 +177,7 @@ class Checkpoints:
             )
         why = why_unwritten(error)
         return UnwrittenError(
-            f"{what} cannot be written: {why}; make room or choose another workdir, and run the "
+            f"{what} cannot be written: {why}; make room or choose another folder, and run the "
             "same command again; earlier checkpoints are kept",
             why,
         )

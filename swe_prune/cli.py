@@ -3,8 +3,9 @@
 Each command has a dataclass of settings, whose fields are its options: those of an experiment are
 here, those for a pretrained model in `pretrained.settings`. One parser is made of both.
 
-Exit codes: 0 done, 1 the run failed, 2 the input was wrong, 75 preempted by SIGTERM (run the same
-command again to go on), 130 stopped by Ctrl-C, 141 nobody read the output any more.
+Exit codes: 0 done, 1 the run failed, 2 the input was wrong, 75 preempted by SIGTERM, or the
+terminal was closed (run the same command again to go on), 130 stopped by Ctrl-C, 141 nobody read
+the output any more.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from swe_prune import config as config_lib
+from swe_prune import early_signals
 from swe_prune.early_signals import STOPPED, exit_on_signals
 from swe_prune.errors import (
     InputError,
@@ -162,6 +164,7 @@ def main(
             from swe_prune.pretrained import commands
 
             commands.main(parsed.command, given)
+            sys.stdout.flush()
             return 0
         if given.workdir is not None:
             storage.parse_path(given.workdir, "--workdir")
@@ -176,6 +179,7 @@ def main(
             if distributed and SUPERVISED not in os.environ:
                 return _supervise(given, arguments)
         _dispatch(parsed, distributed, lambda: clock() - begun)
+        sys.stdout.flush()  # now, since a full disk is a sentence here
         return 0
     except (InputError, RunError, Preempted) as error:
         return _failed(error, error.exit_code, distributed)
@@ -184,8 +188,9 @@ def main(
         return 128 + signal.SIGPIPE
     except OSError as error:
         place = getattr(given, "workdir", None) or getattr(given, "out", None) if given else None
+        place = error.filename or _output_that_fails() or place or "a file"
         failed = RunError(
-            f"writing or reading {str(error.filename or place or 'a file')!r} failed "
+            f"writing or reading {str(place)!r} failed "
             f"({why_unwritten(error)}); make room or choose another folder and run the same "
             "command again; finished phases are kept"
         )
@@ -210,6 +215,17 @@ def main(
             traceback.print_exc()
             _failed(RunError(f"{type(error).__name__}: {error}"), RunError.exit_code, distributed)
         raise
+
+
+def _output_that_fails() -> str | None:
+    """Returns where standard output goes if that cannot be written; leaves it, then."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):  # of a file that Python alone knows
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return "the output of this command"
+    return None
 
 
 def _failed(error: Exception, code: int, distributed: bool) -> int:
@@ -474,6 +490,8 @@ def _forced(devices: int, arguments: Sequence[str]) -> int:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", PLANNED: "1"}
     command = [sys.executable, "-m", "swe_prune", *arguments]
+    if early_signals.PROGRAM:  # one process, so that a signal is answered once
+        os.execve(sys.executable, command, env)
     return subprocess.run(command, env=env, check=False).returncode
 
 

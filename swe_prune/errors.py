@@ -155,7 +155,8 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip()}"[:200] if lines else type(error).__name__
 
 
-NO_SPACE = "no space is left on the disk"
+NO_SPACE = "no space is left on the disk, for bytes or for one more file"
+NO_QUOTA = "the quota of the disk is used up"
 
 
 def why_unwritten(error: BaseException) -> str:
@@ -166,9 +167,11 @@ def why_unwritten(error: BaseException) -> str:
     """
     if isinstance(error, UnwrittenError):
         return error.why
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    said = ("RESOURCE_EXHAUSTED", *map(os.strerror, codes))  # of tensorstore, of Rust
-    if getattr(error, "errno", None) in codes or any(one in str(error) for one in said):
+    for why, codes in ((NO_QUOTA, (errno.EDQUOT,)), (NO_SPACE, (errno.ENOSPC, errno.EFBIG))):
+        said = map(os.strerror, codes)  # of tensorstore, of Rust
+        if getattr(error, "errno", None) in codes or any(one in str(error) for one in said):
+            return why
+    if "RESOURCE_EXHAUSTED" in str(error):
         return NO_SPACE
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -119,12 +119,14 @@ def damaged(tmp_path):
     made, params = halved("llama", "float32")
     folder = interop.export(tmp_path / "small", made, params, compress=True)
 
-    def with_change(change):
+    def with_change(change, early=True):
         header = read_header(folder / COMPRESSED)
         tensors, metadata = load_file(folder / COMPRESSED), dict(header.metadata)
         shapes = json.loads(metadata["shapes"])
         change(tensors, shapes)
         metadata["shapes"] = json.dumps(shapes)
+        if early:
+            metadata.pop("checksums")
         save_file(tensors, folder / COMPRESSED, metadata)
         with pytest.raises(InputError) as refused:
             interop.load(folder)
@@ -141,6 +143,15 @@ def test_a_bitmap_with_other_ones_than_values_is_refused(damaged):
         tensors[NAME + ".bitmap"][0] ^= 0b1000_0000
 
     assert "the bitmap of 'model.layers.0.mlp.up_proj.weight' has" in damaged(change)
+
+
+@pytest.mark.parametrize("end", [".bitmap", ".values"])
+def test_a_bit_that_changed_is_found_by_the_checksum(damaged, end):
+    def change(tensors, shapes):
+        bits = tensors[NAME + end].view(np.uint8)
+        bits[0] ^= 0xFF if end == ".bitmap" else 1  # every other bit: as many ones as before
+
+    assert "was changed after it was written; export" in damaged(change, early=False)
 
 
 def test_ones_beyond_the_last_element_are_refused(tmp_path):

@@ -60,7 +60,8 @@ def unfinish(work, cell="seed_0/cells/tensor-random-0.5"):
     """Makes one cell one that is not fine-tuned yet."""
     path = work / cell / "result.json"
     result = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in result.items() if "finetuned" not in k}))
+    gone = ("finetuned", "checksum")
+    path.write_text(json.dumps({k: v for k, v in result.items() if not k.startswith(gone)}))
 
 
 def cut(path):

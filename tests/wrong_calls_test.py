@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 from swe_prune import (
     allocation,
@@ -21,6 +22,7 @@ from swe_prune import (
     ledger,
     masks,
     patterns,
+    recipe,
     schedules,
     select,
     sparse_training,
@@ -73,6 +75,19 @@ TRACES = {name: ecomls.Trace([2.0] * 9, [0.8] * 9, [0.9] * 9) for name in PROFIL
 PROTOCOL = evaluation.Protocol("overlapping", 8, 3, partial=True)
 KEY = jax.random.key(0)
 STACK = ("up/kernel", "gate/kernel")
+RECIPE = recipe.Recipe("magnitude", sparsity=0.5)
+
+
+class Blocks(nn.Module):
+    """Two layers that may be pruned one after the other."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="block_1")(nn.relu(nn.Dense(4, name="block_0")(x)))
+
+
+BLOCKS = Blocks()
+VARIABLES = BLOCKS.init(jax.random.key(0), ROWS)
 AXES = layout(forward, PARAMS, ROWS)
 
 RIGHT = [
@@ -101,6 +116,25 @@ RIGHT = [
     (blockwise.wanda_mask, {"score_RxC": UP, "sparsity": 0.5, "rounding": "nearest",
                             "ties": "first"}),
     (blockwise.wanda_variant_mask, {"score_RxC": UP, "sparsity": 0.5}),
+    (blockwise.prune_blocks, {"model": BLOCKS, "variables": VARIABLES, "batches": [ROWS],
+                              "blocks": r"block_[0-9]+", "sparsity": 0.5, "method": "magnitude",
+                              "pattern": None, "mask": None, "restore": None, "holdout": (),
+                              "target": "pruned_inputs", "prunable": None, "call": None,
+                              "block": 2, "damping": None, "offload": False, "donate": False,
+                              "zeros": "keep", "progress": None}),
+    (recipe.measure, {"recipes": [recipe.Recipe("wanda", sparsity=0.5)], "model": forward,
+                      "params": PARAMS, "batches": [ROWS], "loss": loss, "prunable": None,
+                      "stats": None, "opt_state": None, "at_once": None}),
+    (recipe.prune, {"recipe": RECIPE, "params": PARAMS, "evidence": None, "values": None,
+                    "prunable": None, "layout": None, "model": None, "blocks": None,
+                    "batches": [], "loss": None, "offload": False, "progress": None}),
+    (recipe.check, {"recipe": RECIPE, "params": PARAMS, "prunable": None, "layout": None,
+                    "unavailable": None}),
+    (recipe.measures, {"recipes": [RECIPE]}),
+    (recipe.allocate, {"recipe": recipe.Recipe("magnitude", sparsity=0.5, allocation="owl"),
+                       "scores": SCORES, "params": PARAMS, "curvature": None, "loss": None,
+                       "batches": [], "prunable": None, "layout": None}),
+    (recipe.select, {"recipe": RECIPE, "scores": SCORES, "amount": 0.5, "layout": None}),
     (masks.keep, {"optimizer": optax.sgd(0.1), "mask": MASKS}),
     (masks.hold_moments, {"opt_state": optax.adam(0.1).init(PARAMS), "mask": MASKS}),
     (masks.zeros, {"params": PARAMS, "mask": MASKS}),
@@ -311,6 +345,7 @@ SLOW = {
     "inputs", "gradients", "measure", "moments", "samples", "admm", "sparsegpt", "wanda_mask",
     "wanda_variant_mask", "by_sparsity", "by_std", "unit_scores", "depth_scores", "refit",
     "clusters_of", "by_scores", "by_curvature", "ecoflap", "owl", "rate_for_sparsity", "std",
+    "prune_blocks", "prune", "allocate", "select",
     "score", "mode_vote", "set_update", "kl_to_dense", "perplexity", "generate",
 }  # fmt: skip
 """Calls that compile for some of the values."""

@@ -1,6 +1,7 @@
 """Plain values to settings and back: types, choices and durations."""
 
 import ast
+import contextlib
 import dataclasses
 import math
 import re
@@ -139,7 +140,8 @@ def convert(value: Any, wanted: Any, what: str) -> Any:
                 member = typing.get_args(one)[0]
                 return tuple(convert(v, member, f"{what}[{i}]") for i, v in enumerate(value))
         elif one is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            with contextlib.suppress(OverflowError):  # an integer beyond all floats
+                return float(value)
         elif isinstance(value, one) and not (isinstance(value, bool) and one is int):
             return value
     kinds = [typing.get_origin(one) or one for one in _alternatives(wanted)]

@@ -9,19 +9,20 @@ columns).
 """
 
 import dataclasses
-import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from swe_prune.config import DataConfig
 from swe_prune.data.sources import open_builder, reading_prepared
-from swe_prune.errors import InputError, first_line
+from swe_prune.errors import InputError, first_line, reading
 
 END = "<|end|>"
 PROMPT = f"<|user|>\n<|image_1|>What is shown in this image?{END}<|assistant|>"
 COLUMNS = ("title", "category3_code", "full_price", "image")
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.(arrow|parquet)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +112,9 @@ def _table_rows(path: Path) -> list[Row]:
             f"{path} lacks the columns {', '.join(missing)} of the product-price set; it has "
             f"{', '.join(table.column_names)}"
         )
-    texts = zip(*(table.column(name).to_pylist() for name in COLUMNS[:3]), strict=True)
-    pictures = table.column("image")
+    with reading(path):
+        texts = zip(*(table.column(name).to_pylist() for name in COLUMNS[:3]), strict=True)
+        pictures = table.column("image")
     rows = []
     for number, (title, category, price) in enumerate(texts):
         where = f"row {number} of {path}"
@@ -150,18 +152,44 @@ def _table(path: Path) -> Any:
         files = sorted(path.rglob("*.arrow")) or sorted(path.rglob("*.parquet"))
     else:
         files = [path]
-    if not files or not files[0].is_file():
+    if not files or not (path.is_dir() or path.exists()):
         raise InputError(
             f"{path} is neither a parquet file nor a folder with .arrow or .parquet files; correct "
             "data.dataset"
         )
-    tables = []
+    _check_complete(path, files)
+    tables: list[Any] = []
     for file in files:
-        try:
+        with reading(file):
+            if not file.is_file():  # a pipe would never end
+                raise ValueError("it is not a regular file")
             if file.suffix == ".arrow":
-                tables.append(pyarrow.ipc.open_stream(io.BytesIO(file.read_bytes())).read_all())
+                with pyarrow.memory_map(str(file)) as mapped:
+                    tables.append(pyarrow.ipc.open_stream(mapped).read_all())
             else:
-                tables.append(pyarrow.parquet.read_table(file, memory_map=True))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f"{file} cannot be read ({first_line(error)}); get it again") from None
+                tables.append(
+                    pyarrow.parquet.read_table(
+                        file, memory_map=True, page_checksum_verification=True
+                    )
+                )
+            tables[-1].validate(full=True)  # texts that are not UTF-8, places outside of the file
+            if tables[-1].schema != tables[0].schema:
+                raise ValueError(f"its columns are not those of {files[0].name}")
     return pyarrow.concat_tables(tables)
+
+
+def _check_complete(path: Path, files: Sequence[Path]) -> None:
+    """Checks that no file of several is missing, whose names say how many there are.
+
+    Raises:
+        InputError: One is missing; names it.
+    """
+    groups: dict[tuple[str, str], set[int]] = {}
+    for file in files:
+        if match := _PART.fullmatch(file.name):
+            groups.setdefault((match["stem"], match["count"]), set()).add(int(match["number"]))
+    for (stem, count), numbers in groups.items():
+        if len(numbers) < int(count) and path.is_dir():
+            raise InputError(
+                f"{path} has {len(numbers)} of the {int(count)} files of {stem!r}; get the others"
+            )

@@ -11,7 +11,15 @@ from typing import Any
 
 from swe_prune.config import DataConfig
 from swe_prune.data.text_files import SEPARATOR, read_text
-from swe_prune.errors import NO_SPACE, InputError, RunError, first_line, reading, why_unwritten
+from swe_prune.errors import (
+    NO_QUOTA,
+    NO_SPACE,
+    InputError,
+    RunError,
+    first_line,
+    reading,
+    why_unwritten,
+)
 
 OWN = ("shakespeare_plays", "digit_prices")  # the datasets that this package can prepare
 _DATA_DIR = "~/tensorflow_datasets"  # the default of TFDS
@@ -179,7 +187,7 @@ def _prepare(tfds: Any, name: str, data_dir: str | None) -> Any:
         # Renaming fails if another process was faster, but its result is the same.
         if not builder.data_path.exists():
             why = why_unwritten(error)
-            kind = RunError if why == NO_SPACE else InputError
+            kind = RunError if why in (NO_SPACE, NO_QUOTA) else InputError
             raise kind(
                 f"dataset {name!r} cannot be written to {str(builder.data_path)!r} ({why}); "
                 "set data.data_dir to a folder that can be written and has room"

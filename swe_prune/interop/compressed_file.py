@@ -7,23 +7,28 @@ A tensor NAME of n elements is stored as two, if that is smaller, and as it is o
     NAME.values   [number of ones]      the stored elements in this order, in the tensor's dtype
 
 An element is left out if all its bits are 0, so the others, -0.0 and NaN among them, come back bit
-for bit. The header's metadata has `format`, and in `shapes` the shape of each NAME as JSON. With a
-share s of zeros a float32 tensor takes 1 - s + 1/32 of its size, one of 16 bits 1 - s + 1/16.
+for bit. The header's metadata has `format`, and as JSON in `shapes` the shape of each NAME and in
+`checksums` the CRC-32 of each stored tensor, since a bit that changes in a bitmap or in a value is
+another model. With a share s of zeros a float32 tensor takes 1 - s + 1/32 of its size, one of 16
+bits 1 - s + 1/16.
 
 Writing and reading keep one tensor at a time in memory.
 """
 
 import json
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, reading, shown
 from swe_prune.interop.load_params import Entry
 from swe_prune.interop.optional import require
 from swe_prune.interop.safetensors_header import Header
+from swe_prune.interop.stranger_files import parse_json
 from swe_prune.interop.weights_file import Piece, write_file
 
 FORMAT = "swe_prune.compressed.1"
@@ -36,15 +41,17 @@ def write_compressed(path: Path, pieces: Sequence[Piece]) -> None:
     Raises:
         InputError: If safetensors does not support a dtype.
     """
-    shapes, written = {}, []
+    shapes, checksums, written = {}, {}, []
     for one in pieces:
-        stored = int(np.count_nonzero(_bits(one.values())))
+        values = one.values()
+        stored = int(np.count_nonzero(_bits(values)))
         size = math.prod(one.shape)
         if stored * one.dtype.itemsize + -(-size // 8) >= one.size:
             written.append(one)
+            checksums[one.name] = _checksum(values)
             continue
         shapes[one.name] = list(one.shape)
-        written += [
+        parts = [
             Piece(
                 one.name + BITMAP,
                 np.dtype(np.uint8),
@@ -58,7 +65,12 @@ def write_compressed(path: Path, pieces: Sequence[Piece]) -> None:
                 lambda one=one: (found := one.values()).reshape(-1)[_bits(found) != 0],
             ),
         ]
-    write_file(path, written, {"format": FORMAT, "shapes": json.dumps(shapes)})
+        written += parts
+        kept = _bits(values) != 0
+        checksums[parts[0].name] = _checksum(np.packbits(kept))
+        checksums[parts[1].name] = _checksum(values.reshape(-1)[kept])
+    about = {"shapes": shapes, "checksums": checksums}
+    write_file(path, written, {"format": FORMAT, **{k: json.dumps(v) for k, v in about.items()}})
 
 
 def check_compressed(header: Header) -> dict[str, Entry]:
@@ -70,11 +82,13 @@ def check_compressed(header: Header) -> dict[str, Entry]:
     where = header.path
     if header.metadata.get("format") != FORMAT:
         raise InputError(f"{where} is not a {FORMAT} file; export the model again")
-    try:
-        shapes = json.loads(header.metadata["shapes"])
-        shapes = {name: tuple(int(size) for size in shape) for name, shape in shapes.items()}
-    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
-        raise InputError(f"{where} has no list of shapes in its header; export it again") from None
+    shapes = _listed(header, "shapes")
+    for name, shape in shapes.items():
+        if not isinstance(shape, list) or not all(type(size) is int for size in shape):
+            raise InputError(
+                f"{where} has {shown(shape)} as the shape of {name!r}; export the model again"
+            )
+        shapes[name] = tuple(shape)
     entries = dict(header.entries)
     for name, shape in shapes.items():
         bitmap, values = (entries.pop(name + end, None) for end in (BITMAP, VALUES))
@@ -93,17 +107,50 @@ def check_compressed(header: Header) -> dict[str, Entry]:
     return entries
 
 
-def decompressed(path: Path, name: str, entry: Entry) -> np.ndarray:
-    """Returns one tensor of a file whose header was checked.
+def _listed(header: Header, key: str) -> dict[str, Any]:
+    text = header.metadata.get(key)
+    if not isinstance(text, str):
+        raise InputError(f"{header.path} has no {key} in its header; export the model again")
+    return parse_json(text, f"{header.path}, {key} in its header,", "export the model again")
+
+
+def checksums_of(header: Header) -> dict[str, Any]:
+    """Returns the checksum of each stored tensor by name; of a file of an early version, none.
 
     Raises:
-        InputError: If the bitmap has another number of ones than there are values.
+        InputError: If they cannot be read.
+    """
+    return _listed(header, "checksums") if "checksums" in header.metadata else {}
+
+
+def decompressed(
+    path: Path, name: str, entry: Entry, checksums: Mapping[str, Any] | None = None
+) -> np.ndarray:
+    """Returns one tensor of a file whose header was checked.
+
+    Args:
+        path: Path of the file.
+        name: Name of the tensor.
+        entry: Shape and dtype of the tensor.
+        checksums: Result of `checksums_of`.
+
+    Raises:
+        InputError: If the stored numbers were changed after they were written.
     """
     safetensors = require("safetensors", "reading safetensors")
-    with safetensors.safe_open(path, framework="numpy") as file:
-        if name in file.keys():  # noqa: SIM118 (not a mapping)
-            return file.get_tensor(name)
-        packed, values = file.get_tensor(name + BITMAP), file.get_tensor(name + VALUES)
+    with reading(path), safetensors.safe_open(path, framework="numpy") as file:
+        whole = name in file.keys()  # noqa: SIM118 (not a mapping)
+        stored = [name] if whole else [name + BITMAP, name + VALUES]
+        arrays = [file.get_tensor(one) for one in stored]
+    for one, array in zip(stored, arrays, strict=True):
+        if checksums and checksums.get(one) != _checksum(array):
+            raise InputError(
+                f"{path} is damaged: {one!r} was changed after it was written; export the model "
+                "again"
+            )
+    if whole:
+        return arrays[0]
+    packed, values = arrays
     size = math.prod(entry.shape)
     ones = int(np.bitwise_count(packed).sum())  # those in the padding included, which has none
     kept = np.unpackbits(packed, count=size).view(bool)
@@ -115,6 +162,11 @@ def decompressed(path: Path, name: str, entry: Entry) -> np.ndarray:
     whole = np.zeros(size, values.dtype)
     whole[kept] = values
     return whole.reshape(entry.shape)
+
+
+def _checksum(array: np.ndarray) -> int:
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return zlib.crc32(flat.view(np.uint8).data, zlib.crc32(flat.dtype.name.encode()))
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

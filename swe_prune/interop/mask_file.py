@@ -2,11 +2,15 @@
 
 Each mask is flattened, packed with eight weights per byte, the first in the highest bit
 (`numpy.packbits`), and stored as uint8 under the name of the parameter. The metadata in the header
-contains the shapes, and the names of the dense parameters.
+contains the shapes, the names of the dense parameters, and a CRC-32 of the shapes' text and the
+stored bytes in the order of the names.
 """
 
+import functools
 import json
 import math
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +47,9 @@ def write_masks(path: Path, mask: PyTree) -> None:
         if leaf is not None:
             packed[name] = np.packbits(np.asarray(leaf, bool))
     # Written here, since the package makes a file that only its owner may read.
-    path.write_bytes(safetensors.save(packed, {"format": FORMAT, "shapes": json.dumps(shapes)}))
+    about = {"format": FORMAT, "shapes": json.dumps(shapes)}
+    about["checksum"] = str(_checksum(about["shapes"], packed))
+    path.write_bytes(safetensors.save(packed, about))
 
 
 def read_masks(path: str | Path) -> dict[str, Any]:
@@ -58,7 +64,7 @@ def read_masks(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     path = inside(path, FILE, None) if path.is_dir() else check_file(path, None)
     safetensors = require("safetensors", "reading masks")
-    leaves = {}
+    leaves, stored = {}, {}
     read_header(path)  # finds what the package takes memory for
     with (
         reading(path, "export it again"),
@@ -68,11 +74,26 @@ def read_masks(path: str | Path) -> dict[str, Any]:
         if metadata.get("format") != FORMAT:
             raise InputError(f"{path} is not a {FORMAT} mask file; give an exported {FILE}")
         for name, shape in parse_json(metadata["shapes"], path).items():
-            leaves[name] = None if shape is None else _bits(file.get_tensor(name), shape)
+            leaves[name] = None
+            if shape is not None:
+                stored[name] = file.get_tensor(name)
+                leaves[name] = _bits(stored[name], shape)
+    found = str(_checksum(metadata["shapes"], stored))
+    if metadata.get("checksum", found) != found:
+        raise InputError(
+            f"{path} is damaged: it was changed after it was written; export the model again"
+        )
     try:
         return tree.nested(leaves)
     except InputError as error:
         raise InputError(f"{path} is damaged: {error}; export it again") from None
+
+
+def _checksum(shapes: str, packed: Mapping[str, np.ndarray]) -> int:
+    """Returns the CRC-32 of the shapes, and of masks in the order of their names."""
+    parts = (np.ascontiguousarray(packed[name]).data for name in sorted(packed))
+    first = zlib.crc32(shapes.encode())
+    return functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, first)
 
 
 def _bits(packed: np.ndarray, shape: list[int]) -> Any:

@@ -22,14 +22,14 @@ from swe_prune.interop.hf_config import read_config
 from swe_prune.interop.load_params import Shardings, Source, match, read_params
 from swe_prune.interop.safetensors_folder import read_folder
 from swe_prune.interop.slices import bind
-from swe_prune.interop.stranger_files import check_file, check_inside, read_json
+from swe_prune.interop.stranger_files import check_file, check_inside, check_sizes, read_json
 from swe_prune.interop.tensor_names import SAFETENSORS
 from swe_prune.interop.tensor_names_gguf import GGUF
 from swe_prune.interop.tensor_rows import Table
 from swe_prune.interop.tokenizer import PretrainedTokenizer
 from swe_prune.interop.tokenizer_folder import from_folder, from_path
 from swe_prune.interop.tokenizer_gguf import from_gguf
-from swe_prune.interop.vision_settings import PREPROCESSOR, read_crops
+from swe_prune.interop.vision_settings import PREPROCESSOR, read_crops, vision_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +234,7 @@ def _folder(
     family, config, vocab_size = _config(hf, compute_dtype, str(path / "config.json"))
     if config.vision is not None and (path / PREPROCESSOR).exists():
         check_inside(path, (PREPROCESSOR,))
-        crops = read_crops(read_json(path / PREPROCESSOR))
+        crops = read_crops(read_json(path / PREPROCESSOR), path / PREPROCESSOR)
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, crops=crops))
     table = SAFETENSORS[family]
     stored = read_folder(path)
@@ -297,9 +297,6 @@ def _check_sizes(config: ModelConfig, vocab_size: int, source: Source, path: Pat
         "the key-value heads": (config.key_heads * config.head_size, largest),
         "the context": (config.context if config.positions == "learned" else 0, largest),
     }
-    for name, (size, most) in sizes.items():
-        if size > most:
-            raise InputError(
-                f"config.json of {path} has {size} as the size of {name}, and its {count} tensors, "
-                f"of up to {largest} rows, allow {most}; correct the config, or get both again"
-            )
+    if config.vision is not None:
+        sizes |= vision_sizes(config.vision, count, largest)
+    check_sizes(sizes, count, largest, path)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from swe_prune.errors import InputError, reading
-from swe_prune.interop.compressed_file import check_compressed, decompressed
+from swe_prune.interop.compressed_file import check_compressed, checksums_of, decompressed
 from swe_prune.interop.folder_files import (
     ADAPTER,
     COMPRESSED,
@@ -38,18 +38,20 @@ class Folder:
         path: Path of the folder.
         entries: Shape and dtype of each tensor by name.
         files: File of each tensor by name.
+        checksums: Checksums of weights without their zeros.
     """
 
     path: Path
     entries: Mapping[str, Entry]
     files: Mapping[str, Path]
+    checksums: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[Any]:
         """Yields a tensor that can be sliced by one slice for each axis."""
         safetensors = require("safetensors", "reading safetensors")
         if self.files[name].name == COMPRESSED:
-            yield decompressed(self.files[name], name, self.entries[name])
+            yield decompressed(self.files[name], name, self.entries[name], self.checksums)
             return
         with reading(self.files[name]):
             file = safetensors.safe_open(self.files[name], framework="numpy")
@@ -80,8 +82,10 @@ def read_folder(path: Path) -> Folder:
         files = indexed(path)
         by_name = _headers(path, files)
     elif (path / COMPRESSED).exists():
-        entries = check_compressed(read_header(path / COMPRESSED))
-        return Folder(path, entries, dict.fromkeys(entries, path / COMPRESSED))
+        header = read_header(path / COMPRESSED)
+        entries = check_compressed(header)
+        files = dict.fromkeys(entries, path / COMPRESSED)
+        return Folder(path, entries, files, checksums_of(header))
     else:
         by_name = _joined(path, [read_header(file) for file in shards(path)])
         files = {name: header.path for name, header in by_name.items()}

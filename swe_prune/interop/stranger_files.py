@@ -8,12 +8,12 @@ import json
 import math
 import os
 import stat
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from swe_prune.errors import InputError, first_line, reading
+from swe_prune.runtime.storage import each_once
 
 LARGEST = 100_000_000
 """Bytes that a file other than weights may have, and the header of a safetensors file."""
@@ -22,7 +22,7 @@ LARGEST = 100_000_000
 @contextlib.contextmanager
 def reading_in_rust(what: object, advice: str = "get it again") -> Iterator[None]:
     """`reading` that also leaves out what a panic of Rust prints by itself."""
-    with tempfile.TemporaryFile() as nowhere:
+    with open(os.devnull, "wb") as nowhere:
         before = os.dup(2)
         os.dup2(nowhere.fileno(), 2)
         try:
@@ -107,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(raw: bytes | str, where: object, advice: str = "get it again") -> dict[str, Any]:
-    """Returns the object that a JSON text is, whose numbers are finite and whose texts are UTF-8.
+    """Returns the object that a JSON text is: finite numbers, texts in UTF-8, each key once.
 
     Args:
         raw: The text.
@@ -119,12 +119,34 @@ def parse_json(raw: bytes | str, where: object, advice: str = "get it again") ->
     """
     with reading(where, advice):
         text = raw.decode() if isinstance(raw, bytes) else raw
-        value = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        value = json.loads(
+            text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=each_once
+        )
         if "\\ud" in text or "\\uD" in text:  # half of a pair cannot be written again
             json.dumps(value, ensure_ascii=False).encode()
     if not isinstance(value, dict):
         raise InputError(f"{where} holds no JSON object; {advice}")
     return value
+
+
+def check_sizes(sizes: Mapping[str, tuple[int, int]], count: int, largest: int, path: Path) -> None:
+    """Checks the sizes of a config against what the tensors of its file allow.
+
+    Args:
+        sizes: Each size with the most that it may be, by name.
+        count: Number of tensors.
+        largest: Size of the longest axis of them.
+        path: Path of the model.
+
+    Raises:
+        InputError: A size is larger.
+    """
+    for name, (size, most) in sizes.items():
+        if size > most:
+            raise InputError(
+                f"config.json of {path} has {size} as the size of {name}, and its {count} tensors, "
+                f"of up to {largest} rows, allow {most}; correct the config, or get both again"
+            )
 
 
 def _no_number(text: str) -> NoReturn:

@@ -12,9 +12,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from swe_prune.bounds import COUNT, POSITIVE
 from swe_prune.config import VisionConfig
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, check_choice, shown
 from swe_prune.interop.families import ACTIVATIONS
+from swe_prune.models.vision import check
 
 PREPROCESSOR = "preprocessor_config.json"
 TOWER = "openai/clip-vit-large-patch14-336"
@@ -59,23 +61,22 @@ def read_vision(hf: Mapping[str, Any]) -> VisionConfig:
         )
     fields: dict[str, Any] = {}
     for key, field in _SIZES.items():
-        value = sizes.get(key, getattr(VisionConfig(), field))
-        if type(value) is not int or value < 1:
-            raise InputError(
-                f"vision_config.{key} in config.json must be an integer above 0, got {value!r}"
-            )
-        fields[field] = value
+        fields[field] = sizes.get(key, getattr(VisionConfig(), field))
+        COUNT.check(fields[field], f"vision_config.{key} in config.json")
     act = sizes.get("hidden_act", "quick_gelu")
-    if act not in ACTIVATIONS:
-        raise InputError(
-            f"vision_config.hidden_act in config.json must be one of {', '.join(ACTIVATIONS)}, got "
-            f"{act!r}"
-        )
+    check_choice(act or "", ACTIVATIONS, "vision_config.hidden_act in config.json")
+    epsilon = sizes.get("layer_norm_eps", 1e-5)
+    POSITIVE.check(epsilon, "vision_config.layer_norm_eps in config.json")
     vision = VisionConfig(
         activation=ACTIVATIONS[act],  # type: ignore[arg-type]
-        norm_epsilon=float(sizes.get("layer_norm_eps", 1e-5)),
+        norm_epsilon=float(epsilon),
         **fields,
     )
+    try:
+        check(vision)
+    except InputError as error:
+        where = "vision_config in config.json: "
+        raise InputError(str(error).replace("config.model.vision.", where, 1)) from None
     for key, wanted in (("image_dim_out", vision.width), ("num_img_tokens", vision.cells**2)):
         if tower.get(key, wanted) != wanted:
             raise InputError(
@@ -106,20 +107,39 @@ def write_vision(vision: VisionConfig) -> dict[str, Any]:
     return written
 
 
-def read_crops(preprocessor: Mapping[str, Any]) -> int:
+def read_crops(preprocessor: Mapping[str, Any], path: object = PREPROCESSOR) -> int:
     """Returns how many crops an image may have by a preprocessor_config.json.
+
+    Args:
+        preprocessor: Content of the file.
+        path: Path of the file, for the sentence.
 
     Raises:
         InputError: If the number is none.
     """
     crops = preprocessor.get("num_crops", VisionConfig.crops)
-    if type(crops) is not int or crops < 1:
-        raise InputError(f"num_crops in {PREPROCESSOR} must be an integer above 0, got {crops!r}")
+    COUNT.check(crops, f"num_crops in {path}")
     return crops
 
 
+def vision_sizes(vision: VisionConfig, count: int, largest: int) -> dict[str, tuple[int, int]]:
+    """Returns by name each size of a tower, and the most that the tensors of a file allow.
+
+    Args:
+        vision: Sizes of the tower.
+        count: Number of tensors.
+        largest: Size of the longest axis of them.
+    """
+    return {
+        "the tower's layers": (vision.layers, count),
+        "the tower's width": (vision.width, largest),
+        "the tower's MLP": (vision.hidden, largest),
+        "the tower's positions": ((vision.image // vision.patch) ** 2, largest),
+    }
+
+
 def _group(hf: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    group = hf.get(name) or {}
+    group = {} if hf.get(name) is None else hf[name]
     if not isinstance(group, Mapping):
-        raise InputError(f"{name} in config.json must be a mapping, got {group!r}")
+        raise InputError(f"{name} in config.json must be a mapping, got {shown(group)}")
     return group

@@ -9,9 +9,9 @@ from swe_prune.interop.folder_files import check_model_folder
 from swe_prune.interop.load_params import Shardings, match, read_params
 from swe_prune.interop.safetensors_folder import read_folder
 from swe_prune.interop.slices import bind
-from swe_prune.interop.stranger_files import check_inside, read_json
+from swe_prune.interop.stranger_files import check_inside, check_sizes, read_json
 from swe_prune.interop.tensor_names import CLIP
-from swe_prune.interop.vision_settings import read_vision
+from swe_prune.interop.vision_settings import read_vision, vision_sizes
 
 
 def load_vision_tower(
@@ -44,8 +44,14 @@ def load_vision_tower(
             f"{path} has model_type {hf.get('model_type')!r} and no CLIP vision tower; give the "
             "folder of a clip or clip_vision_model"
         )
-    vision = read_vision({"vision_config": sizes})
+    try:
+        vision = read_vision({"vision_config": sizes})
+    except InputError as error:
+        raise InputError(str(error).replace("config.json", str(path / "config.json"), 1)) from None
     source = read_folder(path)
+    largest = max((size for one in source.entries.values() for size in one.shape), default=0)
+    count = len(source.entries)
+    check_sizes(vision_sizes(vision, count, largest), count, largest, path)
     bound = bind(CLIP, ModelConfig(layers=1, heads=1, width=2, vision=vision), 1)
     names = match(source, bound, CLIP, {}, str(path))
     return vision, read_params(source, bound, names, dtype, shardings)["vision"]

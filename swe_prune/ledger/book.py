@@ -20,7 +20,8 @@ from typing import Any
 from etils import epath
 
 from swe_prune.arguments import checked
-from swe_prune.errors import InputError, RunError
+from swe_prune.bounds import NOT_NEGATIVE
+from swe_prune.errors import InputError, RunError, check_choice, why_unwritten
 from swe_prune.ledger.interval import Interval
 from swe_prune.ledger.meters import ZERO, Meter, of_this_machine, processor_seconds
 from swe_prune.runtime import storage
@@ -34,6 +35,7 @@ TOGETHER = 60.0
 DONE, FAILED, OPEN, KILLED = "done", "failed", "open", "killed"
 
 
+@checked
 @dataclasses.dataclass
 class Entry:
     """What one phase took in one attempt.
@@ -104,7 +106,9 @@ class Ledger:
         self._running: list[tuple[Entry, float, float, list[Interval]]] = []
         self._written: dict[int, str] = {}  # JSON of the entries that have ended, by their number
         self._lock = threading.RLock()
-        self._file, self._began, self._told = None, time.time(), False
+        self._file, self._began = None, time.time()
+        self._unwritten: str | None = None
+        self._told = False
         if folder is not None:
             name = f"{self._began:.6f}-{platform.node()}-{os.getpid()}.json"
             self._file = storage.parse_path(folder, "ledger") / name
@@ -138,8 +142,9 @@ class Ledger:
                 self._running.pop()
             if not outer:
                 watch.join()
-                # The phase's own failure is what is said, also where it is that of the disk.
                 self._write(quiet=entry.status == FAILED)
+                if _CURRENT.get() is not self:
+                    self.warn()
 
     def _watch(self, stop: threading.Event) -> None:
         while not stop.wait(self._every):
@@ -165,18 +170,28 @@ class Ledger:
         with self._lock:
             entries = ", ".join(map(self._text, range(len(self.entries))))
         try:
-            storage.write(self._file, f'{{"began": {self._began!r}, "entries": [{entries}]}}')
+            text = f'{{"began": {self._began!r}, "entries": [{entries}]'
+            storage.write(
+                self._file, f'{text}, "{storage.CHECKSUM}": {storage.checksum(text + "}")}}}'
+            )
         except RunError:  # the folder of the run is gone
             if not quiet:
                 raise
         except OSError as error:  # a full disk, which does not stop what is watched
-            if not quiet and not self._told:
-                self._told = True
-                warnings.warn(
-                    f"the ledger cannot write {self._file} ({error.strerror or error}); make room, "
-                    "or what this attempt takes is not counted",
-                    stacklevel=2,
-                )
+            if not quiet:
+                self._unwritten = why_unwritten(error)
+        else:
+            self._unwritten = None
+
+    def warn(self) -> None:
+        """Warns once if the ledger could not be written to the end."""
+        if self._unwritten and not self._told:
+            self._told = True
+            warnings.warn(
+                f"the ledger cannot write {self._file} ({self._unwritten}); make room, or what "
+                "this attempt takes is not counted",
+                stacklevel=3,
+            )
 
     def _text(self, number: int) -> str:
         # A study has thousands of entries; only those that run are made into text again.
@@ -227,14 +242,17 @@ def read(folder: epath.PathLike) -> list[Entry]:
 
 def _parsed(path: epath.Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-        for entry in content["entries"]:
-            entry["joules"] = Interval(**entry["joules"])
-            entry["attempt"] = 1
-        return {
-            "began": float(content["began"]),
-            "entries": [Entry(**entry) for entry in content["entries"]],
-        }
+        content = storage.read_json(path)
+        NOT_NEGATIVE.check(content["began"], "began")
+        entries = []
+        for one in content["entries"]:
+            entries.append(Entry(**one | {"joules": Interval(**one["joules"]), "attempt": 1}))
+            check_choice(entries[-1].status, (DONE, FAILED, OPEN, KILLED), "status")
+            for name in ("seconds", "processor_seconds", "tokens"):
+                NOT_NEGATIVE.check(one.get(name, 0), name)
+            for part, count in entries[-1].parts.items():
+                NOT_NEGATIVE.check(count, part)
+        return {"began": float(content["began"]), "entries": entries}
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise InputError(
             f"{path} is damaged ({error}); move it away, and what its attempt took is not counted"
@@ -259,11 +277,14 @@ _CURRENT: contextvars.ContextVar[Ledger | None] = contextvars.ContextVar("ledger
 @contextlib.contextmanager
 def opened(book: Ledger) -> Iterator[Ledger]:
     """Makes a ledger the one that `measure` writes to."""
+    within = _CURRENT.get() is book
     token = _CURRENT.set(book)
     try:
         yield book
     finally:
         _CURRENT.reset(token)
+    if not within:  # where something has failed, that is what is said
+        book.warn()
 
 
 @checked

@@ -17,6 +17,7 @@ from typing import Any
 
 from etils import epath
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.ledger.book import EVERY, Ledger
 from swe_prune.ledger.factors import WORLD, Factors, footprint
@@ -25,6 +26,7 @@ from swe_prune.ledger.table import total
 from swe_prune.runtime import storage
 
 
+@checked
 @dataclasses.dataclass(frozen=True)
 class Beside:
     """What codecarbon and we say of one attempt.
@@ -76,7 +78,7 @@ def beside(
             found = _stopped(tracker, book, factors, say)
             if found is not None:
                 path = storage.parse_path(folder, "codecarbon") / f"{began:.6f}.json"
-                storage.write(path, json.dumps(dataclasses.asdict(found)))
+                storage.write(path, json.dumps(storage.sealed(dataclasses.asdict(found))))
 
 
 def _started(factors: Factors, country: str, say: Callable[[str], None]) -> Any | None:
@@ -127,7 +129,7 @@ def read_beside(folder: epath.PathLike) -> list[Beside]:
 
 def _parsed(path: epath.Path) -> Beside:
     try:
-        content = json.loads(path.read_text())
+        content = storage.read_json(path)
         for name in ("our_kwh", "our_carbon"):
             content[name] = Interval(**content[name])
         return Beside(**content)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import uuid
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from swe_prune import tree
 from swe_prune.arguments import checked
 from swe_prune.errors import InputError, reading, why_unwritten
 from swe_prune.masks.fitting import check_mask
+from swe_prune.runtime.storage import each_once
 from swe_prune.trajectory import TrajectoryStats, encoded, from_dict, restored
 
 FORMAT = "swe_prune.state.1"
@@ -96,7 +98,13 @@ def save(
         for name, place, leaf in _leaves(values):
             about["places"][part][name] = [place, leaf is not None]
             if leaf is not None:
+                if not getattr(leaf, "is_fully_addressable", True):
+                    raise InputError(
+                        f"{tree.short(name)!r} is divided over processes; save it with a "
+                        "checkpoint library"
+                    )
                 arrays[f"{part}/{name}"] = leaf
+    about["checksum"] = _checksum(arrays, about)
     _write(Path(path), arrays, {"format": FORMAT, "about": json.dumps(about)})
 
 
@@ -115,7 +123,17 @@ def load(path: str | os.PathLike[str]) -> Saved:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} is not a file; give one that swe_prune.save has written")
-    with reading(path, "give a file that swe_prune.save has written, or save it again"):
+    advice = "give a file that swe_prune.save has written, or save it again"
+    try:
+        return _load(path, advice)
+    except InputError as error:  # of trees and of masks, which do not know the file
+        if str(path) in str(error):
+            raise
+        raise InputError(f"{path} cannot be read ({error}); {advice}") from None
+
+
+def _load(path: Path, advice: str) -> Saved:
+    with reading(path, advice):
         arrays, about = _read(path)
         parts = {
             part: _nested(
@@ -197,10 +215,6 @@ def _write(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, array in arrays.items():
-        if not getattr(array, "is_fully_addressable", True):
-            raise InputError(
-                f"{tree.short(name)!r} is divided over processes; save it with a checkpoint library"
-            )
         dtype = np.dtype(array.dtype)
         start, end = end, end + math.prod(array.shape) * dtype.itemsize
         header[name] = {
@@ -237,7 +251,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, LARGEST_HEADER):
             raise ValueError("the header is longer than the file, or than safetensors allows")
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(length), object_pairs_hook=each_once)
         metadata = header.pop("__metadata__")
         if metadata["format"] != FORMAT:
             raise ValueError("another kind of file")
@@ -252,5 +266,18 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raw = file.read(end - start)
             if one["dtype"] == "BOOL" and raw.translate(None, b"\x00\x01"):
                 raise ValueError("a bool is neither 0 nor 1")
-            arrays[name] = jnp.asarray(np.frombuffer(raw, dtype).reshape(one["shape"]))
-    return arrays, json.loads(metadata["about"])
+            arrays[name] = np.frombuffer(raw, dtype).reshape(one["shape"])
+    about = json.loads(metadata["about"], object_pairs_hook=each_once)
+    wanted = about.pop("checksum", None)  # of an early version, none
+    if wanted is not None and wanted != _checksum(arrays, about):
+        raise ValueError("it was changed after it was written")
+    return {name: jnp.asarray(array) for name, array in arrays.items()}, about
+
+
+def _checksum(arrays: Mapping[str, Any], about: Mapping[str, Any]) -> int:
+    """Returns the CRC-32 of what is said of arrays, and of each, in the order of their names."""
+    found = zlib.crc32(json.dumps(about).encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(np.asarray(arrays[name]))
+        found = zlib.crc32(array.dtype.name.encode(), zlib.crc32(array.tobytes(), found))
+    return found

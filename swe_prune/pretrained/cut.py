@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +14,10 @@ from rich.console import Console
 
 from swe_prune import importance, interop, structured, tree
 from swe_prune.config import literal
-from swe_prune.errors import InputError, reading
+from swe_prune.errors import InputError, shown
 from swe_prune.evaluation import gate
 from swe_prune.evaluation.latency import decode_seconds
+from swe_prune.interop.stranger_files import inside, read_json
 from swe_prune.models import phi3v
 from swe_prune.pretrained import choice, judge, texts, tracked, unit_criteria
 from swe_prune.pretrained.opening import has_masks, opened, record_of, said
@@ -113,11 +115,15 @@ def kept_layers(path: Path) -> list[int] | None:
         InputError: Its file of kept units cannot be read.
     """
     file = path / KEPT
-    if not (path.is_dir() and file.is_file()):
+    if not (path.is_dir() and os.path.lexists(file)):
         return None
-    with reading(file):
-        kept = json.loads(file.read_text(encoding="utf-8"))["kept"].get(LAYERS)
-        return None if kept is None else [int(layer) for layer in kept]
+    kept = read_json(file).get("kept")
+    layers = kept.get(LAYERS, []) if isinstance(kept, dict) else None
+    if not isinstance(layers, list) or not all(type(one) is int and one >= 0 for one in layers):
+        raise InputError(
+            f"{file} has {shown(layers)} as the kept layers; get it again, or remove it"
+        )
+    return layers or None
 
 
 def carry_on(source: Path, folder: Path, evaluation: Mapping[str, Any]) -> None:
@@ -128,12 +134,12 @@ def carry_on(source: Path, folder: Path, evaluation: Mapping[str, Any]) -> None:
         folder: Folder to write to.
         evaluation: Measurements to add to those of the cut.
     """
-    if not (source.is_dir() and (source / KEPT).is_file()):
+    if not (source.is_dir() and os.path.lexists(source / KEPT)):
         return
     said = interop.read_record(source)
     said["evaluation"] = {**said.get("evaluation", {}), **evaluation}
     _write_json(folder / interop.RECORD, said)
-    shutil.copyfile(source / KEPT, folder / KEPT)
+    shutil.copyfile(inside(source, KEPT), folder / KEPT)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ when the same command is given again.
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -20,8 +21,7 @@ from jaxtyping import PyTree
 from swe_prune import data as data_lib
 from swe_prune import interop, parallel, resumable, trajectory, tree
 from swe_prune.config import ParallelConfig, PhaseConfig
-from swe_prune.errors import InputError, RunError
-from swe_prune.interop.stranger_files import parse_json
+from swe_prune.errors import InputError, RunError, reading
 from swe_prune.models import phi3v
 from swe_prune.pretrained import choice
 from swe_prune.pretrained.settings import FinetuneSettings
@@ -219,10 +219,11 @@ def _settle(work: epath.Path, settings: FinetuneSettings) -> None:
             f"{str(work)!r} cannot be written ({error.strerror}); choose another --out"
         ) from error
     begun = work / BEGUN
-    if not begun.exists():
+    if not os.path.lexists(begun):
         write_json(begun, asked)
         return
-    before = parse_json(begun.read_bytes(), begun, f"remove {work} to start again")
+    with reading(begun, f"remove {work} to start again"):
+        before = storage.read_json(begun)
     differing = [key for key in asked if asked[key] != before.get(key)]
     if differing:
         shown = ", ".join(f"{k} ({before.get(k)!r} there, {asked[k]!r} now)" for k in differing[:3])

@@ -11,7 +11,7 @@ from rich.markup import escape
 from swe_prune import interop
 from swe_prune.errors import InputError
 from swe_prune.pretrained.settings import ModelSettings, WeightsSettings
-from swe_prune.recipe import Recipe
+from swe_prune.recipe import Recipe, check
 from swe_prune.training.progress import Progress
 
 T = TypeVar("T")
@@ -84,7 +84,12 @@ def record_of(path: Path) -> dict[str, Any]:
     before = interop.read_record(path)
     try:
         request = Recipe(**before["recipe"])
-    except (KeyError, TypeError) as error:
+        check(request)
+        if not isinstance(before.get("rules"), dict | None) or not isinstance(
+            before.get("calibration"), dict | None
+        ):
+            raise TypeError("its rules or its calibration are none")
+    except (KeyError, TypeError, InputError) as error:
         raise InputError(
             f"{path / 'pruning.json'} does not say how the model was pruned ({error}); prune it "
             "again with this version"

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def write(folder: Path, stats: TrajectoryStats, about: Mapping[str, Any]) -> Non
 
 def there(folder: Path) -> bool:
     """Returns whether a trajectory lies beside a model; a file has none beside it."""
-    return (folder / FOLDER / ABOUT).is_file()
+    return folder.is_dir() and os.path.lexists(folder / FOLDER / ABOUT)
 
 
 def narrowed(folder: Path, params: PyTree, chosen: PyTree) -> PyTree:

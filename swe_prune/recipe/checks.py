@@ -11,14 +11,16 @@ import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune import allocation, blockwise, importance, masks, patterns, tree
+from swe_prune.arguments import checked
 from swe_prune.blockwise.sparsegpt import BLOCK, check_sparsity
-from swe_prune.errors import InputError, check_choice, shown
+from swe_prune.errors import InputError, check_choice
 from swe_prune.importance.registry import check_value
 from swe_prune.layout import axes_of
 from swe_prune.recipe.request import METHOD_OPTIONS, Recipe
 from swe_prune.recipe.selection import select
 
 
+@checked
 def check(
     recipe: Recipe,
     params: PyTree | None = None,
@@ -40,8 +42,6 @@ def check(
     Raises:
         InputError: The first fault, in one sentence that says how to fix it.
     """
-    if not isinstance(recipe, Recipe):
-        raise InputError(f"recipe must be a recipe.Recipe, got {shown(recipe)}; make one")
     _check_ranking(recipe)
     _check_amount(recipe)
     _check_options(recipe)
@@ -195,7 +195,7 @@ def _trace(recipe: Recipe) -> None:
 
 def _check_shapes(recipe: Recipe, params: PyTree, prunable: PyTree, layout: PyTree) -> None:
     """Traces the selection, which refuses what the shapes and the sparsity do not admit."""
-    if not any(jax.tree.leaves(prunable)):
+    if not any(jax.tree.leaves(tree.check_marks(prunable))):
         raise InputError("no weight is prunable, so there is nothing to prune; widen the rules")
     scores = tree.map_named(
         lambda _, leaf, chosen: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) if chosen else None,

@@ -7,7 +7,9 @@ from typing import Any
 from jaxtyping import PyTree
 
 from swe_prune import calibration, importance
+from swe_prune.arguments import checked
 from swe_prune.calibration.measures import MEASURES
+from swe_prune.errors import InputError, shown
 from swe_prune.recipe.request import Recipe
 from swe_prune.trajectory import TrajectoryStats
 
@@ -30,6 +32,7 @@ class Evidence:
     measured: Mapping[str, PyTree] = dataclasses.field(default_factory=dict)
 
 
+@checked
 def measure(
     recipes: Iterable[Recipe],
     model: Any,
@@ -61,7 +64,7 @@ def measure(
             `calibration.gradients`.
     """
     measured = calibration.measure(
-        frozenset().union(*(recipe.needs for recipe in recipes)) & MEASURES,
+        frozenset().union(*(recipe.needs for recipe in _recipes(recipes))) & MEASURES,
         model,
         params,
         batches,
@@ -72,6 +75,15 @@ def measure(
     return Evidence(stats, opt_state, measured)
 
 
+def _recipes(given: Iterable[Any]) -> list[Recipe]:
+    found = list(given)
+    for one in found:
+        if not isinstance(one, Recipe):
+            raise InputError(f"recipes must be recipe.Recipe each, got {shown(one)}; make one")
+    return found
+
+
+@checked
 def measures(recipes: Iterable[Recipe]) -> tuple[str, ...]:
     """Returns the trajectory measures that the recipes read, each once, in their order.
 

@@ -9,14 +9,17 @@ from flax import linen as nn
 from jaxtyping import PyTree
 
 from swe_prune import blockwise, importance, masks
+from swe_prune.arguments import checked
 from swe_prune.blockwise import KernelReport
 from swe_prune.errors import InputError
+from swe_prune.recipe.checks import check
 from swe_prune.recipe.evidence import Evidence, Loss
 from swe_prune.recipe.request import Recipe
 from swe_prune.recipe.scores import score
 from swe_prune.recipe.selection import allocate, select
 
 
+@checked
 def prune(
     recipe: Recipe,
     params: PyTree,
@@ -63,6 +66,7 @@ def prune(
     >>> pruned["up"]["kernel"].tolist()
     [[0.0, -3.0, 2.0, 0.0]]
     """
+    check(recipe)
     evidence = Evidence() if evidence is None else evidence
     values = params if values is None else values
     context: dict[str, Any] = {"params": values, "loss": loss, "batches": batches}

@@ -9,10 +9,13 @@ import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune import importance, trajectory, tree
+from swe_prune.arguments import checked
+from swe_prune.layout import axes_of
 from swe_prune.recipe.evidence import Evidence
 from swe_prune.recipe.request import Recipe
 
 
+@checked
 def score(
     recipe: Recipe,
     params: PyTree,
@@ -37,6 +40,9 @@ def score(
         InputError: Evidence that the criterion needs and that is missing or of another shape.
     """
     criterion = importance.get(str(recipe.criterion))
+    if prunable is not None:
+        tree.check_marks(prunable)
+    axes_of(layout)  # checks it
     # Only what the criterion reads becomes an argument of the compiled program.
     reads_moment = "second_moment" in criterion.needs
     opt_state = evidence.opt_state if reads_moment else None
@@ -59,7 +65,10 @@ def score(
 
 
 def _all_arrays(*trees: PyTree) -> bool:
-    return all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(trees))
+    return all(
+        isinstance(leaf, jax.Array | np.ndarray) and leaf.dtype.kind not in "OSU"
+        for leaf in jax.tree.leaves(trees)
+    )
 
 
 def _score_fn(

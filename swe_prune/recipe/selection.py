@@ -7,10 +7,12 @@ from jaxtyping import PyTree
 
 from swe_prune import allocation, importance, masks
 from swe_prune.allocation import Allocation
+from swe_prune.arguments import checked
 from swe_prune.recipe.evidence import Loss
 from swe_prune.recipe.request import Recipe
 
 
+@checked
 def allocate(
     recipe: Recipe,
     scores: PyTree | None,
@@ -60,6 +62,7 @@ def allocate(
     )
 
 
+@checked
 def select(recipe: Recipe, scores: PyTree, amount: Any, layout: PyTree | None = None) -> PyTree:
     """Returns the masks that the recipe makes of scores.
 

@@ -6,9 +6,10 @@ before the end. A file that is there but cannot be understood is an `InputError`
 
 import csv
 import dataclasses
-import json
 import math
+import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,7 @@ from etils import epath
 
 from swe_prune import ledger
 from swe_prune.config import Config, LedgerConfig, from_dict
-from swe_prune.errors import InputError, did_you_mean
+from swe_prune.errors import InputError, did_you_mean, shown
 from swe_prune.report.records import (
     GROUPS,
     IDENTITY,
@@ -28,6 +29,7 @@ from swe_prune.report.records import (
     Results,
     Trajectory,
     key_of,
+    name_of,
 )
 from swe_prune.runtime import storage
 from swe_prune.study import grid
@@ -36,6 +38,19 @@ from swe_prune.study.results import COLUMNS, Row
 
 _TYPES: dict[str, Any] = typing.get_type_hints(Row)
 _SCOPES = [name for name in GROUPS if name != "rate"]
+
+_FORMS: dict[str, Any] = {
+    "samples": [{"prompt": str, "text": str}],
+    "answers": [{"number": int, "text": str, "price": float}],
+    "prices": {
+        "generated": dict.fromkeys(("own", "blank", "shuffled"), (float, types.NoneType)),
+        "teacher_forced": float,
+        "unparsable": {"own": int},
+    },
+}
+"""What a result of a model of text, or of images and text, has beside numbers, by its name."""
+_SIZES = ("seconds", "steps", "params", "prunable")
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?|[-+]?inf|nan", re.ASCII)
 
 
 def load(workdir: epath.PathLike) -> Results:
@@ -57,9 +72,9 @@ def load(workdir: epath.PathLike) -> Results:
         for name, into, reader in (
             ("dense/metrics.jsonl", training, _read_metrics),
             ("dense/trajectory.jsonl", trajectories, _read_trajectory),
-            ("dense/result.json", dense, _read_object),
+            ("dense/result.json", dense, _read_dense),
         ):
-            if (folder / name).is_file():
+            if _there(folder / name):
                 into[seed] = reader(folder / name)
         for path in sorted(folder.glob("control*/result.json")):
             recovery = path.parent.name.removeprefix("control").removeprefix("-")
@@ -67,6 +82,7 @@ def load(workdir: epath.PathLike) -> Results:
         for path in sorted(folder.glob("cells/*/result.json")):
             key, detail = _read_detail(path)
             details[key] = detail
+    rows = [_of_its_file(row, details, workdir) for row in rows]
     entries, settings = ledger.read(workdir / "ledger"), _settings(config)
     return Results(
         config,
@@ -87,7 +103,7 @@ def load(workdir: epath.PathLike) -> Results:
 
 def read_rows(path: epath.Path) -> tuple[list[Row], int]:
     """Returns the rows of `results.csv`, the last of each cell, and how many it replaced."""
-    if not path.is_file():
+    if not path.exists():
         raise InputError(
             f"working directory {str(path.parent)!r} has no results.csv, so nothing was measured "
             "there yet; run the experiment first or give its working directory"
@@ -132,9 +148,27 @@ def _row(values: list[str], where: str) -> Row:
         _check_identity(vars(row))
     except ValueError as error:
         raise InputError(f"{where} has {error}; repair the line") from None
-    if not 0 <= row.sparsity_prunable <= 1:
-        raise InputError(f"{where} has a sparsity_prunable outside 0 to 1; repair the line")
+    for name in ("sparsity_prunable", "sparsity_total"):
+        if not 0 <= getattr(row, name) <= 1:
+            raise InputError(f"{where} has a {name} outside 0 to 1; repair the line")
+    if not 0 <= row.seconds < math.inf:
+        raise InputError(f"{where} has seconds = {row.seconds}; repair the line")
     return row
+
+
+def _of_its_file(row: Row, details: Mapping[CellKey, Detail], workdir: epath.Path) -> Row:
+    """Returns a row with the numbers of its cell's own file, which has a checksum.
+
+    Raises:
+        InputError: There are files of cells, and none of this one.
+    """
+    detail = details.get(key_of(row))
+    if detail is None and details:
+        raise InputError(
+            f"{str(workdir / 'results.csv')!r} has a row of {name_of(row)!r}, seed {row.seed}, of "
+            "which there is no result.json; run the experiment's command again to write it again"
+        )
+    return row if detail is None else dataclasses.replace(row, **detail.values)
 
 
 def _converted(name: str, value: Any) -> Any:
@@ -146,10 +180,22 @@ def _converted(name: str, value: Any) -> Any:
             return ""
         if types.NoneType in kinds:
             return None
+    kind: Any = kinds[0]
+    if kind is str and isinstance(value, str):
+        return value
+    is_number = type(value) in (int, float)
+    if isinstance(value, str):
+        is_number = _NUMBER.fullmatch(value) is not None
     try:
-        return kinds[0](value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} = {value!r}, which is not a number") from None
+        if kind is not str and is_number:
+            number: Any = kind(value)
+            if kind is float or (0 <= number < 1 << 63 and number == float(value or 0)):
+                return number
+    except (ValueError, OverflowError):
+        pass  # an integer with a point, or too large
+    raise ValueError(
+        f"{name} = {shown(value)}, which is not a {'text' if kind is str else 'number'}"
+    )
 
 
 def _check_identity(values: Mapping[str, Any]) -> None:
@@ -162,6 +208,8 @@ def _check_identity(values: Mapping[str, Any]) -> None:
     known = [level for level in levels if level is not None]
     if len(known) != 1 or not math.isfinite(known[0]):
         raise ValueError(f"sparsity and rate = {levels}, where one must be a finite number")
+    if known[0] < 0 or (values["sparsity"] or 0) >= 1:
+        raise ValueError(f"sparsity and rate = {levels}, out of their range")
 
 
 def _settings(config: dict[str, Any] | None) -> Config | None:
@@ -176,37 +224,77 @@ def _settings(config: dict[str, Any] | None) -> Config | None:
 
 
 def _read_control(path: epath.Path) -> float:
-    loss = _read_object(path).get("control_loss")
-    if not isinstance(loss, int | float):
-        raise _malformed(path, "'control_loss' is not a number")
+    loss: Any = _read_object(path).get("control_loss")
+    if not _fits(loss, float):
+        raise _malformed(path, f"'control_loss' is {shown(loss)}, not a number")
     return float(loss)
+
+
+def _read_dense(path: epath.Path) -> dict[str, Any]:
+    found = _read_object(path)
+    for name, value in found.items():
+        least = 0 if name in _SIZES else -math.inf
+        of_numbers = name in _SIZES or name.endswith("_loss")
+        if of_numbers and not (_fits(value, float) and value >= least):
+            raise _malformed(path, f"{name!r} is {shown(value)}, not a number that it can be")
+    if "dense_loss" not in found:
+        raise _malformed(path, "it has no 'dense_loss'")
+    _check_forms(path, found, "dense")
+    return found
+
+
+def _check_forms(path: epath.Path, found: Mapping[str, Any], *stages: str) -> None:
+    """Raises InputError if texts, answers or prices of a result are not in their form."""
+    for name, form in (
+        (f"{stage}_{kind}", form) for stage in stages for kind, form in _FORMS.items()
+    ):
+        if name in found and not _fits(found[name], form):
+            raise _malformed(path, f"{name!r} is not in its form: {shown(found[name])}")
+
+
+def _fits(value: Any, form: Any) -> bool:
+    """Returns whether a JSON value is of a form: types, and lists and dicts of forms."""
+    if isinstance(form, tuple):
+        return any(_fits(value, one) for one in form)
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(_fits(value.get(k), one) for k, one in form.items())
+    if isinstance(form, list):
+        return isinstance(value, list) and all(_fits(one, form[0]) for one in value)
+    if form is float:  # finite; JSON may have an integer in its place, of any size
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is form
 
 
 def _with_control(row: Row, controls: Mapping[tuple[int, str], float]) -> Row:
     # A cell may finish before its seed's control does: the control's own file is then the newer.
-    loss = controls.get((row.seed, row.recovery))
-    return row if row.control_loss is not None else dataclasses.replace(row, control_loss=loss)
+    loss = controls.get((row.seed, row.recovery), row.control_loss)
+    return dataclasses.replace(row, control_loss=loss)
+
+
+def _there(path: epath.Path) -> bool:
+    """Returns whether something has this name, be it a link that leads nowhere."""
+    return path.exists() or (not storage.in_bucket(path) and os.path.islink(path))
 
 
 def _malformed(path: epath.Path, reason: str) -> InputError:
-    return InputError(f"{str(path)!r} cannot be read: {reason}; repair or remove it")
+    advice = "repair or remove it"
+    if path.parent.parent.name == "cells":  # whose row would have no file
+        advice = "remove it and run the experiment's command again, which makes it again"
+    return InputError(f"{str(path)!r} cannot be read: {reason}; {advice}")
 
 
 def _text(path: epath.Path) -> str:
     try:
-        return path.read_text()
-    except (UnicodeDecodeError, OSError) as error:
+        return storage.read_text(path)
+    except (ValueError, OSError) as error:
         raise _malformed(path, str(error)) from None
 
 
 def _read_object(path: epath.Path) -> dict[str, Any]:
     try:
-        value = json.loads(_text(path))
-    except json.JSONDecodeError as error:
+        return storage.read_json(path)
+    except (ValueError, OSError) as error:
         raise _malformed(path, str(error)) from None
-    if not isinstance(value, dict):
-        raise _malformed(path, "it is not a JSON object")
-    return value
 
 
 def _read_lines(path: epath.Path) -> Iterable[dict[str, Any]]:
@@ -214,16 +302,16 @@ def _read_lines(path: epath.Path) -> Iterable[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
+            value = storage.parse_json(line)
+        except ValueError as error:
             raise _malformed(path, f"line {number}: {error}") from None
-        if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+        if not _fits(value.get("step"), int) or not 0 <= value["step"] < 1 << 63:
             raise _malformed(path, f"line {number} has no whole number 'step'")
         yield value
 
 
 def _read_config(path: epath.Path) -> tuple[dict[str, Any] | None, str | None]:
-    if not path.is_file():
+    if not _there(path):
         return None, None
     value = _read_object(path)
     if not isinstance(value.get("config"), dict):
@@ -235,7 +323,9 @@ def _read_metrics(path: epath.Path) -> list[dict[str, float]]:
     # A resumed run repeats the steps after its checkpoint: the later line of a step counts.
     merged: dict[int, dict[str, float]] = {}
     for line in _read_lines(path):
-        kept = {k: v for k, v in line.items() if isinstance(v, int | float)}
+        kept = {k: v for k, v in line.items() if v is not None}
+        if not _fits(list(kept.values()), [float]):
+            raise _malformed(path, f"step {line['step']} has what is not a number")
         merged.setdefault(line["step"], {}).update(kept)
     return [merged[step] for step in sorted(merged)]
 
@@ -249,8 +339,8 @@ def _read_trajectory(path: epath.Path) -> Trajectory:
         if not isinstance(sample, dict):
             raise _malformed(path, f"step {step} has no group 'values'")
         for name, weights in sample.items():
-            if not isinstance(weights, list):
-                raise _malformed(path, f"step {step} has no list for {name!r}")
+            if not _fits(weights, [float]):
+                raise _malformed(path, f"step {step} has no list of numbers for {name!r}")
             values.setdefault(name, []).append(weights)
     for name, history in values.items():
         if len(history) != len(steps) or len({len(weights) for weights in history}) > 1:
@@ -263,27 +353,41 @@ def _read_detail(path: epath.Path) -> tuple[CellKey, Detail]:
     try:
         identity = {name: _converted(name, value.get(name)) for name in IDENTITY}
         _check_identity(identity)
+        values = {
+            name: _converted(name, value[name])
+            for name in COLUMNS
+            if name in value and not name.startswith("control_")
+        }
         tensors = {
-            name: (int(counts["kept"]), int(counts["total"]))
+            name: (counts["kept"], counts["total"])
             for name, counts in value.get("tensors", {}).items()
         }
+        if not all(_fits([*two], [int]) and 0 <= two[0] <= two[1] for two in tensors.values()):
+            raise ValueError("'tensors' has numbers that are no counts")
         histogram = _histogram(value["histogram"]) if value.get("histogram") else None
-        kept = {
-            name: [bool(v) for v in mask] for name, mask in value.get("sample_kept", {}).items()
-        }
+        kept = value.get("sample_kept", {})
+        if not all(_fits(mask, [bool]) for mask in kept.values()):
+            raise ValueError("'sample_kept' has what is not true or false")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _malformed(path, f"{type(error).__name__}: {error}") from None
     stages = ("pruned", "finetuned")
     samples = {stage: value.get(f"{stage}_samples") or [] for stage in stages}
     prices = {s: value[f"{s}_prices"] for s in stages if value.get(f"{s}_prices")}
     answers = {stage: value.get(f"{stage}_answers") or [] for stage in stages}
-    return tuple(identity.values()), Detail(tensors, histogram, kept, samples, prices, answers)
+    _check_forms(path, value, *stages)
+    found = Detail(tensors, histogram, kept, samples, prices, answers, values)
+    return tuple(identity.values()), found
 
 
 def _histogram(value: dict[str, Any]) -> Histogram:
-    edges = [float(edge) for edge in value["edges"]]
-    names = ("dense", "pruned", "finetuned")
-    counts = {name: [int(count) for count in value.get(name) or []] for name in names}
+    edges, names = value["edges"], ("dense", "pruned", "finetuned")
+    counts = {name: value.get(name) or [] for name in names}
+    if (
+        not _fits(edges, [float])
+        or sorted(edges) != edges
+        or not _fits([*counts.values()], [[int]])
+    ):
+        raise ValueError("'histogram' has what are no edges or counts")
     for name, numbers in counts.items():
         if len(numbers) != len(edges) - 1 and not (name == "finetuned" and not numbers):
             raise ValueError(f"histogram {name!r} has {len(numbers)} counts, {len(edges)} edges")

@@ -76,6 +76,7 @@ class Detail:
     samples: dict[str, list[dict[str, Any]]]  # text by stage, "pruned" or "finetuned"
     prices: dict[str, dict[str, Any]]  # `evaluation.prices.PriceErrors` by stage
     answers: dict[str, list[dict[str, Any]]]  # prices read off pictures, by stage
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `Row`, by column
 
     @property
     def total(self) -> int:

@@ -1,4 +1,7 @@
-"""Handling of SIGTERM, with which schedulers announce that a machine will be taken away."""
+"""Handling of SIGTERM, with which schedulers announce that a machine will be taken away.
+
+A closed terminal, SIGHUP, is the same, unless `nohup` has it ignored.
+"""
 
 import contextlib
 import signal
@@ -9,6 +12,7 @@ from typing import Any
 from jax.experimental import multihost_utils
 
 from swe_prune import early_signals
+from swe_prune.early_signals import HUNG_UP, again_if_lost, ignored, leave_terminal
 from swe_prune.early_signals import PREEMPTED as MESSAGE
 from swe_prune.errors import Preempted
 from swe_prune.runtime import processes
@@ -21,11 +25,15 @@ class PreemptionHandler:
     Elsewhere it stops the process immediately, which every phase survives as it survives a kill.
     With several processes, all stop after the same step, on which JAX's runtime makes them agree,
     and nowhere else.
+
+    Attributes:
+        why: Sentence on the signal that has come.
     """
 
     def __init__(self) -> None:
         """Creates a handler that has seen no signal."""
         self._given = self._raised = False
+        self.why = MESSAGE
         self._deferred = 0
         self._asked = 0
 
@@ -57,7 +65,10 @@ class PreemptionHandler:
     def _stop(self) -> None:
         if not self._raised:  # a second signal, while the first one ends the process, is nothing
             self._raised = True
-            raise Preempted(MESSAGE)
+            raise Preempted(self.why)
+
+    def _raise_again(self) -> None:
+        self._raised = False
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -66,24 +77,35 @@ class PreemptionHandler:
         Raises:
             Preempted: At the point where the signal arrives, unless it is deferred there.
         """
-        elsewhere = threading.current_thread() is not threading.main_thread()
-        if elsewhere or processes.count() > 1:  # with several, JAX's runtime handles it
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def note(number: int, frame: Any) -> None:
+            if number == signal.SIGHUP:
+                leave_terminal()
+            if processes.count() > 1:  # JAX's runtime handles SIGTERM
+                signal.raise_signal(signal.SIGTERM)
+                return
+            if not self._given:
+                self.why = HUNG_UP if number == signal.SIGHUP else MESSAGE
             self._given = True
             if not self._deferred:
                 self._stop()
 
         self._given = self._raised = False
-        before = signal.signal(signal.SIGTERM, note)
+        numbers = [signal.SIGHUP] if not ignored(signal.SIGHUP) else []
+        numbers += [signal.SIGTERM] if processes.count() == 1 else []
+        before = {number: signal.signal(number, note) for number in numbers}
+        if early_signals.PROGRAM:
+            again_if_lost(Preempted, signal.SIGTERM, self._raise_again)
         try:
             yield
         finally:
             # Once it has come, the program ends with 75, whatever comes until then.
             if not (self._given and early_signals.PROGRAM):
-                signal.signal(signal.SIGTERM, before)
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
 
 PREEMPTION = PreemptionHandler()

@@ -7,14 +7,24 @@ read and written with gcsfs, arrays with tensorstore.
 
 import contextlib
 import importlib.util
+import json
 import os
+import stat
+import zlib
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
 from swe_prune.errors import InputError, RunError
 
 SCHEME = "gs://"
+
+LARGEST = 1 << 28
+"""Bytes that a file of a run may have, other than arrays."""
+
+CHECKSUM = "checksum"
+"""Key of the checksum in the JSON objects that a run writes."""
 
 
 def parse_path(path: epath.PathLike, name: str = "workdir") -> epath.Path:
@@ -157,14 +167,86 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def read_text(path: epath.PathLike) -> str:
+    """Returns the text of a file of a run, found to be a regular one before it is opened.
+
+    Raises:
+        ValueError: It is a folder, a pipe or a device, too large, or not UTF-8.
+        OSError: It cannot be read.
+    """
+    if not in_bucket(path):
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it is not a regular file")
+        if found.st_size > LARGEST:
+            raise ValueError(f"it has {found.st_size:,} bytes, more than a file of its kind has")
+    return epath.Path(path).read_text(encoding="utf-8")
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """Returns the object that a JSON text is, without its checksum, which is held against it.
+
+    Raises:
+        ValueError: The text is no JSON object, has a key twice, or was changed since it was made.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=each_once)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    wanted = value.pop(CHECKSUM, None)
+    if wanted is not None and wanted != checksum(json.dumps(value)):
+        raise ValueError("it was changed after it was written")
+    return value
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the pairs of a JSON object as a dict.
+
+    Raises:
+        ValueError: A key is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r:.80} is there twice")
+    return found
+
+
+def read_json(path: epath.PathLike) -> dict[str, Any]:
+    """Returns the JSON object of a file that a run wrote.
+
+    Raises:
+        ValueError: As `read_text` and `parse_json`.
+        OSError: The file cannot be read.
+    """
+    return parse_json(read_text(path))
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """Returns a JSON object with its checksum, which `parse_json` looks at and leaves out."""
+    return {**value, CHECKSUM: checksum(json.dumps(value))}
+
+
+def checksum(text: str) -> int:
+    """Returns the CRC-32 of a JSON text as `json.dumps` writes it."""
+    return zlib.crc32(text.encode())
+
+
 def remove(folder: epath.PathLike) -> None:
     """Deletes a folder and its contents if it exists."""
     epath.Path(folder).rmtree(missing_ok=True)
 
 
 def discard(path: epath.PathLike) -> None:
-    """Deletes a file if it exists."""
-    epath.Path(path).unlink(missing_ok=True)
+    """Deletes a file, or what is in its place, if it exists."""
+    path = epath.Path(path)
+    if path.is_dir() and not os.path.islink(path):
+        remove(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def move(folder: epath.PathLike, target: epath.PathLike) -> None:

@@ -5,6 +5,7 @@ others, so no Python code can report it. The work therefore runs in a child. The
 JAX; it forwards the child's output and prints the message that the child could not.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from typing import IO
 
 from etils import epath
 
+from swe_prune.early_signals import ignored
 from swe_prune.errors import visible
 from swe_prune.runtime import storage
 
@@ -48,8 +50,9 @@ def supervise(
     env = os.environ | {SUPERVISED: str(os.getpid()), "GLOG_minloglevel": "3"}
     # Forward signals to the child, and its messages to standard error.
     with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as child:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, _: child.send_signal(number))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if not ignored(number):
+                signal.signal(number, lambda number, _: child.send_signal(number))
         assert child.stderr is not None
         fatal = _pass_on(child.stderr)
         code = child.wait()
@@ -104,9 +107,10 @@ def _absent(workdir: epath.Path, sign: epath.Path | None, process: str | None, j
     since = time.time() - 2 * join
     came = {}
     for file in _signs(workdir).glob("*"):
-        left = json.loads(file.read_text())
-        if left["time"] > since:
-            came[file.name] = left["host"]
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # damaged is absent
+            left = storage.read_json(file)
+            if left["time"] > since:
+                came[file.name] = left["host"]
     if sign is not None:
         came[sign.name] = socket.gethostname()
     here = ", ".join(f"{name} on {host}" for name, host in sorted(came.items()))

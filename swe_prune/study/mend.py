@@ -5,7 +5,6 @@ bit-identical to an uninterrupted one.
 """
 
 import contextlib
-import json
 import warnings
 
 from etils import epath
@@ -16,7 +15,7 @@ from swe_prune.runtime import processes, storage
 from swe_prune.runtime.locks import lock_for_run
 from swe_prune.study.experiment import Experiment
 from swe_prune.study.grid import Cell
-from swe_prune.study.workdir import exists, remove
+from swe_prune.study.workdir import exists, remove, result_of
 from swe_prune.training.progress import Progress
 
 
@@ -68,7 +67,7 @@ def mend_cells(experiment: Experiment, progress: Progress) -> None:
 def _fault_of(folder: epath.Path, cell: Cell) -> str | None:
     if _unreadable(folder / "result.json"):
         return "its result cannot be read"
-    result = processes.first(lambda: json.loads((folder / "result.json").read_text()))
+    result = result_of(folder / "result.json")
     if cell.recovery.kind == "none" or "finetuned_loss" in result:
         return None
     names = ("masks", "start") if cell.recipe.updates_weights else ("masks",)
@@ -86,9 +85,10 @@ def _fault(folder: epath.Path, step: int | None) -> str | None:
 def _unreadable(path: epath.Path) -> bool:
     def look() -> bool:
         try:
-            return not isinstance(json.loads(path.read_text()), dict)
-        except (ValueError, RecursionError):
+            storage.read_json(path)
+        except (OSError, ValueError):
             return True
+        return False
 
     return processes.first(look)
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
@@ -179,7 +178,7 @@ def _stored(file: epath.Path) -> dict[str, Any] | None:
         found = read_json(file) if file.exists() else None
     except InputError:
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("config"), dict) else None
+    return found if found and isinstance(found.get("config"), dict) else None
 
 
 def config_of(path: epath.Path) -> Config:
@@ -216,15 +215,15 @@ def _check_same(workdir: Workdir, config: Config, stored: dict[str, Any]) -> Non
     )
 
 
-def read_json(path: epath.Path) -> Any:
-    """Returns the JSON of a file that a run wrote.
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Returns the JSON object of a file that a run wrote.
 
     Raises:
         InputError: it is damaged.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        return storage.read_json(path)
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{path} is damaged ({error}); run the command 'run', which makes it again"
         ) from error

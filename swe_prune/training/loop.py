@@ -12,7 +12,7 @@ import jax
 from jaxtyping import PyTree
 
 from swe_prune.errors import Preempted
-from swe_prune.runtime.preemption import MESSAGE, PREEMPTION, PreemptionHandler
+from swe_prune.runtime.preemption import PREEMPTION, PreemptionHandler
 from swe_prune.training import metrics as metrics_lib
 from swe_prune.training.phase import Phase
 from swe_prune.training.state import TrainState
@@ -119,7 +119,7 @@ def fit(
             saved = checkpoints is None or number - 1 == (checkpoints.latest() or 0)
             if not saved and not meter.last_step_skipped:
                 save(number - 1)
-            raise Preempted(MESSAGE)
+            raise Preempted(preemption.why)
         # Dispatch the step; the metrics of the previous one are fetched while it computes.
         batch = next(batches)
         state, computed = step(state, batch)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from swe_prune.errors import RunError, why_unwritten
+from swe_prune.errors import InputError, RunError, first_line, why_unwritten
 from swe_prune.runtime import processes, storage
 from swe_prune.training.phase import Phase
 
@@ -79,15 +79,31 @@ class JsonLines:
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """Returns the lines of a JSON-lines file, without an incomplete last line."""
+    """Returns the lines of a JSON-lines file, without an incomplete last line.
+
+    Raises:
+        InputError: The file was damaged since.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    found: list[dict[str, Any]] = []
+    try:
+        for line in storage.read_text(path).split("\n")[:-1]:
+            found.append(storage.parse_json(line))
+            if type(found[-1].get("step")) is not int:
+                raise ValueError("without a step")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is damaged (after line {len(found)}: {first_line(error)}); remove it and run "
+            "the same command again, which goes on without the lines of earlier steps"
+        ) from None
+    return found
 
 
-def write_json(path: epath.Path, value: Any) -> None:
-    """Writes a JSON file atomically."""
-    storage.write(path, json.dumps(value, indent=1, default=_plain))
+def write_json(path: epath.Path, value: dict[str, Any]) -> None:
+    """Writes a JSON object atomically, with a checksum that `storage.read_json` looks at."""
+    plain = json.loads(json.dumps(value, default=_plain))
+    storage.write(path, json.dumps(storage.sealed(plain), indent=1))
 
 
 def _plain(value: Any) -> Any:
