@@ -9,7 +9,7 @@ from Ling's model, and what is left is trained for some steps.
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ SPARSITIES = (0.25, 0.5)
 RECOVERY = 100
 
 
-def models(experiment: Any) -> dict[str, Any]:
+def models(experiment: Any) -> Mapping[str, Any]:
     """Returns the models by name."""
     config = dataclasses.replace(
         experiment.config.model, gated=True, activation="silu", tied_head=False, hidden=HIDDEN
@@ -69,7 +69,7 @@ def run(experiment: Any, seeds: list[int], say: Callable[[str], None]) -> Any:
     optimizer = optimizer_lib.build(experiment.config.train, experiment.train_steps)
     for name, model in kinds.items():
         step = stepper(model, optimizer, warm=isinstance(model, ling.Ling) and "warm" not in name)
-        judge = step_lib.compile_eval_step(model)
+        judge = judging(model)
         for seed in seeds:
             batches: Any = experiment.batches(seed)
             if "random" in name:
@@ -87,6 +87,11 @@ def run(experiment: Any, seeds: list[int], say: Callable[[str], None]) -> Any:
             if name == "Ling":
                 pruned += without(model, params, stats, state, experiment, seed)
     return {"rows": rows, "pruned": pruned}
+
+
+def judging(model: Any) -> Callable[..., Any]:
+    """Returns the compiled evaluation step."""
+    return step_lib.compile_eval_step(model)
 
 
 def stepper(model: Any, optimizer: Any, warm: bool) -> Any:
@@ -164,7 +169,7 @@ def without(
     for sparsity in SPARSITIES:
         for criterion, units in scores.items():
             small, cut = ling.without_experts(model, params, units, sparsity)
-            judge = step_lib.compile_eval_step(small)
+            judge = judging(small)
             before = mean_loss(judge, cut, experiment.validation)
             cut = compiled(small.loss, optimizer)(cut, experiment.batches(1000 + seed), RECOVERY)
             rows.append({

@@ -24,14 +24,14 @@ from swe_prune.related import reasoning
 from swe_prune.related.reasoning import Answers
 
 ALPHAS = (0.0, 0.1, 0.2, 0.4)
-TERMS = 5
-PROMPTS, SAMPLES, ROUNDS = 32, 8, 100
+TERMS = 4
+PROMPTS, SAMPLES, ROUNDS = 32, 8, 60
 LENGTH = 2 * TERMS + 2
 MODEL = ModelConfig(layers=2, heads=4, width=64, context=LENGTH)
 PRETRAINING, RATE, RL_RATE, BATCH, JUDGED = 3000, 1e-3, 3e-4, 128, 2048
 
 
-def run(seeds: list[int], work: str, say: Callable[[str], None]) -> Any:
+def run(seeds: list[int], work: Any, say: Callable[[str], None]) -> Any:
     """Returns accuracy and mean length of each way by seed."""
     model = gpt.build(MODEL, reasoning.SYMBOLS)
     rows: list[dict[str, Any]] = []
@@ -91,7 +91,7 @@ def trained(model: Any, start: Any, seed: int, alpha: float | None, step: Any) -
     params, state = start, optax.adam(RL_RATE).init(start)
     for number in range(ROUNDS):
         asked = reasoning.sums(PROMPTS, TERMS, seed=seed * 10**6 + 5 * 10**5 + number)
-        prompts = np.repeat(asked.tokens[:, : TERMS + 1], SAMPLES, axis=0)
+        prompts: Any = np.repeat(asked.tokens[:, : TERMS + 1], SAMPLES, axis=0)
         found = answered(model, params, prompts, seed * ROUNDS + number)
         lengths, right = reasoning.judged(prompts, *found)
         rows = reasoning.joined(prompts, *found, LENGTH)
@@ -109,7 +109,7 @@ def trained(model: Any, start: Any, seed: int, alpha: float | None, step: Any) -
     return params
 
 
-def answered(model: Any, params: Any, prompts: np.ndarray, seed: int) -> tuple[Any, Any]:
+def answered(model: Any, params: Any, prompts: Any, seed: int) -> tuple[Any, Any]:
     """Returns a sampled answer to each prompt, and whether it ended."""
     made = generate(
         model, params, prompts.tolist(), TERMS + 1, sampling=Sampling(), seed=seed,
@@ -121,7 +121,7 @@ def answered(model: Any, params: Any, prompts: np.ndarray, seed: int) -> tuple[A
 def judge(model: Any, params: Any, seed: int) -> dict[str, Any]:
     """Returns the share of right answers and the mean length, in all and by length."""
     asked = reasoning.sums(JUDGED, TERMS, seed=10**9 + seed)
-    prompts = asked.tokens[:, : TERMS + 1]
+    prompts: Any = asked.tokens[:, : TERMS + 1]
     lengths, right = map(
         np.asarray, reasoning.judged(prompts, *answered(model, params, prompts, seed))
     )

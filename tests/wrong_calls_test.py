@@ -350,7 +350,13 @@ SLOW = {
 }  # fmt: skip
 """Calls that compile for some of the values."""
 
-UNTRIED = {("samples", "tokens"), ("ecoflap", "batches"), ("init", "key")}
+UNTRIED = {
+    ("samples", "tokens"),
+    ("ecoflap", "batches"),
+    ("init", "key"),
+    ("warmed", "key"),
+    ("store", "symbols"),
+}
 """As much memory as a user asks for, a user's own loss, and arrays that are no keys of JAX."""
 
 

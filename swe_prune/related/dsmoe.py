@@ -40,6 +40,7 @@ Weights = Mapping[str, Mapping[str, Array]]
 @checked
 def thresholded(q: Float[Array, "..."], tau: float) -> Float[Array, "..."]:
     """Returns G(q): q where it is above tau, else 0."""
+    q = jnp.asarray(q, jnp.float32)
     return jnp.where(q > tau, q, 0.0)
 
 
@@ -120,6 +121,7 @@ def skipped(
     Raises:
         InputError: As in `computed` and `factors`, or if there are no or more than 64 rungs.
     """
+    x, q = jnp.asarray(x), jnp.asarray(q)
     blocks, count = _check(x, weights, q.shape[1], activation), len(x)
     if not 1 <= rungs <= 64:
         raise InputError(f"rungs must be between 1 and 64 sizes, got {rungs}")

@@ -92,6 +92,7 @@ def warmed(
         share: a, from 0, noise alone, to 1.
         key: Random key.
     """
+    scores = jnp.asarray(scores, jnp.float32)
     still = jax.lax.stop_gradient(scores)
     noise = still.mean() + still.std() * jax.random.normal(key, scores.shape, scores.dtype)
     return share * scores + (1 - share) * noise
