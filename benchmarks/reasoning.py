@@ -25,10 +25,10 @@ from swe_prune.related.reasoning import Answers
 
 ALPHAS = (0.0, 0.1, 0.2, 0.4)
 TERMS = 4
-PROMPTS, SAMPLES, ROUNDS = 32, 8, 60
+PROMPTS, SAMPLES, ROUNDS = 32, 8, 100
 LENGTH = 2 * TERMS + 2
-MODEL = ModelConfig(layers=2, heads=4, width=64, context=LENGTH)
-PRETRAINING, RATE, RL_RATE, BATCH, JUDGED = 3000, 1e-3, 3e-4, 128, 2048
+MODEL = ModelConfig(layers=2, heads=4, width=64, context=LENGTH, activation="relu")
+PRETRAINING, RATE, RL_RATE, BATCH, JUDGED = 2000, 4e-3, 3e-4, 64, 2048
 
 
 def run(seeds: list[int], work: Any, say: Callable[[str], None]) -> Any:
@@ -39,11 +39,11 @@ def run(seeds: list[int], work: Any, say: Callable[[str], None]) -> Any:
     for seed in seeds:
         tokens = jnp.zeros((1, LENGTH), jnp.int32)
         start = jax.jit(model.init)(jax.random.key(seed), tokens)["params"]
-        rates = optax.cosine_decay_schedule(RATE, PRETRAINING)
         params, state = start, optax.adam(RATE).init(start)
         for step in range(PRETRAINING):
             part = reasoning.sums(BATCH, TERMS, work=work, seed=seed * 10**6 + step)
-            params, state = learn(params, state, part, rates(step))
+            rate = RATE * min(1, (step + 1) / 50) * (1 - step / PRETRAINING)
+            params, state = learn(params, state, part, rate)
         ways = {"before": params}
         for alpha in ALPHAS:
             ways[f"RLOO, alpha {alpha:g}"] = trained(model, params, seed, alpha, reinforce)
