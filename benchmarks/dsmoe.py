@@ -31,6 +31,7 @@ from swe_prune.training import step as step_lib
 BLOCKS = 8
 TAUS = (0.3, 0.5, 0.7)
 CRITERIA = ("magnitude", "forecast_curvature")
+FEW = 24  # neurons that a cut is rounded to, so that one program serves several
 STATIC = "forecast_curvature"
 WIDTH, HIDDEN = 576, 1536  # SmolLM2-135M
 TOKENS = (1, 128, 1024)
@@ -44,9 +45,11 @@ def run(experiment: Any, seeds: list[int], steps: int, say: Callable[[str], None
     optimizer = optimizer_lib.build(experiment.config.finetune, steps)
 
     def add(seed: int, way: str, tau: float | None, active: float, model: Any, params: Any) -> None:
-        loss = mean_loss(step_lib.compile_eval_step(model), params, experiment.validation)
+        loss = mean_loss(judging(model), params, experiment.validation)
         rows.append({"seed": seed, "way": way, "tau": tau, "active": active, "loss": loss})
         say(f"{way}, tau {tau}, seed {seed}: {active:.1%} active, {loss:.4f}")
+
+    judging = functools.cache(step_lib.compile_eval_step)
 
     @functools.cache
     def plain(hidden: int) -> tuple[Any, Any]:
@@ -104,7 +107,7 @@ def kept(experiment: Any, dense: Any, share: float) -> dict[str, dict[str, np.nd
         )
         units = structured.unit_scores(groups, scores, "sum")
         found[f"neurons cut, {criterion}"] = structured.choose(
-            groups, units, sparsity=1 - share, multiple=1
+            groups, units, sparsity=1 - share, multiple=FEW
         )
         if criterion == STATIC:
             blocks = {name: np.asarray(one).reshape(BLOCKS, -1) for name, one in units.items()}
@@ -133,6 +136,7 @@ def times(say: Callable[[str], None], runs: int = 15) -> list[dict[str, Any]]:
     config = ModelConfig(width=WIDTH, hidden=HIDDEN, gated=True, activation="silu")
     dense = jax.jit(lambda x, weights: MLP(config).apply({"params": weights}, x))
     skipped = jax.jit(functools.partial(dsmoe.skipped, tau=0.5, activation="silu"))
+    blocks = dsmoe.partitioned(weights, BLOCKS)
     found = []
     for tokens in TOKENS:
         x = jax.random.normal(keys[3], (tokens, WIDTH))
@@ -142,7 +146,7 @@ def times(say: Callable[[str], None], runs: int = 15) -> list[dict[str, Any]]:
             # As many gates of each token are open as the share says, at random.
             rank = jnp.argsort(jnp.argsort(drawn, axis=1), axis=1)
             q = jnp.where(rank < round(share * BLOCKS), 0.9, 0.1)
-            works[f"{share:.0%}"] = latency.timed(skipped, x, weights, q)
+            works[f"{share:.0%}"] = latency.timed(skipped, x, blocks, q)
         measured = latency.alternating(works, runs)
         for name, (one,) in measured.items():
             ratio = one.ratio(measured["dense"][0])

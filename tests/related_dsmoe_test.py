@@ -73,8 +73,9 @@ def test_skipping_changes_nothing(arrays, tau):
     x, weights, q = arrays
     exact = np.where(np.asarray(q) > tau, q, 0.0) * BLOCKS
     exact = exact / np.maximum((np.asarray(q) > tau).sum(1, keepdims=True), 1)
+    parts = dsmoe.partitioned(weights, BLOCKS)
     for rungs in (1, 3, 64):
-        found = dsmoe.skipped(x, weights, q, tau, activation="silu", rungs=rungs)
+        found = dsmoe.skipped(x, parts, q, tau, activation="silu", rungs=rungs)
         np.testing.assert_allclose(found, sum_of_blocks(x, weights, exact), rtol=1e-4, atol=1e-4)
 
 
@@ -148,6 +149,11 @@ Q = jnp.full((N, BLOCKS), 0.7)
         (cut_into(12, 0), "divisor of the 12"),
         (lambda: dsmoe.Gated(MODEL, 4, tau=1.0), r"tau must be a threshold in \[0, 1\)"),
         (lambda: dsmoe.factors(Q, -0.1), "tau must be"),
+        (
+            lambda: dsmoe.skipped(Q, dsmoe.Blocks(({},), None), Q, 0.5),
+            "each of the 1 blocks, got 4",
+        ),
+        (lambda: dsmoe.partitioned({"up": {}, "down": {}}, 2), "must have kernels 'up'"),
         (lambda: dsmoe.factors(Q, float("nan")), "tau must be"),
         (lambda: dsmoe.with_routers({"a": jnp.ones(2)}, 2), "no MLP"),
         (lambda: dsmoe.computed(Q, {"up": {}}, Q), "must have kernels 'up'"),

@@ -17,9 +17,10 @@ constant and 0 in the paper: there all gates start at 0.5, which is the paper's 
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,16 +88,56 @@ def computed(
         InputError: If the blocks do not divide the hidden units, the weights do not fit, or the
             activation is unknown.
     """
-    blocks = _check(x, weights, factor.shape[1], activation)
+    check_choice(activation, ACTIVATIONS, "activation")
+    blocks = factor.shape[1]
+    _check(weights, blocks, x.shape[1])
     h_NxnxF = _hidden(x, weights, activation).reshape(len(x), blocks, -1)
     h_NxF = (h_NxnxF * factor[..., None].astype(x.dtype)).reshape(len(x), -1)
     return _dense(h_NxF, weights["down"])
 
 
+class Blocks(NamedTuple):
+    """The weights of an MLP by block.
+
+    Attributes:
+        parts: Weights of each block, those of a smaller MLP.
+        bias: Bias of the output, which belongs to no block.
+    """
+
+    parts: tuple[Weights, ...]
+    bias: Array | None
+
+
+@checked
+def partitioned(weights: Weights, blocks: int) -> Blocks:
+    """Returns the weights by block, in arrays of their own.
+
+    Args:
+        weights: Weights of the dense MLP.
+        blocks: Number n of blocks.
+
+    Raises:
+        InputError: If the blocks do not divide the hidden units, or the weights do not fit.
+    """
+    _check(weights, blocks)
+    split = {
+        name: {what: jnp.split(leaf, blocks, axis=-1) for what, leaf in weights[name].items()}
+        for name in ("up", "gate")
+        if name in weights
+    }
+    down = jnp.split(weights["down"]["kernel"], blocks)
+    parts = tuple(
+        {name: {what: some[at] for what, some in layer.items()} for name, layer in split.items()}
+        | {"down": {"kernel": down[at]}}
+        for at in range(blocks)
+    )
+    return Blocks(parts, weights["down"].get("bias"))
+
+
 @checked
 def skipped(
     x: Float[Array, "N D"],
-    weights: Weights,
+    blocks: Blocks,
     q: Float[Array, "N n"],
     tau: float,
     *,
@@ -111,7 +152,7 @@ def skipped(
 
     Args:
         x: Input.
-        weights: Weights of the dense MLP.
+        blocks: Weights, from `partitioned`.
         q: Gates.
         tau: Threshold, as in `factors`.
         scaled: As in `factors`.
@@ -121,32 +162,37 @@ def skipped(
     Raises:
         InputError: As in `computed` and `factors`, or if there are no or more than 64 rungs.
     """
-    x, q = jnp.asarray(x), jnp.asarray(q)
-    blocks, count = _check(x, weights, q.shape[1], activation), len(x)
+    if len(blocks.parts) != q.shape[1]:
+        raise InputError(
+            f"q must have a gate for each of the {len(blocks.parts)} blocks, got {q.shape[1]}"
+        )
     if not 1 <= rungs <= 64:
         raise InputError(f"rungs must be between 1 and 64 sizes, got {rungs}")
-    factor = factors(q, tau, scaled=scaled).astype(x.dtype)
+    x, q, count = jnp.asarray(x), jnp.asarray(q), len(x)
+    factor_Nxn = factors(q, tau, scaled=scaled).astype(x.dtype)
     sizes = sorted({-(-count * rung // rungs) for rung in range(rungs + 1)})
-    y_NxD = jnp.zeros((count, weights["down"]["kernel"].shape[1]), x.dtype)
-    for block in range(blocks):
-        own = _block(weights, block, blocks)
-        open_N = q[:, block] > tau
-
-        def run(size: int, y: Array, own: Weights = own, open_N: Array = open_N, at: int = block):
-            if size == 0:
-                return y
-            if size == count:
-                return y + computed(x, own, factor[:, at : at + 1], activation)
-            # Row r of the block is the token rows[r]; token t is row place[t], if it is open.
-            (rows,) = jnp.nonzero(open_N, size=size, fill_value=0)
-            part = computed(x[rows], own, factor[rows, at : at + 1], activation)
-            place = jnp.maximum(jnp.cumsum(open_N) - 1, 0)
-            return y + jnp.where(open_N[:, None], part[place], 0)
-
+    y_NxD = jnp.zeros((count, blocks.parts[0]["down"]["kernel"].shape[1]), x.dtype)
+    for at, own in enumerate(blocks.parts):
+        open_N, factor = q[:, at] > tau, factor_Nxn[:, at : at + 1]
+        run = functools.partial(_on_its_tokens, x, own, open_N, factor, activation)
         rung = jnp.searchsorted(jnp.asarray(sizes), open_N.sum())
-        branches = [lambda y, run=run, size=size: run(size, y) for size in sizes]
-        y_NxD = jax.lax.switch(rung, branches, y_NxD)
-    return y_NxD + weights["down"]["bias"] if "bias" in weights["down"] else y_NxD
+        y_NxD = jax.lax.switch(rung, [functools.partial(run, size) for size in sizes], y_NxD)
+    return y_NxD if blocks.bias is None else y_NxD + blocks.bias
+
+
+def _on_its_tokens(
+    x: Array, own: Weights, open_N: Array, factor: Array, activation: str, size: int, y: Array
+) -> Array:
+    """Returns y plus what a block gives, computed on as many rows as the size."""
+    if size == 0:
+        return y
+    if size == len(x):
+        return y + computed(x, own, factor, activation)
+    # Row r of the block is the token rows[r]; token t is row place[t], if it is open.
+    (rows,) = jnp.nonzero(open_N, size=size, fill_value=0)
+    part = computed(x[rows], own, factor[rows], activation)
+    place = jnp.maximum(jnp.cumsum(open_N) - 1, 0)
+    return y + jnp.where(open_N[:, None], part[place], 0)
 
 
 @checked
@@ -231,7 +277,8 @@ class Gated:
             return call(x)
         weights, activation = layer.variables["params"], layer.config.activation
         if self.skip:
-            return skipped(x, weights, q, self.tau, scaled=self.scaled, activation=activation)
+            blocks = partitioned(weights, self.blocks)
+            return skipped(x, blocks, q, self.tau, scaled=self.scaled, activation=activation)
         factor = factors(q, self.tau, scaled=self.scaled, straight=self.straight)
         return computed(x, weights, factor, activation)
 
@@ -278,27 +325,16 @@ def _dense(x: Array, layer: Mapping[str, Array]) -> Array:
     return y + layer["bias"].astype(x.dtype) if "bias" in layer else y
 
 
-def _block(weights: Weights, block: int, blocks: int) -> Weights:
-    """Returns the weights of one block, without the output's bias, which belongs to none."""
-    own = {
-        name: {what: jnp.split(leaf, blocks, axis=-1)[block] for what, leaf in layer.items()}
-        for name, layer in weights.items()
-        if name in ("up", "gate")
-    }
-    return own | {"down": {"kernel": jnp.split(weights["down"]["kernel"], blocks)[block]}}
-
-
-def _check(x: Array, weights: Weights, blocks: int, activation: str) -> int:
-    check_choice(activation, ACTIVATIONS, "activation")
+def _check(weights: Weights, blocks: int, width: int | None = None) -> None:
     shapes = {name: layer["kernel"].shape for name, layer in weights.items() if "kernel" in layer}
-    up, down = shapes.get("up"), shapes.get("down")
-    if up is None or down is None or shapes.get("gate", up) != up or up != (x.shape[1], down[0]):
+    up, down = shapes.get("up", ()), shapes.get("down", ())
+    wanted = (up[0] if up and width is None else width, *down[:1])
+    if not up or not down or shapes.get("gate", up) != up or up != wanted:
         raise InputError(
             "weights must have kernels 'up' (D, F), 'down' (F, D), and 'gate' like 'up' if any, "
-            f"for an input with D = {x.shape[1]}, got {shapes}"
+            f"D being the width of the input, got {shapes}"
         )
     _check_blocks(down[0], blocks)
-    return blocks
 
 
 def _check_blocks(hidden: int, blocks: int) -> None:
