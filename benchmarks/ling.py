@@ -71,7 +71,7 @@ def run(experiment: Any, seeds: list[int], say: Callable[[str], None]) -> Any:
         step = stepper(model, optimizer, warm=isinstance(model, ling.Ling) and "warm" not in name)
         judge = judging(model)
         for seed in seeds:
-            batches: Any = experiment.batches(seed)
+            batches: Any = iter(functools.partial(next, experiment.batches(seed)), None)
             if "random" in name:
                 batches = dirtied(batches, seed, experiment.model.vocab_size)
             made = fitted(model, step, batches, optimizer, experiment, seed, "spikes" in name)
@@ -167,11 +167,13 @@ def without(
     optimizer = optimizer_lib.build(phase, RECOVERY)
     rows = []
     for sparsity in SPARSITIES:
+        fit: Any = None  # the models of one sparsity are alike
         for criterion, units in scores.items():
             small, cut = ling.without_experts(model, params, units, sparsity)
-            judge = judging(small)
+            if fit is None:
+                fit, judge = compiled(small.loss, optimizer), judging(small)
             before = mean_loss(judge, cut, experiment.validation)
-            cut = compiled(small.loss, optimizer)(cut, experiment.batches(1000 + seed), RECOVERY)
+            cut = fit(cut, experiment.batches(1000 + seed), RECOVERY)
             rows.append({
                 "criterion": criterion, "sparsity": sparsity, "seed": seed, "before": before,
                 "after": mean_loss(judge, cut, experiment.validation),
