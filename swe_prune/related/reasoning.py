@@ -69,8 +69,8 @@ def advantages(found: Float[Array, "P n"]) -> Float[Array, "P n"]:
     Raises:
         InputError: If there are fewer than two answers to a prompt.
 
-    >>> advantages(jnp.array([[1.0, 0.0, 0.0]])).tolist()
-    [[1.0, -0.5, -0.5]]
+    >>> advantages(jnp.array([[1.0, 0.0]])).tolist()
+    [[1.0, -1.0]]
     """
     count = found.shape[-1]
     if count < 2:
