@@ -1,14 +1,19 @@
 """The seed papers' other systems on the demo's model, each beside what could embarrass it.
 
+    python benchmarks/related.py all --out=tables      all of these, each in its JSON file
     python benchmarks/related.py trawl                 stacked weights at low rank, written back
     python benchmarks/related.py ssprop --seeds 0 1 2  back-propagation through a part
+    python benchmarks/related.py dsmoe                 MLPs in blocks that tokens switch on and off
+    python benchmarks/related.py retrikt               a teacher's store for a pruned student
+    python benchmarks/related.py reasoning             a reward for short right answers
+    python benchmarks/related.py ling                  fine-grained experts with a shared one
     python benchmarks/related.py ecomls                switching between cuts of SmolLM2
 
-The first two train the demo's dense model (`configs/shakespeare_char.py`) in `--workdir` first, or
-find it there; the third is described in `ecomls.py` and set in `configs/ecomls.py`. TRAWL's best
-layer, rank and method are chosen on a fifth of the validation windows and reported on the others;
-"noise" is a random change of the same kernels by the same norm. ssProp trains from scratch with the
-same data, order and steps; its step time is measured in turns.
+The settings of the models are `configs/sweeps/related.py`, those of EcoMLS `configs/ecomls.py`.
+Dense models are trained in `--workdir` first, or found there. TRAWL's best layer, rank and method
+are chosen on a fifth of the validation windows and reported on the others; "noise" is a random
+change of the same kernels by the same norm. ssProp trains from scratch with the same data, order
+and steps; its step time is measured in turns. The others are described in their files here.
 """
 
 import argparse
@@ -20,6 +25,7 @@ import platform
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,51 +37,53 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import dsmoe
 import ecomls
+import ling
+import reasoning
+import retrikt
 from timing import compare
 
 from swe_prune import study
-from swe_prune.config import Config, StudyConfig, load, read
+from swe_prune.config import Config, load, read
 from swe_prune.evaluation import mean_loss
 from swe_prune.related import ssprop, trawl
 from swe_prune.study.saved import load_dense
 from swe_prune.training import step as step_lib
 from swe_prune.training.progress import Progress
 
-DEMO = Path(__file__).parents[1] / "configs" / "shakespeare_char.py"
-ECOMLS = DEMO.with_name("ecomls.py")
+CONFIGS = Path(__file__).parents[1] / "configs"
+SYSTEMS = ("trawl", "ssprop", "dsmoe", "retrikt", "reasoning", "ling", "ecomls")
 RANKS = (4, 8, 16, 32, 48, 64, 80, 90)
 
 
 def parse() -> argparse.Namespace:
     """Returns the options of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("system", choices=("trawl", "ssprop", "ecomls"))
-    parser.add_argument("--config", default=str(ECOMLS), help="config of ecomls")
+    parser.add_argument("system", choices=(*SYSTEMS, "all"))
+    parser.add_argument("--config", default=str(CONFIGS / "ecomls.py"), help="config of ecomls")
     parser.add_argument(
         "--workdir", type=Path, help="folder of the dense models; default: a new one"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=800, help="training steps")
     parser.add_argument("--windows", type=int, default=640, help="validation windows")
-    parser.add_argument("--out", type=Path, help="JSON file of all the numbers")
+    parser.add_argument("--more", type=int, default=300, help="further steps of dsmoe")
+    parser.add_argument(
+        "--work", choices=("sums", "filler"), default="sums", help="tokens before an answer"
+    )
+    parser.add_argument("--out", type=Path, help="folder of JSON files with all the numbers")
     return parser.parse_args()
 
 
 def demo(options: argparse.Namespace) -> Config:
-    """Returns the demo's config with these seeds and steps."""
-    config = load(str(DEMO), [])
+    """Returns the config of the models with these seeds and steps."""
+    config = load(str(CONFIGS / "sweeps" / "related.py"), [])
     return dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, steps=options.steps),
         data=dataclasses.replace(config.data, eval_windows=options.windows),
-        study=StudyConfig(
-            std_criteria=(),
-            criteria=("magnitude",),
-            sparsities=(0.5,),
-            scopes=("tensor",),
-            seeds=tuple(options.seeds),
-        ),
+        study=dataclasses.replace(config.study, seeds=tuple(options.seeds)),
     )
 
 
@@ -218,28 +226,46 @@ def ssprop_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def found_by(system: str, experiment: Any, options: argparse.Namespace) -> tuple[Any, list[Table]]:
+    """Returns what a system gives, and its tables."""
+    seeds, say = options.seeds, Progress().say
+    if system == "ecomls":
+        found = ecomls.run(read(options.config), say)
+        return found, [ecomls.table(found)]
+    if system == "reasoning":
+        found = reasoning.run(seeds, options.work, say)
+        return found, reasoning.tables(found)
+    if system == "ssprop":
+        rows = run_ssprop(experiment, seeds, say)
+        return rows, [ssprop_table(rows)]
+    if system == "ling":
+        found = ling.run(experiment, seeds, say)
+        return found, ling.tables(found)
+    study.train(experiment, Progress())
+    if system == "trawl":
+        rows = run_trawl(experiment, seeds)
+        return rows, [trawl_table(rows)]
+    if system == "dsmoe":
+        found = dsmoe.run(experiment, seeds, options.more, say)
+        return found, dsmoe.tables(found)
+    found = retrikt.run(experiment, seeds, say)
+    return found, retrikt.tables(found)
+
+
 def main() -> None:
-    """Trains or finds the dense models, runs the system, prints its table."""
+    """Runs the systems, and prints their tables."""
     options = parse()
-    console = Console()
+    console = Console(width=120)
     console.print(f"{platform.machine()}, {os.cpu_count()} processors, jax {jax.__version__}")
-    if options.system == "ecomls":
-        found = ecomls.run(read(options.config), Progress().say)
-        console.print(ecomls.table(found))
-        if options.out is not None:
-            options.out.write_text(json.dumps(found))
-        return
     with tempfile.TemporaryDirectory() as temporary:
         experiment = study.setup(demo(options), options.workdir or Path(temporary) / "demo")
-        if options.system == "trawl":
-            study.train(experiment, Progress())
-            rows = run_trawl(experiment, options.seeds)
-            console.print(trawl_table(rows))
-        else:
-            rows = run_ssprop(experiment, options.seeds, Progress().say)
-            console.print(ssprop_table(rows))
-    if options.out is not None:
-        options.out.write_text(json.dumps(rows))
+        for system in SYSTEMS if options.system == "all" else (options.system,):
+            begun = time.perf_counter()
+            found, tables = found_by(system, experiment, options)
+            console.print(*tables, f"{system}: {time.perf_counter() - begun:.0f} s", sep="\n")
+            if options.out is not None:
+                options.out.mkdir(parents=True, exist_ok=True)
+                (options.out / f"{system}.json").write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

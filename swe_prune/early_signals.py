@@ -11,7 +11,6 @@ import os
 import signal
 import stat
 import sys
-import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,10 @@ from typing import Any
 STOPPED = "stopped; run the same command again to go on"
 PREEMPTED = "preempted (SIGTERM); run the same command again to continue, finished work is saved"
 HUNG_UP = PREEMPTED.replace("preempted (SIGTERM)", "the terminal was closed (SIGHUP)")
-TEXTS = {signal.SIGINT: STOPPED, signal.SIGTERM: PREEMPTED, signal.SIGHUP: HUNG_UP}
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 75}
+TEXTS = {signal.SIGINT: STOPPED, signal.SIGTERM: PREEMPTED}
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
+if hasattr(signal, "SIGHUP"):  # not on Windows, where the library alone is imported
+    TEXTS[signal.SIGHUP], CODES[signal.SIGHUP] = HUNG_UP, 75
 
 
 def _as_program() -> bool:
@@ -65,11 +66,8 @@ def leave_terminal() -> None:
     """Sends what is printed from now on nowhere, where the terminal that it went to is gone."""
     for file in (1, 2):
         with contextlib.suppress(OSError):
-            if not stat.S_ISCHR(os.fstat(file).st_mode):
-                continue
-            try:
-                termios.tcgetattr(file)
-            except termios.error:
+            # A terminal that is gone is none any more, and still a device.
+            if stat.S_ISCHR(os.fstat(file).st_mode) and not os.isatty(file):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), file)
 
 

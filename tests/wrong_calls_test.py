@@ -34,7 +34,16 @@ from swe_prune import (
 from swe_prune.errors import InputError
 from swe_prune.evaluation import latency, protocols
 from swe_prune.layout import Axes, axes_of, conventional_axes, copies_of, copy_labels, layout, split
-from swe_prune.related import ecomls, ssprop, trawl
+from swe_prune.related import (
+    dsmoe,
+    ecomls,
+    ling,
+    reasoning,
+    retrikt,
+    spikes,
+    ssprop,
+    trawl,
+)
 from swe_prune.structured import Group, refit, unit_clusters
 from swe_prune.training import lora
 
@@ -75,6 +84,9 @@ TRACES = {name: ecomls.Trace([2.0] * 9, [0.8] * 9, [0.9] * 9) for name in PROFIL
 PROTOCOL = evaluation.Protocol("overlapping", 8, 3, partial=True)
 KEY = jax.random.key(0)
 STACK = ("up/kernel", "gate/kernel")
+ENTRIES = retrikt.store(ROWS, [0, 1], symbols=3)
+PROMPTS = np.array([[1, 2, 10], [3, 4, 10]])
+GATES = np.full((2, 3), 0.7, np.float32)
 RECIPE = recipe.Recipe("magnitude", sparsity=0.5)
 
 
@@ -324,6 +336,30 @@ RIGHT = [
     (trawl.laser, {"matrix": RNG.normal(size=(3, 4)), "rank": 2}),
     (trawl.stacked, {"params": {"up": {"kernel": UP}, "gate": {"kernel": UP}},
                      "stack": dict.fromkeys(STACK, False)}),
+    (dsmoe.thresholded, {"q": GATES, "tau": 0.5}),
+    (dsmoe.factors, {"q": GATES, "tau": 0.5, "scaled": True, "straight": True}),
+    (dsmoe.computed, {"x": ROWS, "weights": PARAMS, "factor": GATES, "activation": "gelu"}),
+    (dsmoe.partitioned, {"weights": PARAMS, "blocks": 3}),
+    (dsmoe.skipped, {"x": ROWS, "blocks": dsmoe.partitioned(PARAMS, 3), "q": GATES, "tau": 0.5,
+                     "scaled": True, "activation": "gelu", "rungs": 2}),
+    (dsmoe.with_routers, {"params": PARAMS, "blocks": 3, "seed": 0}),
+    (retrikt.store, {"keys": ROWS, "values": [0, 1], "symbols": 3}),
+    (retrikt.retrieved, {"entries": ENTRIES, "queries": ROWS, "k": 1, "temperature": 1.0}),
+    (retrikt.interpolated, {"logits": ROWS, "found": np.abs(ROWS), "share": 0.5}),
+    (reasoning.rewards, {"lengths": [[1, 2]], "right": [[True, False]], "alpha": 0.2}),
+    (reasoning.advantages, {"found": [[1.0, 0.5]]}),
+    (reasoning.sums, {"count": 2, "terms": 3, "work": "sums", "seed": 0}),
+    (reasoning.judged, {"prompts": PROMPTS, "answers": [[3], [7]], "ended": [True, True]}),
+    (reasoning.joined, {"prompts": PROMPTS, "answers": [[3], [7]], "ended": [True, True],
+                        "length": 8}),
+    (ling.routed, {"scores": ROWS, "per_token": 2}),
+    (ling.z_loss, {"scores": ROWS}),
+    (ling.balance_loss, {"scores": ROWS, "per_token": 2}),
+    (ling.warmed, {"scores": ROWS, "share": 0.5, "key": KEY}),
+    (ling.normed, {"kernel": UP}),
+    (spikes.spiked, {"watch": spikes.Watch.start(), "loss": jnp.float32(2), "deviations": 5.0,
+                     "decay": 0.9, "warmup": 2, "patience": 2, "backoff": 0.5}),
+    (spikes.Again, {"batches": iter(range(9)), "chance": 0.5, "seed": 0}),
     (lora.init, {"params": PARAMS, "rank": 2, "alpha": 1.0, "key": KEY, "targets": None}),
 ]  # fmt: skip
 """Arguments with which each call works, or is refused for another reason than the one below."""
@@ -350,7 +386,13 @@ SLOW = {
 }  # fmt: skip
 """Calls that compile for some of the values."""
 
-UNTRIED = {("samples", "tokens"), ("ecoflap", "batches"), ("init", "key")}
+UNTRIED = {
+    ("samples", "tokens"),
+    ("ecoflap", "batches"),
+    ("init", "key"),
+    ("warmed", "key"),
+    ("store", "symbols"),
+}
 """As much memory as a user asks for, a user's own loss, and arrays that are no keys of JAX."""
 
 
