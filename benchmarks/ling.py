@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from fitting import compiled, shown
+from flax import linen as nn
 from rich.table import Table
 
 from swe_prune import importance, structured, trajectory
+from swe_prune.errors import check_choice
 from swe_prune.evaluation import mean_loss
 from swe_prune.models import gpt
 from swe_prune.related import ling, spikes
@@ -31,6 +33,26 @@ ACTIVE, ALL = PER_TOKEN * HIDDEN + SHARED, EXPERTS * HIDDEN + SHARED
 WARMUP, DIRTY, SNAPSHOTS = 80, 0.02, 20
 SPARSITIES = (0.25, 0.5)
 RECOVERY = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class NormHead:
+    """A dense model whose output head is normed.
+
+    Attributes:
+        model: Model with an untied head.
+    """
+
+    model: Any
+
+    def init(self, *args: Any) -> Any:
+        """Initializes the model."""
+        return self.model.init(*args)
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Computes the model."""
+        with nn.intercept_methods(ling.norm_head):
+            return self.model.apply(*args, **kwargs)
 
 
 def models(experiment: Any) -> Mapping[str, Any]:
@@ -51,6 +73,7 @@ def models(experiment: Any) -> Mapping[str, Any]:
     return {
         "dense, as many active": plain(ACTIVE),
         "dense, as many in all": plain(ALL),
+        "dense, as many active, NormHead": NormHead(plain(ACTIVE)),
         "Ling": sparse,
         "no shared expert, two more routed": ling.Ling(experts(ACTIVE // HIDDEN), 0),
         "no losses of the routers": dataclasses.replace(sparse, balance=0.0, z=0.0),
@@ -61,13 +84,19 @@ def models(experiment: Any) -> Mapping[str, Any]:
     }
 
 
-def run(experiment: Any, seeds: list[int], say: Callable[[str], None]) -> Any:
-    """Returns the loss of every model by seed, and of Ling's without experts."""
+def run(
+    experiment: Any, seeds: list[int], names: list[str] | None, say: Callable[[str], None]
+) -> Any:
+    """Returns the loss of every model, or those of the names, and of Ling's without experts."""
     rows: list[dict[str, Any]] = []
     pruned: list[dict[str, Any]] = []
     kinds = models(experiment)
     optimizer = optimizer_lib.build(experiment.config.train, experiment.train_steps)
+    for name in names or ():
+        check_choice(name, kinds, "--models")
     for name, model in kinds.items():
+        if names and name not in names:
+            continue
         step = stepper(model, optimizer, warm=isinstance(model, ling.Ling) and "warm" not in name)
         judge = judging(model)
         for seed in seeds:

@@ -72,6 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--work", choices=("sums", "filler"), default="sums", help="tokens before an answer"
     )
+    parser.add_argument("--models", nargs="+", help="models of ling; default: all")
     parser.add_argument("--out", type=Path, help="folder of JSON files with all the numbers")
     return parser.parse_args()
 
@@ -239,7 +240,7 @@ def found_by(system: str, experiment: Any, options: argparse.Namespace) -> tuple
         rows = run_ssprop(experiment, seeds, say)
         return rows, [ssprop_table(rows)]
     if system == "ling":
-        found = ling.run(experiment, seeds, say)
+        found = ling.run(experiment, seeds, options.models, say)
         return found, ling.tables(found)
     study.train(experiment, Progress())
     if system == "trawl":

@@ -189,12 +189,20 @@ class Ling:
             for collection in ("intermediates", "loads"):
                 layer.sow(collection, "scores", scores)
             return scores if warm is None else warmed(scores, warm, layer.make_rng("routing"))
-        if self.norm_head and layer.name == "head" and not layer.is_initializing():
-            (x,) = args
-            weights = layer.variables["params"]
-            y = x @ normed(weights["kernel"]).astype(x.dtype)
-            return y + weights["bias"] if layer.use_bias else y
+        if self.norm_head:
+            return norm_head(call, args, kwargs, context)
         return call(*args, **kwargs)
+
+
+def norm_head(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    """Computes a Linen model's layer "head" by `normed`: an interceptor for any untied head."""
+    layer = context.module
+    if layer.name != "head" or context.method_name != "__call__" or layer.is_initializing():
+        return call(*args, **kwargs)
+    (x,) = args
+    weights = layer.variables["params"]
+    y = x @ normed(weights["kernel"]).astype(x.dtype)
+    return y + weights["bias"] if layer.use_bias else y
 
 
 @checked
