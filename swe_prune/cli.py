@@ -200,6 +200,9 @@ def main(
         stopped = RunError(STOPPED)
         return _failed(stopped, 130, distributed)
     except Exception as error:
+        if early_signals.INTERRUPTED:
+            exit_on_signals(130)
+            return _failed(RunError(STOPPED), 130, distributed)
         if storage.failed(error):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             failed = RunError(

@@ -71,6 +71,10 @@ def leave_terminal() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), file)
 
 
+INTERRUPTED: list[int] = []
+"""Has a Ctrl-C that has come; a package that it stops in its import may raise another error."""
+
+
 def interrupt_once() -> None:
     """Makes the first Ctrl-C raise KeyboardInterrupt, and a further one end the process at once."""
     fresh = [True]
@@ -79,6 +83,7 @@ def interrupt_once() -> None:
         exit_on_signals(None)
         if fresh:
             fresh.clear()
+            INTERRUPTED.append(number)
             signal.signal(signal.SIGINT, interrupt)
             signal.default_int_handler(number, frame)
         signal.raise_signal(number)
