@@ -109,9 +109,9 @@ def rows(workdir: Workdir, cells: list[grid.Cell]) -> list[dict[str, Any]]:
                 result |= read_json(control) | {"seconds": result["seconds"]}
             last = "finetuned" if "finetuned_loss" in result else "pruned"
             for name, model in (("generalisation_gap", last), ("control_gap", "control")):
-                losses = [result.get(f"{model}{which}_loss") for which in ("", "_train")]
-                if None not in losses:
-                    result[name] = losses[0] - losses[1]
+                held_out, train = result.get(f"{model}_loss"), result.get(f"{model}_train_loss")
+                if held_out is not None and train is not None:
+                    result[name] = held_out - train
             found.append(result)
     return found
 
