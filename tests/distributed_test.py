@@ -19,6 +19,7 @@ import tiny
 
 from swe_prune import cli, study
 from swe_prune.config import CalibrationConfig, CellConfig, PhaseConfig, StudyConfig
+from swe_prune.runtime import storage
 from swe_prune.study import saved
 from swe_prune.training.metrics import read_lines
 
@@ -223,7 +224,7 @@ def undisturbed(tmp_path_factory, longer):
 def outcome(folder):
     cells = {}
     for path in sorted(folder.glob("seed_0/cells/*/result.json")):
-        result = json.loads(path.read_text())
+        result = storage.read_json(path)
         del result["seconds"]
         cells[path.parent.name] = result
     return lines_of(folder), cells

@@ -16,9 +16,11 @@ from swe_prune import schedules, study, sweep, tree
 from swe_prune.config import CalibrationConfig, StudyConfig, from_dict, load, validate
 from swe_prune.errors import InputError
 from swe_prune.recipe import Recipe, score
+from swe_prune.runtime import storage
 from swe_prune.study import gradual, grid, prune_phase, recovery, saved
 from swe_prune.study.feeds import calibration_windows
 from swe_prune.training import optimizer
+from swe_prune.training.metrics import write_json
 from swe_prune.training.progress import Progress
 
 CELLS = sweep.chain(
@@ -295,10 +297,10 @@ def test_a_gradual_cell_that_is_killed_ends_as_if_it_had_not_been(done, tmp_path
     cell = next(cell for cell in done.cells if cell.schedule == "iterative")
     copy = dataclasses.replace(done, workdir=study.Workdir(tmp_path / "work"), cells=[cell])
     path = copy.workdir.cell(cell) / "result.json"
-    whole = json.loads(path.read_text())
+    whole = storage.read_json(path)
     for name in ("finetuned_loss", "finetuned_train_loss"):
         whole.pop(name)
-    path.write_text(json.dumps(whole))
+    write_json(path, whole)
     tuning = copy.tunings[cell.recovery]
     steps = 0
 
@@ -312,12 +314,12 @@ def test_a_gradual_cell_that_is_killed_ends_as_if_it_had_not_been(done, tmp_path
     mortal = dataclasses.replace(tuning, step=dies)
     with pytest.raises(KeyboardInterrupt):
         study.finetune(dataclasses.replace(copy, tunings={cell.recovery: mortal}), Progress())
-    assert "finetuned_loss" not in json.loads(path.read_text())
+    assert "finetuned_loss" not in storage.read_json(path)
     steps = -20  # now it lives; the checkpoint is of step 4, so two of the six are left
     study.finetune(dataclasses.replace(copy, tunings={cell.recovery: mortal}), Progress())
     assert steps == -18
-    ours = json.loads(path.read_text())
-    theirs = json.loads((done.workdir.cell(cell) / "result.json").read_text())
+    ours = storage.read_json(path)
+    theirs = storage.read_json(done.workdir.cell(cell) / "result.json")
     ours.pop("seconds"), theirs.pop("seconds")
     assert ours == theirs
 
