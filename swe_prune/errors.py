@@ -155,7 +155,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip()}"[:200] if lines else type(error).__name__
 
 
-NO_SPACE = "no space is left on the disk, for bytes or for one more file"
+NO_SPACE = "no space is left on the disk, or it can hold no more files"
 NO_QUOTA = "the quota of the disk is used up"
 
 
@@ -163,7 +163,7 @@ def why_unwritten(error: BaseException) -> str:
     """Returns why a file could not be written, in a few words where the disk is full.
 
     >>> why_unwritten(OSError(28, "No space left on device"))
-    'no space is left on the disk'
+    'no space is left on the disk, or it can hold no more files'
     """
     if isinstance(error, UnwrittenError):
         return error.why
