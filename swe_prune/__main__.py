@@ -3,10 +3,13 @@
 import os
 import sys
 
-from swe_prune.early_signals import CODES, STOPPED, exit_on_signals, interrupt_once
-
-SUPERVISED = "SWE_PRUNE_SUPERVISED"
-"""As in `runtime.supervisor`, whose import takes time in which a signal may come."""
+from swe_prune.early_signals import (
+    CODES,
+    STOPPED,
+    SUPERVISED,
+    exit_on_signals,
+    interrupt_once,
+)
 
 
 def main() -> int:

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from swe_prune import config as config_lib
 from swe_prune import early_signals
-from swe_prune.early_signals import STOPPED, exit_on_signals
+from swe_prune.early_signals import STOPPED, SUPERVISED, exit_on_signals
 from swe_prune.errors import (
     InputError,
     Preempted,
@@ -41,7 +41,6 @@ from swe_prune.errors import (
 from swe_prune.pretrained import settings as pretrained
 from swe_prune.pretrained.settings import option
 from swe_prune.runtime import storage
-from swe_prune.runtime.supervisor import SUPERVISED
 from swe_prune.version import __version__
 
 if TYPE_CHECKING:

@@ -20,6 +20,9 @@ STOPPED = "stopped; run the same command again to go on"
 PREEMPTED = "preempted (SIGTERM); run the same command again to continue, finished work is saved"
 HUNG_UP = PREEMPTED.replace("preempted (SIGTERM)", "the terminal was closed (SIGHUP)")
 TEXTS = {signal.SIGINT: STOPPED, signal.SIGTERM: PREEMPTED}
+SUPERVISED = "SWE_PRUNE_SUPERVISED"
+"""Environment variable of a supervised child, which holds its parent's process id."""
+
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 if hasattr(signal, "SIGHUP"):  # not on Windows, where the library alone is imported
     TEXTS[signal.SIGHUP], CODES[signal.SIGHUP] = HUNG_UP, 75

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import report_synthetic
+from etils import epath
 from hostile_files_test import DEEP, bounded
 
 import swe_prune
@@ -27,6 +28,8 @@ from swe_prune.errors import InputError
 from swe_prune.pretrained import cut, tracked
 from swe_prune.pretrained.opening import record_of
 from swe_prune.report import read as report_read
+from swe_prune.training.metrics import JsonLines, MetricsLogger, read_lines
+from swe_prune.training.phase import Phase
 
 HEADS = (b"", b"hello\n", b"<!doctype html>", b"\0" * 40, b"\xff\xfe{", b"null", b"[]", b"3", b"{}")
 WRONG = (None, True, -1, 0.5, 10**400, "x", "", "\ud800", [], {}, [None], math.nan, math.inf)
@@ -379,3 +382,29 @@ def test_kept_units_and_trajectories_are_read_from_the_folder_alone(tmp_path, ki
         with bounded(), pytest.raises(InputError, match=path.name):
             read(model)
         shutil.rmtree(model)
+
+
+def test_a_log_may_grow_beyond_other_files_but_not_by_holes(tmp_path, monkeypatch):
+    storage = report_read.storage
+    monkeypatch.setattr(storage, "LARGEST", 10_000)
+    path = tmp_path / "trajectory.jsonl"
+    path.write_text('{"step": 1}\n' * 2000)
+    assert len(read_lines(path)) == 2000
+    with pytest.raises(ValueError, match="24,000 bytes"):
+        storage.read_json(path)
+    with open(path, "r+b") as file:
+        file.truncate(1 << 24)
+    with pytest.raises(InputError, match="more than a file of its kind has"):
+        read_lines(path)
+
+
+def test_a_validation_loss_that_is_not_finite_leaves_a_log_that_can_be_read(tmp_path):
+    phase = Phase("dense", epath.Path(tmp_path), steps=8, log_every=4)
+    log = JsonLines(tmp_path / "metrics.jsonl", 0)
+    logger = MetricsLogger(phase, 0, log, lambda step, shown: None)
+    logger.evaluated(4, float("inf"))
+    logger.evaluated(8, 2.5)
+    assert report_read._read_metrics(epath.Path(tmp_path / "metrics.jsonl")) == [
+        {"step": 4},
+        {"step": 8, "validation_loss": 2.5},
+    ]

@@ -44,7 +44,8 @@ def write_compressed(path: Path, pieces: Sequence[Piece]) -> None:
     shapes, checksums, written = {}, {}, []
     for one in pieces:
         values = one.values()
-        stored = int(np.count_nonzero(_bits(values)))
+        kept = _bits(values) != 0
+        stored = int(np.count_nonzero(kept))
         size = math.prod(one.shape)
         if stored * one.dtype.itemsize + -(-size // 8) >= one.size:
             written.append(one)
@@ -66,7 +67,6 @@ def write_compressed(path: Path, pieces: Sequence[Piece]) -> None:
             ),
         ]
         written += parts
-        kept = _bits(values) != 0
         checksums[parts[0].name] = _checksum(np.packbits(kept))
         checksums[parts[1].name] = _checksum(values.reshape(-1)[kept])
     about = {"shapes": shapes, "checksums": checksums}

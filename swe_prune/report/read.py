@@ -285,7 +285,7 @@ def _malformed(path: epath.Path, reason: str) -> InputError:
 
 def _text(path: epath.Path) -> str:
     try:
-        return storage.read_text(path)
+        return storage.read_text(path, log=True)
     except (ValueError, OSError) as error:
         raise _malformed(path, str(error)) from None
 

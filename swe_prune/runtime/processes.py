@@ -25,8 +25,9 @@ from typing import Any, TypeVar
 
 import jax
 
+from swe_prune.early_signals import SUPERVISED
 from swe_prune.errors import InputError, Preempted, RunError
-from swe_prune.runtime.supervisor import FIRST_GONE, SUPERVISED, say
+from swe_prune.runtime.supervisor import FIRST_GONE, say
 
 Value = TypeVar("Value")
 

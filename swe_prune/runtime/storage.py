@@ -167,8 +167,12 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def read_text(path: epath.PathLike) -> str:
+def read_text(path: epath.PathLike, *, log: bool = False) -> str:
     """Returns the text of a file of a run, found to be a regular one before it is opened.
+
+    Args:
+        path: Path of the file.
+        log: Whether the file grows with the run, so that it may be of any size without holes.
 
     Raises:
         ValueError: It is a folder, a pipe or a device, too large, or not UTF-8.
@@ -178,7 +182,7 @@ def read_text(path: epath.PathLike) -> str:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
             raise ValueError("it is not a regular file")
-        if found.st_size > LARGEST:
+        if found.st_size > LARGEST and not (log and found.st_blocks * 512 >= found.st_size):
             raise ValueError(f"it has {found.st_size:,} bytes, more than a file of its kind has")
     return epath.Path(path).read_text(encoding="utf-8")
 

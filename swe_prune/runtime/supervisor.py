@@ -19,12 +19,9 @@ from typing import IO
 
 from etils import epath
 
-from swe_prune.early_signals import ignored
+from swe_prune.early_signals import SUPERVISED, ignored
 from swe_prune.errors import visible
 from swe_prune.runtime import storage
-
-SUPERVISED = "SWE_PRUNE_SUPERVISED"
-"""Environment variable of the child that holds its parent's process id."""
 
 RUNTIME_NOISE = re.compile(
     r"[IWEF]\d{4} [\d:.]+ +\d+ .*(coordination_service|preemption_\w+|client\.h)"

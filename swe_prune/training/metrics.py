@@ -88,7 +88,7 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
         return []
     found: list[dict[str, Any]] = []
     try:
-        for line in storage.read_text(path).split("\n")[:-1]:
+        for line in storage.read_text(path, log=True).split("\n")[:-1]:
             found.append(storage.parse_json(line))
             if type(found[-1].get("step")) is not int:
                 raise ValueError("without a step")
@@ -200,5 +200,5 @@ class MetricsLogger:
     def evaluated(self, step: int, loss: float) -> None:
         """Logs a validation loss in nats per token."""
         self._shown["validation"] = loss
-        self._log.write(step, {"validation_loss": loss})
+        self._log.write(step, {"validation_loss": loss if math.isfinite(loss) else None})
         self._progress(step, self._shown)
