@@ -12,10 +12,9 @@ import pytest
 
 # These tests compile thousands of small programs and run each of them a few times, which is faster
 # in one piece for LLVM in place of 32, and in less than half the time without the fusion emitters.
-# Where a product and a sum are then fused to one
-# instruction differs between programs, and tests that compare two of them to the bit would fail;
-# AVX has no such instruction. (SSE4_2 compiles faster still, but XLA has no float16 for it.) Other
-# processors keep the emitters.
+# Where a product and a sum are then fused to one instruction differs between programs, and tests
+# that compare two of them to the bit would fail; AVX has no such instruction. (SSE4_2 compiles
+# faster still, but XLA has no float16 for it.) Other processors keep the emitters.
 FLAGS = ("--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1")
 X86_FLAGS = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_max_isa=AVX")
 PRECISION = "JAX_DEFAULT_MATMUL_PRECISION"
