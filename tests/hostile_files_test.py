@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import resource
@@ -43,15 +44,20 @@ def model(clean, tmp_path):
 
 @contextlib.contextmanager
 def bounded(seconds=SECONDS, memory=MEMORY):
-    """Fails what takes too long, and ends in MemoryError what takes too much."""
+    """Fails what takes too long, and ends in MemoryError what takes too much.
+
+    What earlier tests left behind is not collected meanwhile: that alone can take a second.
+    """
     with open("/proc/self/statm") as file:
         mapped = int(file.read().split()[5]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (mapped + memory, limits[1]))
+    gc.disable()
     begun = time.process_time()  # the machine may have other work
     try:
         yield
     finally:
+        gc.enable()
         resource.setrlimit(resource.RLIMIT_DATA, limits)
     assert time.process_time() - begun < seconds
 
