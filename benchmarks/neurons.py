@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from accounts import accounted
 from one_shot import scored, source_code
 from rich.console import Console
 from rich.table import Table
@@ -263,4 +264,4 @@ def rise(row: dict[str, Any], name: str, dense: dict[str, float]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    accounted(main)

@@ -1,11 +1,13 @@
 """The ledger: intervals, meters, entries of attempts, factors, break-even."""
 
 import csv
+import importlib
 import json
 import math
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -540,3 +542,20 @@ def test_an_entry_that_has_ended_is_written_as_it_ended(tmp_path):
     assert [(e.cell, e.tokens, e.status) for e in ledger.read(tmp_path)] == [
         ("0", 0, "done"), ("1", 1, "done"), ("2", 2, "done"),
     ]  # fmt: skip
+
+
+def test_a_benchmark_accounts_for_itself_where_it_fails_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["benchmarks/timed.py"])
+    accounted = importlib.import_module("accounts").accounted
+    accounted(lambda: time.sleep(0.1))
+    with pytest.raises(ZeroDivisionError):
+        accounted(lambda: print(1 / 0))
+    found = ledger.read(tmp_path / "runs/benchmarks/timed")
+    assert [(entry.phase, entry.status) for entry in found] == [
+        ("timed", "done"),
+        ("timed", "failed"),
+    ]
+    assert found[0].seconds >= 0.1
+    assert capsys.readouterr().err.count("Energy at the meter: ") == 2
