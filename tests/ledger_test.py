@@ -559,3 +559,20 @@ def test_a_benchmark_accounts_for_itself_where_it_fails_too(tmp_path, monkeypatc
     ]
     assert found[0].seconds >= 0.1
     assert capsys.readouterr().err.count("Energy at the meter: ") == 2
+
+
+@pytest.mark.parametrize("given", [None, -1, 2.5, True, "many"])
+def test_a_work_says_how_many_tokens_it_worked_through(given):
+    with pytest.raises(InputError, match="must return how many tokens"):
+        ledger.windows({"model": lambda: given}, [meters.ProcessorMeter()], count=1, seconds=0)
+
+
+def test_tokens_are_not_negative():
+    with pytest.raises(InputError, match="tokens must be an integer of at least 0"):
+        ledger.measure("train", tokens=-1).__enter__()
+
+
+@pytest.mark.parametrize("given", ["deu", "Germany", "germany"])
+def test_a_country_by_name_is_told_its_code(given):
+    with pytest.raises(InputError, match="did you mean 'DEU'"):
+        ledger.of_country(given)
