@@ -20,6 +20,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from swe_prune import bounds
@@ -41,7 +42,9 @@ RANGES = {
 """Ranges of the integers that have the same meaning in every call, by name."""
 
 _SCALARS = {bool: "True or False", int: "an integer", float: "a finite number", str: "a string"}
+_SERIES = (list, tuple, Sequence, collections.abc.Iterable, collections.abc.Collection)
 _LARGEST = 2**63 - 1
+_LONGEST_NAME = 255  # bytes
 
 
 def checked(call: F) -> F:
@@ -97,6 +100,10 @@ def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
         _is_array(one) and _is_array_of(value, one) for one in kinds
     ):
         return np.asarray(value)
+    if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist"):
+        series = [typing.get_args(one)[:1] for one in kinds if typing.get_origin(one) in _SERIES]
+        if any(inner and inner[0] in _SCALARS for inner in series):
+            value = value.tolist()  # whose truth and order are those of numbers
     if isinstance(value, int) and abs(value) >= 2**31 and float in kinds and int not in kinds:
         return float(value)  # a compiled program takes an integer for an int32
     if isinstance(value, str | os.PathLike) and any(
@@ -115,8 +122,10 @@ def _check_path(path: str | bytes, where: str) -> None:
         raw = os.fsencode(path)
     except UnicodeEncodeError:  # half of a pair
         raw = b""
-    if not raw or b"\0" in raw:
-        raise InputError(f"{where} must be the path of a file or folder, got {path!r}; give one")
+    if not raw or b"\0" in raw or max(map(len, raw.split(b"/"))) > _LONGEST_NAME:
+        raise InputError(
+            f"{where} must be the path of a file or folder, got {shown(path)}; give one"
+        )
 
 
 def _takes(call: Any, number: int) -> bool:
@@ -154,10 +163,16 @@ def _fits(value: Any, hint: Any) -> bool:
         wanted = [name for name in vars(kind) if not name.startswith("_")]
         return not isinstance(value, type) and all(hasattr(value, name) for name in wanted)
     if kind.__module__.startswith("jaxtyping"):  # PyTree
+        try:
+            jax.tree_util.tree_structure(value)
+        except ValueError:  # a dict with keys that have no order
+            return False
         return True
     if kind.__name__.lower().endswith("array"):  # either library's will do
         texts = ("<U", "|S", "object")
-        return hasattr(value, "shape") and not str(getattr(value, "dtype", "|S")).startswith(texts)
+        return isinstance(getattr(value, "shape", None), tuple) and not str(
+            getattr(value, "dtype", "|S")
+        ).startswith(texts)
     if issubclass(kind, Mapping):
         key, inner = of or (Any, Any)
         return isinstance(value, Mapping) and all(
@@ -167,7 +182,7 @@ def _fits(value: Any, hint: Any) -> bool:
         every = of[-1] is Ellipsis
         fits = isinstance(value, tuple | list) and (every or len(value) == len(of))
         return fits and all(map(_fits, value, itertools.cycle(of[:1]) if every else of))
-    if kind in (list, Sequence, collections.abc.Iterable, collections.abc.Collection):
+    if kind in _SERIES:
         return _is_series(value, kind, of[0] if of else Any)
     return isinstance(value, kind)
 
@@ -225,7 +240,7 @@ def _is_array_of(value: Any, hint: Any) -> bool:
             value = np.asarray(value)
         except (ValueError, TypeError, OverflowError):  # rows of different lengths
             return False
-    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+    if not isinstance(getattr(value, "shape", None), tuple) or not hasattr(value, "dtype"):
         return False
     name, wanted = str(value.dtype), hint.dtypes
     kinds = ("bool", "int", "float", "key")
@@ -252,7 +267,7 @@ def _check_sizes(given: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
         kinds: tuple[Any, ...] = typing.get_args(hint) if _is_union(hint) else (hint,)
         letters = next((one.dim_str.split() for one in kinds if _is_array(one)), [])
         shape = getattr(value, "shape", None)
-        if shape is None or any(axis.startswith("*") for axis in letters):
+        if not isinstance(shape, tuple) or any(axis.startswith("*") for axis in letters):
             continue
         ends = len(letters) - letters.index("...") - 1 if "..." in letters else len(letters)
         for letter, size in zip(letters[len(letters) - ends :], shape[len(shape) - ends :],
@@ -304,7 +319,7 @@ def _words(hint: Any) -> str:
     if issubclass(kind, tuple) and of:
         number = f"{len(of)} " if of[-1] is not Ellipsis else ""
         return f"a tuple of {number}{_plural(of[0])}"
-    if kind in (list, Sequence, collections.abc.Iterable, collections.abc.Collection):
+    if kind in _SERIES:
         return f"a sequence of {_plural(of[0] if of else Any)}"
     name = kind.__name__.rpartition(".")[2].replace("PyTree", "pytree")
     return f"a{'n' * (name[0] in 'AEIO')} {name}"
@@ -322,6 +337,6 @@ def _plural(hint: Any) -> str:
 
 def _told(value: Any) -> str:
     """Returns a value for a sentence: arrays as their dtype and shape, others as their repr."""
-    if hasattr(value, "shape") and hasattr(value, "dtype") and getattr(value, "ndim", 0):
+    if isinstance(getattr(value, "shape", None), tuple) and value.shape and hasattr(value, "dtype"):
         return f"{value.dtype}{list(value.shape)}"
     return shown(value)

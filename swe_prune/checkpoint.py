@@ -58,6 +58,9 @@ if PROGRAM:  # the failure itself is raised, and becomes a sentence
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 """What orbax and tensorstore raise when a file cannot be written; a timeout is an OSError."""
 
+METADATA = "_CHECKPOINT_METADATA"
+"""File of a checkpoint that orbax reads to list it."""
+
 AGAIN = "run the command that made it again, which starts from the newest one that is whole"
 """Advice for a damaged checkpoint."""
 
@@ -85,6 +88,7 @@ class Checkpoints:
             InputError: There is no such folder to read.
         """
         self.folder = storage.absolute(folder)
+        self._manager: Any = None
         storage.check_held()
         if reading and not processes.first(self.folder.exists):
             raise DamagedError(f"{self.folder} does not exist; {AGAIN}")
@@ -92,6 +96,8 @@ class Checkpoints:
         policies: list[Any] = [preservation.LatestN(keep)]
         if keep_every:
             policies.append(preservation.EveryNSteps(keep_every))
+        self._reading = reading
+        self._set_aside_unlisted()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
@@ -102,7 +108,6 @@ class Checkpoints:
         self._step = 0  # of the last save
         self._writing: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._reading = reading
         if not reading:
             self._drop_incomplete()
 
@@ -282,6 +287,21 @@ class Checkpoints:
         if cut:
             self._manager.reload()
 
+    def _set_aside_unlisted(self) -> None:
+        """Renames checkpoints whose own metadata were changed, which orbax fails to list."""
+
+        def faults() -> dict[int, str]:
+            steps = [int(one.name) for one in self.folder.glob("*") if one.name.isdecimal()]
+            found = {n: self._fault(n, [METADATA]) for n in steps if self._checksum_files(n)}
+            return {step: why for step, why in sorted(found.items()) if why is not None}
+
+        for step, why in processes.first(faults).items():
+            said = f"checkpoint {step} in {self.folder} is damaged: {why}"
+            if self._reading:
+                raise DamagedError(f"{said}; {AGAIN}")
+            self._set_aside(step)
+            warnings.warn(f"{said}; continuing without it", stacklevel=3)
+
     def _set_aside(self, step: int) -> None:
         """Renames a damaged checkpoint, to free its number for a new one."""
 
@@ -291,7 +311,8 @@ class Checkpoints:
                 file.unlink()
 
         processes.first(rename)
-        self._manager.reload()
+        if self._manager is not None:
+            self._manager.reload()
 
     def _write_checksums(self, step: int) -> None:
         """Writes the checksums of every n-th file, n being the number of processes."""
@@ -325,15 +346,17 @@ class Checkpoints:
         if fault is not None:
             raise DamagedError(f"checkpoint {step} in {self.folder} is damaged: {fault}; {AGAIN}")
 
-    def _fault(self, step: int) -> str | None:
-        written: dict[str, str] = {}
+    def _fault(self, step: int, names: Sequence[str] | None = None) -> str | None:
+        """Returns what is wrong with this process's share of the files, by default of all."""
+        written: dict[str, Any] = {}
         try:
             for file in self._checksum_files(step) or [self.folder / f"{step}.checksums"]:
-                written |= json.loads(file.read_text())
+                written |= storage.read_json(file)
         except (OSError, ValueError) as error:
             return f"its checksums cannot be read ({first_line(error)})"
         # A file may be missing, unexpected, or changed.
-        names = sorted(written.keys() | set(storage.files(self.folder / str(step))))
+        if names is None:
+            names = sorted(written.keys() | set(storage.files(self.folder / str(step))))
         for name in names[processes.index() :: processes.count()]:
             found = _checksums(self.folder / str(step), [name]).get(name)
             if written.get(name) != found:
@@ -353,7 +376,7 @@ class Checkpoints:
 def _checksums(folder: epath.Path, names: Sequence[str]) -> dict[str, str]:
     sums = {}
     for name in names:
-        if (folder / name).is_file():
+        if (folder / name).is_file() and storage.is_regular(folder / name):
             digest = hashlib.sha256()
             with (folder / name).open("rb") as file:
                 while part := file.read(1 << 22):

@@ -11,6 +11,8 @@ import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
+_LONGEST = 1200  # characters of a sentence, more than any list of known names makes it
+
 
 class InputError(ValueError):
     """What the user gave cannot be used; found before work is wasted."""
@@ -18,8 +20,9 @@ class InputError(ValueError):
     exit_code = 2
 
     def __str__(self) -> str:
-        """Returns the sentence on one line, whatever values it shows."""
-        return " ".join(super().__str__().split("\n"))
+        """Returns the sentence on one line, without its middle if a value in it is very long."""
+        text = " ".join(super().__str__().split("\n"))
+        return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 300]} … {text[-297:]}"
 
 
 class DamagedError(InputError):
@@ -75,7 +78,9 @@ def check_choice(value: object, known: Iterable[str | None], what: str) -> None:
     known = tuple(known)
     if not ((value is None or isinstance(value, str)) and value in known):
         listed = ", ".join(str(one) for one in known)
-        raise InputError(f"{what} must be one of {listed}, got {value!r}{suggestion(value, known)}")
+        raise InputError(
+            f"{what} must be one of {listed}, got {shown(value)}{suggestion(value, known)}"
+        )
 
 
 def check_texts(values: object, what: str) -> tuple[str, ...]:
@@ -108,7 +113,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def suggestion(name: object, known: Iterable[str | None]) -> str:
     """Returns "; did you mean 'x'?", or nothing when no known name is near."""
     names = [one for one in known if isinstance(one, str)]
-    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(shown(name).strip("'\""), names, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(one) for one in near)}?" if near else ""
 
 

@@ -1,3 +1,5 @@
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +108,33 @@ def test_a_missing_file_is_found(tmp_path):
     largest_file(tmp_path / "2").unlink()
     with pytest.raises(InputError, match="is missing"):
         store.restore(TREE, 2)
+
+
+@pytest.mark.parametrize("content", ['["x"]', "{}", '{"init_timestamp_nsecs": "x"}', None])
+def test_metadata_that_orbax_cannot_read_are_as_any_other_damage(tmp_path, content):
+    stored(tmp_path).close()
+    file = tmp_path / "2/_CHECKPOINT_METADATA"
+    if content is None:
+        file.unlink()
+        os.mkfifo(file)
+    else:
+        file.write_text(content)
+    with pytest.raises(InputError, match=r"checkpoint 2 .* is damaged: _CHECKPOINT_METADATA"):
+        Checkpoints(tmp_path, reading=True)
+    with pytest.warns(UserWarning, match="checkpoint 2 .* is damaged.*continuing without it"):
+        assert Checkpoints(tmp_path).restore(TREE)[1] == {"position": 1}
+
+
+@pytest.mark.parametrize("content", ["3", '["x"]', "null", '{"x": 3}', None])
+def test_checksums_of_another_kind_are_damaged(tmp_path, content):
+    store = stored(tmp_path)
+    file = tmp_path / "2.checksums"
+    file.unlink()
+    os.mkfifo(file) if content is None else file.write_text(content)
+    with pytest.raises(InputError, match=r"checkpoint 2 .* is damaged"):
+        store.restore(TREE, 2)
+    os.mkfifo(tmp_path / "1/pipe")
+    assert store.restore(TREE, 1)[1] == {"position": 1}
 
 
 def test_a_save_that_a_kill_cut_short_is_as_if_it_never_was(tmp_path):

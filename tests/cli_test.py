@@ -97,6 +97,21 @@ def test_a_wrong_setting_is_named_with_the_fix(override, parts, tmp_path, plays_
     assert not (work / "seed_0").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--sparsity=\u0660.\u0665", "must be a number"),  # digits of another script
+        ("--sparsity=\ud800", "has NUL or half of a character"),
+        ("--at-once=3", "--at-once: takes no value, got '3'"),
+        ("--criterion=" + "x" * 100_000, "criterion must be one of"),
+    ],
+)
+def test_texts_that_no_option_is_are_refused(tmp_path, capsys, option, sentence):
+    message = fails(capsys, ["plan", f"--model={tmp_path}", option])
+    assert sentence in message
+    assert len(message) < 2000
+
+
 def test_a_config_that_is_none(tmp_path, capsys):
     work = f"--workdir={tmp_path / 'work'}"
     assert "is not a file" in fails(capsys, ["run", "--config=absent.py", work])
@@ -195,7 +210,7 @@ def test_a_place_that_is_none(arguments, said, tmp_path, plays_dir, capfd, monke
         (["rnu"], "the command must be one of run, plan, .*, got 'rnu'; did you mean 'run'"),
         (["run"], "run needs --workdir; give it"),
         (["run", "--workdir"], "argument --workdir: expected one argument"),
-        (["run", "--workdir=w", "--distributed=2"], "argument --distributed: ignored explicit"),
+        (["run", "--workdir=w", "--distributed=2"], "--distributed: takes no value, got"),
         (["run", "--workdir=w", "--shrad=1/2"], "no option --shrad .*; did you mean '--shard'"),
         (["run", "--workdir=w", "--work=v"], "no option --work .*; did you mean '--workdir'"),
         (["run", "--workdir=w", "config.py"], "run takes no 'config.py'; write options as --NAME"),

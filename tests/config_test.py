@@ -307,6 +307,21 @@ def test_overrides_are_checked_as_the_file_is(write, override, sentence):
         config.load(write(GOOD), [override])
 
 
+DEEP_CONFIG = """
+def get_config():
+    values = {}
+    for _ in range(10_000):
+        values = {"model": values}
+    return values
+"""
+UNFILLED_CONFIG = """
+from ml_collections import config_dict
+
+def get_config():
+    return config_dict.ConfigDict({"name": config_dict.required_placeholder(str)})
+"""
+
+
 @pytest.mark.parametrize(
     ("text", "name", "sentence"),
     [
@@ -317,6 +332,10 @@ def test_overrides_are_checked_as_the_file_is(write, override, sentence):
         ("import nowhere_to_be_found", "some.py", "fails to run: ModuleNotFoundError"),
         ("def get_config():\n    1 / 0", "some.py", "fails to run: ZeroDivisionError"),
         ("get_config = 3", "some.py", "fails to run: TypeError"),
+        ("import sys\nsys.exit(0)", "some.py", "fails to run: SystemExit: 0"),
+        ("def get_config(): raise BaseException('x')", "some.py", "fails to run: BaseException: x"),
+        (DEEP_CONFIG, "some.py", "fails to run: RecursionError"),
+        (UNFILLED_CONFIG, "some.py", "fails to run: RequiredValueError"),
         ("def get_config(): pass", "some.py", "returns NoneType; return a ConfigDict"),
     ],
 )

@@ -97,7 +97,9 @@ def test_the_report_says_when_it_has_paid_and_draws_it(finished):
     assert figure.stat().st_size > 5000
 
 
-def test_running_again_changes_nothing_and_a_lost_result_is_made_the_same(finished, tmp_path):
+def test_running_again_changes_nothing_and_what_is_damaged_is_made_again(
+    finished, tmp_path, capsys
+):
     import shutil
 
     work = tmp_path / "work"
@@ -105,9 +107,13 @@ def test_running_again_changes_nothing_and_a_lost_result_is_made_the_same(finish
     stamps = {p: p.stat().st_mtime_ns for p in work.glob("seed_*/**/*.json")}
     assert cli.main(["run", f"--workdir={work}"]) == 0
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
-    (work / NAME / "result.json").unlink()
+    shutil.rmtree(work / NAME / "recovered/0/tree")
+    (work / NAME / "serving.json").write_text("{}")
     assert cli.main(["run", f"--workdir={work}"]) == 0
+    said = capsys.readouterr().err
+    assert "serving.json or its model is damaged (it cannot be read)" in said
     assert read(work, "result.json") == read(finished, "result.json")
+    assert set(read(work, "serving.json")) == set(read(finished, "serving.json"))
 
 
 def test_the_smallest_shape_that_reaches_the_loss_is_compared():

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import tarfile
 import zipfile
 
@@ -139,6 +140,16 @@ def archive(kind):
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.gz"])
 def test_files_of_other_kinds_are_refused_by_their_first_bytes(tmp_path, name, content, kind):
     refused(tmp_path / name, content(), f"is a {kind}, not text; extract its text to a plain file")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device"])
+def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path, kind):
+    path = tmp_path / "text"
+    {
+        "fifo": os.mkfifo, "folder": os.mkdir, "device": lambda path: path.symlink_to("/dev/zero"),
+    }[kind](path)  # fmt: skip
+    with pytest.raises(InputError, match="is a folder, a pipe or a device"):
+        text_files.read_text(path)
 
 
 def test_a_damaged_gzip_file_is_refused(tmp_path):

@@ -10,6 +10,7 @@ import tiny
 
 from swe_prune import cli
 from swe_prune.config import CellConfig
+from swe_prune.runtime import storage
 
 TIMES = {"seconds"}
 DENSE = "seed_0/dense"
@@ -60,8 +61,9 @@ def unfinish(work, cell="seed_0/cells/tensor-random-0.5"):
     """Makes one cell one that is not fine-tuned yet."""
     path = work / cell / "result.json"
     result = json.loads(path.read_text())
-    gone = ("finetuned", "checksum")
-    path.write_text(json.dumps({k: v for k, v in result.items() if not k.startswith(gone)}))
+    gone = ("finetuned", storage.CHECKSUM)
+    left = {k: v for k, v in result.items() if not k.startswith(gone)}
+    path.write_text(json.dumps(storage.sealed(left)))
 
 
 def cut(path):
@@ -84,8 +86,8 @@ def lost_checksums(work):
 
 
 def lost_early_values(work):
-    flip(work / DENSE / "checkpoints/4")
-    cut(work / CELL / "result.json")
+    (work / DENSE / "checkpoints/4/_CHECKPOINT_METADATA").write_text('["of another kind"]')
+    (work / CELL / "result.json").write_text('{"finetuned_train_loss": []}')  # and no checksum
     return "from the start", "its result cannot be read"
 
 

@@ -1,6 +1,7 @@
 """`cut` of a pretrained model, as a user types it."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from pretrained_commands_test import QUICK, finetune, prune
 
 from swe_prune import cli, interop, masks, structured, tree
 from swe_prune.models import gpt
+from swe_prune.pretrained import cut as cut_lib
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,11 @@ def test_a_cut_model_is_tuned_pruned_evaluated_and_cut_again(place, tmp_path, ca
     neurons = ["--units=neurons", "--criterion=magnitude", "--sparsity=0.5"]
     assert cut(place, one, *neurons) == 0
     steps = ["--steps=2", "--learning-rate=3e-3", "--warmup=2"]
+    about = json.loads((one / interop.RECORD).read_text())
+    strange = shutil.copytree(one, tmp_path / "strange")
+    (strange / interop.RECORD).write_text(json.dumps(about | {"evaluation": 3}))
+    cut_lib.carry_on(strange, tmp_path, {"a": 1})
+    assert interop.read_record(tmp_path)["evaluation"] == {"a": 1}
     assert finetune(place, tuned, *steps, f"--teacher={place.model}", model=one) == 0
     dense = ["--window=32", "--eval-windows=8", f"--evaluation={place.held_out}"]
     assert cli.main(["evaluate", f"--model={one}", f"--dense={place.model}", *dense]) == 0

@@ -43,7 +43,8 @@ WRONG = [
     [], {}, [None], ["x", 3], {"a": "b"}, {"up": {"kernel": jnp.array(7.0)}}, {1: 2}, object(),
     np.array("x"), jnp.zeros((2, 2), complex), {"up": {"kernel": "x", "bias": "y"}},
     {"a/b": jnp.ones(2), "a": {"b": jnp.zeros(2)}}, lambda: None, {"up": SCORES}, type,
-    {"up": {"kernel": jnp.full((4, 4), 1j), "bias": jnp.ones(4)}}, STATS, MASK,
+    {"up": {"kernel": jnp.full((4, 4), 1j), "bias": jnp.ones(4)}}, STATS, MASK, np, 10**5000,
+    {1: jnp.ones((2, 2)), "a": jnp.ones((2, 2))}, jnp.float32,
 ]  # fmt: skip
 
 
@@ -71,6 +72,13 @@ def test_what_was_taken_silently_is_refused():
         trajectory.update(STATS, {"up": {"kernel": jnp.array(7.0), "bias": jnp.ones(4)}})
     with pytest.raises(InputError):
         tree.prunable({"a/b": jnp.ones((2, 2)), "a": {"b": jnp.zeros((2, 2))}})
+
+
+def test_arrays_and_sequences_of_numbers_are_alike_and_nothing_may_be_pruned():
+    want = allocation.water_fill([1.0, 2.0], [4, 4], 0.5)
+    assert allocation.water_fill(np.array([1.0, 2.0]), np.array([4, 4]), 0.5) == want
+    nothing = jax.tree.map(lambda _: None, PARAMS)
+    assert int(masks.revived(PARAMS, nothing)) == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), "x", None, True, [1.0], float("inf")])

@@ -373,7 +373,8 @@ WRONG = {
     "bools": np.ones((2, 2), bool), "integers": np.ones((2, 2), int),
     "cube": np.ones((2, 2, 2), "f4"), "NaNs": np.full((2, 2), np.nan),
     "nested": {"a": {"b": "c"}}, "numbers": {1: 2}, "params": PARAMS,
-    "other": {"a": jnp.ones(2)}, "jax scalar": jnp.array(7.0),
+    "module": np, "no order": {1: UP, "a": UP}, "other": {"a": jnp.ones(2)},
+    "jax scalar": jnp.array(7.0),
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from swe_prune import select, tree
 from swe_prune.arguments import checked
-from swe_prune.errors import InputError, check_choice
+from swe_prune.errors import InputError, check_choice, shown
 from swe_prune.tree import pairing
 
 Groups = str | Mapping[str, str] | Callable[[str], str]
@@ -41,7 +41,7 @@ def shapes_of(tensors: PyTree) -> dict[str, tuple[int, ...]]:
             continue
         if not _is_shape(leaf) and not hasattr(leaf, "shape"):
             raise InputError(
-                f"{name!r} must be an array or a shape, got {leaf!r}; give scores, weights or "
+                f"{name!r} must be an array or a shape, got {shown(leaf)}; give scores, weights or "
                 "shapes, with None where dense"
             )
         shapes[name] = tuple(leaf if _is_shape(leaf) else leaf.shape)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from swe_prune.arguments import checked
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, shown
 
 
 def check_sparsity(sparsity: Any) -> None:
@@ -17,7 +17,7 @@ def check_sparsity(sparsity: Any) -> None:
     if not number or not 0 <= sparsity < 1:
         raise InputError(
             "sparsity must be a number in [0, 1), the fraction of weights to remove, "
-            f"got {sparsity!r}"
+            f"got {shown(sparsity)}"
         )
 
 

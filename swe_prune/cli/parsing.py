@@ -122,9 +122,12 @@ def parse(arguments: Sequence[str]) -> Parsed:
         raise InputError(f"a command must be given, one of {', '.join(COMMANDS)}; see --help")
     if not arguments[0].startswith("-"):
         check_choice(arguments[0], COMMANDS, "the command")
-    nul = next((text for text in arguments if "\0" in text), None)
-    if nul is not None:
-        raise InputError(f"{nul!r} has a NUL character, which no option or path may; leave it out")
+    for text in arguments:
+        if "\0" in text or any("\ud800" <= one < "\udc80" for one in text):
+            raise InputError(
+                f"{text!r} has NUL or half of a character, which no option or path may; "
+                "leave it out"
+            )
     options, rest = _parser().parse_known_args(arguments)
     found = vars(options)
     command = found.pop("command")
@@ -171,7 +174,8 @@ def parse(arguments: Sequence[str]) -> Parsed:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{self.prog}: {message}; see --help")
+        said = message.replace("ignored explicit argument", "takes no value, got")
+        raise InputError(f"{self.prog}: {said}; see --help")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -96,7 +96,7 @@ def literal(text: str) -> Any:
     """
     for read in (ast.literal_eval, float):
         try:
-            return read(text)
+            return read(text) if text.isascii() or read is not float else text
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
     return str(text)

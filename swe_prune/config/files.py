@@ -1,9 +1,10 @@
 """Config files: Python that defines `get_config()`, with overrides from a command line."""
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         InputError: The file gives no config (see `read`), a key is unknown, or a value cannot be
             used.
     """
-    values = read(path).to_dict()
+    read_values = read(path)
+    with _running(path):  # references to other settings are computed now
+        values = read_values.to_dict()
     for override in overrides:
         _apply_override(values, override)
     config = from_dict(values)
@@ -60,20 +63,30 @@ def read(path: str | Path, start: str | Path | None = None) -> ConfigDict:
         raise InputError(f"config {str(path)!r} is not Python; give a .py file with get_config()")
     spec.loader = _AsItIs(spec.name, str(path))
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _running(path):
         spec.loader.exec_module(module)
         values = module.get_config() if hasattr(module, "get_config") else None
-    except Exception as error:
-        raise InputError(
-            f"config {str(path)!r} fails to run: {type(error).__name__}: {error}; fix the file"
-        ) from error
     if not hasattr(module, "get_config"):
         raise InputError(f"config {str(path)!r} defines no get_config(); add it")
     if not isinstance(values, Mapping | ConfigDict):
         raise InputError(
             f"get_config() of {str(path)!r} returns {type(values).__name__}; return a ConfigDict"
         )
-    return values if isinstance(values, ConfigDict) else ConfigDict(values)
+    with _running(path):
+        return values if isinstance(values, ConfigDict) else ConfigDict(values)
+
+
+@contextlib.contextmanager
+def _running(path: str | Path) -> Iterator[None]:
+    """Turns whatever a config file raises, sys.exit() included, into one sentence."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise InputError(
+            f"config {str(path)!r} fails to run: {type(error).__name__}: {error}; fix the file"
+        ) from error
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from swe_prune.errors import InputError, first_line
+from swe_prune.runtime.storage import is_regular
 
 SEPARATOR = "\n\n"
 """Separator between the examples of a JSON file or a TFDS split: a blank line."""
@@ -66,6 +67,11 @@ def read_text(path: Path, key: str = "text") -> str:
     """
     where = f"text file {str(path)!r}"
     try:
+        if not is_regular(path):
+            raise InputError(
+                f"{where} is a folder, a pipe or a device; correct data.dataset to the path of a "
+                "text file"
+            )
         with open(path, "rb") as file:
             content = file.read(_HEAD)
             if not content.startswith(_GZIP):

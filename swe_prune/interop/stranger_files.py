@@ -120,7 +120,11 @@ def parse_json(raw: bytes | str, where: object, advice: str = "get it again") ->
     with reading(where, advice):
         text = raw.decode() if isinstance(raw, bytes) else raw
         value = json.loads(
-            text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=each_once
+            text,
+            parse_constant=_no_number,
+            parse_float=_finite,
+            parse_int=_whole,
+            object_pairs_hook=each_once,
         )
         if "\\ud" in text or "\\uD" in text:  # half of a pair cannot be written again
             json.dumps(value, ensure_ascii=False).encode()
@@ -151,6 +155,11 @@ def check_sizes(sizes: Mapping[str, tuple[int, int]], count: int, largest: int, 
 
 def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
+
+
+def _whole(text: str) -> int:
+    _finite(text)  # an integer beyond all floats is no setting of anything
+    return int(text)
 
 
 def _finite(text: str) -> float:

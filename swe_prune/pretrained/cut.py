@@ -137,7 +137,8 @@ def carry_on(source: Path, folder: Path, evaluation: Mapping[str, Any]) -> None:
     if not (source.is_dir() and os.path.lexists(source / KEPT)):
         return
     said = interop.read_record(source)
-    said["evaluation"] = {**said.get("evaluation", {}), **evaluation}
+    before = said.get("evaluation")
+    said["evaluation"] = {**(before if isinstance(before, dict) else {}), **evaluation}
     _write_json(folder / interop.RECORD, said)
     shutil.copyfile(inside(source, KEPT), folder / KEPT)
 

@@ -160,12 +160,21 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        os.replace(temporary, path)
     except OSError as error:  # that of a full disk does not say which file
         raise OSError(error.errno, error.strerror, os.fspath(path)) from None
     finally:
         with contextlib.suppress(OSError):  # the folder may be gone, too
             temporary.unlink(missing_ok=True)
+
+
+def is_regular(path: epath.PathLike) -> bool:
+    """Returns whether a path is that of a file that can be read to its end.
+
+    Raises:
+        OSError: There is none.
+    """
+    return in_bucket(path) or stat.S_ISREG(os.stat(path).st_mode)
 
 
 def read_text(path: epath.PathLike, *, log: bool = False) -> str:
@@ -179,10 +188,10 @@ def read_text(path: epath.PathLike, *, log: bool = False) -> str:
         ValueError: It is a folder, a pipe or a device, too large, or not UTF-8.
         OSError: It cannot be read.
     """
+    if not is_regular(path):
+        raise ValueError("it is not a regular file")
     if not in_bucket(path):
         found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("it is not a regular file")
         if found.st_size > LARGEST and not (log and found.st_blocks * 512 >= found.st_size):
             raise ValueError(f"it has {found.st_size:,} bytes, more than a file of its kind has")
     return epath.Path(path).read_text(encoding="utf-8")
@@ -220,14 +229,21 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_json(path: epath.PathLike) -> dict[str, Any]:
+def read_json(path: epath.PathLike, *, sealed: bool = False) -> dict[str, Any]:
     """Returns the JSON object of a file that a run wrote.
 
+    Args:
+        path: Path of the file.
+        sealed: Whether it must have its checksum.
+
     Raises:
-        ValueError: As `read_text` and `parse_json`.
+        ValueError: As `read_text` and `parse_json`, or the checksum is missing.
         OSError: The file cannot be read.
     """
-    return parse_json(read_text(path))
+    text = read_text(path)
+    if sealed and f'"{CHECKSUM}"' not in text:
+        raise ValueError("it has no checksum, so what wrote it is not known")
+    return parse_json(text)
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:

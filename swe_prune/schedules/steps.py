@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, shown
 
 Step = int | Int[Array, "..."]
 LAST_STEP = 2**31 - 1  # the largest int32
@@ -17,7 +17,7 @@ def numbers(step: Any) -> tuple[Any, Any]:
     if isinstance(step, int | np.integer) and not isinstance(step, bool):
         return np, int(step)
     if not jnp.issubdtype(jnp.result_type(step), jnp.integer):
-        raise InputError(f"step must be the integer number of an optimizer step, got {step!r}")
+        raise InputError(f"step must be the integer number of an optimizer step, got {shown(step)}")
     return jnp, jnp.asarray(step)
 
 
@@ -52,7 +52,9 @@ def check_share(name: str, value: Any, *, closed: bool = False) -> None:
     """Raises InputError if a value is not a number in [0, 1), or in [0, 1] if `closed`."""
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not number or not (0 <= value < 1 or (closed and value == 1)):
-        raise InputError(f"{name} must be a number in [0, 1{']' if closed else ')'}, got {value!r}")
+        raise InputError(
+            f"{name} must be a number in [0, 1{']' if closed else ')'}, got {shown(value)}"
+        )
 
 
 def check_step(name: str, value: Any, *, least: int = 0, why: str = "") -> None:
@@ -61,5 +63,5 @@ def check_step(name: str, value: Any, *, least: int = 0, why: str = "") -> None:
     if not number or not least <= value <= LAST_STEP:
         raise InputError(
             f"{name} must be an integer number of steps from {least} to {LAST_STEP}{why}, "
-            f"got {value!r}"
+            f"got {shown(value)}"
         )

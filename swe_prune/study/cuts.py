@@ -32,6 +32,7 @@ from swe_prune.structured.refit import refit
 from swe_prune.study import feeds, finetune_phase, grid, serving
 from swe_prune.study.cut_shapes import shape
 from swe_prune.study.experiment import Experiment, setup
+from swe_prune.study.mend import mend_cut
 from swe_prune.study.saved import finite, load_dense, restored, save, starting_values
 from swe_prune.study.workdir import exists, remove, result_of, write_result
 from swe_prune.training.progress import Progress
@@ -53,6 +54,7 @@ def cuts(experiment: Experiment, progress: Progress) -> None:
             folder = folder_of(experiment, seed, cut)
             with lock_for_run(folder, f"cut {cut.name} of seed {seed}", progress.say):
                 made = functools.cache(lambda share, cut=cut: _smaller(experiment, cut, share))
+                mend_cut(folder, cut.name, progress)
                 if not exists(folder / "result.json"):
                     _make(experiment, seed, cut, folder, made, progress)
                 if seed == wanted[0] and not exists(folder / "serving.json"):

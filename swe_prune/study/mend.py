@@ -28,14 +28,14 @@ def mend_dense(experiment: Experiment, seed: int, progress: Progress) -> None:
     for cell in experiment.cells:
         if cell.seed == seed and cell.recovery.kind == "rewind_weights":
             steps.append(experiment.train_steps - experiment.tunings[cell.recovery].steps)
-    found = {step: _fault(folder / "checkpoints", step) for step in sorted(set(steps))}
-    step, why = next(((at, one) for at, one in found.items() if one), (None, None))
+    with warnings.catch_warnings():  # of what is renamed or removed; it is said below
+        warnings.simplefilter("ignore", UserWarning)
+        store = Checkpoints(folder / "checkpoints")
+    with contextlib.closing(store):
+        found = {step: store.fault(step) for step in sorted(set(steps))}
+        step, why = next(((at, one) for at, one in found.items() if one), (None, None))
+        left = None if step is None else store.set_aside_from(step)
     if step is not None:
-        with warnings.catch_warnings():  # of one without checksums; it is said below
-            warnings.simplefilter("ignore", UserWarning)
-            store = Checkpoints(folder / "checkpoints")
-        with contextlib.closing(store):
-            left = store.set_aside_from(step)
         start = "from the start" if left is None else f"from checkpoint {left}"
         progress.say(f"dense model, seed {seed}: damaged ({why}); it is made again {start}")
     elif _unreadable(folder / "result.json"):
@@ -64,6 +64,23 @@ def mend_cells(experiment: Experiment, progress: Progress) -> None:
             _discard(control, ("result.json",))
 
 
+def mend_cut(folder: epath.Path, name: str, progress: Progress) -> None:
+    """Clears what is damaged of a cut: a result, or the model that is to be served; hold its lock.
+
+    Args:
+        folder: Folder of the cut.
+        name: Name of the cut.
+        progress: Display of what is said.
+    """
+    results = [one for one in ("result.json", "serving.json") if exists(folder / one)]
+    damaged = {one: "it cannot be read" for one in results if _unreadable(folder / one)}
+    if results == ["result.json"] and (why := _fault(folder / "recovered", None)) is not None:
+        damaged["result.json"] = why
+    for one, why in damaged.items():
+        progress.say(f"cut {name}: {one} or its model is damaged ({why}); it is made again")
+    _discard(folder, tuple(damaged))
+
+
 def _fault_of(folder: epath.Path, cell: Cell) -> str | None:
     if _unreadable(folder / "result.json"):
         return "its result cannot be read"
@@ -85,7 +102,7 @@ def _fault(folder: epath.Path, step: int | None) -> str | None:
 def _unreadable(path: epath.Path) -> bool:
     def look() -> bool:
         try:
-            storage.read_json(path)
+            storage.read_json(path, sealed=True)
         except (OSError, ValueError):
             return True
         return False

@@ -175,8 +175,8 @@ def _made_by(path: epath.Path) -> dict[str, Any] | None:
 
 def _stored(file: epath.Path) -> dict[str, Any] | None:
     try:
-        found = read_json(file) if file.exists() else None
-    except InputError:
+        found = storage.read_json(file) if file.exists() else None
+    except (OSError, ValueError):
         return None
     return found if found and isinstance(found.get("config"), dict) else None
 
@@ -222,7 +222,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
         InputError: it is damaged.
     """
     try:
-        return storage.read_json(path)
+        return storage.read_json(path, sealed=True)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path} is damaged ({error}); run the command 'run', which makes it again"

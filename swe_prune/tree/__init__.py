@@ -119,7 +119,8 @@ def by_suffix(name: str, of_params: Mapping[str, Any]) -> Any:
 
 def is_weight(leaf: Any) -> bool:
     """Returns whether a leaf is a floating-point array; it may be traced or abstract."""
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    array = hasattr(leaf, "dtype") and not isinstance(leaf, type)
+    return array and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def prunable(
