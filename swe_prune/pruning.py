@@ -323,7 +323,11 @@ def _given(
         importance.check_snapshots(stats, stats.measures)
         buffers = {name: holder.lower(part) for name, part in stats.buffers.items()}
         stats = dataclasses.replace(stats, buffers=buffers)
-    opt_state = holder.opt_state if opt_state is None else tree.opt_state_of(opt_state)
+    if opt_state is None:
+        opt_state = holder.opt_state
+    else:
+        opt_state = tree.opt_state_of(opt_state)
+        importance.check_state(opt_state, holder.weights)
     measured = {need: holder.lower(values) for need, values in (measured or {}).items()}
     prunable = None if prunable is None else holder.lower(prunable)
     return Evidence(stats, opt_state, measured), prunable

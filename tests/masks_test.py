@@ -232,6 +232,11 @@ def test_summary_counts_in_python_ints():
     assert masks.summary({"a": None}).sparsity == 0
 
 
+def test_of_weights_that_are_all_dense_none_is_counted():
+    assert masks.zeros({"w": jnp.zeros(3)}, {"w": None}) == 0
+    assert int(masks.revived({"w": jnp.ones(3)}, {"w": None})) == 0
+
+
 @pytest.mark.parametrize("scope", ["tensor", "global", "row"])
 @pytest.mark.parametrize("rounding", masks.ROUNDINGS)
 def test_the_last_of_ties_are_the_first_of_what_is_reversed(scope, rounding):

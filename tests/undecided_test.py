@@ -117,6 +117,21 @@ LABELS = {"down": {"kernel": "adam"}, "up": {"kernel": "other", "bias": "adam"}}
 
 
 @pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (optax.adam(1e-2), "is an optimizer itself"),
+        ("adam", "is 'adam'"),
+        (PARAMS, "is laid out like the weights"),
+        (optax.adam(1e-2).init({"x": jnp.ones(2)}), "has moments of other weights, such as 'x'"),
+    ],
+    ids=["optimizer", "name", "weights", "of other weights"],
+)
+def test_what_is_no_state_of_an_optimizer_of_these_weights_is_refused(given, said):
+    with pytest.raises(InputError, match=f"opt_state {said}.* give what its updates returned"):
+        swe_prune.prune(PARAMS, 0.5, opt_state=given, verbose=False)
+
+
+@pytest.mark.parametrize(
     ("tx", "missing"),
     [
         (optax.contrib.muon(1e-2), "an optimizer without a second moment of the prunable weights"),

@@ -26,7 +26,7 @@ from swe_prune.importance import (
 from swe_prune.importance.choice import Best, best, tracked
 from swe_prune.importance.informative import check_informative, check_snapshots
 from swe_prune.importance.registry import MEASURED, Criterion, get, names, register
-from swe_prune.importance.second_moment import has_second_moment, second_moment
+from swe_prune.importance.second_moment import check_state, has_second_moment, second_moment
 from swe_prune.layout import AxesOf, InputAxes, axes_of, copies_of
 from swe_prune.trajectory import BUFFERS, TrajectoryStats, read, restored
 
@@ -40,6 +40,7 @@ __all__ = [
     "bezier",
     "check_informative",
     "check_snapshots",
+    "check_state",
     "curvature",
     "from_trajectory",
     "get",

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune import tree
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, shown
 
 _FIELDS = ("nu", "sum_of_squares")
 """What optax calls running means or sums of squared gradients, in the states of its transforms."""
@@ -50,6 +50,37 @@ def second_moment(opt_state: PyTree, params: PyTree) -> PyTree:
             "gradients, after its first updates, or a criterion without 'second_moment'"
         )
     return tree.map_named(lambda name, _: found.get(name), params)
+
+
+def check_state(opt_state: PyTree, params: PyTree) -> None:
+    """Raises InputError if what was given as an optimizer's state is none of these weights.
+
+    Args:
+        opt_state: What was given.
+        params: Pytree of weights.
+    """
+    names = {name for name, _ in tree.named_leaves(params)}
+    own = dict(tree.named_leaves(opt_state))
+    if hasattr(opt_state, "init") and hasattr(opt_state, "update"):
+        what = "is an optimizer itself"
+    elif any(isinstance(leaf, str) or callable(leaf) for leaf in own.values()):
+        what = f"is {shown(opt_state)}"
+    elif own and set(own) == names:
+        what = "is laid out like the weights"
+    else:
+        moments = [
+            name
+            for state in _nodes(opt_state, ("nu",))
+            for name, leaf in tree.named_leaves(_field(state, "nu"))
+            if getattr(leaf, "ndim", 0)
+        ]
+        if not moments or names & {*moments, *(n.removeprefix("params/") for n in moments)}:
+            return
+        what = f"has moments of other weights, such as {tree.short(moments[0])!r}"
+    raise InputError(
+        f"opt_state {what}, not the state of an optimizer of these weights, such as "
+        f"{tree.short(min(names, default=''))!r}; give what its updates returned, or no opt_state"
+    )
 
 
 def moments_by_name(opt_state: PyTree, params: PyTree) -> dict[str, Any]:

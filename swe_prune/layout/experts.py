@@ -51,8 +51,8 @@ def expert_axis(notes: Notes, view: View, roles: Mapping[int, str]) -> dict[int,
     if not found:
         free = [at for at, role in roles.items() if role != "copies"]
         first = _first_axis(view, shape, free)
-        routed = first in outputs and view.dims[first][0].size in _routed(notes)
-        found = [first] if routed else []
+        if first is not None and first in outputs and view.dims[first][0].size in _routed(notes):
+            found = [first]
     notes.expert_axes.setdefault(view.leaf, set()).update(view.dims[at][0].axis for at in found)
     return dict.fromkeys(found, "copies")
 
