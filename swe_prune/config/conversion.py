@@ -94,9 +94,10 @@ def literal(text: str) -> Any:
     >>> literal("3"), literal("1e-3"), literal("inf"), literal("[1, None]"), literal("5%")
     (3, 0.001, inf, [1, None], '5%')
     """
-    for read in (ast.literal_eval, float):
+    # Only ASCII, since float() reads the digits of all scripts.
+    for read in (ast.literal_eval, float)[: 1 + text.isascii()]:
         try:
-            return read(text) if text.isascii() or read is not float else text
+            return read(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
     return str(text)
