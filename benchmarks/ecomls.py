@@ -156,10 +156,14 @@ def live_run(
 
 
 def table(found: dict[str, Any]) -> Table:
-    """Returns energy and quality by way of choosing, the mean and range over the seeds."""
+    """Returns energy and quality by way of choosing, the mean and range over the seeds.
+
+    "Coin" is the quality of the best random mixture of two models that takes the same energy.
+    """
     names = list(found["traces"])
+    alone = [ecomls.Served(**found["ways"][f"always {name}"][0]) for name in names]
     made = Table(
-        "way", "J a request", "quality, nats a token", *(f"{name}, %" for name in names),
+        "way", "J a request", "quality, nats a token", "coin", *(f"{name}, %" for name in names),
         title=f"energy: {found['source']}",
     )  # fmt: skip
     live = found["live"]
@@ -169,6 +173,7 @@ def table(found: dict[str, Any]) -> Table:
             way,
             spread([one["joules"] for one in some], 2),
             spread([one["quality"] for one in some], 3),
+            spread([ecomls.coin(alone, one["joules"]) for one in some], 3),
             *(spread([100 * one["shares"][name] for one in some], 0) for name in names),
         )
     return made

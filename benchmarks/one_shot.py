@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from accounts import accounted
 from rich.console import Console
 from rich.table import Table
 
@@ -263,4 +264,4 @@ def show(dense: dict[str, float], rows: list[Any], options: argparse.Namespace, 
 
 
 if __name__ == "__main__":
-    main()
+    accounted(main)

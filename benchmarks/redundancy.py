@@ -16,6 +16,7 @@ import time
 
 import jax
 import numpy as np
+from accounts import accounted
 
 from swe_prune.structured.kernel_width import standardized, widths
 from swe_prune.structured.mutual_information import pairwise
@@ -46,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    accounted(main)

@@ -31,6 +31,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from accounts import accounted
 from flax import linen as nn
 from rich.console import Console
 from rich.table import Table
@@ -270,4 +271,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    accounted(main)

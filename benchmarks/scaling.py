@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accounts import accounted
+
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "shakespeare_char.py"
 WINDOWS = 8  # of each device
@@ -171,7 +173,8 @@ def main() -> None:
     parser.add_argument("--activations", action="store_true", help="what a small step receives")
     options = parser.parse_args()
     if options.worker is not None:
-        (activations if options.activations else work)(options.worker, options.axis)
+        task = activations if options.activations else work
+        accounted(lambda: task(options.worker, options.axis))
         return
     if options.activations:
         for devices in options.devices.split(","):

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from accounts import accounted
 from rich.console import Console
 from rich.table import Table
 
@@ -185,4 +186,4 @@ def shown(ratio: tuple[float, float, float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    accounted(main)

@@ -32,6 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from accounts import accounted
 from rich.console import Console
 from rich.table import Table
 
@@ -396,4 +397,4 @@ def figure(rows: list[Row]) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    accounted(main)

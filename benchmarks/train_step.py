@@ -31,6 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from accounts import accounted
 from rich.console import Console
 from rich.table import Table
 
@@ -278,4 +279,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    accounted(main)

@@ -29,6 +29,7 @@ import timing
 # torch is an extra that linting does without
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
+from accounts import accounted
 from torch import nn  # pyright: ignore[reportMissingImports]
 
 from swe_prune.config import ModelConfig
@@ -209,4 +210,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    accounted(main)

@@ -34,7 +34,7 @@ RANGES = {
         bounds.COUNT: "at_once batch block context count every iterations max_new_tokens n "
         "number patience rank ranks resamples rounds steps window windows",
         bounds.INDEX: "at begin end leave_out process to",
-        bounds.Bound(0, 2**48, whole=True): "size total",  # of weights, which may be billions
+        bounds.Bound(0, 2**48, whole=True): "size tokens total",  # which may be billions
     }.items()
     for name in names.split()
 }

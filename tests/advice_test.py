@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import swe_prune
-from swe_prune import cli
+from swe_prune.cli import parsing
 from swe_prune.config import Config, flat
 
 PACKAGE = Path(swe_prune.__file__).parent
@@ -56,8 +56,8 @@ def found(pattern):
 
 def options():
     return {
-        cli._flag(field)
-        for command in cli.COMMANDS for cls in cli._uses(command)
+        parsing.flag(field)
+        for command in parsing.COMMANDS for cls in parsing.uses_of(command)
         for field in dataclasses.fields(cls)
     }  # fmt: skip
 
@@ -79,7 +79,7 @@ def test_settings_exist():
 
 def test_commands_exist():
     said = found(r"(?:python -m swe_prune|the command|run) '?([a-z]+)'")
-    assert not {one: where for one, where in said.items() if one not in cli.COMMANDS}
+    assert not {one: where for one, where in said.items() if one not in parsing.COMMANDS}
 
 
 def test_names_of_calls_exist():

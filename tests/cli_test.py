@@ -14,6 +14,7 @@ import tiny
 
 import swe_prune
 from swe_prune import cli
+from swe_prune.cli import parsing
 from swe_prune.pretrained import settings
 
 
@@ -239,7 +240,7 @@ def test_a_command_line_that_cannot_be_is_one_sentence(arguments, said, tmp_path
 
 def test_options_become_the_types_of_their_settings_and_text_stays_as_typed():
     common = ["--model=m", "--out=o"]
-    given = cli.parse(
+    given = parsing.parse(
         ["prune", *common, "--criterion=wanda", "--sparsity=1", "--dtype=bfloat16", "--at-once",
          "--prompt='Tis", "--prompt=5", "--option=p=0.5", "--eval-windows=3", "--seed", "7"]
     ).settings  # fmt: skip
@@ -248,13 +249,15 @@ def test_options_become_the_types_of_their_settings_and_text_stays_as_typed():
         prompts=("'Tis", "5"), options=("p=0.5",), eval_windows=3, seed=7,
     )  # fmt: skip
     assert type(given.sparsity) is float
-    assert cli.parse(["finetune", *common, "--learning-rate=1e-3"]).settings.learning_rate == 1e-3
-    parsed = cli.parse(["run", "--workdir=w", "--config.train.steps=9", "--config", "c.py"])
-    assert parsed == ("run", cli.RunSettings(workdir="w", config="c.py"), ["train.steps=9"])
-    assert cli.parse(["plan"]).settings == cli.PlanSettings()
+    assert (
+        parsing.parse(["finetune", *common, "--learning-rate=1e-3"]).settings.learning_rate == 1e-3
+    )
+    parsed = parsing.parse(["run", "--workdir=w", "--config.train.steps=9", "--config", "c.py"])
+    assert parsed == ("run", parsing.RunSettings(workdir="w", config="c.py"), ["train.steps=9"])
+    assert parsing.parse(["plan"]).settings == parsing.PlanSettings()
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", parsing.COMMANDS)
 def test_help_shows_every_option_of_both_uses(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as ended:
@@ -262,7 +265,7 @@ def test_help_shows_every_option_of_both_uses(command, capsys, monkeypatch):
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     experiment, _, model = shown.partition("options for a pretrained model:")
-    of_experiment = cli.COMMANDS[command].settings
+    of_experiment = parsing.COMMANDS[command].settings
     assert ("options of an experiment" in experiment) == (of_experiment is not None)
     if of_experiment is not None:
         assert f"python -m swe_prune {command} --config=FILE" in experiment

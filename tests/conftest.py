@@ -61,6 +61,8 @@ def pytest_configure(config):
     # A process that may not keep bytecode compiles the whole package again: half a second each.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
+    # Traces are many objects that live long: a twentieth of the time went into looking for cycles.
+    gc.set_threshold(50_000, 20, 100)
     # How long an example takes says how busy the machine is.
     hypothesis.settings.register_profile("any machine", deadline=None)
     hypothesis.settings.load_profile("any machine")

@@ -421,6 +421,43 @@ def fused_qkv_sliced_before():
 
 
 @case
+def fused_qkv_in_heads():
+    w = drawn(D, 3 * 2 * D, seed=1)
+
+    def run(w, x):
+        q, k, v = (jnp.einsum("bd,dhw->bhw", x, w.reshape(D, 3, 2, D)[:, i]) for i in range(3))
+        return q * k + v
+
+    return plain(run, w, IN_OUT, X)
+
+
+@case
+def members_along_axis_1():
+    params = {"first": drawn(D, E, H), "second": drawn(H, E, 2)}
+    of_member = Axes((0,), (2,), (1,))
+    hidden = np.tanh(np.einsum("bd,deh->ebh", f64(X), f64(params["first"])))
+    want = {"first": (of_member, np.stack([X] * E)), "second": (of_member, hidden)}
+
+    def run(p, x):
+        member = lambda p: jnp.tanh(x @ p["first"]) @ p["second"]  # noqa: E731
+        return jax.vmap(member, in_axes=1)(p)
+
+    return Case(run, params, want, X)
+
+
+@case
+def spectral_norm_and_penalty():
+    w, u = drawn(D, H, seed=1), drawn(1, H)
+
+    def run(w, x):
+        left = u @ w.T
+        out = x @ (w / (left @ w @ u.T))
+        return jnp.mean(out**2) + jnp.sum((w.T @ w - jnp.eye(H)) ** 2)
+
+    return plain(run, w, IN_OUT, X)
+
+
+@case
 def half_precision():
     w = jnp.asarray(drawn(D, H, seed=1), jnp.bfloat16)
     rows = f64(jnp.asarray(X, jnp.bfloat16).astype(jnp.float32))
@@ -869,6 +906,23 @@ def test_weights_that_are_joined_along_their_outputs_are_measured():
     for name in "ab":
         norm = np.sqrt((f64(X) ** 2).sum(0) / B)
         np.testing.assert_allclose(measured["input_norm"][name][:, 0], norm, rtol=1e-5)
+
+
+def test_running_statistics_are_no_activations():
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.SpectralNorm(nn.Dense(H, use_bias=False))(x, update_stats=False)
+
+    variables = jax.jit(Normed().init)(KEY, X)
+    measured = calibration.inputs(Normed(), variables, [X])["input_norm"]
+    norm = np.sqrt((f64(X) ** 2).sum(0) / B)
+    np.testing.assert_allclose(measured["Dense_0"]["kernel"][:, 0], norm, rtol=1e-5)
+
+
+def test_weights_that_an_nnx_module_has_not_are_refused():
+    with pytest.raises(InputError, match="'a' is none of the Linear's weights, such as 'bias'"):
+        layout(nnx.Linear(D, H, rngs=nnx.Rngs(0)), {"a": drawn(D, H)}, X)
 
 
 def test_a_tied_embedding_and_a_lookup_are_dense_with_the_reason():

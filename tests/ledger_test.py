@@ -1,11 +1,13 @@
 """The ledger: intervals, meters, entries of attempts, factors, break-even."""
 
 import csv
+import importlib
 import json
 import math
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -540,3 +542,41 @@ def test_an_entry_that_has_ended_is_written_as_it_ended(tmp_path):
     assert [(e.cell, e.tokens, e.status) for e in ledger.read(tmp_path)] == [
         ("0", 0, "done"), ("1", 1, "done"), ("2", 2, "done"),
     ]  # fmt: skip
+
+
+def test_a_benchmark_accounts_for_itself_where_it_fails_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["benchmarks/timed.py"])
+    accounts = importlib.import_module("accounts")
+    accounted = accounts.accounted
+    accounted(lambda: time.sleep(0.1))
+    with pytest.raises(ZeroDivisionError):
+        accounted(lambda: print(1 / 0))
+    found = ledger.read(tmp_path / "runs/benchmarks/timed")
+    assert [(entry.phase, entry.status) for entry in found] == [
+        ("timed", "done"),
+        ("timed", "failed"),
+    ]
+    assert found[0].seconds >= 0.1
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(accounts, "TOLD", 0.0)
+    accounted(lambda: None)
+    assert "Energy at the meter: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [None, -1, 2.5, True, "many"])
+def test_a_work_says_how_many_tokens_it_worked_through(given):
+    with pytest.raises(InputError, match="must return how many tokens"):
+        ledger.windows({"model": lambda: given}, [meters.ProcessorMeter()], count=1, seconds=0)
+
+
+def test_tokens_are_not_negative():
+    with pytest.raises(InputError, match="tokens must be an integer of at least 0"):
+        ledger.measure("train", tokens=-1).__enter__()
+
+
+@pytest.mark.parametrize("given", ["deu", "Germany", "germany"])
+def test_a_country_by_name_is_told_its_code(given):
+    with pytest.raises(InputError, match="did you mean 'DEU'"):
+        ledger.of_country(given)

@@ -11,6 +11,7 @@ import pretrained_tiny
 import pytest
 
 from swe_prune import cli, interop, masks, tree
+from swe_prune.cli import parsing
 from swe_prune.errors import InputError
 from swe_prune.pretrained import tracked
 
@@ -172,7 +173,7 @@ def test_a_finetuning_that_was_stopped_goes_on_to_the_same_weights(place, tmp_pa
 def test_another_finetuning_does_not_go_on_from_a_stopped_one(place, tmp_path, capsys):
     (tmp_path / "out.work").mkdir()
     texts = [f"--text={place.train}", f"--evaluation={place.held_out}"]
-    begun = cli.parse(
+    begun = parsing.parse(
         ["finetune", f"--model={place.model}", "--out=x", *TUNING, *texts, "--steps=5"]
     ).settings
     (tmp_path / "out.work" / "settings.json").write_text(json.dumps(dataclasses.asdict(begun)))

@@ -1,6 +1,7 @@
 """EcoMLS against its rules written out, and against what could embarrass it."""
 
 import importlib
+import math
 
 import numpy as np
 import pretrained_tiny
@@ -8,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from swe_prune.errors import InputError
-from swe_prune.related.ecomls import Profile, Served, Switcher, Trace, compare, serve
+from swe_prune.related.ecomls import Profile, Served, Switcher, Trace, coin, compare, serve
 
 PROFILES = {"dense": Profile(3.0, 5.0, 0.8), "half": Profile(1.0, 3.0, 0.75)}
 
@@ -75,6 +76,14 @@ def test_the_table_has_the_simple_baselines_and_is_the_same_again():
         assert half.quality < served.quality < dense.quality
         assert sum(served.shares.values()) == pytest.approx(1)
     assert compare(traces(), PROFILES) == found
+
+
+def test_a_coin_of_the_same_energy_mixes_the_best_two():
+    alone = [Served(*one, {}) for one in ((4.0, -1.0), (3.0, -1.9), (2.0, -2.0))]
+    assert coin(alone, 3.5) == pytest.approx(-1.25)  # of the first and the third
+    assert coin(alone, 9.0) == -1.0
+    assert coin(alone, 2.0) == -2.0
+    assert math.isnan(coin(alone, 1.0))
 
 
 def test_serving_is_the_mean_of_what_was_chosen():

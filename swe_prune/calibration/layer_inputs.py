@@ -16,7 +16,15 @@ from swe_prune.calibration import batching
 from swe_prune.calibration.products import input_sums
 from swe_prune.errors import InputError
 from swe_prune.layout import axes_by_name
-from swe_prune.layout.trace import Traced, function_of, inputs_of, one_sentence, trace, variables_of
+from swe_prune.layout.trace import (
+    Traced,
+    array_leaves,
+    function_of,
+    inputs_of,
+    one_sentence,
+    trace,
+    variables_of,
+)
 
 Call = Callable[[Any, Any, Any], Any]
 Run = Callable[[Any, Any], Any]
@@ -170,11 +178,16 @@ class Tracing:
         """Returns the function as traced for variables and a batch of these shapes."""
         kind = str(batching.shapes((variables, batch)))
         if kind not in self._known:
-            self._known[kind] = trace(
+            rest, first = batching.shapes((others(variables), batch))
+            traced = trace(
                 lambda params, given: self.run({**given[0], "params": params}, given[1]),
                 variables["params"],
-                batching.shapes((others(variables), batch)),
+                (rest, first),
             )
+            # Other collections, such as running statistics, are no activations.
+            of_batch = len(array_leaves(first))
+            data = [at >= len(traced.data) - of_batch for at in range(len(traced.data))]
+            self._known[kind] = traced._replace(data=data)
         return self._known[kind]
 
 

@@ -96,7 +96,14 @@ def input_sums(
 def _measured(
     traced: Traced, params: PyTree, batch: PyTree, measure: Callable[[Product], Sums]
 ) -> dict[str, dict[str, Array]]:
-    walk = Walk(traced.shapes, measure, walked(traced)[0].notes.members)
+    notes = walked(traced)[0].notes
+
+    def direct(product: Product) -> Sums:
+        # A weight divided by its spectral norm holds products of itself.
+        indirect = product.view.inner and notes.uses.get(product.view.leaf)
+        return {} if indirect else measure(product)
+
+    walk = Walk(traced.shapes, direct, notes.members)
     _, sums = walk.run(traced.closed, traced.cells(array_leaves(params, batch)))
     by_leaf: dict[int, list[tuple[SumKey, Any]]] = {}
     for key, value in sums.items():
@@ -149,7 +156,8 @@ def _sums(name: str, product: Product, reduce: Reduce) -> Sums:
             for kind, value in found.items()
         }
         labels = (piece, *labels)
-    key = SumKey(view.leaf, labels, view.scanned, (tuple(sorted(inputs)), tuple(fixed)))
+    rest = (tuple(sorted(inputs)), tuple(fixed), product.data)
+    key = SumKey(view.leaf, labels, view.scanned, rest)
     return {key: found}
 
 
@@ -284,14 +292,17 @@ def _assembled(
     name: str, shape: tuple[int, ...], parts: Sequence[tuple[SumKey, dict[str, Array]]]
 ) -> dict[str, Array]:
     """Returns the sums of one weight over all its products, in the order of its axes."""
-    if len({frozenset(piece.axis for piece in key.rest[0]) for key, _ in parts}) > 1:
+    # The singular vectors of a spectral norm are no activations.
+    of_data = [part for part in parts if part[0].rest[2]]
+    parts = of_data if len(_inputs(parts)) > 1 and of_data else parts
+    if len(_inputs(parts)) > 1:
         raise InputError(
             f"{name!r} is used in products of different orientation, so it has no one set of "
             "inputs; exclude it with prunable="
         )
     total: dict[str, Array] | None = None
     for key, value in parts:
-        inputs, fixed = key.rest
+        inputs, fixed, _ = key.rest
         labels = key.labels
         for piece, place in fixed:
             value = {
@@ -303,6 +314,11 @@ def _assembled(
         total = here if total is None else jax.tree.map(jnp.add, total, here)
     assert total is not None
     return total
+
+
+def _inputs(parts: Sequence[tuple[SumKey, Any]]) -> set[frozenset[int]]:
+    """Returns the sets of input axes that the products of a weight have."""
+    return {frozenset(piece.axis for piece in key.rest[0]) for key, _ in parts}
 
 
 def _by_axis(

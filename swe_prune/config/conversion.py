@@ -94,8 +94,8 @@ def literal(text: str) -> Any:
     >>> literal("3"), literal("1e-3"), literal("inf"), literal("[1, None]"), literal("5%")
     (3, 0.001, inf, [1, None], '5%')
     """
-    # Only ASCII, since float() reads the digits of all scripts.
-    for read in (ast.literal_eval, float)[: 1 + text.isascii()]:
+    # float() reads the digits of every script, which nothing else here does.
+    for read in (ast.literal_eval, float) if text.isascii() else (ast.literal_eval,):
         try:
             return read(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

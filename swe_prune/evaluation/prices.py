@@ -8,7 +8,7 @@ with the pictures, with blank ones, and with those of other examples.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +24,9 @@ from swe_prune.evaluation.sampling import GREEDY
 
 PICTURES = ("own", "blank", "shuffled")
 """What a model is shown: the picture, a white one, or that of the example before."""
+
+Write = Callable[[np.ndarray, dict[str, np.ndarray]], list[str]]
+"""Function from the numbers of a batch's examples and the pictures to show to the model's texts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,19 +64,19 @@ def price_errors(
     """
     groups = by_bucket(split, numbers, batch)
     truth = {number: split.rows[number].price for group in groups for number in group.tolist()}
-    answers = {shown: _generated(model, params, split, groups, tokenizer, batch, shown)
-               for shown in PICTURES}  # fmt: skip
+    generating = _generating(model, params, split, tokenizer)
+    answers = {shown: _texts(split, groups, batch, shown, generating) for shown in PICTURES}
     generated, unparsable = {}, {}
     for shown, texts in answers.items():
         found = {number: price_in(text) for number, text in texts.items()}
         errors = [abs(price - truth[n]) for n, price in found.items() if price is not None]
         generated[shown] = float(np.mean(errors)) if errors else None
         unparsable[shown] = len(found) - len(errors)
-    forced = [
-        np.mean([abs((price_in(text) or 0.0) - truth[n]) for n, text in texts.items()])
-        for texts in (_forced(model, params, split, groups, tokenizer, batch, shown)
-                      for shown in ("own", "blank"))
-    ]  # fmt: skip
+    forced = []
+    for shown in ("own", "blank"):
+        texts = _texts(split, groups, batch, shown, _forced(model, params, split, tokenizer))
+        errors = [abs((price_in(text) or 0.0) - truth[number]) for number, text in texts.items()]
+        forced.append(np.mean(errors))
     prices = [
         {
             "number": number,
@@ -103,62 +106,48 @@ def _pictures(split: Split, numbers: np.ndarray, shown: str) -> dict[str, np.nda
     return found
 
 
-def _batches(
-    split: Split, groups: list[np.ndarray], batch: int, shown: str
-) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
-    """Yields each group, its numbers repeated to a whole batch, and the pictures to show."""
-    for group in groups:
-        at = filled(np.arange(len(group)), batch)
-        shown_pictures = _pictures(split, group, shown)
-        yield group, group[at], {name: values[at] for name, values in shown_pictures.items()}
-
-
-def _generated(
-    model: Any,
-    params: PyTree,
-    split: Split,
-    groups: list[np.ndarray],
-    tokenizer: Any,
-    batch: int,
-    shown: str,
+def _texts(
+    split: Split, groups: list[np.ndarray], batch: int, shown: str, write: Write
 ) -> dict[int, str]:
+    """Returns the text that a model writes for each example, by the example's number."""
+    found = {}
+    for group in groups:
+        at = filled(np.arange(len(group)), batch)  # examples repeated to a whole batch
+        pictures = {name: values[at] for name, values in _pictures(split, group, shown).items()}
+        found |= dict(zip(group.tolist(), write(group[at], pictures), strict=False))
+    return found
+
+
+def _generating(model: Any, params: PyTree, split: Split, tokenizer: Any) -> Write:
     ends = {int(tokens[-1]) for tokens in split.tokens}
     longest = max(len(t) - start for t, start in zip(split.tokens, split.starts, strict=True))
-    found = {}
-    for group, rows, pictures in _batches(split, groups, batch, shown):
-        prompts = [split.tokens[number][: split.starts[number]] for number in rows]
+
+    def write(rows: np.ndarray, pictures: dict[str, np.ndarray]) -> list[str]:
         made = generate(
             model,
             params,
-            prompts,
+            [split.tokens[number][: split.starts[number]] for number in rows],
             longest + 1,
             sampling=GREEDY,
             seed=0,
             eos_id=sorted(ends) if len(ends) == 1 else None,
             images=pictures,
         )
-        texts = [tokenizer.decode(np.asarray(tokens, np.int32)) for tokens in made.tokens]
-        found |= dict(zip(group.tolist(), texts, strict=False))
-    return found
+        return [tokenizer.decode(np.asarray(tokens, np.int32)) for tokens in made.tokens]
+
+    return write
 
 
-def _forced(
-    model: Any,
-    params: PyTree,
-    split: Split,
-    groups: list[np.ndarray],
-    tokenizer: Any,
-    batch: int,
-    shown: str,
-) -> dict[int, str]:
-    found = {}
-    for group, rows, pictures in _batches(split, groups, batch, shown):
+def _forced(model: Any, params: PyTree, split: Split, tokenizer: Any) -> Write:
+    def write(rows: np.ndarray, pictures: dict[str, np.ndarray]) -> list[str]:
         inputs = split.batch(rows)["inputs"] | pictures
         likeliest_BxL = np.asarray(_likeliest(model, params, inputs))
-        for row, number in enumerate(group.tolist()):
-            own = likeliest_BxL[row, : len(split.tokens[number]) - 1]
-            found[number] = tokenizer.decode(own)
-    return found
+        return [
+            tokenizer.decode(likeliest[: len(split.tokens[number]) - 1])
+            for number, likeliest in zip(rows, likeliest_BxL, strict=True)
+        ]
+
+    return write
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -17,7 +17,6 @@ Writing and reading keep one tensor at a time in memory.
 
 import json
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from swe_prune.interop.optional import require
 from swe_prune.interop.safetensors_header import Header
 from swe_prune.interop.stranger_files import parse_json
 from swe_prune.interop.weights_file import Piece, write_file
+from swe_prune.runtime import storage
 
 FORMAT = "swe_prune.compressed.1"
 BITMAP, VALUES = ".bitmap", ".values"
@@ -49,7 +49,7 @@ def write_compressed(path: Path, pieces: Sequence[Piece]) -> None:
         size = math.prod(one.shape)
         if stored * one.dtype.itemsize + -(-size // 8) >= one.size:
             written.append(one)
-            checksums[one.name] = _checksum(values)
+            checksums[one.name] = storage.checksum_of({"": values})
             continue
         shapes[one.name] = list(one.shape)
         parts = [
@@ -67,8 +67,8 @@ def write_compressed(path: Path, pieces: Sequence[Piece]) -> None:
             ),
         ]
         written += parts
-        checksums[parts[0].name] = _checksum(np.packbits(kept))
-        checksums[parts[1].name] = _checksum(values.reshape(-1)[kept])
+        checksums[parts[0].name] = storage.checksum_of({"": np.packbits(kept)})
+        checksums[parts[1].name] = storage.checksum_of({"": values.reshape(-1)[kept]})
     about = {"shapes": shapes, "checksums": checksums}
     write_file(path, written, {"format": FORMAT, **{k: json.dumps(v) for k, v in about.items()}})
 
@@ -143,7 +143,7 @@ def decompressed(
         stored = [name] if whole else [name + BITMAP, name + VALUES]
         arrays = [file.get_tensor(one) for one in stored]
     for one, array in zip(stored, arrays, strict=True):
-        if checksums and checksums.get(one) != _checksum(array):
+        if checksums and checksums.get(one) != storage.checksum_of({"": array}):
             raise InputError(
                 f"{path} is damaged: {one!r} was changed after it was written; export the model "
                 "again"
@@ -162,11 +162,6 @@ def decompressed(
     whole = np.zeros(size, values.dtype)
     whole[kept] = values
     return whole.reshape(entry.shape)
-
-
-def _checksum(array: np.ndarray) -> int:
-    flat = np.ascontiguousarray(array).reshape(-1)
-    return zlib.crc32(flat.view(np.uint8).data, zlib.crc32(flat.dtype.name.encode()))
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

@@ -6,11 +6,8 @@ contains the shapes, the names of the dense parameters, and a CRC-32 of the shap
 stored bytes in the order of the names.
 """
 
-import functools
 import json
 import math
-import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from swe_prune.interop.optional import require
 from swe_prune.interop.safetensors_header import read_header
 from swe_prune.interop.stranger_files import check_file, inside, parse_json
 from swe_prune.masks.fitting import check_mask
+from swe_prune.runtime import storage
 
 FILE = "masks.safetensors"
 FORMAT = "swe_prune.masks.1"
@@ -48,7 +46,7 @@ def write_masks(path: Path, mask: PyTree) -> None:
             packed[name] = np.packbits(np.asarray(leaf, bool))
     # Written here, since the package makes a file that only its owner may read.
     about = {"format": FORMAT, "shapes": json.dumps(shapes)}
-    about["checksum"] = str(_checksum(about["shapes"], packed))
+    about["checksum"] = str(storage.checksum_of(packed, about["shapes"]))
     path.write_bytes(safetensors.save(packed, about))
 
 
@@ -78,7 +76,7 @@ def read_masks(path: str | Path) -> dict[str, Any]:
             if shape is not None:
                 stored[name] = file.get_tensor(name)
                 leaves[name] = _bits(stored[name], shape)
-    found = str(_checksum(metadata["shapes"], stored))
+    found = str(storage.checksum_of(stored, metadata["shapes"]))
     if metadata.get("checksum", found) != found:
         raise InputError(
             f"{path} is damaged: it was changed after it was written; export the model again"
@@ -87,13 +85,6 @@ def read_masks(path: str | Path) -> dict[str, Any]:
         return tree.nested(leaves)
     except InputError as error:
         raise InputError(f"{path} is damaged: {error}; export it again") from None
-
-
-def _checksum(shapes: str, packed: Mapping[str, np.ndarray]) -> int:
-    """Returns the CRC-32 of the shapes, and of masks in the order of their names."""
-    parts = (np.ascontiguousarray(packed[name]).data for name in sorted(packed))
-    first = zlib.crc32(shapes.encode())
-    return functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, first)
 
 
 def _bits(packed: np.ndarray, shape: list[int]) -> Any:

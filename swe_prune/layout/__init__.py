@@ -96,7 +96,7 @@ def walked(traced: Traced) -> tuple[Walk, list[Cell]]:
 
 def _axes(notes: Notes, number: int, ndim: int, last: bool) -> Axes | None:
     """Returns what the walk found of a weight."""
-    uses = notes.uses.get(number, []) + notes.tentative.get(number, [])
+    uses = notes.uses.get(number) or notes.tentative.get(number, [])
     distinct = [use for at, use in enumerate(uses) if use is not None and use not in uses[:at]]
     every = tuple(range(ndim))
     embedding = number in notes.looked_up

@@ -28,9 +28,7 @@ def experts_of(notes: Notes, eqn: Any, cells: list[Cell], found: list[Any]) -> t
                 over = [i in batched or _over(notes, view, dim) for i, dim in enumerate(view.dims)]
                 shown = any(over)
                 if not shown:
-                    every = range(len(over))
-                    first = _first_axis(view, notes.shapes[view.leaf], every)
-                    over = [i == first for i in every]
+                    over = _separable(notes, view, dot_sides(eqn.params["dimension_numbers"], at))
                 dims = [dim if here else () for dim, here in zip(view.dims, over, strict=True)]
                 given += (view.with_dims(dims, whole=shown),)
         for view in given:
@@ -41,20 +39,22 @@ def experts_of(notes: Notes, eqn: Any, cells: list[Cell], found: list[Any]) -> t
 
 
 def expert_axis(notes: Notes, view: View, roles: Mapping[int, str]) -> dict[int, str]:
-    """Returns the dimension over experts that all get the same activations, as copies.
+    """Returns the dimensions over experts that all get the same activations, as copies.
 
-    To a product the first axis of a weight (experts, in, out) is one more output. It is one
-    over experts where a router before it ranks as many outputs.
+    To a product they are outputs like others. Members are shown by a product further on; the first
+    axis of a weight (experts, in, out) is one over experts where a router before it ranks as many
+    outputs.
     """
-    free = [at for at, role in roles.items() if role != "copies"]
-    first = _first_axis(view, notes.shapes[view.leaf], free)
-    if first is None or roles[first] != "outputs":
-        return {}
-    ((axis, size, _),) = view.dims[first]
-    if notes.members.get(view.leaf) != axis and size not in _routed(notes):
-        return {}
-    notes.expert_axes[view.leaf] = axis
-    return {first: "copies"}
+    shape, outputs = notes.shapes[view.leaf], [at for at in roles if roles[at] == "outputs"]
+    members = notes.members.get(view.leaf, set())
+    found = [at for at in outputs if _alone(view, at, shape) and view.dims[at][0].axis in members]
+    if not found:
+        free = [at for at, role in roles.items() if role != "copies"]
+        first = _first_axis(view, shape, free)
+        routed = first in outputs and view.dims[first][0].size in _routed(notes)
+        found = [first] if routed else []
+    notes.expert_axes.setdefault(view.leaf, set()).update(view.dims[at][0].axis for at in found)
+    return dict.fromkeys(found, "copies")
 
 
 def find_members(
@@ -67,7 +67,7 @@ def find_members(
     for own, at in zip(batched, theirs, strict=True):
         for before in other.experts if view.dims[own] else ():
             if before.dims[at] and not before.whole:
-                notes.members[before.leaf] = before.dims[at][0].axis
+                notes.members.setdefault(before.leaf, set()).add(before.dims[at][0].axis)
 
 
 def over_experts(
@@ -98,7 +98,20 @@ def _routed(notes: Notes) -> set[int]:
 
 
 def _over(notes: Notes, view: View, dim: views.Dim) -> bool:
-    return any(piece.axis == notes.expert_axes.get(view.leaf, -1) for piece in dim)
+    return any(piece.axis in notes.expert_axes.get(view.leaf, ()) for piece in dim)
+
+
+def _separable(notes: Notes, view: View, sides: tuple[Sequence[int], Sequence[int]]) -> list[bool]:
+    """Returns which of several output dimensions may run over members, for each dimension."""
+    outputs = [at for at, dim in enumerate(view.dims) if dim and at not in (*sides[0], *sides[1])]
+    shape = notes.shapes[view.leaf]
+    several = len(outputs) > 1
+    return [several and at in outputs and _alone(view, at, shape) for at in range(len(view.dims))]
+
+
+def _alone(view: View, at: int, shape: Sequence[int]) -> bool:
+    """Returns whether a dimension runs over the whole of one axis and nothing else."""
+    return len(view.dims[at]) == 1 and view.dims[at][0].size == shape[view.dims[at][0].axis]
 
 
 def _first_axis(view: View, shape: Sequence[int], free: Sequence[int]) -> int | None:
@@ -107,6 +120,4 @@ def _first_axis(view: View, shape: Sequence[int], free: Sequence[int]) -> int | 
     if len(named) != 3:
         return None
     first = min(named, key=lambda at: view.dims[at][0].axis)
-    piece = view.dims[first][0]
-    alone = len(view.dims[first]) == 1 and piece.size == shape[piece.axis]
-    return first if alone else None
+    return first if _alone(view, first, shape) else None

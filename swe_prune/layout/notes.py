@@ -59,6 +59,7 @@ class Product:
         params: Parameters of the equation.
         groups: Group sizes of a ragged product.
         shape: Shape of the weight.
+        data: Whether the activations depend on the batch.
     """
 
     view: View
@@ -70,6 +71,7 @@ class Product:
     params: Mapping[str, Any]
     groups: Any
     shape: tuple[int, ...]
+    data: bool
 
 
 Measure = Callable[[Product], Sums]
@@ -97,23 +99,24 @@ class Notes:
 
     Attributes:
         shapes: Shape of each weight.
-        members: Axis over members that all get the same activations, by weight, where a product
-            further on shows it. A walk that is given it takes the axis for copies.
+        members: Axes over members that all get the same activations, by weight, where a product
+            further on shows them. A walk that is given them takes them for copies.
         uses: Roles of the axes by weight, each orientation once; None where an axis is in two.
-        tentative: The same for products of two weights.
+        tentative: The same for products of a constant or another weight, and for those of what they
+            gave. They tell something only of a weight that has no other.
         looked_up: Weights that a lookup reads.
         copies: Axes over copies by weight, of weights that meet the activations elementwise.
         ranked: Weights whose products are ranked.
         opaque: Operation that cannot be followed, by weight.
-        expert_axes: Axis over experts that all get the same activations, by weight.
+        expert_axes: Axes over experts that all get the same activations, by weight.
     """
 
     shapes: Sequence[tuple[int, ...]]
-    members: dict[int, int] = dataclasses.field(default_factory=dict)
+    members: dict[int, set[int]] = dataclasses.field(default_factory=dict)
     uses: dict[int, list[Any]] = dataclasses.field(default_factory=dict)
     tentative: dict[int, list[Any]] = dataclasses.field(default_factory=dict)
     looked_up: set[int] = dataclasses.field(default_factory=set)
     copies: dict[int, set[int]] = dataclasses.field(default_factory=dict)
     ranked: set[int] = dataclasses.field(default_factory=set)
     opaque: dict[int, str] = dataclasses.field(default_factory=dict)
-    expert_axes: dict[int, int] = dataclasses.field(default_factory=dict)
+    expert_axes: dict[int, set[int]] = dataclasses.field(default_factory=dict)

@@ -39,12 +39,13 @@ def note_products(notes: Notes, eqn: Any, cells: list[Cell]) -> list[Product]:
             sizes = eqn.invars[side].aval.shape
             repeated = any(sizes[at] > 1 and not view.dims[at] for at in contracted)
             found = views.roles(view, notes.shapes[view.leaf], roles, repeated)
-            both = other.is_weight and not other.data
-            noted = (notes.tentative if both else notes.uses).setdefault(view.leaf, [])
+            direct = other.data and not view.inner
+            noted = (notes.uses if direct else notes.tentative).setdefault(view.leaf, [])
             if found not in noted:
                 noted.append(found)
-            if both:
+            if other.is_weight:
                 continue
+            view = _of_outputs(view, found)
             exact = all(
                 roles[at] == "outputs" or not dim or views.size(dim) == sizes[at]
                 for at, dim in enumerate(view.dims)
@@ -61,6 +62,7 @@ def note_products(notes: Notes, eqn: Any, cells: list[Cell]) -> list[Product]:
                 params=eqn.params,
                 groups=groups,
                 shape=notes.shapes[view.leaf],
+                data=other.data,
             )
             products.append(product)
     return products
@@ -78,6 +80,17 @@ def _kind_and_sides(eqn: Any) -> tuple[str, list[tuple[tuple[int, ...], tuple[in
     # The groups of the weight are its copies.
     sides[1] = (sides[1][0], (*sides[1][1], *ragged.rhs_group_dimensions))
     return "ragged", sides
+
+
+def _of_outputs(view: View, found: Mapping[str, Any] | None) -> View:
+    """Returns the view without the places that were picked on an axis of outputs.
+
+    A projection of queries, keys and values in one, of which each is taken, is such a weight.
+    """
+    outputs = () if found is None else found["outputs"]
+    kept = [at for at, piece in enumerate(view.picked) if piece.axis not in outputs]
+    picked, places = (tuple(some[at] for at in kept) for some in (view.picked, view.places))
+    return dataclasses.replace(view, picked=picked, places=places)
 
 
 def _covers(view: View, roles: Mapping[int, str], shape: Sequence[int]) -> bool:

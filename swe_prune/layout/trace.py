@@ -79,6 +79,15 @@ def _with_state(module: Any, params: PyTree) -> Any:
     """Returns a copy of an NNX module with the weights of a state or a dict of them."""
     graph, state = nnx.split(module)
     given = dict(tree.named_leaves(params))
+    own = {name for name, _ in tree.named_leaves(state)}
+    strange = next(
+        (name for name, leaf in given.items() if leaf is not None and name not in own), None
+    )
+    if strange is not None:
+        raise InputError(
+            f"{tree.short(strange)!r} is none of the {type(module).__name__}'s weights, such as "
+            f"{tree.short(min(own, default=''))!r}; give nnx.state(model, nnx.Param)"
+        )
     filled = tree.map_leaves(lambda name, leaf: given.get(name, leaf), state)
     return nnx.merge(graph, filled)
 

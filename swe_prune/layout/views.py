@@ -192,10 +192,12 @@ def roles(
     """
     found: dict[int, str] = {}
     pieces = [(piece, roles_of_dims[at]) for at, dim in enumerate(view.dims) for piece in dim]
-    pieces += [(piece, "copies") for _, piece in view.scanned]
-    pieces += [(piece, "copies") for piece in view.picked]
     for piece, role in pieces:
         if found.setdefault(piece.axis, role) != role:
+            return None
+    # A copy for each place, unless the product has other outputs along this axis.
+    for piece in (*(piece for _, piece in view.scanned), *view.picked):
+        if found.setdefault(piece.axis, "copies") == "inputs":
             return None
     for axis in view.inner:
         if found.get(axis, "outputs") != "outputs":

@@ -44,7 +44,7 @@ class Walk:
         self,
         shapes: Sequence[tuple[int, ...]],
         measure: Measure | None = None,
-        members: Mapping[int, int] | None = None,
+        members: Mapping[int, set[int]] | None = None,
     ):
         self.notes = Notes(shapes, dict(members or {}))
         self.measure = measure

@@ -185,8 +185,10 @@ def of_country(
     """
     known = grids()
     if country not in known:
+        names = {known[code].source.rpartition(": ")[2].lower(): code for code in known}
+        near = names.get(country.lower(), country.upper())
         raise InputError(
-            f"country {country!r} is not in the table{suggestion(country, known)}; give three "
+            f"country {shown(country)} is not in the table{suggestion(near, known)}; give three "
             f"letters of ISO 3166, {WORLD!r}, or your own `Factors`"
         )
     own = {"pue": pue, "grid": grid, "water_site": water_site, "water_grid": water_grid}

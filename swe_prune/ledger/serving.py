@@ -1,10 +1,11 @@
 """Energy of models that serve, in windows of each in turn, and the power of the idle machine."""
 
 import dataclasses
+import numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, shown
 from swe_prune.ledger.interval import Interval, of_samples
 from swe_prune.ledger.meters import ZERO, Meter
 
@@ -76,7 +77,7 @@ def windows(
         for name in list(works)[:: 1 if number % 2 == 0 else -1]:
             begun, before, tokens = clock(), _polled(meters), 0
             while True:
-                tokens += works[name]()
+                tokens += _counted(name, works[name]())
                 if number < 0 or clock() - begun >= seconds:
                     break
             after, length = _polled(meters), clock() - begun
@@ -86,6 +87,14 @@ def windows(
                 spent = Interval(*(max(0.0, b - a) for a, b in zip(before, after, strict=True)))
                 found[name].append(Window(spent, length, tokens))
     return found
+
+
+def _counted(name: str, tokens: object) -> int:
+    if isinstance(tokens, bool) or not isinstance(tokens, numbers.Integral) or tokens < 0:
+        raise InputError(
+            f"work {name!r} must return how many tokens it worked through, got {shown(tokens)}"
+        )
+    return int(tokens)
 
 
 def per_token(found: Sequence[Window]) -> Interval:

