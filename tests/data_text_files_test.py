@@ -148,7 +148,7 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path, kind):
     {
         "fifo": os.mkfifo, "folder": os.mkdir, "device": lambda path: path.symlink_to("/dev/zero"),
     }[kind](path)  # fmt: skip
-    with pytest.raises(InputError, match="is a folder, a pipe or a device"):
+    with pytest.raises(InputError, match="is a directory, a pipe or a device"):
         text_files.read_text(path)
 
 

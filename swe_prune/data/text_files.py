@@ -69,8 +69,8 @@ def read_text(path: Path, key: str = "text") -> str:
     try:
         if not is_regular(path):
             raise InputError(
-                f"{where} is a folder, a pipe or a device; correct data.dataset to the path of a "
-                "text file"
+                f"{where} cannot be read (it is a directory, a pipe or a device); correct "
+                "data.dataset to the path of a text file"
             )
         with open(path, "rb") as file:
             content = file.read(_HEAD)

@@ -54,7 +54,7 @@ def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
 
 @contextlib.contextmanager
 def keys_checked(tree: PyTree) -> Iterator[None]:
-    """Turns what JAX raises for keys without an order into a sentence, where a tree is flattened."""
+    """Turns what JAX raises for keys without an order into a sentence, while it flattens."""
     try:
         yield
     except ValueError as error:
