@@ -99,7 +99,7 @@ def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
         _is_array(one) and _is_array_of(value, one) for one in kinds
     ):
         return np.asarray(value)
-    if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist"):
+    if not isinstance(value, list | tuple) and getattr(value, "ndim", None) == 1:
         series = [typing.get_args(one)[:1] for one in kinds if typing.get_origin(one) in _SERIES]
         if any(inner and inner[0] in _SCALARS for inner in series):
             value = value.tolist()  # whose truth and order are those of numbers
