@@ -20,7 +20,6 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import jax
 import numpy as np
 
 from swe_prune import bounds
@@ -100,7 +99,7 @@ def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
         _is_array(one) and _is_array_of(value, one) for one in kinds
     ):
         return np.asarray(value)
-    if getattr(value, "ndim", None) == 1 and hasattr(value, "tolist"):
+    if not isinstance(value, list | tuple) and getattr(value, "ndim", None) == 1:
         series = [typing.get_args(one)[:1] for one in kinds if typing.get_origin(one) in _SERIES]
         if any(inner and inner[0] in _SCALARS for inner in series):
             value = value.tolist()  # whose truth and order are those of numbers
@@ -163,10 +162,6 @@ def _fits(value: Any, hint: Any) -> bool:
         wanted = [name for name in vars(kind) if not name.startswith("_")]
         return not isinstance(value, type) and all(hasattr(value, name) for name in wanted)
     if kind.__module__.startswith("jaxtyping"):  # PyTree
-        try:
-            jax.tree_util.tree_structure(value)
-        except ValueError:  # a dict with keys that have no order
-            return False
         return True
     if kind.__name__.lower().endswith("array"):  # either library's will do
         texts = ("<U", "|S", "object")

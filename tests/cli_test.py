@@ -101,7 +101,7 @@ def test_a_wrong_setting_is_named_with_the_fix(override, parts, tmp_path, plays_
     ("option", "sentence"),
     [
         ("--sparsity=\u0660.\u0665", "must be a number"),  # digits of another script
-        ("--sparsity=\ud800", "has NUL or half of a character"),
+        ("--include=\udcff", "bytes that are not UTF-8"),  # as a file name of Latin-1 is given
         ("--at-once=3", "--at-once: takes no value, got '3'"),
         ("--criterion=" + "x" * 100_000, "criterion must be one of"),
     ],

@@ -1,6 +1,7 @@
 """Texts from a file and from TFDS datasets that were prepared in array_record."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -232,12 +233,13 @@ def test_a_folder_is_no_text(tmp_path):
         ("dataset_info.json", lambda raw: b"\xff" * len(raw)),
         ("dataset_info.json", lambda raw: b"[]"),
         ("dataset_info.json", None),
+        ("dataset_info.json", os.mkfifo),
         ("shakespeare_plays-train.array_record-00000-of-00001", None),
         ("shakespeare_plays-train.array_record-00000-of-00001", lambda raw: raw[: len(raw) // 2]),
         ("shakespeare_plays-train.array_record-00000-of-00001",
          lambda raw: raw[:200_000] + bytes([raw[200_000] ^ 1]) + raw[200_001:]),
     ],
-    ids=range(7),
+    ids=range(8),
 )  # fmt: skip
 def test_a_damaged_prepared_dataset_names_its_folder_and_the_way_out(
     plays_dir, tmp_path, name, damage
@@ -245,7 +247,9 @@ def test_a_damaged_prepared_dataset_names_its_folder_and_the_way_out(
     folder = shutil.copytree(plays_dir, tmp_path / "tfds") / "shakespeare_plays/1.0.0"
     raw = (folder / name).read_bytes()
     (folder / name).unlink()
-    if damage is not None:
+    if damage is os.mkfifo:
+        os.mkfifo(folder / name)
+    elif damage is not None:
         (folder / name).write_bytes(damage(raw))
     config = DataConfig(data_dir=str(tmp_path / "tfds"))
     with pytest.raises(InputError, match="run the same command, which prepares it again") as caught:

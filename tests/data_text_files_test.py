@@ -148,8 +148,12 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path, kind):
     {
         "fifo": os.mkfifo, "folder": os.mkdir, "device": lambda path: path.symlink_to("/dev/zero"),
     }[kind](path)  # fmt: skip
-    with pytest.raises(InputError, match="is a folder, a pipe or a device"):
+    with pytest.raises(InputError, match="is a directory, a pipe or a device"):
         text_files.read_text(path)
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(1 << 36)
+    with pytest.raises(InputError, match="nearly all holes"):
+        text_files.read_text(tmp_path / "sparse")
 
 
 def test_a_damaged_gzip_file_is_refused(tmp_path):

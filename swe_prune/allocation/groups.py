@@ -39,7 +39,7 @@ def shapes_of(tensors: PyTree) -> dict[str, tuple[int, ...]]:
     for name, leaf in pairing.named(tensors, _is_shape_or_none):
         if leaf is None:
             continue
-        if not _is_shape(leaf) and not hasattr(leaf, "shape"):
+        if not _is_shape(leaf) and not isinstance(getattr(leaf, "shape", None), tuple):
             raise InputError(
                 f"{name!r} must be an array or a shape, got {shown(leaf)}; give scores, weights or "
                 "shapes, with None where dense"

@@ -123,10 +123,11 @@ def parse(arguments: Sequence[str]) -> Parsed:
     if not arguments[0].startswith("-"):
         check_choice(arguments[0], COMMANDS, "the command")
     for text in arguments:
-        if "\0" in text or any("\ud800" <= one < "\udc80" for one in text):
+        # Files of such names can be opened, but packages that write next to them fail at the end.
+        if "\0" in text or any("\ud800" <= one <= "\udfff" for one in text):
             raise InputError(
-                f"{text!r} has NUL or half of a character, which no option or path may; "
-                "leave it out"
+                f"{text!r} has NUL or bytes that are not UTF-8, which no option or path may; leave "
+                "it out, or rename the file"
             )
     options, rest = _parser().parse_known_args(arguments)
     found = vars(options)

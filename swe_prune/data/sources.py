@@ -20,6 +20,7 @@ from swe_prune.errors import (
     reading,
     why_unwritten,
 )
+from swe_prune.runtime.storage import is_regular
 
 OWN = ("shakespeare_plays", "digit_prices")  # the datasets that this package can prepare
 _DATA_DIR = "~/tensorflow_datasets"  # the default of TFDS
@@ -133,8 +134,12 @@ def open_builder(name: str, data_dir: str | None) -> Any:
     build = f"tfds build {name} --file_format=array_record" + (
         f" --data_dir={data_dir}" if data_dir else ""
     )
+    place = Path(data_dir or _DATA_DIR).expanduser() / name.partition("/")[0].partition(":")[0]
     builder: Any
     try:
+        for file in place.rglob("*"):  # a pipe would be waited for, a device read without end
+            if not file.is_dir() and not is_regular(file):
+                raise OSError(f"{file.name} is not a regular file")
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         known = [*tfds.list_builders(with_community_datasets=False), *OWN]
@@ -145,7 +150,6 @@ def open_builder(name: str, data_dir: str | None) -> Any:
             f"the name, or prepare it: {build}"
         ) from None
     except Exception as error:  # a malformed name, an unknown config or version, a missing package
-        place = Path(data_dir or _DATA_DIR).expanduser() / name.partition("/")[0]
         if place.is_dir():
             raise InputError(
                 f"the prepared dataset in {str(place)!r} cannot be read ({first_line(error)}); "

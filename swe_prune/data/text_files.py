@@ -7,6 +7,7 @@ braces of JSON are taken for text.
 import gzip
 import io
 import json
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -69,18 +70,21 @@ def read_text(path: Path, key: str = "text") -> str:
     try:
         if not is_regular(path):
             raise InputError(
-                f"{where} is a folder, a pipe or a device; correct data.dataset to the path of a "
-                "text file"
+                f"{where} cannot be read (it is a directory, a pipe or a device); correct "
+                "data.dataset to the path of a text file"
             )
+        found = os.stat(path)
+        if found.st_size > LARGEST and found.st_blocks * 512 * _RATIO < found.st_size:
+            raise InputError(f"{where} has {found.st_size:,} bytes, nearly all holes; get it again")
         with open(path, "rb") as file:
             content = file.read(_HEAD)
             if not content.startswith(_GZIP):
                 _check_kind(content, where)  # before memory is taken for all of it
             content += file.read()
-    except OSError as error:
+    except (OSError, MemoryError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it does not fit into memory"
         raise InputError(
-            f"{where} cannot be read ({error.strerror}); correct data.dataset to the path of a "
-            "text file"
+            f"{where} cannot be read ({why}); correct data.dataset to the path of a text file"
         ) from None
     name = path.name.lower()
     if content.startswith(_GZIP):

@@ -124,7 +124,7 @@ def memory(params: PyTree) -> int:
     >>> memory({"w": jnp.zeros((2, 3), jnp.bfloat16)})
     12
     """
-    arrays = [leaf for leaf in jax.tree.leaves(params) if hasattr(leaf, "dtype")]
+    arrays = [leaf for _, leaf in tree.named_leaves(params) if hasattr(leaf, "dtype")]
     return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in arrays)
 
 

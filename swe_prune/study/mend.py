@@ -74,7 +74,7 @@ def mend_cut(folder: epath.Path, name: str, progress: Progress) -> None:
     """
     results = [one for one in ("result.json", "serving.json") if exists(folder / one)]
     damaged = {one: "it cannot be read" for one in results if _unreadable(folder / one)}
-    if results == ["result.json"] and (why := _fault(folder / "recovered", None)) is not None:
+    if {*results} - {*damaged} == {"result.json"} and (why := _fault(folder / "recovered", None)):
         damaged["result.json"] = why
     for one, why in damaged.items():
         progress.say(f"cut {name}: {one} or its model is damaged ({why}); it is made again")

@@ -290,7 +290,8 @@ def size(values: PyTree) -> int:
     >>> size({"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)})
     9
     """
-    leaves = jax.tree.leaves(values)
+    with pairing.keys_checked(values):
+        leaves = jax.tree.leaves(values)
     other = next((leaf for leaf in leaves if not hasattr(leaf, "shape")), None)
     if other is not None:
         raise InputError(f"size counts the elements of arrays, got {shown(other)}")
@@ -329,7 +330,8 @@ def described(values: PyTree) -> str:
     def one(leaf: Any) -> str:
         return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf)
 
-    return str(jax.tree.map(one, values))
+    with pairing.keys_checked(values):
+        return str(jax.tree.map(one, values))
 
 
 @jax.jit  # one program compiles faster than its operations one by one

@@ -103,7 +103,8 @@ def _optimizer_state_in(holder: Any) -> str | None:
         of_optax = type(node).__module__.partition(".")[0] == "optax"
         return of_optax and hasattr(node, "_fields") and not pairing.is_absent(node)
 
-    paths = jax.tree_util.tree_flatten_with_path(holder, is_leaf=is_state)[0]
+    with pairing.keys_checked(holder):
+        paths = jax.tree_util.tree_flatten_with_path(holder, is_leaf=is_state)[0]
     found = (path for path, node in paths if is_state(node))
     return next((jax.tree_util.keystr(p, simple=True, separator="/") for p in found), None)
 

@@ -5,7 +5,8 @@ a FrozenDict for a dict, an `nnx.State` for its pure dict, a `nnx.Param` for its
 a leaf is the same in all of them, so leaves are paired by name wherever the structures differ.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,7 +42,8 @@ def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
     Raises:
         InputError: If two leaves have the same name.
     """
-    leaves, treedef = _keys_checked(tree)
+    with keys_checked(tree):
+        leaves, treedef = jax.tree.flatten(tree, is_leaf=is_absent)
     names = [name for name, _ in named(tree)]
     if len(set(names)) != len(names):
         seen: set[str] = set()
@@ -50,9 +52,11 @@ def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
     return names, leaves, treedef
 
 
-def _keys_checked(tree: PyTree) -> tuple[list[Any], Any]:
+@contextlib.contextmanager
+def keys_checked(tree: PyTree) -> Iterator[None]:
+    """Turns what JAX raises for keys without an order into a sentence, while it flattens."""
     try:
-        return jax.tree.flatten(tree, is_leaf=is_absent)
+        yield
     except ValueError as error:
         # JAX sorts the keys of a dict, which fails for 1 beside "1".
         if "sorting pytree dictionary keys" not in str(error):
@@ -79,9 +83,10 @@ def _twice(tree: PyTree) -> str:
 
 
 def _boxes_whole(tree: PyTree, is_leaf: Callable[[Any], bool] = is_absent) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: is_leaf(node) or is_box(node)
-    )[0]
+    with keys_checked(tree):
+        return jax.tree_util.tree_flatten_with_path(
+            tree, is_leaf=lambda node: is_leaf(node) or is_box(node)
+        )[0]
 
 
 def named(tree: PyTree, is_leaf: Callable[[Any], bool] = is_absent) -> list[tuple[str, Any]]:
