@@ -89,7 +89,7 @@ def share(size: int | Count, fraction: Float[Array, ""], *, up: bool = True) -> 
 def total(counts: Sequence[Count]) -> Count:
     """Returns the sum of at most 2^16 counts."""
     if not counts:
-        return Count(jnp.uint32(0), jnp.uint32(0))
+        return count(0)
     # Each low limb is below 2^16, so 2^16 of them cannot overflow.
     high, low = jax.tree.map(lambda *limbs: sum(limbs[1:], limbs[0]), *counts)
     return Count(high + (low >> 16), low & 0xFFFF)
