@@ -14,7 +14,7 @@ TOLD = 5.0
 """Seconds below which a run, such as a look at --help, is not worth a line."""
 
 
-def accounted(main: Callable[[], None]) -> None:
+def accounted(main: Callable[[], object]) -> None:
     """Runs a benchmark's main function, and writes down what it took.
 
     Args:

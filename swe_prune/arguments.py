@@ -43,6 +43,8 @@ RANGES = {
 _SCALARS = {bool: "True or False", int: "an integer", float: "a finite number", str: "a string"}
 _SERIES = (list, tuple, Sequence, collections.abc.Iterable, collections.abc.Collection)
 _LARGEST = 2**63 - 1
+UNSORTED = "sorting pytree dictionary keys"
+"""Part of what JAX says of keys that have no order."""
 _LONGEST_NAME = 255  # bytes
 
 
@@ -85,13 +87,23 @@ def checked(call: F) -> F:
                 if kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
                     bound.arguments[name] = _checked(name, value, hints[name], name)
         _check_sizes(bound.arguments, hints)
-        return call(*bound.args, **bound.kwargs)
+        try:
+            return call(*bound.args, **bound.kwargs)
+        except ValueError as error:  # of JAX, which sorts the keys of dicts
+            if isinstance(error, InputError) or UNSORTED not in str(error):
+                raise
+            raise InputError(
+                "a dict in a pytree has keys that have no order, such as a number and a string; "
+                "make the keys of every dict strings"
+            ) from None
 
     return typing.cast(F, checking)
 
 
 def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
     """Returns a value that fits an annotation, lists as arrays; else raises the sentence."""
+    if isinstance(value, types.ModuleType):  # which has all kinds of attributes
+        raise InputError(f"{where} must be a value, got the module {value.__name__}")
     if not _fits(value, hint):
         raise InputError(f"{where} must be {_words(hint)}, got {_told(value)}")
     kinds = typing.get_args(hint) if _is_union(hint) else (hint,)

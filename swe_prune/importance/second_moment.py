@@ -10,6 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, shown
 
 _FIELDS = ("nu", "sum_of_squares")
@@ -19,6 +20,7 @@ _OTHERS = ("ScaleBySM3State", "ScaleByBeliefState", "ScaleByNovogradState", "Sop
 """States whose `nu` is something else: a momentum, a variance, a norm of a layer, a Hessian."""
 
 
+@checked
 def has_second_moment(opt_state: PyTree, params: PyTree) -> bool:
     """Returns whether an optimizer's state holds a second moment of any of the weights."""
     return bool(moments_by_name(opt_state, params))

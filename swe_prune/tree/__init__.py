@@ -292,7 +292,10 @@ def size(values: PyTree) -> int:
     """
     with pairing.keys_checked(values):
         leaves = jax.tree.leaves(values)
-    other = next((leaf for leaf in leaves if not hasattr(leaf, "shape")), None)
+    arrays = [isinstance(getattr(leaf, "shape", None), tuple) for leaf in leaves]
+    other = next(
+        (leaf for leaf, is_array in zip(leaves, arrays, strict=True) if not is_array), None
+    )
     if other is not None:
         raise InputError(f"size counts the elements of arrays, got {shown(other)}")
     return sum(math.prod(leaf.shape) for leaf in leaves)
@@ -328,7 +331,11 @@ def described(values: PyTree) -> str:
     """
 
     def one(leaf: Any) -> str:
-        return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf)
+        return (
+            f"{leaf.dtype}{list(leaf.shape)}"
+            if isinstance(getattr(leaf, "shape", None), tuple)
+            else repr(leaf)
+        )
 
     with pairing.keys_checked(values):
         return str(jax.tree.map(one, values))

@@ -15,6 +15,7 @@ from flax import nnx
 from flax.core import meta
 from jaxtyping import PyTree
 
+from swe_prune.arguments import UNSORTED
 from swe_prune.errors import InputError
 
 _BOXES = (nnx.Variable, meta.AxisMetadata)
@@ -59,7 +60,7 @@ def keys_checked(tree: PyTree) -> Iterator[None]:
         yield
     except ValueError as error:
         # JAX sorts the keys of a dict, which fails for 1 beside "1".
-        if "sorting pytree dictionary keys" not in str(error):
+        if UNSORTED not in str(error):
             raise
         raise InputError(
             f"two leaves are named {short(_twice(tree))!r}, as of keys that are a number and a "
