@@ -12,9 +12,9 @@ the published recipe too: see `swe_prune/evaluation/prices.py`. Other towers are
     --config.prune.include='["^vision/block_[01]/.*kernel$"]'
     --config.prune.include='["^(decoder|vision)/block_[01]/.*kernel$"]'
 
-Time and result to expect: not measured; whether so short a training learns to read the figures is
-not known. The length is chosen for 15 minutes on two free CPU cores, from 0.14 s of processor time
-for a step of 32 tags.
+Result to expect: in 1,200 steps one of three seeds learns to read the figures. It leaves a plateau
+of 1.1 nats per token after 350 steps and ends at 0.38; the others end at 1.02 and 1.03, just below
+the plateau. Half the batch and twice the steps bring one of them to 0.90. See docs/vision.md.
 """
 
 from ml_collections import ConfigDict
