@@ -30,20 +30,26 @@ error of each mean and sum (TwoSum; Knuth, TAOCP 2, 4.2.2) in an additional bflo
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from swe_prune import tree
 from swe_prune.arguments import checked
 from swe_prune.bounds import COUNT, INDEX, NOT_NEGATIVE, Bound
 from swe_prune.errors import InputError, check_choice, check_texts
 from swe_prune.trajectory.mode_vote import mode_vote
+from swe_prune.trajectory.recurrences import (
+    CARRIED,
+    CARRY,
+    add_compensated,
+    advance,
+    joined,
+)
 from swe_prune.trajectory.restored import from_dict, restored
 from swe_prune.trajectory.stats import (
     BUFFERS,
@@ -70,8 +76,6 @@ __all__ = [
     "update",
 ]
 
-_CARRIED = ("late_mean", "late_mean_abs", "mean", "sum_of_squares", "mean_abs", "path_length")
-_CARRY = "_carry"  # suffix of the buffer that stores another buffer's rounding error
 _HOLD_INITIAL = ("first", "last")  # start as the weights at init; the others start at zero
 
 
@@ -135,7 +139,7 @@ def init(
                 raise InputError(
                     f"{path!r} is marked prunable but is not a floating-point array; mark it False"
                 )
-            if name.endswith(_CARRY):
+            if name.endswith(CARRY):
                 return jnp.zeros_like(weight, jnp.bfloat16)
             # Copy even if the dtype is already float32, since the caller may donate params next.
             initial = jnp.array(weight, jnp.float32, copy=True)
@@ -161,7 +165,7 @@ def init(
 
 def _needed(measures: Sequence[str], compensated: bool) -> set[str]:
     needed = {name for measure in measures for name in BUFFERS[measure]}
-    return needed | {name + _CARRY for name in needed & set(_CARRIED) if compensated}
+    return needed | {name + CARRY for name in needed & set(CARRIED) if compensated}
 
 
 def check_measures(measures: Sequence[str]) -> None:
@@ -218,7 +222,7 @@ def _update(stats: TrajectoryStats, params: PyTree, layout: PyTree | None) -> Tr
     inside = position >= 1
     number = position if stats.index == "window" else stats.start + count
     weight = jnp.where(inside, jnp.maximum(number, 1).astype(jnp.float32) ** stats.power, 0.0)
-    weight_sum = _add_compensated(stats.weight_sum, weight)
+    weight_sum = add_compensated(stats.weight_sum, weight)
     late_share = jnp.where(inside, weight / jnp.where(inside, weight_sum[0], 1.0), 0.0)
     share = 1.0 / count.astype(jnp.float32)
     axes = {} if layout is None else dict(tree.named_leaves(layout))
@@ -233,76 +237,10 @@ def _update(stats: TrajectoryStats, params: PyTree, layout: PyTree | None) -> Tr
                 f"{weight.dtype}"
             )
         value = weight.astype(jnp.float32)
-        return _advance(before, value, late_share, share, stats.vote_rate, copies)
+        return advance(before, value, late_share, share, stats.vote_rate, copies)
 
     buffers = _per_leaf(leaf, stats.buffers, params, *stats.buffers.values())
     return dataclasses.replace(stats, count=count, weight_sum=weight_sum, buffers=buffers)
-
-
-def _advance(
-    old: dict[str, Array],
-    weight: Array,
-    late_share: Array,
-    share: Array,
-    vote_rate: float,
-    copies: tuple[int, ...],
-) -> dict[str, Array]:
-    """Returns the buffers of one tensor after a snapshot; computes only those that exist."""
-    size = jnp.abs(weight)
-    new = dict(old)
-
-    # Difference from a mean, including the rounding error of the mean.
-    def beyond(buffers: dict[str, Array], name: str, value: Array) -> Array:
-        return (value - buffers[name]) - buffers.get(name + _CARRY, 0.0)
-
-    # Add to a buffer, and update its rounding error if it has one.
-    def add(name: str, increment: Array) -> None:
-        carry = old.get(name + _CARRY)
-        if carry is None:
-            new[name] = old[name] + increment
-        else:
-            new[name], error = _two_sum(old[name], increment + carry.astype(jnp.float32))
-            new[name + _CARRY] = error.astype(carry.dtype)
-
-    # Running means first: the sum of squares needs the mean before and after this snapshot.
-    for name, value, step in (
-        ("late_mean", weight, late_share),
-        ("late_mean_abs", size, late_share),
-        ("mean", weight, share),
-        ("mean_abs", size, share),
-    ):
-        if name in old:
-            add(name, step * beyond(old, name, value))
-    if "sum_of_squares" in old:
-        add("sum_of_squares", beyond(old, "mean", weight) * beyond(new, "mean", weight))
-    # These compare with the previous snapshot, so `last` is updated at the end.
-    if "path_length" in old:
-        add("path_length", jnp.abs(weight - old["last"]))
-    # The threshold depends on the whole tensor; this is the only reduction.
-    if "votes" in old:
-        along = tuple(axis for axis in range(size.ndim) if axis not in copies)
-        number = math.prod(size.shape[axis] for axis in along)
-        spread = jnp.std(size, axis=along, ddof=min(1, number - 1), keepdims=bool(copies))
-        new["votes"] += size > spread * vote_rate
-    if "sign_flips" in old:
-        new["sign_flips"] += jnp.sign(weight) * jnp.sign(old["last"]) < 0
-    if "last" in old:
-        new["last"] = weight
-    return new
-
-
-def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """Returns the rounded sum and its rounding error, regardless of which operand is larger."""
-    total = a + b
-    b_seen = total - a
-    return total, (a - (total - b_seen)) + (b - b_seen)
-
-
-def _add_compensated(total: Float[Array, "2"], value: Float[Array, ""]) -> Float[Array, "2"]:
-    """Returns the Kahan-compensated sum, for sums of t^p over long runs."""
-    corrected = value - total[1]
-    new = total[0] + corrected
-    return jnp.stack([new, (new - total[0]) - corrected])
 
 
 def merge(a: TrajectoryStats, b: TrajectoryStats) -> TrajectoryStats:
@@ -344,57 +282,16 @@ def merge(a: TrajectoryStats, b: TrajectoryStats) -> TrajectoryStats:
         _check_shapes(name, both[0], both[1:], "the earlier statistics")
         x = dict(zip(a.buffers, both[: len(a.buffers)], strict=True))
         y = dict(zip(a.buffers, both[len(a.buffers) :], strict=True))
-        return _joined(x, y, late_share, share, between, b.count > 0)
+        return joined(x, y, late_share, share, between, b.count > 0)
 
     return dataclasses.replace(
         a,
         count=count,
-        weight_sum=_add_compensated(a.weight_sum, b.weight_sum[0] - b.weight_sum[1]),
+        weight_sum=add_compensated(a.weight_sum, b.weight_sum[0] - b.weight_sum[1]),
         buffers=_per_leaf(
             leaf, a.buffers, *a.buffers.values(), *(b.buffers[name] for name in a.buffers)
         ),
     )
-
-
-def _joined(
-    x: dict[str, Array],
-    y: dict[str, Array],
-    late_share: Array,
-    share: Array,
-    between: Array,
-    y_has_any: Array,
-) -> dict[str, Array]:
-    """Returns the buffers of one tensor over the snapshots of x followed by those of y."""
-
-    def carry_of(part: dict[str, Array], name: str) -> Array:
-        return part.get(name + _CARRY, jnp.zeros_like(part[name])).astype(jnp.float32)
-
-    new = {}
-    for name in x:
-        if name == "first":
-            new[name] = x[name]
-        elif name == "last":
-            new[name] = jnp.where(y_has_any, y[name], x[name])
-        elif name in ("votes", "sign_flips"):
-            new[name] = x[name] + y[name]
-        elif name in _CARRIED:
-            # A sum adds y; a mean moves towards y by its share. Their carries do the same.
-            x_carry, y_carry = carry_of(x, name), carry_of(y, name)
-            if name in ("path_length", "sum_of_squares"):
-                increment, carry = y[name], x_carry + y_carry
-            else:
-                step = late_share if name.startswith("late") else share
-                increment = step * (y[name] - x[name])
-                carry = x_carry + step * (y_carry - x_carry)
-            if name == "sum_of_squares":
-                # Squared deviations between the two means (Chan, Golub and LeVeque).
-                apart = (y["mean"] - x["mean"]) + (carry_of(y, "mean") - carry_of(x, "mean"))
-                carry = carry + between * apart**2
-            partial, error = _two_sum(x[name], increment)
-            new[name], rest = _two_sum(partial, carry + error)
-            if name + _CARRY in x:
-                new[name + _CARRY] = rest.astype(jnp.bfloat16)
-    return {name: new[name] for name in x}
 
 
 def _check_shapes(name: str, array: Any, others: Sequence[Any], what: str) -> None:
@@ -476,4 +373,4 @@ def memory(
     check_measures(measures)
     weights = tree.size(tree.prunable_leaves(params, prunable, "track"))
     needed = sorted(_needed(measures, compensated))
-    return {name: weights * (2 if name.endswith(_CARRY) else 4) for name in needed}
+    return {name: weights * (2 if name.endswith(CARRY) else 4) for name in needed}
