@@ -391,3 +391,11 @@ def test_version_prints_the_version_and_ends_with_0(capsys):
         cli.main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"swe_prune {swe_prune.__version__}\n"
+
+
+def test_a_path_that_cannot_be_is_no_full_disk(tmp_path, capsys):
+    model = tmp_path / ("m" * 300)
+    assert cli.main(["prune", f"--model={model}", f"--out={tmp_path / 'o'}", "--sparsity=0.5"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "(File name too long); see to this path and its rights" in said
+    assert "make room" not in said

@@ -20,7 +20,15 @@ from collections.abc import Callable, Sequence
 from swe_prune import early_signals
 from swe_prune.cli.parsing import DistributedSettings, PlanSettings, parse
 from swe_prune.early_signals import STOPPED, SUPERVISED, exit_on_signals
-from swe_prune.errors import InputError, Preempted, RunError, visible, why_unwritten
+from swe_prune.errors import (
+    NO_QUOTA,
+    NO_SPACE,
+    InputError,
+    Preempted,
+    RunError,
+    visible,
+    why_unwritten,
+)
 from swe_prune.pretrained import settings as pretrained
 from swe_prune.runtime import storage
 
@@ -75,10 +83,12 @@ def main(
     except OSError as error:
         place = getattr(given, "workdir", None) or getattr(given, "out", None) if given else None
         place = error.filename or _output_that_fails() or place or "a file"
+        why = why_unwritten(error)
+        full = why in (NO_SPACE, NO_QUOTA)
+        advice = "make room" if full else "see to this path and its rights"
         failed = RunError(
-            f"writing or reading {str(place)!r} failed "
-            f"({why_unwritten(error)}); make room or choose another folder and run the same "
-            "command again; finished phases are kept"
+            f"writing or reading {str(place)!r} failed ({why}); {advice} or choose another folder "
+            "and run the same command again; finished phases are kept"
         )
         return _failed(failed, failed.exit_code, distributed)
     except KeyboardInterrupt:
