@@ -43,6 +43,8 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs every save, a
 def _quiet_loops() -> None:
     """Leaves out what asyncio and tensorstore print of each write after one that has failed."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # Writes that were not begun any more.
+    warnings.filterwarnings("ignore", "coroutine '.*write.*' was never awaited", RuntimeWarning)
     before = sys.unraisablehook
 
     def hook(found: Any) -> None:

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -174,3 +176,14 @@ def test_a_disk_that_takes_no_more_is_said_and_the_earlier_one_is_kept(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert Checkpoints(tmp_path).restore(TREE)[1] == {"position": 1}
+
+
+def test_writes_after_one_that_failed_say_nothing():
+    code = """if True:
+        from swe_prune import checkpoint
+        checkpoint._quiet_loops()
+        async def write_fragment(): pass
+        write_fragment()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not done.stderr
