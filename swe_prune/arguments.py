@@ -100,6 +100,11 @@ def checked(call: F) -> F:
     return typing.cast(F, checking)
 
 
+def has_shape(value: Any) -> bool:
+    """Returns whether a value has a shape, as arrays do; that of a module is none."""
+    return isinstance(getattr(value, "shape", None), tuple)
+
+
 def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
     """Returns a value that fits an annotation, lists as arrays; else raises the sentence."""
     if isinstance(value, types.ModuleType):  # which has all kinds of attributes
@@ -177,9 +182,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if kind.__name__.lower().endswith("array"):  # either library's will do
         texts = ("<U", "|S", "object")
-        return isinstance(getattr(value, "shape", None), tuple) and not str(
-            getattr(value, "dtype", "|S")
-        ).startswith(texts)
+        return has_shape(value) and not str(getattr(value, "dtype", "|S")).startswith(texts)
     if issubclass(kind, Mapping):
         key, inner = of or (Any, Any)
         return isinstance(value, Mapping) and all(
@@ -247,7 +250,7 @@ def _is_array_of(value: Any, hint: Any) -> bool:
             value = np.asarray(value)
         except (ValueError, TypeError, OverflowError):  # rows of different lengths
             return False
-    if not isinstance(getattr(value, "shape", None), tuple) or not hasattr(value, "dtype"):
+    if not has_shape(value) or not hasattr(value, "dtype"):
         return False
     name, wanted = str(value.dtype), hint.dtypes
     kinds = ("bool", "int", "float", "key")
@@ -344,6 +347,6 @@ def _plural(hint: Any) -> str:
 
 def _told(value: Any) -> str:
     """Returns a value for a sentence: arrays as their dtype and shape, others as their repr."""
-    if isinstance(getattr(value, "shape", None), tuple) and value.shape and hasattr(value, "dtype"):
+    if has_shape(value) and value.shape and hasattr(value, "dtype"):
         return f"{value.dtype}{list(value.shape)}"
     return shown(value)

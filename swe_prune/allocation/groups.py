@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from swe_prune import select, tree
-from swe_prune.arguments import checked
+from swe_prune.arguments import checked, has_shape
 from swe_prune.errors import InputError, check_choice, shown
 from swe_prune.tree import pairing
 
@@ -39,7 +39,7 @@ def shapes_of(tensors: PyTree) -> dict[str, tuple[int, ...]]:
     for name, leaf in pairing.named(tensors, _is_shape_or_none):
         if leaf is None:
             continue
-        if not _is_shape(leaf) and not isinstance(getattr(leaf, "shape", None), tuple):
+        if not _is_shape(leaf) and not has_shape(leaf):
             raise InputError(
                 f"{name!r} must be an array or a shape, got {shown(leaf)}; give scores, weights or "
                 "shapes, with None where dense"

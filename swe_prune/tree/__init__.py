@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from swe_prune.arguments import checked
+from swe_prune.arguments import checked, has_shape
 from swe_prune.errors import InputError, check_texts, shown
 from swe_prune.tree import pairing
 from swe_prune.tree.dense_rules import DENSE_BY_DEFAULT as DENSE_BY_DEFAULT
@@ -292,10 +292,7 @@ def size(values: PyTree) -> int:
     """
     with pairing.keys_checked(values):
         leaves = jax.tree.leaves(values)
-    arrays = [isinstance(getattr(leaf, "shape", None), tuple) for leaf in leaves]
-    other = next(
-        (leaf for leaf, is_array in zip(leaves, arrays, strict=True) if not is_array), None
-    )
+    other = next((leaf for leaf in leaves if not has_shape(leaf)), None)
     if other is not None:
         raise InputError(f"size counts the elements of arrays, got {shown(other)}")
     return sum(math.prod(leaf.shape) for leaf in leaves)
@@ -331,11 +328,7 @@ def described(values: PyTree) -> str:
     """
 
     def one(leaf: Any) -> str:
-        return (
-            f"{leaf.dtype}{list(leaf.shape)}"
-            if isinstance(getattr(leaf, "shape", None), tuple)
-            else repr(leaf)
-        )
+        return f"{leaf.dtype}{list(leaf.shape)}" if has_shape(leaf) else repr(leaf)
 
     with pairing.keys_checked(values):
         return str(jax.tree.map(one, values))
