@@ -43,8 +43,8 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs every save, a
 def _quiet_loops() -> None:
     """Leaves out what asyncio and tensorstore print of each write after one that has failed."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    # Writes that were not begun any more.
-    warnings.filterwarnings("ignore", "coroutine '.*write.*' was never awaited", RuntimeWarning)
+    # Steps of a write that were not begun any more.
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
     before = sys.unraisablehook
 
     def hook(found: Any) -> None:
@@ -103,6 +103,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
+            # Made asynchronously, a folder that cannot be made is waited for 300 seconds.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             cleanup_tmp_directories=not reading,
             read_only=reading,
         )

@@ -182,8 +182,8 @@ def test_writes_after_one_that_failed_say_nothing():
     code = """if True:
         from swe_prune import checkpoint
         checkpoint._quiet_loops()
-        async def write_fragment(): pass
-        write_fragment()
+        async def _create_paths(): pass
+        _create_paths()
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not done.stderr

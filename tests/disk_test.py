@@ -11,11 +11,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pretrained_tiny
 import pytest
 import tiny
 
-from swe_prune import cli, errors
+from swe_prune import checkpoint, cli, errors
 
 ROOM = "remount,size=64m,nr_inodes=9999"
 QUICK = ["--window=32", "--eval-windows=8", "--new-tokens=4"]
@@ -185,6 +186,16 @@ def test_space_and_quota_are_told_apart_however_they_are_said(code):
     with pytest.raises(errors.RunError, match=r"x cannot be written: .*; make room"):  # noqa: SIM117
         with errors.writing("x", "make room"):
             raise raised
+
+
+@pytest.mark.parametrize("files", range(2, 12))
+def test_a_checkpoint_that_has_no_room_is_said_at_once(small_disk, files):
+    disk = small_disk(f"nr_inodes={files}")
+    begun = time.monotonic()
+    with pytest.raises(errors.RunError, match=r"checkpoint 1 .* no space is left"):  # noqa: SIM117
+        with contextlib.closing(checkpoint.Checkpoints(disk / "work")) as store:
+            store.save(1, {"w": np.ones((2, 2))}, {})
+    assert time.monotonic() - begun < 60  # orbax waits 300 seconds for folders
 
 
 @pytest.mark.slow
