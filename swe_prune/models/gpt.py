@@ -29,11 +29,12 @@ from swe_prune.errors import InputError
 from swe_prune.models.attention import attention
 from swe_prune.models.block import Block, scanned
 from swe_prune.models.checks import check
+from swe_prune.models.fusing import fuse
 from swe_prune.models.kv_cache import Cache, empty_cache, positions_and_masks
 from swe_prune.models.layers import ACTIVATIONS, INIT_STDDEV, dense, norm
 
 __all__ = ["ACTIVATIONS",
-    "BLOCKS", "GPT", "Block", "Cache", "attention", "build", "empty_cache",
+    "BLOCKS", "GPT", "Block", "Cache", "attention", "build", "empty_cache", "fuse",
            "partition_rules"]  # fmt: skip
 
 BLOCKS = r"block_[0-9]+"

@@ -17,7 +17,7 @@ from swe_prune import interop, ledger, structured, tree
 from swe_prune.errors import InputError
 from swe_prune.evaluation import latency
 from swe_prune.evaluation.latency import Times, Workload
-from swe_prune.models import phi3v
+from swe_prune.models import gpt, phi3v
 from swe_prune.pretrained.opening import opened
 from swe_prune.pretrained.settings import BenchSettings
 from swe_prune.training.progress import Progress
@@ -66,6 +66,18 @@ def bench(given: BenchSettings, progress: Progress, console: Console) -> dict[st
         loads[0].check(source.config.context)
     models = {name: source.read(dtype=given.dtype) for name, source in sources.items()}
     built = {name: phi3v.build(one.config, one.vocab_size) for name, one in models.items()}
+    # What they take by count, before their projections are fused, as one decodes them.
+    tokens = given.prompt_tokens + given.new_tokens
+    counts = {
+        name: (
+            tree.size(one.params),
+            latency.nonzero(one.params),
+            structured.flops(one.config, one.params, tokens),
+        )
+        for name, one in models.items()
+    }
+    for name, one in models.items():
+        models[name] = dataclasses.replace(one, params=gpt.fuse(one.params))
     peaks: dict[str, dict[int, int]] = {name: {} for name in models}
     times: dict[str, dict[int, tuple[Times, ...]]] = {name: {} for name in models}
     energy: dict[str, dict[int, list[ledger.Window]]] = {name: {} for name in models}
@@ -87,9 +99,7 @@ def bench(given: BenchSettings, progress: Progress, console: Console) -> dict[st
         name: Bench(
             str(one.path),
             sources[name].file_bytes,
-            tree.size(one.params),
-            latency.nonzero(one.params),
-            structured.flops(one.config, one.params, given.prompt_tokens + given.new_tokens),
+            *counts[name],
             peaks[name],
             times[name],
             energy[name],

@@ -9,6 +9,7 @@ import numpy as np
 
 from swe_prune import ledger
 from swe_prune.evaluation import latency
+from swe_prune.models import gpt
 from swe_prune.study.cut_shapes import workload
 from swe_prune.study.experiment import Experiment
 from swe_prune.training.progress import Progress
@@ -39,7 +40,7 @@ def measure(
     settings, load = experiment.config.ledger, workload(experiment.config)
     meters = ledger.Ledger().meters
     works = {
-        name: latency.compiled(model, params, load, name).tokens
+        name: latency.compiled(model, gpt.fuse(params), load, name).tokens
         for name, (model, params) in models.items()
     }
     found = _windows(experiment, works, meters, settings.windows, progress)
