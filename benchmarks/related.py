@@ -3,6 +3,7 @@
     python benchmarks/related.py all --out=tables      all of these, each in its JSON file
     python benchmarks/related.py trawl                 stacked weights at low rank, written back
     python benchmarks/related.py ssprop --seeds 0 1 2  back-propagation through a part
+    python benchmarks/related.py digits                the same on a small CNN
     python benchmarks/related.py dsmoe                 MLPs in blocks that tokens switch on and off
     python benchmarks/related.py retrikt               a teacher's store for a pruned student
     python benchmarks/related.py reasoning             a reward for short right answers
@@ -38,6 +39,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import digits
 import dsmoe
 import ecomls
 import ling
@@ -54,7 +56,7 @@ from swe_prune.training import step as step_lib
 from swe_prune.training.progress import Progress
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SYSTEMS = ("trawl", "ssprop", "dsmoe", "retrikt", "reasoning", "ling", "ecomls")
+SYSTEMS = ("trawl", "ssprop", "digits", "dsmoe", "retrikt", "reasoning", "ling", "ecomls")
 RANKS = (4, 8, 16, 32, 48, 64, 80, 90)
 
 
@@ -234,6 +236,9 @@ def found_by(system: str, experiment: Any, options: argparse.Namespace) -> tuple
     if system == "ecomls":
         found = ecomls.run(read(options.config), say)
         return found, [ecomls.table(found)]
+    if system == "digits":
+        found = digits.run(seeds, say)
+        return found, [digits.table(found)]
     if system == "reasoning":
         found = reasoning.run(seeds, options.work, say)
         return found, reasoning.tables(found)

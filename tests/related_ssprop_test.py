@@ -104,6 +104,31 @@ def test_a_model_trains_through_it_and_skipped_layers_stay_exact():
     assert int((jnp.abs(up).sum(0) > 0).sum()) == up.shape[1] // 4
 
 
+def test_convolutions_of_a_model_are_covered():
+    class CNN(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(8, (3, 3), strides=(2, 2), name="conv")(x))
+            return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+    model, images = CNN(), jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
+    params = model.init(jax.random.key(1), images)["params"]
+
+    def loss(params, keep):
+        with nn.intercept_methods(ssprop.interceptor(keep)):
+            return model.apply({"params": params}, images).var()
+
+    exact = jax.grad(lambda p: model.apply({"params": p}, images).var())(params)
+    same, sparse = jax.grad(loss)(params, 1.0), jax.grad(loss)(params, 0.25)
+    for name in ("conv", "head"):
+        np.testing.assert_allclose(
+            same[name]["kernel"], exact[name]["kernel"], rtol=1e-5, atol=1e-7
+        )
+    kernel, whole = sparse["conv"]["kernel"], exact["conv"]["kernel"]
+    assert int((jnp.abs(kernel).sum((0, 1, 2)) > 0).sum()) == 2
+    np.testing.assert_allclose(kernel, jnp.where(kernel == 0, 0, whole), rtol=1e-5, atol=1e-7)
+
+
 def test_schedules_are_what_they_say():
     def shares(**how):
         return [round(ssprop.Schedule(**how)(n), 3) for n in range(how["length"])]
