@@ -97,14 +97,23 @@ def _measured(
     traced: Traced, params: PyTree, batch: PyTree, measure: Callable[[Product], Sums]
 ) -> dict[str, dict[str, Array]]:
     notes = walked(traced)[0].notes
+    parts: dict[int, dict[int, dict[int, float]]] = {}
 
     def direct(product: Product) -> Sums:
         # A weight divided by its spectral norm holds products of itself.
-        indirect = product.view.inner and notes.uses.get(product.view.leaf)
-        return {} if indirect else measure(product)
+        if product.view.inner and notes.uses.get(product.view.leaf):
+            return {}
+        found = measure(product)
+        if found:
+            part, activations = product.numbers
+            of_leaf = parts.setdefault(product.view.leaf, {})
+            of_leaf.setdefault(activations, {})[part] = _share_of_outputs(product)
+        return found
 
     walk = Walk(traced.shapes, direct, notes.members)
     _, sums = walk.run(traced.closed, traced.cells(array_leaves(params, batch)))
+    for leaf, by_activations in parts.items():
+        _check_shared(traced.names[leaf], by_activations)
     by_leaf: dict[int, list[tuple[SumKey, Any]]] = {}
     for key, value in sums.items():
         by_leaf.setdefault(key.leaf, []).append((key, value))
@@ -275,6 +284,21 @@ def _crossed(first: Array, name: str, x: Array, product: Product) -> dict[str, A
         )
     outer = jnp.matmul(jnp.swapaxes(first, -1, -2), x, precision=PRECISION)
     return {"square": jnp.sum(x**2, axis=-2), "outer": outer}
+
+
+def _check_shared(name: str, parts: Mapping[int, Mapping[int, float]]) -> None:
+    """Checks that all outputs of a weight get the same inputs.
+
+    Args:
+        name: Name of the weight.
+        parts: Share of the outputs of each part of it, by the number of the activations.
+    """
+    if len(parts) > 1 and any(sum(shares.values()) < 0.999 for shares in parts.values()):
+        raise InputError(
+            f"{name!r} is cut along its outputs, and the parts get different inputs, as layers or "
+            "experts do, so it has no one set of them; store it with an axis for the parts, or "
+            "exclude it with prunable="
+        )
 
 
 def _share_of_outputs(product: Product) -> float:

@@ -85,7 +85,7 @@ def view_of(
         return views.sliced(view, old, new, params["start_indices"])
     if name == "split":
         starts = [0] * len(old)
-        starts[params["axis"]] = sum(params["sizes"][:number])
+        starts[params["axis"]] = int(sum(params["sizes"][:number]))
         return views.sliced(view, old, new, starts)
     if name == "unstack":  # a slice at each position, without the axis
         axis = params["axis"]

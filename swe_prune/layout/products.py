@@ -63,6 +63,7 @@ def note_products(notes: Notes, eqn: Any, cells: list[Cell]) -> list[Product]:
                 groups=groups,
                 shape=notes.shapes[view.leaf],
                 data=other.data,
+                numbers=(cell.number, other.number),
             )
             products.append(product)
     return products
@@ -90,7 +91,9 @@ def _of_outputs(view: View, found: Mapping[str, Any] | None) -> View:
     outputs = () if found is None else found["outputs"]
     kept = [at for at, piece in enumerate(view.picked) if piece.axis not in outputs]
     picked, places = (tuple(some[at] for at in kept) for some in (view.picked, view.places))
-    return dataclasses.replace(view, picked=picked, places=places)
+    dropped = [at for at in range(len(view.picked)) if at not in kept]
+    whole = view.whole and all(isinstance(view.places[at], int) for at in dropped)
+    return dataclasses.replace(view, picked=picked, places=places, whole=whole)
 
 
 def _covers(view: View, roles: Mapping[int, str], shape: Sequence[int]) -> bool:
