@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from swe_prune.errors import InputError
-from swe_prune.layout import walked
+from swe_prune.layout import views, walked
 from swe_prune.layout.notes import Product, SumKey, Sums
 from swe_prune.layout.trace import Traced, array_leaves
 from swe_prune.layout.views import Piece
@@ -54,7 +54,7 @@ def input_sums(
 
     Returns:
         Sums by name, float32: "square", Σ x², with the weight's shape along its copies and inputs
-        and 1 along its outputs; with `hessian` also "outer", Σ x xᵀ, copies x R x R; with `beside`
+        and 1 along its outputs, but of a grouped convolution in full; with `hessian` also "outer", Σ x xᵀ, copies x R x R; with `beside`
         also "cross", Σ x x'ᵀ, of each input x and the input x' that `beside` has in its place.
         Those of `reduce` have the copies in front.
 
@@ -129,7 +129,8 @@ def _sums(name: str, product: Product, reduce: Reduce) -> Sums:
     if not view.whole:
         raise InputError(
             f"{name!r} is cut, reshaped, reversed, looked up, or joined with other values before "
-            "its product, where its inputs cannot be told apart; exclude it with prunable="
+            "its product, where its inputs cannot be told apart; store it in the form that the "
+            "product takes, or exclude it with prunable="
         )
     x, inputs, copies = {"dot": _of_dot, "ragged": _of_ragged, "conv": _of_conv}[product.kind](
         name, product
@@ -139,6 +140,22 @@ def _sums(name: str, product: Product, reduce: Reduce) -> Sums:
     ordered = [_ordered(part.astype(jnp.float32), inputs, len(copies)) for part in parts]
     sums = [reduce(x_KxNxR, product) for x_KxNxR in ordered]
     found = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), sums)
+    # Each group of a convolution has inputs of its own, which its outputs share.
+    groups = product.params.get("feature_group_count", 1)
+    if groups > 1:
+        if found.keys() != {"square"}:
+            raise InputError(
+                f"{name!r} belongs to a grouped convolution, whose outputs have different Hessians "
+                "and moments, which is not supported; measure its input_norm alone, or exclude it "
+                "with prunable="
+            )
+        (group,) = copies
+        member = Piece(group.axis, product.shape[group.axis] // groups, 1)
+        copies = [group, member]
+        found = {
+            kind: jnp.broadcast_to(v[:, None], (groups, member.size, *v.shape[1:]))
+            for kind, v in found.items()
+        }
     # Copies that all get these activations have the same sums.
     shared = [
         piece
@@ -221,12 +238,22 @@ def _of_ragged(name: str, product: Product) -> tuple[Array, list[Piece], list[Pi
 
 
 def _of_conv(name: str, product: Product) -> tuple[Array, list[Piece], list[Piece]]:
-    """Returns the patches that a convolution multiplies with its kernel, as (N, in, …)."""
+    """Returns the patches that a convolution multiplies with its kernel, as (groups, N, in, …)."""
     params, spec = product.params, product.params["dimension_numbers"]
-    if params["feature_group_count"] > 1 or params["batch_group_count"] > 1:
+    groups, outputs = params["feature_group_count"], product.view.dims[spec.rhs_spec[0]]
+    copies: list[Piece] = []
+    if groups > 1:
+        size = product.shape[outputs[0].axis] if len(outputs) == 1 else 0
+        if size != views.size(outputs):
+            raise InputError(
+                f"{name!r} is cut along the outputs of a grouped convolution, which is not "
+                "supported; exclude it with prunable="
+            )
+        copies = [Piece(outputs[0].axis, groups, size // groups)]
+    if params["batch_group_count"] > 1:
         raise InputError(
-            f"{name!r} belongs to a grouped convolution, which is not supported; exclude it with "
-            "prunable="
+            f"{name!r} belongs to a convolution grouped by its batch, which is not supported; "
+            "exclude it with prunable="
         )
     x = jnp.transpose(product.other, spec.lhs_spec)  # batch, in, spatial
     kernel_dims = spec.rhs_spec[1:]  # in, spatial
@@ -242,7 +269,8 @@ def _of_conv(name: str, product: Product) -> tuple[Array, list[Piece], list[Piec
     )
     pieces = [piece for at in kernel_dims for piece in product.view.dims[at]]
     patches = jnp.moveaxis(patches, 1, -1)
-    return patches.reshape(-1, *(piece.size for piece in pieces)), pieces, []
+    rows = patches.reshape(-1, groups, *(piece.size for piece in pieces))
+    return jnp.moveaxis(rows, 1, 0) if copies else rows[:, 0], pieces, copies
 
 
 def _ordered(x: Array, inputs: list[Piece], copies: int) -> Array:
