@@ -12,7 +12,6 @@ from swe_prune.errors import InputError
 from swe_prune.layout import layout
 from swe_prune.models import gpt
 
-
 KEY = jax.random.key(0)
 
 
@@ -165,7 +164,9 @@ def test_each_output_of_a_grouped_convolution_has_the_norms_of_its_group(name):
     make, groups, order = GROUPED[name]
     fn, params = make()
     measured = calibration.inputs(fn, params, [LINE])["input_norm"]
-    (kernel,), (norm,) = ([x for x in jax.tree.leaves(t) if x.ndim == 3] for t in (params, measured))
+    (kernel,), (norm,) = (
+        [x for x in jax.tree.leaves(t) if x.ndim == 3] for t in (params, measured)
+    )
     assert norm.shape == kernel.shape
     # Sums over all positions of what each place of the kernel meets, by loops.
     want = np.zeros((groups, 4 // groups, 3))
@@ -370,9 +371,7 @@ X = drawn(2, 3)
             "no weight is prunable",
         ),
         (
-            lambda: calibration.inputs(
-                grouped(), grouped().init(KEY, LINE), [LINE], hessian=True
-            ),
+            lambda: calibration.inputs(grouped(), grouped().init(KEY, LINE), [LINE], hessian=True),
             "belongs to a grouped convolution, whose outputs have different Hessians",
         ),
         (

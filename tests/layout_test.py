@@ -175,6 +175,26 @@ def linen_vmap():
     )
 
 
+def convolved(x, w):
+    return lax.conv_general_dilated(x, w, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+
+
+@case
+def convolutions_under_vmap():
+    w, x = drawn(E, 3, D, H), drawn(2, E, 6, D)  # as many members as places
+    rows = np.stack([patches(x[:, e], (3,), "in last") for e in range(E)])
+    fn = jax.vmap(lambda w, x: convolved(x, w), in_axes=(0, 1), out_axes=1)
+    return Case(lambda p, x: fn(p["w"], x), {"w": w}, {"w": (Axes((1, 2), (3,), (0,)), rows)}, x)
+
+
+@case
+def convolutions_under_vmap_of_one_input():
+    w, rows = drawn(D, 3, D, H), patches(LINE, (3,), "in last")
+    fn = jax.vmap(convolved, in_axes=(None, 0))
+    want = {"w": (Axes((1, 2), (0, 3)), rows)}
+    return Case(lambda p, x: jnp.moveaxis(fn(x, p["w"]), 0, 1), {"w": w}, want, LINE)
+
+
 # ---- NNX ----
 
 
@@ -367,6 +387,8 @@ shaped(
 )
 shaped("out_of_heads", lambda w, x: jnp.einsum("bij,ijo->bo", x.reshape(B, 2, 2), w), (2, 2, H),
        FIRST_TWO)  # fmt: skip
+shaped("reshaped_by_columns", lambda w, x: x @ lax.reshape(w, (D, 2 * D), (1, 0)), (2 * D, D),
+       OUT_IN)  # fmt: skip
 shaped("stored_flat", lambda w, x: x @ w.reshape(D, H).astype(x.dtype), (D * H,), None, None)
 
 
@@ -936,7 +958,7 @@ APART = {
 def test_outputs_that_get_different_inputs_have_no_one_set_of_norms(what):
     fn, shape = APART[what]
     params = {"w": drawn(*shape)}
-    with pytest.raises(InputError, match="'w'.*exclude it with prunable="):
+    with pytest.raises(InputError, match=r"'w' is cut.*exclude it with prunable="):
         calibration.inputs(lambda p, x: fn(p["w"], x), params, [X])
 
 

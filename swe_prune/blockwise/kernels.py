@@ -154,10 +154,7 @@ def _of_copy(sums: Sums | None, at: int, copies: int) -> Sums | None:
     if sums is None:
         return None
     return Sums(
-        {
-            kind: value.reshape(copies, *value.shape[-2:])[at]
-            for kind, value in sums.of.items()
-        },
+        {kind: value.reshape(copies, *value.shape[-2:])[at] for kind, value in sums.of.items()},
         sums.n,
     )
 

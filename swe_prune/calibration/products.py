@@ -5,6 +5,7 @@ brought into the form (copies, N, R), with R in the order of the weight's input 
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -54,8 +55,9 @@ def input_sums(
 
     Returns:
         Sums by name, float32: "square", Σ x², with the weight's shape along its copies and inputs
-        and 1 along its outputs, but of a grouped convolution in full; with `hessian` also "outer", Σ x xᵀ, copies x R x R; with `beside`
-        also "cross", Σ x x'ᵀ, of each input x and the input x' that `beside` has in its place.
+        and 1 along its outputs, or all of a grouped convolution; with `hessian` also "outer",
+        Σ x xᵀ, copies x R x R; with `beside` also "cross", Σ x x'ᵀ, of each input x and the input
+        x' that `beside` has in its place.
         Those of `reduce` have the copies in front.
 
     Raises:
@@ -141,7 +143,7 @@ def _sums(name: str, product: Product, reduce: Reduce) -> Sums:
     sums = [reduce(x_KxNxR, product) for x_KxNxR in ordered]
     found = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), sums)
     # Each group of a convolution has inputs of its own, which its outputs share.
-    groups = product.params.get("feature_group_count", 1)
+    groups = _groups_of_outputs(product)
     if groups > 1:
         if found.keys() != {"square"}:
             raise InputError(
@@ -162,6 +164,7 @@ def _sums(name: str, product: Product, reduce: Reduce) -> Sums:
         for at, dim in enumerate(view.dims)
         if product.roles[at] == "copies" and at not in (*product.contracted[0], *product.batched[0])
         for piece in dim
+        if piece not in copies
     ]
     if shared and product.groups is None:
         sizes = [piece.size for piece in shared]
@@ -238,11 +241,11 @@ def _of_ragged(name: str, product: Product) -> tuple[Array, list[Piece], list[Pi
 
 
 def _of_conv(name: str, product: Product) -> tuple[Array, list[Piece], list[Piece]]:
-    """Returns the patches that a convolution multiplies with its kernel, as (groups, N, in, …)."""
+    """Returns the patches that a convolution multiplies with its kernel, as (copies…, N, in, …)."""
     params, spec = product.params, product.params["dimension_numbers"]
     groups, outputs = params["feature_group_count"], product.view.dims[spec.rhs_spec[0]]
-    copies: list[Piece] = []
-    if groups > 1:
+    copies = [*itertools.chain(*product.view.dims[len(spec.rhs_spec) :])]  # of members
+    if _groups_of_outputs(product) > 1:
         size = product.shape[outputs[0].axis] if len(outputs) == 1 else 0
         if size != views.size(outputs):
             raise InputError(
@@ -270,7 +273,16 @@ def _of_conv(name: str, product: Product) -> tuple[Array, list[Piece], list[Piec
     pieces = [piece for at in kernel_dims for piece in product.view.dims[at]]
     patches = jnp.moveaxis(patches, 1, -1)
     rows = patches.reshape(-1, groups, *(piece.size for piece in pieces))
-    return jnp.moveaxis(rows, 1, 0) if copies else rows[:, 0], pieces, copies
+    rows = jnp.moveaxis(rows, 1, 0)
+    return rows.reshape(*(piece.size for piece in copies), *rows.shape[1:]), pieces, copies
+
+
+def _groups_of_outputs(product: Product) -> int:
+    """Returns the number of groups among the outputs of a weight, 1 if it is in no such product."""
+    if product.kind != "conv":
+        return 1
+    members = len(product.view.dims) > len(product.params["dimension_numbers"].rhs_spec)
+    return 1 if members else product.params["feature_group_count"]
 
 
 def _ordered(x: Array, inputs: list[Piece], copies: int) -> Array:

@@ -32,7 +32,8 @@ _CONTROL_FLOW = {
 
 
 _SAME = ("convert_element_type", "copy", "expand_dims", "name", "reshape", "squeeze", "transpose")
-"""What leaves a value the same but for its shape and dtype."""
+_PARTS = ("broadcast_in_dim", "dynamic_slice", "slice")
+"""What leaves a value the same but for its shape and dtype; and what does where no size changes."""
 
 
 class Walk:
@@ -148,7 +149,8 @@ class Walk:
 def _of(eqn: Any, cells: list[Cell], at: int) -> int:
     """Returns the number of a result, which values computed alike have in common."""
     given = tuple(cell.number for cell in cells)
-    if eqn.primitive.name in _SAME:
+    whole = eqn.primitive.name in _PARTS and eqn.invars[0].aval.size == eqn.outvars[0].aval.size
+    if eqn.primitive.name in _SAME or whole:
         return given[0]
     try:
         how = hash(tuple(eqn.params.items()))
