@@ -5,7 +5,6 @@ brought into the form (copies, N, R), with R in the order of the weight's input 
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from swe_prune.calibration import convolutions
 from swe_prune.errors import InputError
-from swe_prune.layout import views, walked
+from swe_prune.layout import walked
 from swe_prune.layout.notes import Product, SumKey, Sums
 from swe_prune.layout.trace import Traced, array_leaves
 from swe_prune.layout.views import Piece
@@ -134,30 +134,16 @@ def _sums(name: str, product: Product, reduce: Reduce) -> Sums:
             "its product, where its inputs cannot be told apart; store it in the form that the "
             "product takes, or exclude it with prunable="
         )
-    x, inputs, copies = {"dot": _of_dot, "ragged": _of_ragged, "conv": _of_conv}[product.kind](
-        name, product
-    )
+    x, inputs, copies = {"dot": _of_dot, "ragged": _of_ragged, "conv": convolutions.patches}[
+        product.kind
+    ](name, product)
     # Of complex activations Σ |x|² and Re Σ x̄ xᵀ, which are sums over both parts.
     parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
     ordered = [_ordered(part.astype(jnp.float32), inputs, len(copies)) for part in parts]
     sums = [reduce(x_KxNxR, product) for x_KxNxR in ordered]
     found = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), sums)
-    # Each group of a convolution has inputs of its own, which its outputs share.
-    groups = _groups_of_outputs(product)
-    if groups > 1:
-        if found.keys() != {"square"}:
-            raise InputError(
-                f"{name!r} belongs to a grouped convolution, whose outputs have different Hessians "
-                "and moments, which is not supported; measure its input_norm alone, or exclude it "
-                "with prunable="
-            )
-        (group,) = copies
-        member = Piece(group.axis, product.shape[group.axis] // groups, 1)
-        copies = [group, member]
-        found = {
-            kind: jnp.broadcast_to(v[:, None], (groups, member.size, *v.shape[1:]))
-            for kind, v in found.items()
-        }
+    if product.kind == "conv":
+        copies, found = convolutions.each_output(name, product, copies, found)
     # Copies that all get these activations have the same sums.
     shared = [
         piece
@@ -238,51 +224,6 @@ def _of_ragged(name: str, product: Product) -> tuple[Array, list[Piece], list[Pi
     copies = [piece for at in group for piece in product.view.dims[at]]
     # The rows of a group come together; the sums separate them again.
     return product.other, list(product.view.dims[own]), copies
-
-
-def _of_conv(name: str, product: Product) -> tuple[Array, list[Piece], list[Piece]]:
-    """Returns the patches that a convolution multiplies with its kernel, as (copies…, N, in, …)."""
-    params, spec = product.params, product.params["dimension_numbers"]
-    groups, outputs = params["feature_group_count"], product.view.dims[spec.rhs_spec[0]]
-    copies = [*itertools.chain(*product.view.dims[len(spec.rhs_spec) :])]  # of members
-    if _groups_of_outputs(product) > 1:
-        size = product.shape[outputs[0].axis] if len(outputs) == 1 else 0
-        if size != views.size(outputs):
-            raise InputError(
-                f"{name!r} is cut along the outputs of a grouped convolution, which is not "
-                "supported; exclude it with prunable="
-            )
-        copies = [Piece(outputs[0].axis, groups, size // groups)]
-    if params["batch_group_count"] > 1:
-        raise InputError(
-            f"{name!r} belongs to a convolution grouped by its batch, which is not supported; "
-            "exclude it with prunable="
-        )
-    x = jnp.transpose(product.other, spec.lhs_spec)  # batch, in, spatial
-    kernel_dims = spec.rhs_spec[1:]  # in, spatial
-    size = [math.prod(p.size for p in product.view.dims[at]) for at in kernel_dims[1:]]
-    patches = jax.lax.conv_general_dilated_patches(
-        x,
-        filter_shape=size,
-        window_strides=params["window_strides"],
-        padding=params["padding"],
-        lhs_dilation=params["lhs_dilation"],
-        rhs_dilation=params["rhs_dilation"],
-        precision=PRECISION,  # a product with ones, which must be exact
-    )
-    pieces = [piece for at in kernel_dims for piece in product.view.dims[at]]
-    patches = jnp.moveaxis(patches, 1, -1)
-    rows = patches.reshape(-1, groups, *(piece.size for piece in pieces))
-    rows = jnp.moveaxis(rows, 1, 0)
-    return rows.reshape(*(piece.size for piece in copies), *rows.shape[1:]), pieces, copies
-
-
-def _groups_of_outputs(product: Product) -> int:
-    """Returns the number of groups among the outputs of a weight, 1 if it is in no such product."""
-    if product.kind != "conv":
-        return 1
-    members = len(product.view.dims) > len(product.params["dimension_numbers"].rhs_spec)
-    return 1 if members else product.params["feature_group_count"]
 
 
 def _ordered(x: Array, inputs: list[Piece], copies: int) -> Array:
