@@ -372,7 +372,7 @@ X = drawn(2, 3)
         ),
         (
             lambda: calibration.inputs(grouped(), grouped().init(KEY, LINE), [LINE], hessian=True),
-            "belongs to a grouped convolution, whose outputs have different Hessians",
+            "belongs to a grouped convolution, whose outputs get different inputs",
         ),
         (
             lambda: calibration.inputs(lambda p, x: x @ p, jnp.ones((3, 2)), [X], call=compiled),

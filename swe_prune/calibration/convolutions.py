@@ -64,9 +64,8 @@ def each_output(
         return copies, sums
     if sums.keys() != {"square"}:
         raise InputError(
-            f"{name!r} belongs to a grouped convolution, whose outputs have different Hessians "
-            "and moments, which is not supported; measure its input_norm alone, or exclude it "
-            "with prunable="
+            f"{name!r} belongs to a grouped convolution, whose outputs get different inputs, of "
+            "which only input_norm can be measured; exclude it with prunable=, or name other leaves"
         )
     (group,) = copies
     member = Piece(group.axis, product.shape[group.axis] // groups, 1)
