@@ -12,6 +12,8 @@ from interop_tiny import model
 from swe_prune import interop
 from swe_prune.errors import InputError
 from swe_prune.interop import tokenizer_folder
+from swe_prune.pretrained.judge import protocol_of
+from swe_prune.pretrained.settings import JudgingSettings
 
 tokenizers = pytest.importorskip("tokenizers", reason="makes tokenizers")
 
@@ -153,6 +155,14 @@ def test_what_is_put_around_a_text_is_what_the_file_says(tmp_path):
     path = in_gguf(tmp_path, add_bos_token=False, add_eos_token=True)
     found = interop.load(path).tokenizer
     assert found.encode("cat", template=True).tolist() == [*found.encode("cat"), 2]
+
+
+@pytest.mark.parametrize(("kind", "bos"), [("llama", "text"), ("t5", "none")])
+def test_a_text_is_judged_with_the_beginning_that_the_tokenizer_gives_it(tmp_path, kind, bos):
+    """A tokenizer of T5's kind ends every text with a token, and begins none with one."""
+    own = {} if kind == "llama" else {"bos_token_id": None}
+    loaded = interop.load(in_gguf(tmp_path, kind, **own))
+    assert protocol_of(loaded, JudgingSettings("nowhere")).bos == bos
 
 
 def test_it_goes_out_with_the_model(tmp_path):
