@@ -1,13 +1,18 @@
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 
-from swe_prune import calibration, importance, tree
+from swe_prune import blockwise, calibration, importance, masks, tree
 from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError
+from swe_prune.layout import layout
 from swe_prune.models import gpt
+
+KEY = jax.random.key(0)
 
 
 class Perceptron(nn.Module):
@@ -114,6 +119,97 @@ def test_a_convolution_is_measured_over_its_patches(padding, stride, pad):
     variables = jax.jit(model.init)(jax.random.key(0), x)
     measured = calibration.inputs(model, variables, [x[:2], x[2:]], hessian=True)
     assert_measured(measured, "kernel", conv_oracle(x, (3, 2), stride, pad), 3, (3, 2, 2, 1))
+
+
+LINE = drawn(3, 7, 4)
+
+
+class Depthwise(nn.Module):
+    """Layers of a scan, each a depthwise convolution."""
+
+    @nn.compact
+    def __call__(self, x):
+        def layer(module, x, _):
+            return jnp.tanh(nn.Conv(4, (3,), feature_group_count=4, name="conv")(x)), None
+
+        axes, rngs = {"params": 0}, {"params": True}
+        scanned = nn.scan(layer, variable_axes=axes, split_rngs=rngs, length=1)
+        return scanned(self, x, None)[0]
+
+
+def linen(model, x=LINE):
+    return model, jax.jit(model.init)(KEY, x)["params"]
+
+
+def in_nnx():
+    model = nnx.Conv(4, 6, (3,), padding="VALID", feature_group_count=2, rngs=nnx.Rngs(0))
+    return model, nnx.state(model, nnx.Param)
+
+
+def in_equinox():
+    model = eqx.nn.Conv1d(4, 6, 3, groups=2, key=KEY)
+    return lambda model, x: jax.vmap(model)(jnp.swapaxes(x, 1, 2)), model
+
+
+GROUPED = {  # model and parameters, groups, and the axes (groups, members, in, spatial) of a norm
+    "linen": (lambda: linen(nn.Conv(6, (3,), 1, "VALID", feature_group_count=2)), 2, "sig"),
+    "depthwise": (lambda: linen(nn.Conv(8, (3,), 1, "VALID", feature_group_count=4)), 4, "sig"),
+    "nnx": (in_nnx, 2, "sig"),
+    "equinox": (in_equinox, 2, "gis"),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_each_output_of_a_grouped_convolution_has_the_norms_of_its_group(name):
+    make, groups, order = GROUPED[name]
+    fn, params = make()
+    measured = calibration.inputs(fn, params, [LINE])["input_norm"]
+    (kernel,), (norm,) = (
+        [x for x in jax.tree.leaves(t) if x.ndim == 3] for t in (params, measured)
+    )
+    assert norm.shape == kernel.shape
+    # Sums over all positions of what each place of the kernel meets, by loops.
+    want = np.zeros((groups, 4 // groups, 3))
+    for g, i, s in np.ndindex(want.shape):
+        x = float64(LINE)[:, s : s + 5, g * (4 // groups) + i]
+        want[g, i, s] = np.sqrt((x**2).sum() / len(LINE))
+    outputs = max(norm.shape)
+    want = np.repeat(want, outputs // groups, axis=0)
+    want = np.einsum("gis->" + order, want)
+    np.testing.assert_allclose(norm, want, rtol=1e-5)
+    axes = layout(fn, params, LINE)
+    mask = masks.by_sparsity(
+        importance.score("wanda", params, measured={"input_norm": measured}, layout=axes),
+        0.5,
+        "row",
+        layout=axes,
+    )
+    (mask,) = [x for x in jax.tree.leaves(mask) if x.ndim == 3]
+    scores = np.abs(float64(kernel)) * want
+    moved = [np.moveaxis(np.asarray(x), order.index("g"), -1) for x in (scores, mask)]
+    scores_RxC, mask_RxC = (x.reshape(-1, outputs) for x in moved)
+    gone = int(len(scores_RxC) * 0.5 + 0.5)
+    np.testing.assert_array_equal((~mask_RxC).sum(0), gone)
+    for column, kept in zip(scores_RxC.T, mask_RxC.T, strict=True):
+        assert column[kept].min() > column[~kept].max()
+
+
+def test_grouped_convolutions_of_a_scan_and_block_after_block():
+    fn, params = linen(Depthwise())
+    norm = calibration.inputs(fn, params, [LINE])["input_norm"]["conv"]["kernel"]
+    padded = np.pad(float64(LINE), ((0, 0), (1, 1), (0, 0)))
+    want = [np.sqrt((padded[:, s : s + 7] ** 2).sum((0, 1)) / len(LINE)) for s in range(3)]
+    np.testing.assert_allclose(norm[0, :, 0], want, rtol=1e-5)
+    model = nn.Sequential([nn.Conv(8, (3,), 1, "VALID", feature_group_count=4)])
+    _, params = linen(model)
+    norm = calibration.inputs(model, params, [LINE])["input_norm"]["layers_0"]["kernel"]
+    _, mask, _ = blockwise.prune_blocks(
+        model, {"params": params}, [LINE], blocks="layers_0", sparsity=0.4, method="wanda"
+    )
+    kernel = float64(params["layers_0"]["kernel"])
+    scores_RxC = (np.abs(kernel) * norm).reshape(3, 8)
+    wanted = scores_RxC > scores_RxC.min(0)  # int(3 * 0.4) of each output
+    np.testing.assert_array_equal(mask["layers_0"]["kernel"].reshape(3, 8), wanted)
 
 
 def tiny_gpt(**changes):
@@ -275,10 +371,8 @@ X = drawn(2, 3)
             "no weight is prunable",
         ),
         (
-            lambda: calibration.inputs(
-                grouped(), grouped().init(KEY, drawn(1, 4, 4)), [drawn(2, 4, 4)]
-            ),
-            "belongs to a grouped convolution",
+            lambda: calibration.inputs(grouped(), grouped().init(KEY, LINE), [LINE], hessian=True),
+            "belongs to a grouped convolution, whose outputs get different inputs",
         ),
         (
             lambda: calibration.inputs(lambda p, x: x @ p, jnp.ones((3, 2)), [X], call=compiled),
@@ -304,9 +398,6 @@ def test_params_alone_and_a_compiled_call_give_the_same(given):
     variables, call = (dense()["params"], None) if given == "params alone" else (dense(), compiled)
     measured = calibration.inputs(nn.Dense(2), variables, [X], call=call, hessian=True)
     assert_measured(measured, "kernel", X, 2)
-
-
-KEY = jax.random.key(0)
 
 
 def made():

@@ -1,6 +1,7 @@
 """SentencePiece vocabularies in GGUF files give the ids of SentencePiece's own rules."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -10,6 +11,9 @@ from interop_tiny import model
 
 from swe_prune import interop
 from swe_prune.errors import InputError
+from swe_prune.interop import tokenizer_folder
+from swe_prune.pretrained.judge import protocol_of
+from swe_prune.pretrained.settings import JudgingSettings
 
 tokenizers = pytest.importorskip("tokenizers", reason="makes tokenizers")
 
@@ -20,6 +24,8 @@ TEXTS = [
     "the cat's 2024 mats", "", " lead", "trail  ", "a  b   c", "x\n\ty", "naïve 日本 🙂 THE",
     "aaaaaaa", "the<s>cat", "the<user>cat<user> sat", "</s>",
 ]  # fmt: skip
+
+NAMES = ["</s>", "a<s>b", "<unk>", "the<0x41>cat", "<0xFF><0x00>"]  # as texts they mean nothing
 
 
 def vocabulary():
@@ -59,7 +65,10 @@ def in_gguf(tmp_path, kind="llama", **changes):
 
 
 def spans(text, prefix_space):
-    """What lies between user-defined tokens, with its spaces as SentencePiece has them."""
+    """What lies between user-defined tokens, with its spaces as llama.cpp has them.
+
+    It adds a space to each part, SentencePiece itself only to the beginning of a text.
+    """
     for number, part in enumerate(text.split("<user>")):
         if number:
             yield None
@@ -133,9 +142,9 @@ def test_the_unigram_model_takes_the_best_sum(tmp_path):
     found = interop.load(path).tokenizer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f"{__name__}.SCORES", scores)
-        # The package's unigram model takes control tokens from any text.
-        for text in [text for text in TEXTS if "s>" not in text]:
+        for text in [*TEXTS, *NAMES, "".join(NAMES)]:
             assert found.encode(text).tolist() == best_path(text), text
+    assert found.encode("the</s>cat", special=True).tolist().count(2) == 1
     assert found.encode("cat", template=True).tolist() == [*found.encode("cat"), 2]
     single = in_gguf(tmp_path, "t5", remove_extra_whitespaces=True)
     found = interop.load(single).tokenizer
@@ -146,6 +155,14 @@ def test_what_is_put_around_a_text_is_what_the_file_says(tmp_path):
     path = in_gguf(tmp_path, add_bos_token=False, add_eos_token=True)
     found = interop.load(path).tokenizer
     assert found.encode("cat", template=True).tolist() == [*found.encode("cat"), 2]
+
+
+@pytest.mark.parametrize(("kind", "bos"), [("llama", "text"), ("t5", "none")])
+def test_a_text_is_judged_with_the_beginning_that_the_tokenizer_gives_it(tmp_path, kind, bos):
+    """A tokenizer of T5's kind ends every text with a token, and begins none with one."""
+    own = {} if kind == "llama" else {"bos_token_id": None}
+    loaded = interop.load(in_gguf(tmp_path, kind, **own))
+    assert protocol_of(loaded, JudgingSettings("nowhere")).bos == bos
 
 
 def test_it_goes_out_with_the_model(tmp_path):
@@ -167,6 +184,20 @@ def test_transformers_gives_the_same_ids(tmp_path):
         assert theirs(text)["input_ids"] == ours.tolist(), text
 
 
+def changed(token):
+    """The tokens with another one in place of the last but one."""
+    return [*(own for own, _, _ in ROWS[:-2]), token, ROWS[-1][0]]
+
+
+def test_a_unigram_model_of_long_tokens_is_refused_before_it_is_built(tmp_path):
+    # The package frees it by a recursion over the characters, which ends the process.
+    pieces = [["<unk>", 0.0], ["a" * 400_000, -1.0]]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"version": "1.0", "model": {"unk_id": 0, "vocab": pieces}}))
+    with pytest.raises(InputError, match="a token of 400,000 characters, and at most 10,000"):
+        tokenizer_folder.from_path(path, {}, 2)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -177,6 +208,14 @@ def test_transformers_gives_the_same_ids(tmp_path):
         ({"eos_token_id": SIZE}, f"eos_token_id in .* must be an id .*, got {SIZE}"),
         ({"bos_token_id": "<s>"}, "bos_token_id in .* must be an id .*, got '<s>'"),
         ({"tokens": None}, "lacks the tokens of its tokenizer"),
+        ({"tokens": changed("</s>")}, f"token '</s>' twice, as ids 2 and {SIZE - 2}; give the"),
+        ({"tokens": changed("a" * 20_000)}, "a token of 20,000 characters, and at most 10,000"),
+        ({"token_type": [1] * (SIZE - 1) + [7]}, "token_type .* from 1 to 6, got 7"),
+        ({"token_type": [-1] * SIZE}, "token_type .* from 1 to 6, got -1"),
+        ({"add_space_prefix": "no"}, "add_space_prefix' = 'no', of the wrong type"),
+        ({"add_bos_token": 0}, "add_bos_token' = 0, of the wrong type"),
+        ({"add_eos_token": "yes"}, "add_eos_token' = 'yes', of the wrong type"),
+        ({"add_bos_token": True, "bos_token_id": None}, "begins every text, and has none"),
     ],
 )
 @pytest.mark.parametrize("kind", ["llama", "t5"])

@@ -175,6 +175,26 @@ def linen_vmap():
     )
 
 
+def convolved(x, w):
+    return lax.conv_general_dilated(x, w, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))
+
+
+@case
+def convolutions_under_vmap():
+    w, x = drawn(E, 3, D, H), drawn(2, E, 6, D)  # as many members as places
+    rows = np.stack([patches(x[:, e], (3,), "in last") for e in range(E)])
+    fn = jax.vmap(lambda w, x: convolved(x, w), in_axes=(0, 1), out_axes=1)
+    return Case(lambda p, x: fn(p["w"], x), {"w": w}, {"w": (Axes((1, 2), (3,), (0,)), rows)}, x)
+
+
+@case
+def convolutions_under_vmap_of_one_input():
+    w, rows = drawn(D, 3, D, H), patches(LINE, (3,), "in last")
+    fn = jax.vmap(convolved, in_axes=(None, 0))
+    want = {"w": (Axes((1, 2), (0, 3)), rows)}
+    return Case(lambda p, x: jnp.moveaxis(fn(x, p["w"]), 0, 1), {"w": w}, want, LINE)
+
+
 # ---- NNX ----
 
 
@@ -367,6 +387,8 @@ shaped(
 )
 shaped("out_of_heads", lambda w, x: jnp.einsum("bij,ijo->bo", x.reshape(B, 2, 2), w), (2, 2, H),
        FIRST_TWO)  # fmt: skip
+shaped("reshaped_by_columns", lambda w, x: x @ lax.reshape(w, (D, 2 * D), (1, 0)), (2 * D, D),
+       OUT_IN)  # fmt: skip
 shaped("stored_flat", lambda w, x: x @ w.reshape(D, H).astype(x.dtype), (D * H,), None, None)
 
 
@@ -897,6 +919,64 @@ def test_known_axes_with_unknown_places_have_rules_but_no_measurements(what):
     assert bare(found["w"]) == bare(IN_OUT if len(shape) == 2 else OF_EXPERT)
     with pytest.raises(InputError, match="its inputs cannot be told apart"):
         calibration.inputs(lambda p, x: fn(p["w"], x), params, [X])
+
+
+def one_by_one(w, x):
+    """Layers that are stored along the outputs, (D, E · D)."""
+    for at in range(E):
+        x = jnp.tanh(x @ w.reshape(D, E, D)[:, at])
+    return x
+
+
+def keys_of_others(w, x):
+    """Queries of x, keys and values of other tokens, by weights of torch's attention (3 D, D)."""
+    q, k, v = jnp.split(w, 3, axis=0)
+    return (x @ q.T) * (jnp.sin(x) @ k.T) + jnp.sin(x) @ v.T
+
+
+APART = {
+    "layers one by one": (one_by_one, (D, E * D)),
+    "layers in a loop": (
+        lambda w, x: lax.fori_loop(
+            0, E, lambda i, x: jnp.tanh(x @ lax.dynamic_slice_in_dim(w, i * D, D, 1)), x
+        ),
+        (D, E * D),
+    ),
+    "layers in a loop by index": (
+        lambda w, x: lax.fori_loop(0, E, lambda i, x: jnp.tanh(x @ w.reshape(D, E, D)[:, i]), x),
+        (D, E * D),
+    ),
+    "keys of other tokens": (keys_of_others, (3 * D, D)),
+    "a branch of other tokens": (
+        lambda w, x: lax.cond(x.sum() > 0, lambda: x @ w[:, :D], lambda: jnp.sin(x) @ w[:, D:]),
+        (D, 2 * D),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", APART)
+def test_outputs_that_get_different_inputs_have_no_one_set_of_norms(what):
+    fn, shape = APART[what]
+    params = {"w": drawn(*shape)}
+    with pytest.raises(InputError, match=r"'w' is cut.*exclude it with prunable="):
+        calibration.inputs(lambda p, x: fn(p["w"], x), params, [X])
+
+
+def twice(w, x):
+    """A fused projection that is cut, in a layer that is used twice."""
+    for _ in range(2):
+        q, k, v = jnp.split(w, 3, axis=1)
+        x = jnp.tanh((x @ q) * (x.reshape(2, 3, D) @ k).reshape(B, D) + x[None][0] @ v)
+    return x
+
+
+def test_outputs_that_all_get_the_same_inputs_are_measured_however_they_are_cut():
+    w = drawn(D, 3 * D)
+    q, k, v = np.split(f64(w), 3, axis=1)
+    rows = np.concatenate([X, np.tanh((f64(X) @ q) * (f64(X) @ k) + f64(X) @ v)])
+    measured = calibration.inputs(lambda p, x: twice(p["w"], x), {"w": w}, [X])
+    norm = np.sqrt((rows**2).sum(0) / B)
+    np.testing.assert_allclose(measured["input_norm"]["w"][:, 0], norm, rtol=1e-5)
 
 
 def test_weights_that_are_joined_along_their_outputs_are_measured():

@@ -124,6 +124,8 @@ def prune_kernel(
     weight_RxC = patterns.as_matrix(weight, axes)
     keep = None if plan.masks is None else patterns.as_matrix(plan.masks[name], axes)
     share = plan.shares[name]
+    if sums is not None and "square" in sums.of:
+        sums.of["square"] = patterns.as_matrix(sums.of["square"], axes)
     if not axes.copies:
         done = [_matrix(name, weight_RxC, keep, sums, share, plan)]
         new, alone, mask = done[0][:3]
@@ -152,10 +154,7 @@ def _of_copy(sums: Sums | None, at: int, copies: int) -> Sums | None:
     if sums is None:
         return None
     return Sums(
-        {
-            kind: value.reshape(copies, *((-1,) if kind == "square" else value.shape[-2:]))[at]
-            for kind, value in sums.of.items()
-        },
+        {kind: value.reshape(copies, *value.shape[-2:])[at] for kind, value in sums.of.items()},
         sums.n,
     )
 
@@ -237,7 +236,7 @@ def _joined(given: Sequence[SolverReport | None]) -> SolverReport | None:
 @jax.jit
 def _scores(weight_RxC: Array, square: Array | None, n: int) -> Array:
     score_RxC = jnp.abs(weight_RxC.astype(jnp.float32))
-    return score_RxC if square is None else score_RxC * jnp.sqrt(square / n).reshape(-1, 1)
+    return score_RxC if square is None else score_RxC * jnp.sqrt(square / n)
 
 
 @jax.jit

@@ -71,7 +71,8 @@ def inputs(
     Returns:
         Pytrees like the parameters (of a Linen module without other collections), None where
         nothing was measured. "input_norm": float32, with the weight's shape along its copies and
-        inputs and 1 along its outputs. With `hessian`, "hessian": float32, copies x R x R over the
+        inputs and 1 along its outputs, but all of them of a grouped convolution, whose groups get
+        different inputs. With `hessian`, "hessian": float32, copies x R x R over the
         weight's inputs in their order.
 
     Raises:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from swe_prune.calibration import convolutions
 from swe_prune.errors import InputError
 from swe_prune.layout import walked
 from swe_prune.layout.notes import Product, SumKey, Sums
@@ -54,8 +55,9 @@ def input_sums(
 
     Returns:
         Sums by name, float32: "square", Σ x², with the weight's shape along its copies and inputs
-        and 1 along its outputs; with `hessian` also "outer", Σ x xᵀ, copies x R x R; with `beside`
-        also "cross", Σ x x'ᵀ, of each input x and the input x' that `beside` has in its place.
+        and 1 along its outputs, or all of a grouped convolution; with `hessian` also "outer",
+        Σ x xᵀ, copies x R x R; with `beside` also "cross", Σ x x'ᵀ, of each input x and the input
+        x' that `beside` has in its place.
         Those of `reduce` have the copies in front.
 
     Raises:
@@ -97,14 +99,23 @@ def _measured(
     traced: Traced, params: PyTree, batch: PyTree, measure: Callable[[Product], Sums]
 ) -> dict[str, dict[str, Array]]:
     notes = walked(traced)[0].notes
+    parts: dict[int, dict[int, dict[int, float]]] = {}
 
     def direct(product: Product) -> Sums:
         # A weight divided by its spectral norm holds products of itself.
-        indirect = product.view.inner and notes.uses.get(product.view.leaf)
-        return {} if indirect else measure(product)
+        if product.view.inner and notes.uses.get(product.view.leaf):
+            return {}
+        found = measure(product)
+        if found:
+            part, activations = product.numbers
+            of_leaf = parts.setdefault(product.view.leaf, {})
+            of_leaf.setdefault(activations, {})[part] = _share_of_outputs(product)
+        return found
 
     walk = Walk(traced.shapes, direct, notes.members)
     _, sums = walk.run(traced.closed, traced.cells(array_leaves(params, batch)))
+    for leaf, by_activations in parts.items():
+        _check_shared(traced.names[leaf], by_activations)
     by_leaf: dict[int, list[tuple[SumKey, Any]]] = {}
     for key, value in sums.items():
         by_leaf.setdefault(key.leaf, []).append((key, value))
@@ -120,22 +131,26 @@ def _sums(name: str, product: Product, reduce: Reduce) -> Sums:
     if not view.whole:
         raise InputError(
             f"{name!r} is cut, reshaped, reversed, looked up, or joined with other values before "
-            "its product, where its inputs cannot be told apart; exclude it with prunable="
+            "its product, where its inputs cannot be told apart; store it in the form that the "
+            "product takes, or exclude it with prunable="
         )
-    x, inputs, copies = {"dot": _of_dot, "ragged": _of_ragged, "conv": _of_conv}[product.kind](
-        name, product
-    )
+    x, inputs, copies = {"dot": _of_dot, "ragged": _of_ragged, "conv": convolutions.patches}[
+        product.kind
+    ](name, product)
     # Of complex activations Σ |x|² and Re Σ x̄ xᵀ, which are sums over both parts.
     parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
     ordered = [_ordered(part.astype(jnp.float32), inputs, len(copies)) for part in parts]
     sums = [reduce(x_KxNxR, product) for x_KxNxR in ordered]
     found = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), sums)
+    if product.kind == "conv":
+        copies, found = convolutions.each_output(name, product, copies, found)
     # Copies that all get these activations have the same sums.
     shared = [
         piece
         for at, dim in enumerate(view.dims)
         if product.roles[at] == "copies" and at not in (*product.contracted[0], *product.batched[0])
         for piece in dim
+        if piece not in copies
     ]
     if shared and product.groups is None:
         sizes = [piece.size for piece in shared]
@@ -211,31 +226,6 @@ def _of_ragged(name: str, product: Product) -> tuple[Array, list[Piece], list[Pi
     return product.other, list(product.view.dims[own]), copies
 
 
-def _of_conv(name: str, product: Product) -> tuple[Array, list[Piece], list[Piece]]:
-    """Returns the patches that a convolution multiplies with its kernel, as (N, in, …)."""
-    params, spec = product.params, product.params["dimension_numbers"]
-    if params["feature_group_count"] > 1 or params["batch_group_count"] > 1:
-        raise InputError(
-            f"{name!r} belongs to a grouped convolution, which is not supported; exclude it with "
-            "prunable="
-        )
-    x = jnp.transpose(product.other, spec.lhs_spec)  # batch, in, spatial
-    kernel_dims = spec.rhs_spec[1:]  # in, spatial
-    size = [math.prod(p.size for p in product.view.dims[at]) for at in kernel_dims[1:]]
-    patches = jax.lax.conv_general_dilated_patches(
-        x,
-        filter_shape=size,
-        window_strides=params["window_strides"],
-        padding=params["padding"],
-        lhs_dilation=params["lhs_dilation"],
-        rhs_dilation=params["rhs_dilation"],
-        precision=PRECISION,  # a product with ones, which must be exact
-    )
-    pieces = [piece for at in kernel_dims for piece in product.view.dims[at]]
-    patches = jnp.moveaxis(patches, 1, -1)
-    return patches.reshape(-1, *(piece.size for piece in pieces)), pieces, []
-
-
 def _ordered(x: Array, inputs: list[Piece], copies: int) -> Array:
     """Returns (copies…, N, R) with R in the order of the weight's axes."""
     order = sorted(range(len(inputs)), key=lambda at: (inputs[at].axis, -inputs[at].stride))
@@ -275,6 +265,21 @@ def _crossed(first: Array, name: str, x: Array, product: Product) -> dict[str, A
         )
     outer = jnp.matmul(jnp.swapaxes(first, -1, -2), x, precision=PRECISION)
     return {"square": jnp.sum(x**2, axis=-2), "outer": outer}
+
+
+def _check_shared(name: str, parts: Mapping[int, Mapping[int, float]]) -> None:
+    """Checks that all outputs of a weight get the same inputs.
+
+    Args:
+        name: Name of the weight.
+        parts: Share of the outputs of each part of it, by the number of the activations.
+    """
+    if len(parts) > 1 and any(sum(shares.values()) < 0.999 for shares in parts.values()):
+        raise InputError(
+            f"{name!r} is cut along its outputs, and the parts get different inputs, as layers or "
+            "experts do, so it has no one set of them; store it with an axis for the parts, or "
+            "exclude it with prunable="
+        )
 
 
 def _share_of_outputs(product: Product) -> float:

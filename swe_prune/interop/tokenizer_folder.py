@@ -1,5 +1,6 @@
 """The tokenizer of a Hugging Face folder, or one that is given by its path."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from swe_prune.interop.stranger_files import (
 from swe_prune.interop.token_ids import read_ids
 from swe_prune.interop.tokenizer import PretrainedTokenizer, check_growth, checked
 from swe_prune.interop.tokenizer_gguf import from_gguf, surround
-from swe_prune.interop.tokenizer_models import byte_level
+from swe_prune.interop.tokenizer_models import byte_level, check_lengths
 
 _OPTION = "--tokenizer=PATH (tokenizer= in Python)"
 _GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
@@ -95,8 +96,14 @@ def from_folder(
 
 def _read(path: Path) -> Any:
     tokenizers = require("tokenizers", "reading tokenizer.json")
-    check_file(path)
-    with reading_in_rust(path, "get the tokenizer.json again"):
+    advice = "get the tokenizer.json again"
+    with reading(path, advice):
+        content = json.loads(path.read_bytes())
+    model = content.get("model") if isinstance(content, dict) else None
+    pieces = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(pieces, list):  # of a Unigram model, as pairs of token and score
+        check_lengths((one[0] for one in pieces if isinstance(one, list) and one), str(path))
+    with reading_in_rust(path, advice):
         backend = tokenizers.Tokenizer.from_file(str(path))
         backend.no_truncation()
         backend.no_padding()

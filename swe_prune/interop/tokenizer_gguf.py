@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from swe_prune.errors import InputError, reading
+from swe_prune.errors import InputError, reading, shown
 from swe_prune.interop.gguf_file import GgufFile
 from swe_prune.interop.optional import require
 from swe_prune.interop.stranger_files import reading_in_rust
@@ -17,11 +17,13 @@ from swe_prune.interop.tokenizer import PretrainedTokenizer, check_growth, check
 from swe_prune.interop.tokenizer_models import (
     PRE_TOKENIZERS,
     byte_level,
+    check_lengths,
     sentencepiece_bpe,
     unigram,
 )
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # of tokenizer.ggml.token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+"""Values of `tokenizer.ggml.token_type`."""
 
 
 def from_gguf(file: GgufFile, vocab_size: int) -> PretrainedTokenizer | None:
@@ -45,7 +47,7 @@ def from_gguf(file: GgufFile, vocab_size: int) -> PretrainedTokenizer | None:
     backend = _backend(file, model, tokens)
     check_growth(backend, str(file.path))
     tokenizers = require("tokenizers", "the tokenizer of a GGUF file")
-    kinds = file.values("tokenizer.ggml.token_type", int)
+    kinds = _kinds(file)
     added = [
         tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
         for token, kind in zip(tokens, kinds, strict=False)
@@ -54,9 +56,18 @@ def from_gguf(file: GgufFile, vocab_size: int) -> PretrainedTokenizer | None:
     with reading_in_rust(file.path, "download it again"):
         backend.add_tokens(added)
     # SentencePiece begins every text with a token unless told otherwise.
-    first = [bos] if file.get("tokenizer.ggml.add_bos_token", model == "llama") else []
-    last = [*eos_ids] if file.get("tokenizer.ggml.add_eos_token", model == "t5") else []
-    surround(backend, [one for one in first if one is not None], last)
+    ends = {"bos": [] if bos is None else [bos], "eos": [*eos_ids]}
+    asked = {"bos": model == "llama", "eos": model == "t5"}
+    for name, ids in ends.items():
+        key = f"tokenizer.ggml.add_{name}_token"
+        if file.get(key, False, bool) and not ids:
+            how = "begins" if name == "bos" else "ends"
+            raise InputError(
+                f"{file.path} has {key!r}, so that a token {how} every text, and has none; "
+                "download it again"
+            )
+        ends[name] = ids if file.get(key, asked[name], bool) else []
+    surround(backend, ends["bos"], ends["eos"])
     template = file.get("tokenizer.chat_template", kind=str)
     return checked(PretrainedTokenizer(backend, bos, eos_ids, template), vocab_size, str(file.path))
 
@@ -82,6 +93,14 @@ def _backend(file: GgufFile, model: str, tokens: list[str]) -> Any:
     where = str(file.path)
     pre = file.get("tokenizer.ggml.pre", kind=str)
     vocab = {token: number for number, token in enumerate(tokens)}
+    for number, token in enumerate(tokens) if len(vocab) < len(tokens) else ():
+        if vocab[token] != number:
+            raise InputError(
+                f"{file.path} has the token {shown(token)} twice, as ids {number} and "
+                f"{vocab[token]}; give the model's tokenizer.json with --tokenizer=PATH "
+                "(tokenizer= in Python)"
+            )
+    check_lengths(tokens, where)
     if model == "gpt2" and pre in PRE_TOKENIZERS:
         return byte_level(vocab, file.values("tokenizer.ggml.merges", str), pre, where)
     if model not in ("llama", "t5"):
@@ -92,7 +111,7 @@ def _backend(file: GgufFile, model: str, tokens: list[str]) -> Any:
             "give the model's tokenizer.json with --tokenizer=PATH (tokenizer= in Python)"
         )
     scores = file.values("tokenizer.ggml.scores", (int, float))
-    kinds = file.values("tokenizer.ggml.token_type", int) or [_NORMAL] * len(tokens)
+    kinds = _kinds(file) or [_NORMAL] * len(tokens)
     if not len(tokens) == len(scores) == len(kinds):
         raise InputError(
             f"{file.path} has {len(tokens)} tokens with {len(scores)} scores and {len(kinds)} "
@@ -108,12 +127,17 @@ def _backend(file: GgufFile, model: str, tokens: list[str]) -> Any:
             f"{file.path} has {unknown!r} as the id of unknown tokens, which must be below "
             f"{len(tokens)}; download it again"
         )
-    prefix_space = bool(file.get("tokenizer.ggml.add_space_prefix", True))
+    prefix_space = file.get("tokenizer.ggml.add_space_prefix", True, bool)
     if model == "t5":
         with reading(where, "download it again"):
             charsmap = bytes(file.values("tokenizer.ggml.precompiled_charsmap", int))
-        single = bool(file.get("tokenizer.ggml.remove_extra_whitespaces", False))
-        return unigram(tokens, scores, unknown, prefix_space, single, charsmap, where)
+        single = file.get("tokenizer.ggml.remove_extra_whitespaces", False, bool)
+        named = [
+            token
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind not in (_NORMAL, _USER_DEFINED)
+        ]
+        return unigram(tokens, scores, unknown, prefix_space, single, charsmap, named, where)
     # Control tokens and bytes never come from merges.
     normal = {
         token: score
@@ -122,6 +146,18 @@ def _backend(file: GgufFile, model: str, tokens: list[str]) -> Any:
     }
     name = None if unknown is None else tokens[unknown]
     return sentencepiece_bpe(vocab, normal, name, prefix_space, where)
+
+
+def _kinds(file: GgufFile) -> list[int]:
+    key = "tokenizer.ggml.token_type"
+    kinds = file.values(key, int)
+    wrong = next((kind for kind in kinds if not _NORMAL <= kind <= _BYTE), None)
+    if wrong is not None:
+        raise InputError(
+            f"{key} in {file.path} must hold kinds from {_NORMAL} to {_BYTE}, got {wrong}; "
+            "download it again"
+        )
+    return kinds
 
 
 def _id(file: GgufFile, name: str) -> Any:

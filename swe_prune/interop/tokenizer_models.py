@@ -5,7 +5,8 @@ https://github.com/ggml-org/llama.cpp, src/llama-vocab.cpp; for SentencePiece's 
 https://github.com/huggingface/transformers, convert_slow_tokenizer.py and integrations/ggml.py.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from swe_prune.errors import InputError
@@ -14,6 +15,9 @@ from swe_prune.interop.stranger_files import reading_in_rust
 
 PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe")
 """Values of `tokenizer.ggml.pre` that are supported."""
+
+LONGEST = 10_000
+"""Characters that a token may have: Unigram models are freed by a recursion over them."""
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """Character of SentencePiece for a space."""
@@ -92,6 +96,7 @@ def unigram(
     prefix_space: bool,
     single_spaces: bool,
     charsmap: bytes,
+    named: Sequence[str],
     where: str,
 ) -> Any:
     """Returns SentencePiece's unigram tokenizer: the tokens of a text with the best sum of scores.
@@ -103,6 +108,7 @@ def unigram(
         prefix_space: Whether a text begins with a space that is added.
         single_spaces: Whether spaces around a text, and all but one between words, are removed.
         charsmap: Compiled normalization of characters; b"": none.
+        named: Tokens that no text becomes, such as those of bytes and of control.
         where: Source of the vocabulary for error messages.
     """
     tokenizers = require("tokenizers", "a SentencePiece vocabulary")
@@ -115,8 +121,30 @@ def unigram(
         first.append(tokenizers.normalizers.Strip())
         first.append(tokenizers.normalizers.Replace(tokenizers.Regex(" {2,}"), " "))
     backend.normalizer = tokenizers.normalizers.Sequence([*first, *_spaces(prefix_space)])
+    # The model takes every token that it finds, so a text is cut within the names of these.
+    rests: dict[str, list[str]] = {}
+    for token in named:
+        if len(token) > 1:
+            rests.setdefault(re.escape(token[0]), []).append(re.escape(token[1:]))
+    cuts = "|".join(f"{letter}(?={'|'.join(rest)})" for letter, rest in rests.items())
+    if cuts:
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(cuts), "isolated")
     backend.decoder = _decoder(prefix_space)
     return backend
+
+
+def check_lengths(tokens: Iterable[Any], where: str) -> None:
+    """Checks that no token is longer than `LONGEST`, before a model is built of them.
+
+    Raises:
+        InputError: One is.
+    """
+    longest = max((len(token) for token in tokens if isinstance(token, str)), default=0)
+    if longest > LONGEST:
+        raise InputError(
+            f"the tokenizer of {where} has a token of {longest:,} characters, and at most "
+            f"{LONGEST:,} are read; get it again"
+        )
 
 
 def _bpe(

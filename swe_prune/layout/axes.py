@@ -263,13 +263,14 @@ def _fitting(name: str, shape: tuple[int, ...], axes: Axes) -> Axes:
     two_ways = any(other.kind == "kernel" for other in axes.also)
     if axes.kind == "unknown" or two_ways or not axes.inputs:
         what = {
-            "unknown": "is used by an operation that the trace cannot follow",
+            "unknown": "is used by an operation that the trace cannot follow, or in parts of an "
+            "axis that holds several things, such as experts and inputs",
             "embedding": "is only read by a lookup",
             "vector": "is in no product",
         }.get(axes.kind, "is used in products of different orientation")
         raise InputError(
-            f"{name!r} {what}, so its inputs are not known; exclude it, or give its Axes "
-            "explicitly in layout="
+            f"{name!r} {what}, so its inputs are not known; exclude it, store it with an axis for "
+            "each, or give its Axes explicitly in layout="
         )
     return axes
 

@@ -21,6 +21,7 @@ class Cell(NamedTuple):
         experts: Views of weights with copies, in which the dimensions that run over the copies
             are those of an activation that each copy gave; not `whole` where they may be outputs.
         index: Views of an index or of a one-hot, with the dimension that it counts.
+        number: Number of the value, the same for values computed alike, in whatever shape. 0: none.
     """
 
     value: Any = None
@@ -29,6 +30,7 @@ class Cell(NamedTuple):
     sources: frozenset[int] = frozenset()
     experts: tuple[View, ...] = ()
     index: tuple[View, ...] = ()
+    number: int = 0
 
     @property
     def is_weight(self) -> bool:
@@ -36,8 +38,8 @@ class Cell(NamedTuple):
         return bool(self.views) and not self.data
 
     def without_value(self) -> "Cell":
-        """Returns what is known of the value, without it."""
-        return self._replace(value=None)
+        """Returns what is known of the value, without it and its number."""
+        return self._replace(value=None, number=0)
 
 
 def with_values(cells: Sequence[Cell], values: Sequence[Any]) -> list[Cell]:
@@ -60,6 +62,7 @@ class Product:
         groups: Group sizes of a ragged product.
         shape: Shape of the weight.
         data: Whether the activations depend on the batch.
+        numbers: Numbers of the weight's operand and of the activations.
     """
 
     view: View
@@ -72,6 +75,7 @@ class Product:
     groups: Any
     shape: tuple[int, ...]
     data: bool
+    numbers: tuple[int, int]
 
 
 Measure = Callable[[Product], Sums]

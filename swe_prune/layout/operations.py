@@ -71,7 +71,8 @@ def view_of(
     if name == "transpose":
         return views.transposed(view, params["permutation"])
     if name == "reshape":
-        result = views.reshaped(view, old, new)
+        order = params.get("dimensions") or range(len(old))  # which it transposes first
+        result = views.reshaped(views.transposed(view, order), [old[d] for d in order], new)
         if result is None and not any(cell.data for cell in cells):
             return view.with_dims([()] * len(new), whole=False)  # a product cannot be told
         return result
@@ -85,7 +86,7 @@ def view_of(
         return views.sliced(view, old, new, params["start_indices"])
     if name == "split":
         starts = [0] * len(old)
-        starts[params["axis"]] = sum(params["sizes"][:number])
+        starts[params["axis"]] = int(sum(params["sizes"][:number]))
         return views.sliced(view, old, new, starts)
     if name == "unstack":  # a slice at each position, without the axis
         axis = params["axis"]

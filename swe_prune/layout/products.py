@@ -23,7 +23,12 @@ def note_products(notes: Notes, eqn: Any, cells: list[Cell]) -> list[Product]:
             continue
         (contracted, batched), (their, theirs) = sides[side], sides[1 - side]
         for view in cell.views:
+            sizes = [*eqn.invars[side].aval.shape]
+            view = _by_group(eqn, view) if kind == "conv" and side == 1 else view
             roles = _dims_roles(len(view.dims), contracted, batched)
+            if len(view.dims) > len(sizes):
+                roles[len(sizes)] = "copies"
+                sizes.append(eqn.params["feature_group_count"])
             roles |= over_experts(notes, view, other, contracted, their)
             if kind == "dot":
                 find_members(notes, view, other, batched, theirs)
@@ -36,7 +41,6 @@ def note_products(notes: Notes, eqn: Any, cells: list[Cell]) -> list[Product]:
                 elif hot:
                     notes.looked_up.add(view.leaf)
             # Repeated over the inputs it is a scale, not a kernel.
-            sizes = eqn.invars[side].aval.shape
             repeated = any(sizes[at] > 1 and not view.dims[at] for at in contracted)
             found = views.roles(view, notes.shapes[view.leaf], roles, repeated)
             direct = other.data and not view.inner
@@ -63,6 +67,7 @@ def note_products(notes: Notes, eqn: Any, cells: list[Cell]) -> list[Product]:
                 groups=groups,
                 shape=notes.shapes[view.leaf],
                 data=other.data,
+                numbers=(cell.number, other.number),
             )
             products.append(product)
     return products
@@ -82,6 +87,22 @@ def _kind_and_sides(eqn: Any) -> tuple[str, list[tuple[tuple[int, ...], tuple[in
     return "ragged", sides
 
 
+def _by_group(eqn: Any, view: View) -> View:
+    """Returns the view of a kernel with one more dimension, over members that are its groups.
+
+    So are the members of a `vmap` of convolutions: their outputs come one member after the other.
+    """
+    at, groups = eqn.params["dimension_numbers"].rhs_spec[0], eqn.params["feature_group_count"]
+    dim = view.dims[at]
+    first = next((i for i in range(len(dim)) if views.size(dim[:i]) == groups), 0)
+    members, outputs = dim[:first], dim[first:]
+    if groups == 1 or not members or {p.axis for p in members} & {p.axis for p in outputs}:
+        return view
+    dims = [*view.dims, members]
+    dims[at] = outputs
+    return view.with_dims(dims)
+
+
 def _of_outputs(view: View, found: Mapping[str, Any] | None) -> View:
     """Returns the view without the places that were picked on an axis of outputs.
 
@@ -90,7 +111,9 @@ def _of_outputs(view: View, found: Mapping[str, Any] | None) -> View:
     outputs = () if found is None else found["outputs"]
     kept = [at for at, piece in enumerate(view.picked) if piece.axis not in outputs]
     picked, places = (tuple(some[at] for at in kept) for some in (view.picked, view.places))
-    return dataclasses.replace(view, picked=picked, places=places)
+    dropped = [at for at in range(len(view.picked)) if at not in kept]
+    whole = view.whole and all(isinstance(view.places[at], int) for at in dropped)
+    return dataclasses.replace(view, picked=picked, places=places, whole=whole)
 
 
 def _covers(view: View, roles: Mapping[int, str], shape: Sequence[int]) -> bool:

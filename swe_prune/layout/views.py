@@ -166,6 +166,8 @@ def sliced(view: View, old: Sequence[int], new: Sequence[int], starts: Sequence[
             dims[at] = ()
         elif whole:
             dims[at] = (Piece(piece.axis, after, piece.stride),)
+            if not isinstance(starts[at], int):  # another part in every iteration of a loop
+                view = dataclasses.replace(view, whole=False)
         else:
             dims[at] = ()
             view = dataclasses.replace(view, whole=False)

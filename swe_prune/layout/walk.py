@@ -31,6 +31,11 @@ _CONTROL_FLOW = {
 }
 
 
+_SAME = ("convert_element_type", "copy", "expand_dims", "name", "reshape", "squeeze", "transpose")
+_PARTS = ("broadcast_in_dim", "dynamic_slice", "slice")
+"""What leaves a value the same but for its shape and dtype; and what does where no size changes."""
+
+
 class Walk:
     """A walk.
 
@@ -60,7 +65,11 @@ class Walk:
         """
         outside, self._sums = self._sums, {}
         constants = [Cell(value if self.measure else None) for value in closed.consts]
-        results = self._follow(closed.jaxpr, [*constants, *cells])
+        given = [
+            cell if cell.number else cell._replace(number=_number(id(closed.jaxpr), at))
+            for at, cell in enumerate([*constants, *cells])
+        ]
+        results = self._follow(closed.jaxpr, given)
         inside, self._sums = self._sums, outside
         return results, inside
 
@@ -69,7 +78,7 @@ class Walk:
 
         def read(atom: Any) -> Cell:
             if isinstance(atom, core.Literal):
-                return Cell(atom.val if self.measure else None)
+                return Cell(atom.val if self.measure else None, number=_number(str(atom.val)))
             return known[atom]
 
         for eqn in jaxpr.eqns:
@@ -80,7 +89,8 @@ class Walk:
         """Returns the results of one equation."""
         name = eqn.primitive.name
         if name in _CONTROL_FLOW:
-            return _CONTROL_FLOW[name](self, eqn, cells)
+            results = _CONTROL_FLOW[name](self, eqn, cells)
+            return [cell._replace(number=_of(eqn, cells, at)) for at, cell in enumerate(results)]
         # Calls of other functions are followed as if they were written here.
         if name in CALLS:
             inner = next(eqn.params[param] for param in INNER if param in eqn.params)
@@ -118,8 +128,8 @@ class Walk:
         experts = experts_of(self.notes, eqn, cells, found)
         index = index_of(self.notes, eqn, cells)
         return [
-            Cell(value, held, data, sources, experts, index)
-            for value, held in zip(outputs, found, strict=True)
+            Cell(value, held, data, sources, experts, index, _of(eqn, cells, at))
+            for at, (value, held) in enumerate(zip(outputs, found, strict=True))
         ]
 
     def _call(self, inner: Any, cells: list[Cell]) -> list[Cell]:
@@ -134,3 +144,20 @@ class Walk:
             self._sums[key] = (
                 jax.tree.map(jnp.add, self._sums[key], value) if key in self._sums else value
             )
+
+
+def _of(eqn: Any, cells: list[Cell], at: int) -> int:
+    """Returns the number of a result, which values computed alike have in common."""
+    given = tuple(cell.number for cell in cells)
+    whole = eqn.primitive.name in _PARTS and eqn.invars[0].aval.size == eqn.outvars[0].aval.size
+    if eqn.primitive.name in _SAME or whole:
+        return given[0]
+    try:
+        how = hash(tuple(eqn.params.items()))
+    except TypeError:
+        how = id(eqn)
+    return _number(eqn.primitive.name, how, given, at)
+
+
+def _number(*what: Any) -> int:
+    return hash(what) or 1

@@ -77,9 +77,11 @@ def protocol_of(
     """
     known = protocols.get(settings.protocol)
     window = settings.window or min(known.window, model.config.context)
-    # A text begins as the tokenizer has it begin.
-    adds = model.tokenizer is not None and model.tokenizer.encode("", template=True).size
-    begins = None if adds else "none"
+    # A text begins as the tokenizer has it begin; some only end it with a token.
+    tokenizer = model.tokenizer
+    around = [] if tokenizer is None else tokenizer.encode("", template=True).tolist()
+    ends = () if tokenizer is None else {*tokenizer.eos_ids} - {tokenizer.bos_id}
+    begins = None if around and around[0] not in ends else "none"
     return protocols.get(settings.protocol, window=window, bos=begins)
 
 
