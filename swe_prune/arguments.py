@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from swe_prune import bounds
 from swe_prune.annotations import SCALARS, SERIES, has_shape, in_words, is_array, is_union, told
@@ -270,7 +271,7 @@ def _is_scalar(value: Any, kind: type) -> bool:
 
 
 def _is_tracer(value: Any) -> bool:
-    return isinstance(value, jax.core.Tracer)
+    return isinstance(value, Tracer)
 
 
 def _is_array_of(value: Any, hint: Any) -> bool:
