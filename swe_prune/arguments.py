@@ -17,12 +17,15 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
+from jax.core import Tracer
 
 from swe_prune import bounds
+from swe_prune.annotations import SCALARS, SERIES, has_shape, in_words, is_array, is_union, told
 from swe_prune.errors import InputError, shown
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -40,9 +43,8 @@ RANGES = {
 }
 """Ranges of the integers that have the same meaning in every call, by name."""
 
-_SCALARS = {bool: "True or False", int: "an integer", float: "a finite number", str: "a string"}
-_SERIES = (list, tuple, Sequence, collections.abc.Iterable, collections.abc.Collection)
 _LARGEST = 2**63 - 1
+ABSTRACT = "ShapeDtypeStruct"
 UNSORTED = "sorting pytree dictionary keys"
 """Part of what JAX says of keys that have no order."""
 _LONGEST_NAME = 255  # bytes
@@ -89,20 +91,49 @@ def checked(call: F) -> F:
         _check_sizes(bound.arguments, hints)
         try:
             return call(*bound.args, **bound.kwargs)
-        except ValueError as error:  # of JAX, which sorts the keys of dicts
-            if isinstance(error, InputError) or UNSORTED not in str(error):
+        except (ValueError, TypeError, AttributeError) as error:
+            said = None if isinstance(error, InputError) else _said(error, bound.arguments)
+            if said is None:
                 raise
-            raise InputError(
-                "a dict in a pytree has keys that have no order, such as a number and a string; "
-                "make the keys of every dict strings"
-            ) from None
+            raise InputError(said) from None
 
     return typing.cast(F, checking)
 
 
-def has_shape(value: Any) -> bool:
-    """Returns whether a value has a shape, as arrays do; that of a module is none."""
-    return isinstance(getattr(value, "shape", None), tuple)
+def _said(error: Exception, given: Mapping[str, Any]) -> str | None:
+    """Returns the sentence of an error of JAX that arguments bring about wherever they are used."""
+    if isinstance(error, ValueError) and UNSORTED in str(error):
+        return (
+            "a dict in a pytree has keys that have no order, such as a number and a string; make "
+            "the keys of every dict strings"
+        )
+    # Many calls take shapes alone, and those that do not meet them in their first computation.
+    abstract = isinstance(error, TypeError | AttributeError) and ABSTRACT in str(error)
+    said = (_abstract(name, value) for name, value in given.items() if abstract)
+    return next(filter(None, said), None)
+
+
+def check_concrete(value: Any, what: str) -> None:
+    """Raises InputError for a pytree with shapes in place of arrays, before anything is traced."""
+    said = _abstract(what, value)
+    if said is not None:
+        raise InputError(said)
+
+
+def _abstract(name: str, value: Any) -> str | None:
+    """Returns the sentence of the first leaf that is a shape alone, if there is one."""
+    first = next(filter(is_abstract, jax.tree.leaves(value)), None)
+    if first is None:
+        return None
+    return (
+        f"{name} must have arrays with values, got the {ABSTRACT} {told(first)}, which is a shape "
+        "alone; give arrays"
+    )
+
+
+def is_abstract(value: Any) -> bool:
+    """Returns whether a value has the shape and dtype of an array but no numbers."""
+    return isinstance(value, jax.ShapeDtypeStruct)
 
 
 def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
@@ -110,15 +141,15 @@ def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
     if isinstance(value, types.ModuleType):  # which has all kinds of attributes
         raise InputError(f"{where} must be a value, got the module {value.__name__}")
     if not _fits(value, hint):
-        raise InputError(f"{where} must be {_words(hint)}, got {_told(value)}")
-    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
+        raise InputError(f"{where} must be {in_words(hint)}, got {told(value)}")
+    kinds = typing.get_args(hint) if is_union(hint) else (hint,)
     if isinstance(value, list | tuple) and any(
-        _is_array(one) and _is_array_of(value, one) for one in kinds
+        is_array(one) and _is_array_of(value, one) for one in kinds
     ):
         return np.asarray(value)
     if not isinstance(value, list | tuple) and getattr(value, "ndim", None) == 1:
-        series = [typing.get_args(one)[:1] for one in kinds if typing.get_origin(one) in _SERIES]
-        if any(inner and inner[0] in _SCALARS for inner in series):
+        series = [typing.get_args(one)[:1] for one in kinds if typing.get_origin(one) in SERIES]
+        if hasattr(value, "tolist") and any(of and of[0] in SCALARS for of in series):
             value = value.tolist()  # whose truth and order are those of numbers
     if isinstance(value, int) and abs(value) >= 2**31 and float in kinds and int not in kinds:
         return float(value)  # a compiled program takes an integer for an int32
@@ -156,13 +187,13 @@ def _takes(call: Any, number: int) -> bool:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    if _is_union(hint):
+    if is_union(hint):
         return any(_fits(value, one) for one in typing.get_args(hint))
     if hint is None or hint is type(None):
         return value is None
-    if hint in _SCALARS:
+    if hint in SCALARS:
         return _is_scalar(value, hint)
-    if _is_array(hint):
+    if is_array(hint):
         return _is_array_of(value, hint)
     origin, of = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
@@ -192,19 +223,19 @@ def _fits(value: Any, hint: Any) -> bool:
         every = of[-1] is Ellipsis
         fits = isinstance(value, tuple | list) and (every or len(value) == len(of))
         return fits and all(map(_fits, value, itertools.cycle(of[:1]) if every else of))
-    if kind in _SERIES:
+    if kind in SERIES:
         return _is_series(value, kind, of[0] if of else Any)
     return isinstance(value, kind)
 
 
 def _is_series(value: Any, kind: Any, inner: Any) -> bool:
     """Returns whether a value is a sequence, or what iterates, of members of a kind."""
-    if isinstance(value, str | bytes):
+    if isinstance(value, str | bytes) or is_abstract(value):
         return False
     if getattr(value, "ndim", None) is not None:
-        if inner in _SCALARS:
+        if inner in SCALARS:
             return value.ndim == 1 and _fits(value[:1].tolist(), list[inner])
-        return value.ndim > 0 and (_is_array(inner) or _fits(object, inner))
+        return value.ndim > 0 and (is_array(inner) or _fits(object, inner))
     if kind is collections.abc.Iterable:
         if not isinstance(value, collections.abc.Iterable) and not hasattr(value, "__getitem__"):
             return False
@@ -221,7 +252,7 @@ def _is_scalar(value: Any, kind: type) -> bool:
     """Returns whether a value is of one of the four kinds, also as an array without axes."""
     if kind is str:
         return isinstance(value, str)
-    name = str(getattr(value, "dtype", ""))
+    name = "" if is_abstract(value) else str(getattr(value, "dtype", ""))
     if name and getattr(value, "ndim", None) == 0:
         if kind is bool or name == "bool":
             return kind is bool and name == "bool"
@@ -240,7 +271,7 @@ def _is_scalar(value: Any, kind: type) -> bool:
 
 
 def _is_tracer(value: Any) -> bool:
-    return type(value).__name__.endswith("Tracer") or type(value).__name__ == "ShapeDtypeStruct"
+    return isinstance(value, Tracer)
 
 
 def _is_array_of(value: Any, hint: Any) -> bool:
@@ -251,6 +282,8 @@ def _is_array_of(value: Any, hint: Any) -> bool:
         except (ValueError, TypeError, OverflowError):  # rows of different lengths
             return False
     if not has_shape(value) or not hasattr(value, "dtype"):
+        return False
+    if is_abstract(value) and not value.shape:  # a condition or a count, whose value is read
         return False
     name, wanted = str(value.dtype), hint.dtypes
     kinds = ("bool", "int", "float", "key")
@@ -274,8 +307,8 @@ def _check_sizes(given: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     known: dict[str, tuple[int, str]] = {}
     for name, value in given.items():
         hint = hints.get(name)
-        kinds: tuple[Any, ...] = typing.get_args(hint) if _is_union(hint) else (hint,)
-        letters = next((one.dim_str.split() for one in kinds if _is_array(one)), [])
+        kinds: tuple[Any, ...] = typing.get_args(hint) if is_union(hint) else (hint,)
+        letters = next((one.dim_str.split() for one in kinds if is_array(one)), [])
         shape = getattr(value, "shape", None)
         if not isinstance(shape, tuple) or any(axis.startswith("*") for axis in letters):
             continue
@@ -288,65 +321,3 @@ def _check_sizes(given: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
                     f"{name} must have shape ({', '.join(letters)}) with {letter} = {before} as in "
                     f"{where}, got {tuple(shape)}"
                 )
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
-
-
-def _is_array(hint: Any) -> bool:
-    return hasattr(hint, "dim_str") and hasattr(hint, "dtypes")
-
-
-def _words(hint: Any) -> str:
-    """Returns what an annotation asks for, in words."""
-    if _is_union(hint):
-        every = list(dict.fromkeys(_words(one) for one in typing.get_args(hint)))
-        return " or ".join(every)
-    if hint is None or hint is type(None):
-        return "None"
-    if hint in _SCALARS:
-        return _SCALARS[hint]
-    if _is_array(hint):
-        wanted = str(hint.dtypes)
-        kind = next((one for one in ("float", "bool", "key", "int") if one in wanted), "")
-        shape = f" of shape ({', '.join(hint.dim_str.split())})" if hint.dim_str.split() else ""
-        named = {"int": "an integer array", "": "an array"}.get(kind, f"a {kind} array")
-        return f"{named}{shape}"
-    origin, of = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return f"one of {', '.join(map(str, of))}"
-    if origin is os.PathLike or hint is os.PathLike:
-        return "a path"
-    if origin is collections.abc.Callable or hint is collections.abc.Callable:
-        number = len(of[0]) if of and isinstance(of[0], list) else None
-        return "a function" + (f" of {number} arguments" if number is not None else "")
-    kind = origin if isinstance(origin, type) else hint
-    if not isinstance(kind, type) or kind is Any:
-        return "a value"
-    if issubclass(kind, Mapping):
-        return f"a mapping of {' to '.join(map(_plural, of or (Any, Any)))}"
-    if issubclass(kind, tuple) and of:
-        number = f"{len(of)} " if of[-1] is not Ellipsis else ""
-        return f"a tuple of {number}{_plural(of[0])}"
-    if kind in _SERIES:
-        return f"a sequence of {_plural(of[0] if of else Any)}"
-    name = kind.__name__.rpartition(".")[2].replace("PyTree", "pytree")
-    return f"a{'n' * (name[0] in 'AEIO')} {name}"
-
-
-_PLURALS = {str: "strings", int: "integers", float: "finite numbers", bool: "bools"}
-
-
-def _plural(hint: Any) -> str:
-    if _is_union(hint):
-        return " or ".join(dict.fromkeys(_plural(one) for one in typing.get_args(hint)))
-    return _PLURALS.get(hint, "values" if hint is Any or isinstance(hint, TypeVar) else
-                        f"{_words(hint).removeprefix('a ').removeprefix('an ')}s")  # fmt: skip
-
-
-def _told(value: Any) -> str:
-    """Returns a value for a sentence: arrays as their dtype and shape, others as their repr."""
-    if has_shape(value) and value.shape and hasattr(value, "dtype"):
-        return f"{value.dtype}{list(value.shape)}"
-    return shown(value)

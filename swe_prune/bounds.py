@@ -46,7 +46,13 @@ class Bound(NamedTuple):
             value = value.item()  # of numpy and jax
         number: Any = value if isinstance(value, kind) and not isinstance(value, bool) else math.nan
         if not (self.least <= number <= self.most and number < self.below):
-            raise InputError(f"{what} must be {self}, got {shown(value)}")
+            most = (
+                f" and at most {self.most if self.whole else format(self.most, 'g')}"
+                if number > self.most
+                else ""
+            )
+            said = str(self) if "at most" in str(self) else f"{self}{most}"
+            raise InputError(f"{what} must be {said}, got {shown(value)}")
 
     def __str__(self) -> str:
         """Returns the range in words."""
@@ -60,6 +66,9 @@ class Bound(NamedTuple):
 
 COUNT = Bound(1, 2**31 - 1, whole=True)
 """Sizes and steps, which are int32 on the devices."""
+
+TURNS = Bound(0, 10**6, whole=True)
+"""Runs of a measurement, each of which takes its time and is remembered."""
 
 INDEX = Bound(0, 2**31 - 1, whole=True)
 SEED = Bound(0, 2**32 - 1, whole=True)

@@ -187,7 +187,8 @@ def _of_matrix(
     # All other patterns are blocks of r inputs by c outputs of one kernel.
     matrix = as_matrix(score, axes)
     *copies, inputs, outputs = matrix.shape
-    r, c = {"row": (inputs, 1), "column": (1, outputs)}.get(pattern) or parse_block(pattern)
+    whole_row, whole_column = (max(inputs, 1), 1), (1, max(outputs, 1))
+    r, c = {"row": whole_row, "column": whole_column}.get(pattern) or parse_block(pattern)
     for side, length, what in ((r, inputs, "inputs"), (c, outputs, "outputs")):
         if length % side:
             raise InputError(

@@ -175,6 +175,22 @@ def saved(folder):
     return path, read, path
 
 
+@pytest.mark.parametrize("to", [0, 3], ids=["of another tensor", "not aligned"])
+def test_tensors_of_a_gguf_file_that_share_bytes_are_refused(tmp_path, to):
+    writer = pytest.importorskip("interop_gguf_writer")
+    path = tmp_path / "model.gguf"
+    writer.finish(writer.write(path, interop_tiny.model("llama")))
+    raw = bytearray(path.read_bytes())
+    name = b"blk.0.ffn_up.weight"  # then number of axes, two of them, kind, and offset
+    at = raw.index(name) + len(name) + 4 + 2 * 8 + 4
+    before = int.from_bytes(raw[at : at + 8], "little")
+    raw[at : at + 8] = (before + to if to else 0).to_bytes(8, "little")
+    interop.load(path, tokenizer=False)
+    path.write_bytes(raw)
+    with bounded(), pytest.raises(InputError, match="truncated or damaged"):
+        interop.load(path, tokenizer=False)
+
+
 @pytest.mark.parametrize("make", [compressed, mask_file, saved], ids=lambda make: make.__name__)
 def test_no_damage_of_our_own_formats_is_taken_silently(tmp_path, make):
     path, read, folder = make(tmp_path)

@@ -98,3 +98,9 @@ def test_what_cannot_be_timed_is_one_sentence(place, capsys, more, part):
 def test_a_model_is_needed(capsys):
     assert cli.main(["bench"]) == 2
     assert "python -m swe_prune bench needs --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["runs", "warmup", "energy-windows", "energy-seconds"])
+def test_a_measurement_without_an_end_is_refused_at_once(place, capsys, option):
+    assert cli.main(["bench", f"--model={place.model}", *QUICK, f"--{option}=1" + "0" * 12]) == 2
+    assert f"--{option} must be" in capsys.readouterr().err

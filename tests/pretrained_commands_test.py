@@ -13,6 +13,7 @@ import pytest
 from swe_prune import cli, interop, masks, tree
 from swe_prune.cli import parsing
 from swe_prune.errors import InputError
+from swe_prune.interop import hf_config
 from swe_prune.pretrained import tracked
 
 QUICK = [
@@ -263,7 +264,7 @@ def test_calibration_on_the_evaluation_text_is_refused(place, tmp_path, capsys):
     ("more", "said"),
     [
         (["--steps=0"], "--steps must be an integer of at least 1, got 0"),
-        (["--steps=1" + "0" * 12], "--steps"),
+        (["--steps=1" + "0" * 12], "--steps must be an integer of at least 1 and at most 2147"),
         (["--learning-rate=nan"], "--learning-rate must be a finite number above 0, got nan"),
         (["--learning-rate=inf"], "--learning-rate"),
         (["--learning-rate=-1"], "--learning-rate"),
@@ -286,6 +287,86 @@ def test_bad_finetuning_gets_one_sentence(place, tmp_path, capsys, more, said):
     assert finetune(place, tmp_path / "out", *more) == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "said"),
+    [
+        (command, more, said)
+        for more, said in [
+            (["--protocol=wikitext3"], "wikitext2"),
+            (["--window=1"], "window"),
+            (["--window=129"], "context of 128"),
+            (["--new-tokens=128"], "context of 128"),
+            (["--prompt="], " is empty; give at least one token"),
+            (["--evaluation=SHORT"], "for one window; give more text"),
+        ]
+        for command in ("prune", "cut", "finetune", "evaluate")
+    ]
+    + [
+        ("finetune", more, said)
+        for more, said in [
+            (["--batch=2147483647"], "more than the arrays' 2^31"),
+            (["--lora-rank=17"], "lower it to 16"),
+            (["--lora-rank=1000000000"], "lower it to 16"),
+            (["--include=mlp/down", "--lora-rank=33"], "lower it to 32"),
+            (["--teacher=OTHER"], "cannot be compared"),
+            (["--teacher=DEEPER", "--features=0.5"], "--features compares"),
+            (["--teacher-prefix=x."], "give --teacher=PATH"),
+            (["--temperature=2"], "give --teacher=PATH"),
+            (["--text=SHORT"], "too few for a window with context = 32"),
+            (["--second-evaluation=SHORT"], "for one window; give more text"),
+            (["--out=BEGUN"], "begun with other settings"),
+        ]
+    ]
+    + [
+        ("evaluate", ["--dense=nowhere"], "does not exist"),
+        ("evaluate", ["--dense=OTHER"], "cannot be compared"),
+        ("evaluate", ["--dense-prefix=x."], "give --dense=PATH"),
+        ("prune", ["--calibration=SHORT"], "more than the"),
+        ("cut", ["--multiple=0"], "multiple"),
+        ("cut", ["--calibration-batch=0"], "--calibration-batch"),
+    ],
+)
+def test_options_are_refused_before_a_weight_is_read(
+    place, tmp_path, capsys, monkeypatch, command, more, said
+):
+    short = tmp_path / "short.txt"
+    short.write_text("Once.")
+    (tmp_path / "begun.work").mkdir()
+    (tmp_path / "begun.work" / "settings.json").write_text('{"steps": 7}')
+    paths = {"SHORT": short, "BEGUN": tmp_path / "begun"}
+    if {"--teacher=OTHER", "--dense=OTHER", "--teacher=DEEPER"} & set(more):
+        changed = {"vocab_size": 330} if "OTHER" in more[0] else {"num_hidden_layers": 3}
+        config = pretrained_tiny.CONFIG | changed
+        family, config_of, size = hf_config.read_config(config)
+        params = interop.abstract_params(config_of, size)
+        made = interop.Pretrained(
+            config_of, size, jax.tree.map(lambda x: jnp.zeros(x.shape), params), None, family,
+            tmp_path, "safetensors", config,
+        )  # fmt: skip
+        paths["OTHER"] = paths["DEEPER"] = interop.export(tmp_path / "other", made)
+
+    def read(*_, **__):
+        raise AssertionError("a weight is read")
+
+    monkeypatch.setattr(interop.PretrainedSource, "read", read)
+    for name, path in paths.items():
+        more = [one.replace(f"={name}", f"={path}") for one in more]
+    out = [] if command == "evaluate" else [f"--out={tmp_path / 'out'}"]
+    run = {
+        "prune": [*QUICK, "--criterion=wanda", "--sparsity=0.5", f"--calibration={place.train}"],
+        "cut": [*QUICK, "--criterion=activation_norm", "--units=neurons", "--sparsity=0.5",
+                f"--calibration={place.train}"],
+        "finetune": [*TUNING, f"--text={place.train}"],
+        "evaluate": ["--window=32", "--new-tokens=4"],
+    }  # fmt: skip
+    given = [f"--model={place.model}", f"--evaluation={place.held_out}", *out, *run[command]]
+    assert cli.main([command, *given, *more]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out.work").exists()
 
 
 def test_an_output_folder_that_exists_is_refused_before_work(place, tmp_path, capsys):

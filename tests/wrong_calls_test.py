@@ -374,7 +374,9 @@ WRONG = {
     "cube": np.ones((2, 2, 2), "f4"), "NaNs": np.full((2, 2), np.nan),
     "nested": {"a": {"b": "c"}}, "numbers": {1: 2}, "params": PARAMS,
     "module": np, "no order": {1: UP, "a": UP}, "other": {"a": jnp.ones(2)},
-    "jax scalar": jnp.array(7.0),
+    "jax scalar": jnp.array(7.0), "abstract": jax.ShapeDtypeStruct((2, 2), "f4"),
+    "abstract scalar": jax.ShapeDtypeStruct((), "i4"),
+    "abstract row": jax.ShapeDtypeStruct((4,), "f4"),
 }  # fmt: skip
 
 
@@ -401,11 +403,23 @@ def name_of(case):
     return getattr(case[0], "__qualname__", repr(case[0]))
 
 
+def abstract(values):
+    """Shapes in place of arrays, which JAX's own functions give out."""
+
+    def shape_of(leaf):
+        number = isinstance(leaf, np.ndarray) or (
+            isinstance(leaf, jax.Array) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        )
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if number else leaf
+
+    return jax.tree.map(shape_of, values)
+
+
 def faults_of(call, right):
     """(argument, kind of value, error) where the error is no sentence."""
     found = []
     for name in right:
-        for kind, value in WRONG.items():
+        for kind, value in (WRONG | {"its shapes": abstract(right[name])}).items():
             if (name_of((call,)), name) in UNTRIED:
                 continue
             try:

@@ -61,7 +61,8 @@ def alpha_pruning(
         name: tree.size(leaf)
         for name, leaf in tree.prunable_leaves(params, prunable, "allocate").items()
     }
-    members = grouped(sizes, groups)
+    # A tensor without weights has no exponent, and nothing of it can be removed.
+    members = grouped([name for name, size in sizes.items() if size], groups)
     alphas = tail_exponents(params, tail=tail, prunable=prunable, input_axes=input_axes)
     # Average the exponents of each group, then scale the group sparsities to the total.
     of_groups = [math.fsum(alphas[n] for n in names) / len(names) for names in members.values()]
@@ -127,7 +128,7 @@ def tail_exponents(
     prunable: PyTree | None = None,
     input_axes: InputAxes | None = None,
 ) -> dict[str, float]:
-    """Returns the tail exponent α of the eigenvalues of WᵀW of every prunable tensor.
+    """Returns the tail exponent α of the eigenvalues of WᵀW of every prunable tensor with weights.
 
     The tail is the fraction `tail` of the eigenvalues, rounded up. Eigenvalues that float32 cannot
     distinguish from 0, as in a matrix of low rank, are excluded first.
@@ -152,6 +153,8 @@ def tail_exponents(
         raise InputError(f"tail must be in (0, 1], such as 0.5, got {tail}")
     exponents = {}
     for name, weight in tree.prunable_leaves(params, prunable, "allocate").items():
+        if not weight.size:
+            continue
         # Compute the smaller Gram matrix on the device, and its eigenvalues on the host.
         # A matrix has the eigenvalues of its transpose, so its orientation does not matter.
         plain = weight.ndim == 2 and input_axes is None

@@ -109,6 +109,6 @@ def within_groups(
     for kept, names in zip(keep, members.values(), strict=True):
         inside = [sizes[name] for name in names]
         gone = sum(inside) - kept
-        targets = [size * gone / sum(inside) for size in inside]
+        targets = [size * gone / max(sum(inside), 1) for size in inside]
         removed.update(zip(names, rounding.apportion(targets, inside, gone), strict=True))
     return Allocation(removed, dict(sizes))

@@ -9,7 +9,8 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from swe_prune import select, tree
-from swe_prune.arguments import checked, has_shape
+from swe_prune.annotations import has_shape
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, check_choice, shown
 from swe_prune.tree import pairing
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, PyTree
 
 from swe_prune import importance, patterns, tree
 from swe_prune.allocation import Allocation
-from swe_prune.arguments import checked
+from swe_prune.arguments import check_concrete, checked
 from swe_prune.blockwise import block_graph, guard, local, nnx_blocks
 from swe_prune.blockwise.kernels import (
     METHODS,
@@ -122,6 +122,7 @@ def prune_blocks(
 
     Sources: those of `sparsegpt`, `admm` and `wanda`, whose references all go block after block.
     """
+    check_concrete((variables, batches), "the variables and batches")
     is_nnx = isinstance(model, nnx.Module)
     if not is_nnx and not isinstance(model, nn.Module):
         raise InputError(

@@ -99,7 +99,7 @@ def _summing(batch: PyTree, gram: bool) -> Reduce:
         counted_N = jnp.ones(rows) if counted_N is None else counted_N.astype(jnp.float32)
         x_KxNxR = x_KxNxR * counted_N[:, None]
         # Mean over the tokens of each sequence, of those that count.
-        size_KxBxR = jnp.abs(x_KxNxR).reshape(*copies, sequences, -1, width).sum(-2)
+        size_KxBxR = jnp.abs(x_KxNxR).reshape(*copies, sequences, rows // sequences, width).sum(-2)
         tokens_Bx1 = jnp.maximum(counted_N.reshape(sequences, -1).sum(-1, keepdims=True), 1)
         found = {
             "tokens": jnp.broadcast_to(counted_N.sum(), copies),

@@ -185,13 +185,14 @@ def _of_dot(name: str, product: Product) -> tuple[Array, list[Piece], list[Piece
     named = [at for _, at in copies + inputs]
     rest = [at for at in range(x.ndim) if at not in (*named, *repeated)]
     order = [*(at for _, at in copies), *rest, *(at for _, at in inputs), *repeated]
+    rows = math.prod(x.shape[at] for at in rest)  # -1 would not do for a weight of size 0
     x = jnp.transpose(x, order)
     if repeated:
         x = x.sum(axis=tuple(range(x.ndim - len(repeated), x.ndim)))
     # Expand every named dimension into its pieces.
     own = [piece for pieces, _ in copies for piece in pieces]
     summed = [piece for pieces, _ in inputs for piece in pieces]
-    x = x.reshape(*(p.size for p in own), -1, *(p.size for p in summed))
+    x = x.reshape(*(p.size for p in own), rows, *(p.size for p in summed))
     return x, summed, own
 
 
@@ -231,7 +232,8 @@ def _ordered(x: Array, inputs: list[Piece], copies: int) -> Array:
     order = sorted(range(len(inputs)), key=lambda at: (inputs[at].axis, -inputs[at].stride))
     first = x.ndim - len(inputs)
     x = jnp.transpose(x, [*range(first), *(first + at for at in order)])
-    return x.reshape(*x.shape[:copies], -1, math.prod(piece.size for piece in inputs))
+    rows = math.prod(x.shape[copies:first])
+    return x.reshape(*x.shape[:copies], rows, math.prod(piece.size for piece in inputs))
 
 
 def _reduced(x: Array, product: Product, hessian: bool) -> dict[str, Array]:

@@ -78,7 +78,7 @@ def generate(
     # Pad the prompts on the left to a common length.
     rows = [np.asarray(prompt, dtype=np.int64).reshape(-1) for prompt in prompts]
     words = rows if images is None else [np.maximum(row, 0) for row in rows]
-    length = _checked(model, words, max_new_tokens)
+    length = check_prompts(model, words, max_new_tokens)
     tokens_BxL = np.zeros((len(rows), length), np.int32)
     valid_BxL = np.zeros((len(rows), length), bool)
     for number, row in enumerate(rows):
@@ -106,7 +106,7 @@ def generate(
     return Generated(*texts)
 
 
-def _checked(model: Any, rows: list[np.ndarray], max_new_tokens: int) -> int:
+def check_prompts(model: Any, rows: list[np.ndarray], max_new_tokens: int) -> int:
     """Checks the prompts and returns the length to pad them to."""
     if not rows:
         raise InputError("there is no prompt; give one or more")

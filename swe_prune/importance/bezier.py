@@ -42,6 +42,8 @@ def bezier(
         raise InputError(
             f"control = {control!r} of 'bezier' is not four numbers; give (a, b, c, d)"
         )
+    if not weight.size:
+        return jnp.zeros(weight.shape, jnp.float32)
     outputs_last = jnp.moveaxis(weight, inputs, range(len(inputs)))
     size = math.prod(weight.shape[axis] for axis in inputs)
     score_NxU = _scores(key, outputs_last.reshape(size, -1), control, method, symmetric)

@@ -120,7 +120,11 @@ def _as_it_began(state: Any, moments: list[Any]) -> bool:
     """
     fields = state if isinstance(state, Mapping) else getattr(state, "_fields", ())
     count = _field(state, "count") if "count" in fields else 0  # a tuple has a method of this name
-    if not moments or any(isinstance(one, Tracer) for one in (count, *moments)) or np.any(count):
+    if (
+        not moments
+        or any(isinstance(one, Tracer | jax.ShapeDtypeStruct) for one in (count, *moments))
+        or np.any(count)
+    ):
         return False
     first = next((jnp.ravel(one)[0] for one in moments if one.size), 0)
     return bool(first != 0) and all(bool((one == first).all()) for one in moments)

@@ -106,7 +106,8 @@ def read_gguf(path: Path) -> GgufFile:
     kinds = {int(kind): kind for kind in gguf.GGMLQuantizationType}
     entries, tensors = {}, {}
     data = np.memmap(path, np.uint8, "r")
-    for name, one in places.items():
+    end, before = 0, ""
+    for name, one in sorted(places.items(), key=lambda place: place[1].start):
         kind = kinds.get(one.kind)
         # Reject unsupported quantizations before any tensor is read.
         if kind is None or (kind.name not in _KEPT and not _undone(gguf, kind)):
@@ -124,6 +125,12 @@ def read_gguf(path: Path) -> GgufFile:
                 f"{path} is truncated or damaged: {name!r} of shape {one.shape} does not fit its "
                 f"{size:,} bytes; download it again"
             )
+        if rows * row and one.start < end:
+            raise InputError(
+                f"{path} is truncated or damaged: {name!r} begins within {before!r}; download it "
+                "again"
+            )
+        end, before = max(end, one.start + rows * row), name
         entries[name] = Entry(one.shape, _KEPT.get(kind.name, "float32"))
         raw = data[one.start : one.start + rows * row].reshape(rows, row)
         tensors[name] = GgufTensor(kind.name, raw)

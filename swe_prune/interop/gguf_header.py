@@ -69,6 +69,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredIn]]:
         alignment = fields.get(_ALIGNMENT, 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise Damaged(f"{_ALIGNMENT} is {alignment!r}")
+        off = next((name for name, one in places if one.start % alignment), None)
+        if off is not None:
+            raise Damaged(f"{off!r} does not begin at a multiple of {alignment}")
         if len(dict(places)) < tensors or len(fields) < settings:
             raise Damaged("a name is there twice")
     except (Damaged, struct.error, UnicodeDecodeError) as error:

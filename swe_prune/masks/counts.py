@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from swe_prune import counting, tree
+from swe_prune.arguments import checked
 from swe_prune.masks.fitting import check_mask, map_masked
 
 
@@ -65,6 +67,7 @@ def kept_counts(masks: dict[str, Array]) -> dict[str, counting.Count]:
     return {name: counting.count_true([mask]) for name, mask in masks.items()}
 
 
+@checked
 def revived(params: PyTree, mask: PyTree) -> counting.Count:
     """Returns how many pruned weights are not 0, exactly: a proof to compute inside a step.
 
@@ -82,6 +85,7 @@ def revived(params: PyTree, mask: PyTree) -> counting.Count:
     return _count(lambda weight, keep: ~keep & (weight != 0), params, mask)
 
 
+@checked
 def zeros(params: PyTree, mask: PyTree) -> int:
     """Returns how many of the weights that have a mask are exactly 0.
 
@@ -96,7 +100,7 @@ def zeros(params: PyTree, mask: PyTree) -> int:
     >>> zeros({"w": jnp.array([0.5, 0.0])}, {"w": jnp.array([False, True])})
     1
     """
-    return int(_count(lambda weight, _: weight == 0, params, mask))
+    return int(_count(lambda weight, _: jnp.equal(weight, 0), params, mask))
 
 
 def _count(

@@ -12,6 +12,7 @@ from swe_prune.errors import InputError
 from swe_prune.masks.fitting import check_mask, map_masked
 
 
+@checked
 def apply(params: PyTree, mask: PyTree) -> PyTree:
     """Returns the parameters with exact zeros where the mask is False; dtypes are kept.
 
@@ -83,6 +84,7 @@ def keep(optimizer: Any, mask: PyTree) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@checked
 def hold_moments(opt_state: PyTree, mask: PyTree) -> PyTree:
     """Returns an optimizer's state with 0 in its moments wherever the mask is False.
 

@@ -102,7 +102,7 @@ def save(
                         f"{tree.short(name)!r} is divided over processes; save it with a "
                         "checkpoint library"
                     )
-                arrays[f"{part}/{name}"] = leaf
+                arrays[f"{part}/{name}"] = leaf if hasattr(leaf, "__array__") else jnp.asarray(leaf)
     about["checksum"] = checksum_of(arrays, json.dumps(about))
     _write(Path(path), arrays, {"format": FORMAT, "about": json.dumps(about)})
 

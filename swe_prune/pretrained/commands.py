@@ -17,7 +17,7 @@ from swe_prune.evaluation import gate
 from swe_prune.masks.fitting import check_mask
 from swe_prune.models import phi3v
 from swe_prune.pretrained import bench, choice, cut, dry_run, finetuning, judge, texts, tracked
-from swe_prune.pretrained.opening import has_masks, of_same_text, opened, record_of
+from swe_prune.pretrained.opening import has_masks, of_same_text, opened, record_of, said
 from swe_prune.pretrained.request import check_trajectory, reasons, recipe_of
 from swe_prune.pretrained.settings import (
     EvaluateSettings,
@@ -72,6 +72,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     check_trajectory(request, tracked.there(checkpoint.path), given.model)
     chosen, layout = dry_run.chosen_weights(request, checkpoint, given)
     text = texts.read(given.evaluation, checkpoint)
+    judge.check(checkpoint, text, given)
     batches, calibration = [], None
     if request.reads_batches:
         batches, calibration = texts.calibration(given, checkpoint, text, progress)
@@ -147,14 +148,21 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     finetuning.checked(given)
     interop.check_free(given.out)
     checkpoint = opened(given, progress)
-    choice.of_checkpoint(checkpoint, given)
+    teacher = None
+    if given.teacher is not None:
+        teacher = of_same_text(checkpoint, given.teacher, given.teacher_prefix, progress)
+    kept = cut.kept_layers(checkpoint.path)
+    finetuning.check_model(given, checkpoint, teacher, kept)
     text, used = (texts.read(name, checkpoint) for name in (given.evaluation, given.text))
     texts.keep_apart(used, text)
+    judge.check(checkpoint, text, given)
     second = None
     if given.second_evaluation is not None:
         second = texts.read(given.second_evaluation, checkpoint)
         texts.keep_apart(used, second)
+        judge.check(checkpoint, second, given)
     texts.check_window("--train-window", given.train_window, checkpoint)
+    finetuning.check_text(used, given)
     model = checkpoint.read(dtype=given.dtype)
     recorded = has_masks(model.path) and given.masks != "ignore"
     mask = _masks(model, given) if recorded else _held_zeros(model, given, console)
@@ -165,12 +173,16 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     seconds = []
     if second is not None:
         seconds.append(judge.perplexity_of(module, model.params, model, second, given))
-    teacher = None
-    if given.teacher is not None:
-        teacher = of_same_text(model, given.teacher, given.teacher_prefix, progress)
     start, dtypes = finetuning.as_float32(model.params)
     params, mask, stats = finetuning.tuned(
-        trained, start, mask, teacher, used, given, progress, cut.kept_layers(model.path)
+        trained,
+        start,
+        mask,
+        None if teacher is None else said(progress, teacher.read),
+        used,
+        given,
+        progress,
+        kept,
     )
     params = tree.map_named(lambda name, leaf: leaf.astype(dtypes[name]), params)
     after = judge.judge(module, params, model, text, given)
@@ -215,12 +227,19 @@ def evaluate(given: EvaluateSettings, progress: Progress, console: Console) -> d
     Raises:
         InputError: anything that is wrong with the settings, the models or the text.
     """
-    model = opened(given, progress).read(dtype=given.dtype)
-    text = texts.read(given.evaluation, model)
+    if given.dense is None and given.dense_prefix is not None:
+        raise InputError("--dense-prefix is of the model of --dense; give --dense=PATH with it")
+    checkpoint = opened(given, progress)
+    text = texts.read(given.evaluation, checkpoint)
+    judge.check(checkpoint, text, given)
+    other = None
+    if given.dense is not None:
+        other = of_same_text(checkpoint, given.dense, given.dense_prefix, progress)
+    model = checkpoint.read(dtype=given.dtype)
     module = phi3v.build(model.config, model.vocab_size)
     rows, dense, dense_module = {}, None, None
-    if given.dense is not None:
-        dense = of_same_text(model, given.dense, given.dense_prefix, progress)
+    if other is not None:
+        dense = said(progress, other.read)
         dense_module = phi3v.build(dense.config, dense.vocab_size)
         rows["dense"] = judge.judge(dense_module, dense.params, model, text, given)
         gate(rows["dense"].perplexity, uniform=model.vocab_size, at_most=given.at_most)

@@ -52,6 +52,7 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
     groups = structured.groups(checkpoint.config, given.units)
     _check_choice(given, groups, checkpoint)
     text = texts.read(given.evaluation, checkpoint)
+    judge.check(checkpoint, text, given)
     batches, calibration = [], None
     if unit_criteria.reads_batches(given, request):
         batches, calibration = texts.calibration(given, checkpoint, text, progress)

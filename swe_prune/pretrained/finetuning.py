@@ -53,6 +53,11 @@ def checked(settings: FinetuneSettings) -> None:
             f"--accumulate={settings.accumulate} does not divide --batch={settings.batch}; "
             "give a divisor of it"
         )
+    tokens = settings.batch * settings.train_window
+    if tokens >= 2**31:
+        raise InputError(
+            f"{tokens:,} tokens in a step are more than the arrays' 2^31; lower --batch"
+        )
     if settings.track and settings.lora_rank is not None:
         raise InputError(
             "--track follows the weights, which stay as they are with --lora-rank; give one of both"
@@ -67,15 +72,56 @@ def checked(settings: FinetuneSettings) -> None:
             f"--{next(iter(choice.rules(settings)))} chooses the weights to track or to adapt; "
             "give --track or --lora-rank with it"
         )
-    for name, unused in (("features", 0.0), ("final_distillation", None)):
-        if getattr(settings, name) != unused and settings.teacher is None:
+    of_teacher = ("teacher_prefix", "distillation", "final_distillation", "temperature", "features")
+    for name in of_teacher:
+        if settings.teacher is None and getattr(settings, name) != getattr(FinetuneSettings, name):
             raise InputError(
-                f"--{name.replace('_', '-')} compares with a teacher; give --teacher=PATH with it"
+                f"--{name.replace('_', '-')} is of a teacher; give --teacher=PATH with it"
             )
     if settings.track:
         trajectory.check_measures(settings.measures)
     if settings.lora_alpha is not None and settings.lora_rank is None:
         raise InputError("--lora-alpha scales adapters; give --lora-rank with it")
+    _check_begun(settings)
+
+
+def check_model(
+    settings: FinetuneSettings,
+    model: interop.PretrainedSource,
+    teacher: interop.PretrainedSource | None,
+    kept_layers: list[int] | None,
+) -> None:
+    """Refuses what cannot be done with a model and its teacher, before a weight is read.
+
+    Raises:
+        InputError: Rules that choose nothing, a rank of adapters that is too large, or blocks that
+            are not those of the teacher.
+    """
+    params = choice.abstract_params(model)
+    chosen = choice.prunable(params, **choice.rules(settings))
+    if settings.lora_rank is not None:
+        jax.eval_shape(lambda: _adapters(params, chosen, settings))
+    if teacher is not None:
+        _distillation(settings, kept_layers, model.config.layers, teacher)
+
+
+def check_text(text: Text, settings: FinetuneSettings) -> None:
+    """Refuses a text that is too short to train on, or batches that the devices cannot share."""
+    _windows(text, settings)
+    parallel.check_batch(settings.batch, "--batch", parallel.mesh(ParallelConfig()))
+
+
+def _adapters(params: PyTree, chosen: PyTree, settings: FinetuneSettings) -> lora.Adapters:
+    assert settings.lora_rank is not None
+    targets = [f"^{re.escape(name)}$" for name, mark in tree.named_leaves(chosen) if mark]
+    alpha = settings.lora_alpha or 2.0 * settings.lora_rank
+    return lora.init(params, settings.lora_rank, alpha, jax.random.key(settings.seed), targets)
+
+
+def _windows(text: Text, settings: FinetuneSettings) -> Any:
+    return data_lib.train_iterator(
+        text.tokens, context=settings.train_window, batch=settings.batch, seed=settings.seed
+    )
 
 
 def tuned(
@@ -104,8 +150,7 @@ def tuned(
         InputError: the text is too short, or OUT.work is of other settings.
         Preempted, RunError: as `training.loop.fit`.
     """
-    work = storage.parse_path(f"{settings.out}.work")
-    _settle(work, settings)
+    work = _settle(settings)
     phase = PhaseConfig(
         steps=settings.steps,
         learning_rate=settings.learning_rate,
@@ -119,10 +164,7 @@ def tuned(
     chosen = choice.prunable(params, **choice.rules(settings))
     stats = trajectory.init(params, settings.measures, chosen) if settings.track else None
     if settings.lora_rank is not None:
-        key = jax.random.key(settings.seed)
-        alpha = settings.lora_alpha or 2.0 * settings.lora_rank
-        targets = [f"^{re.escape(name)}$" for name, mark in tree.named_leaves(chosen) if mark]
-        adapters = lora.init(params, settings.lora_rank, alpha, key, targets)
+        adapters = _adapters(params, chosen, settings)
         fixed = dataclasses.replace(fixed, base=params, masks=masks)
         state = state_lib.create(adapters, optimizer, settings.seed)
     else:
@@ -158,7 +200,10 @@ def tuned(
 
 
 def _distillation(
-    settings: FinetuneSettings, kept: list[int] | None, layers: int, teacher: interop.Pretrained
+    settings: FinetuneSettings,
+    kept: list[int] | None,
+    layers: int,
+    teacher: interop.Pretrained | interop.PretrainedSource,
 ) -> Distillation:
     of_teacher = teacher.config.layers
     compared = None
@@ -190,12 +235,8 @@ def _fit(
     settings: FinetuneSettings,
     progress: Progress,
 ) -> state_lib.TrainState:
-    windows = data_lib.train_iterator(
-        text.tokens, context=settings.train_window, batch=settings.batch, seed=settings.seed
-    )
     mesh = parallel.mesh(ParallelConfig())
-    parallel.check_batch(settings.batch, "--batch", mesh)
-    batches = parallel.ShardedBatches(windows, mesh, settings.batch)
+    batches = parallel.ShardedBatches(_windows(text, settings), mesh, settings.batch)
     run = Phase(
         name="fine-tuning",
         folder=work,
@@ -208,28 +249,44 @@ def _fit(
         return resumable.fit(run, state, step, batches, progress)[0]
 
 
-def _settle(work: epath.Path, settings: FinetuneSettings) -> None:
-    """Makes the folder of a run's checkpoints, or finds that it is this run's."""
+def _asked(settings: FinetuneSettings) -> dict[str, Any]:
     asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in HOW_ONLY}
-    asked = json.loads(json.dumps(asked))
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{str(work)!r} cannot be written ({error.strerror}); choose another --out"
-        ) from error
-    begun = work / BEGUN
-    if not os.path.lexists(begun):
-        write_json(begun, asked)
+    return json.loads(json.dumps(asked))
+
+
+def _work(settings: FinetuneSettings) -> epath.Path:
+    return storage.parse_path(f"{settings.out}.work")
+
+
+def _check_begun(settings: FinetuneSettings) -> None:
+    """Raises InputError if the folder of a run's checkpoints is of a run with other settings."""
+    work = _work(settings)
+    if not os.path.lexists(work / BEGUN):
         return
-    with reading(begun, f"remove {work} to start again"):
-        before = storage.read_json(begun)
+    with reading(work / BEGUN, f"remove {work} to start again"):
+        before = storage.read_json(work / BEGUN)
+    asked = _asked(settings)
     differing = [key for key in asked if asked[key] != before.get(key)]
     if differing:
         shown = ", ".join(f"{k} ({before.get(k)!r} there, {asked[k]!r} now)" for k in differing[:3])
         raise InputError(
             f"{work} was begun with other settings: {shown}; go back to those, or remove it"
         )
+
+
+def _settle(settings: FinetuneSettings) -> epath.Path:
+    """Returns the folder of a run's checkpoints, made or found to be this run's."""
+    work = _work(settings)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{str(work)!r} cannot be written ({error.strerror}); choose another --out"
+        ) from error
+    _check_begun(settings)
+    if not os.path.lexists(work / BEGUN):
+        write_json(work / BEGUN, _asked(settings))
+    return work
 
 
 def forget(settings: FinetuneSettings) -> None:

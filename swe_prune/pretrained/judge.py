@@ -20,11 +20,14 @@ from swe_prune.evaluation import (
     PerplexityResult,
     Protocol,
     generate,
+    generation,
     kl_to_dense,
     perplexity,
     protocols,
     repetition,
+    scored_windows,
 )
+from swe_prune.models import phi3v
 from swe_prune.pretrained.settings import JudgingSettings
 from swe_prune.pretrained.texts import Text
 
@@ -83,6 +86,20 @@ def protocol_of(
     ends = () if tokenizer is None else {*tokenizer.eos_ids} - {tokenizer.bos_id}
     begins = None if around and around[0] not in ends else "none"
     return protocols.get(settings.protocol, window=window, bos=begins)
+
+
+def check(model: interop.PretrainedSource, text: Text, settings: JudgingSettings) -> None:
+    """Refuses what `judge` would refuse, before a weight is read.
+
+    Raises:
+        InputError: A protocol, windows or prompts that do not fit the model, or too short a text.
+    """
+    assert model.tokenizer is not None
+    module = phi3v.build(model.config, model.vocab_size)
+    protocol = protocol_of(model, settings)
+    scored_windows.of_text(module, text.tokens, protocol, model.tokenizer.bos_id)
+    prompts = [model.tokenizer.encode(prompt) for prompt in settings.prompts]
+    generation.check_prompts(module, prompts, settings.new_tokens)
 
 
 def judge(

@@ -54,14 +54,14 @@ def said(progress: Progress, run: Callable[[], T]) -> T:
 
 
 def of_same_text(
-    model: interop.Pretrained, name: str, prefix: str | None, progress: Progress
-) -> interop.Pretrained:
-    """Returns another model whose predictions can be compared: its tokens are the same.
+    model: interop.PretrainedSource, name: str, prefix: str | None, progress: Progress
+) -> interop.PretrainedSource:
+    """Opens another model whose predictions can be compared: its tokens are the same.
 
     Raises:
         InputError: Its vocabulary is of another size.
     """
-    other = said(progress, lambda: interop.load(name, tokenizer=False, prefix=prefix))
+    other = said(progress, lambda: interop.open_pretrained(name, tokenizer=False, prefix=prefix))
     if other.vocab_size != model.vocab_size:
         raise InputError(
             f"{name} has {other.vocab_size:,} tokens and {model.path} has {model.vocab_size:,}, so "

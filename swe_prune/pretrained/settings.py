@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from swe_prune.bounds import COUNT, INDEX, NOT_NEGATIVE, PART, POSITIVE, SEED
+from swe_prune.bounds import COUNT, INDEX, NOT_NEGATIVE, PART, POSITIVE, SEED, TURNS, Bound
 from swe_prune.config import PHASE
 
 CALIBRATION = "shakespeare_plays:train"
@@ -273,13 +273,17 @@ class BenchSettings(WeightsSettings):
     batch: tuple[int, ...] = option((1, 32), "number of texts at once; may be given again")
     prompt_tokens: int = option(128, "tokens of each prompt")
     new_tokens: int = option(32, "tokens of each text to decode after the first")
-    runs: int = option(50, "number of runs of each model that count")
-    warmup: int = option(3, "number of runs before them")
+    runs: int = option(50, "number of runs of each model that count", bound=TURNS)
+    warmup: int = option(3, "number of runs before them", bound=TURNS)
     energy_windows: int | None = option(
-        None, "windows of each model to measure energy in, 0: none; default: the runs, at most 20"
+        None,
+        "windows of each model to measure energy in, 0: none; default: the runs, at most 20",
+        bound=TURNS,
     )
     energy_seconds: float | None = option(
-        None, "least seconds of a window; default: 5 with a counter of the hardware, else one run"
+        None,
+        "least seconds of a window; default: 5 with a counter of the hardware, else one run",
+        bound=Bound(0.0, 86_400.0),
     )
     json: bool = option(False, "JSON output with the seconds of every run, for programs to read")
 

@@ -167,7 +167,7 @@ def judged(
         InputError: If there are not as many answers as prompts.
     """
     _check_answers(prompts, answers, ended)
-    wanted = np.asarray(prompts)[:, :-1].sum(1) % 10
+    wanted = np.asarray(prompts, np.int64)[:, :-1].sum(1) % 10
     lengths = np.array([len(one) for one in answers])
     right = [
         bool(done) and len(one) > 0 and one[-1] == sum_

@@ -19,6 +19,7 @@ from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 
 
+@checked
 def rewind(params: PyTree, early_params: PyTree, mask: PyTree) -> PyTree:
     """Returns the early values under the late mask, dense tensors' early values too.
 

@@ -46,7 +46,9 @@ def unit_scores(groups: Groups, scores: PyTree, reduce: Reduce = "l2") -> dict[s
     [5.0, 1.0]
     """
     check_choice(reduce, REDUCES, "reduce")
-    leaves = {name: leaf for name, leaf in tree.named_leaves(scores) if tree.is_weight(leaf)}
+    leaves = {
+        name: leaf for name, leaf in tree.named_leaves(scores) if tree.is_weight(leaf) and leaf.size
+    }
     parts: dict[str, list[Any]] = {name: [] for name in groups}
     for name, places in placed(groups, scores).items():
         for one in places:

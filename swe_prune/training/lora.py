@@ -86,7 +86,7 @@ def init(
         if rank > min(inputs, outputs):
             raise InputError(
                 f"lora rank = {rank} is more than the smaller side of {name!r}, {inputs} x "
-                f"{outputs}; lower it to {min(inputs, outputs)} or exclude {name!r} with targets="
+                f"{outputs}; lower it to {min(inputs, outputs)} or leave {name!r} dense"
             )
 
     def down(name: str, _: Any) -> Array | None:

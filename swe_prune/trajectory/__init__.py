@@ -176,6 +176,7 @@ def check_measures(measures: Sequence[str]) -> None:
         check_choice(measure, BUFFERS, "measure")
 
 
+@checked
 def update(
     stats: TrajectoryStats | Mapping[str, Any],
     params: PyTree,
@@ -243,6 +244,7 @@ def _update(stats: TrajectoryStats, params: PyTree, layout: PyTree | None) -> Tr
     return dataclasses.replace(stats, count=count, weight_sum=weight_sum, buffers=buffers)
 
 
+@checked
 def merge(a: TrajectoryStats, b: TrajectoryStats) -> TrajectoryStats:
     """Returns the statistics over the snapshots of `a` followed by those of `b`.
 
@@ -320,6 +322,7 @@ def _per_leaf(f: Any, buffers: dict[str, PyTree], *trees: PyTree) -> dict[str, P
     }
 
 
+@checked
 def read(stats: TrajectoryStats | Mapping[str, Any], measure: str) -> PyTree:
     """Returns one measure as a float32 pytree like the parameters, None where dense.
 

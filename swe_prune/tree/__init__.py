@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from swe_prune.arguments import checked, has_shape
+from swe_prune.annotations import has_shape
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, check_texts, shown
 from swe_prune.tree import pairing
 from swe_prune.tree.dense_rules import DENSE_BY_DEFAULT as DENSE_BY_DEFAULT
