@@ -7,7 +7,8 @@ Run it with
 A model of 233,952 parameters, of which 221,184 are prunable, trains for 800 steps on Shakespeare's
 plays with two seeds; 110 cells are pruned and fine-tuned for 80 steps. Five to six minutes on two
 CPU cores. To expect: dense validation loss 2.01 nats per token, control 1.99; 60 % of the weights
-removed per tensor by magnitude costs 0.014 over the control after fine-tuning, by swe 0.039.
+removed costs 0.0015 over the control after fine-tuning by forecast_curvature, all tensors together,
+0.013 by magnitude and 0.039 by swe.
 """
 
 from ml_collections import ConfigDict
@@ -39,7 +40,7 @@ def get_config() -> ConfigDict:
                 "std_criteria": ("swe", "swe_spread", "magnitude"),
                 "std_rates": (0.5, 1.0, 1.4, 2.0, 3.0),
                 "std_seeds": (0, 1),
-                "criteria": ("swe", "mean_abs", "magnitude", "random"),
+                "criteria": ("swe", "forecast_curvature", "magnitude", "random"),
                 "sparsities": (0.3, 0.5, 0.6, 0.8, 0.9),
                 "seeds": (0, 1),
             },
