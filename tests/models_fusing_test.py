@@ -61,6 +61,11 @@ def test_what_cannot_be_one_product_is_left():
     assert joined["bias"].shape == (6,)
 
 
+def test_what_holds_no_arrays_is_refused():
+    with pytest.raises(InputError, match="params must hold arrays alone"):
+        gpt.fuse({"mlp": {"gate": {"kernel": [[1.0]]}, "up": {"kernel": [[1.0]]}}})
+
+
 def test_fused_parameters_are_not_exported(tmp_path):
     made = model("llama")
     with pytest.raises(InputError, match=r"query_key_value.* must have shape none"):

@@ -15,6 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, PyTree
 
 from swe_prune.arguments import checked
+from swe_prune.calibration.batching import check_arrays
 from swe_prune.config import ModelConfig
 from swe_prune.models.layers import dense
 
@@ -46,9 +47,14 @@ def fuse(params: PyTree) -> PyTree:
     >>> gpt.fuse(params)["block_0"]["attention"]["query_key_value"]["kernel"].shape
     (8, 24)
     """
+    check_arrays("params", params)
+    return _fused(params)
+
+
+def _fused(params: Any) -> Any:
     if not isinstance(params, Mapping):
         return params
-    found = {name: fuse(one) for name, one in params.items()}
+    found = {name: _fused(one) for name, one in params.items()}
     for joined, names in JOINED.items():
         if _joinable([found.get(name) for name in names]):
             layers = [found.pop(name) for name in names]
@@ -61,7 +67,9 @@ def fuse(params: PyTree) -> PyTree:
 
 def _joinable(layers: list[Any]) -> bool:
     """Returns whether all are plain dense layers with the same parts, inputs and dtypes."""
-    if not all(isinstance(layer, Mapping) and "kernel" in layer for layer in layers):
+    if not all(isinstance(one, Mapping) and "kernel" in one for one in layers):
+        return False
+    if any(not hasattr(x, "dtype") for one in layers for x in one.values()):
         return False
     facts = [{part: (jnp.shape(x)[:-1], x.dtype) for part, x in one.items()} for one in layers]
     return all(one == facts[0] for one in facts) and len(facts[0]["kernel"][0]) == 1
