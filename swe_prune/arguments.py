@@ -17,7 +17,7 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -122,7 +122,9 @@ def check_concrete(value: Any, what: str) -> None:
 
 def _abstract(name: str, value: Any) -> str | None:
     """Returns the sentence of the first leaf that is a shape alone, if there is one."""
-    first = next(filter(is_abstract, jax.tree.leaves(value)), None)
+    # Iterators are no pytrees, and may be read once.
+    leaves = jax.tree.leaves(value, is_leaf=lambda one: isinstance(one, Iterator))
+    first = next(filter(is_abstract, leaves), None)
     if first is None:
         return None
     return (

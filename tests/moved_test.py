@@ -140,11 +140,12 @@ def test_a_save_that_takes_too_long_is_a_sentence(tmp_path, monkeypatch):
         await asyncio.sleep(3)
         return await write(*args, **kwargs)
 
-    limit = ocp.options.AsyncOptions(timeout_secs=1)
+    def limited(async_options, **how):
+        limit = dataclasses.replace(async_options, timeout_secs=1)
+        return options(async_options=limit, **how)
+
     monkeypatch.setattr(jax_array_handlers, "_async_serialize_replica_slices", slow)
-    monkeypatch.setattr(
-        ocp, "CheckpointManagerOptions", lambda **how: options(async_options=limit, **how)
-    )
+    monkeypatch.setattr(ocp, "CheckpointManagerOptions", limited)
     monkeypatch.setattr("orbax.checkpoint._src.multihost.multihost.coordination_timeout", lambda: 1)
     with pytest.raises(RunError, match="took longer than orbax allows") as caught:  # noqa: SIM117
         with contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as store:

@@ -77,8 +77,14 @@ def test_a_compressed_model_is_smaller_and_is_read_as_any_other(place, tmp_path,
     ("more", "part"),
     [
         (["--runs=0"], "--runs must be 1 or more, got 0"),
-        (["--energy-windows=-1"], "--energy-windows must be 0 or more, got -1"),
-        (["--energy-seconds=nan"], "--energy-seconds must be 0 or more, got nan"),
+        (
+            ["--energy-windows=-1"],
+            "--energy-windows must be an integer of at least 0 and at most 1000000, got -1",
+        ),
+        (
+            ["--energy-seconds=nan"],
+            "--energy-seconds must be a finite number of at least 0 and at most 86400, got nan",
+        ),
         (["--batch=0"], "--batch must be 1 or more, got 0"),
         (["--prompt-tokens=0"], "--prompt-tokens must be 1 or more, got 0"),
         (["--prompt-tokens=128"], "exceed the model's context of 128"),

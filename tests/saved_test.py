@@ -170,7 +170,7 @@ def test_orbax_restores_with_and_without_a_target(tmp_path):
             use()
     with pytest.raises(InputError, match="has no 'settings'"):
         trajectory.read({k: v for k, v in plain.items() if k != "settings"}, "late_mean")
-    with pytest.raises(InputError, match=r"must come from trajectory\.init"):
+    with pytest.raises(InputError, match="stats must be a TrajectoryStats or a mapping"):
         trajectory.update([1], PARAMS)
 
 

@@ -22,6 +22,14 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="lo
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 75}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def heard():
+    """Hears SIGHUP here and in the processes started from here, also if pytest is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def start(folder, plays_dir, before=(), **more):
     small = tiny.config(plays_dir)
     train = dataclasses.replace(small.train, steps=100_000, checkpoint_every=50_000)
