@@ -7,7 +7,6 @@ and energy are those of a training step, in turns with the dense step.
 """
 
 import functools
-import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from fitting import shown
+from fitting import quartiles, shown
 from flax import linen as nn
 from rich.table import Table
 from timing import compare
@@ -96,24 +95,27 @@ def run(seeds: list[int], say: Callable[[str], None]) -> list[dict[str, Any]]:
         params = model.init(jax.random.key(seed), jnp.zeros((1, 8, 8)))["params"]
         return params, optimizer.init(params)
 
-    rows = []
+    batch, rows = next(epoch(data["train"], 0, 0)), []
     for name, schedule in SCHEDULES.items():
         errors = []
         for seed in seeds:
             params, state = fresh(seed)
             for number in range(EPOCHS):
-                for batch in epoch(data["train"], seed, number):
-                    params, state = steps[schedule(number)](params, state, batch)
+                for some in epoch(data["train"], seed, number):
+                    params, state = steps[schedule(number)](params, state, some)
             images, digits = data["test"]
             errors.append(float((predict(params, images) != digits).mean()))
             say(f"{name}, seed {seed}: {errors[-1]:.2%} of {len(digits)} scans wrong")
-        rows.append({"schedule": name, "errors": errors, **cost(steps, schedule(1), *fresh(0))})
+        rows.append(
+            {"schedule": name, "errors": errors, **cost(steps, schedule(1), *fresh(0), batch)}
+        )
     return rows
 
 
-def cost(steps: dict[float, Step], keep: float, params: Any, state: Any) -> dict[str, Any]:
+def cost(
+    steps: dict[float, Step], keep: float, params: Any, state: Any, batch: Any
+) -> dict[str, Any]:
     """Returns the ratios of a step's time and energy to those of a dense step beside it."""
-    batch = next(epoch(scans()["train"], 0, 0))
 
     def ten(share: float) -> int:
         for _ in range(10):
@@ -136,11 +138,6 @@ def table(rows: list[dict[str, Any]]) -> Table:
     """Returns the rows as a table."""
     made = Table("channels kept", "test error, %", "step time", f"energy ({rows[0]['source']})")
     for row in rows:
-        ratios = [
-            "{1:.3f} ({0:.3f} to {2:.3f})".format(
-                *statistics.quantiles(row[name], n=4, method="inclusive")
-            )
-            for name in ("time", "energy")
-        ]
+        ratios = [quartiles(row[name]) for name in ("time", "energy")]
         made.add_row(row["schedule"], shown([100 * one for one in row["errors"]], 2), *ratios)
     return made

@@ -1,4 +1,4 @@
-"""A training loop for models with a loss of their own; `benchmarks/related.py` uses it."""
+"""A training loop and spreads in words, for the systems of `benchmarks/related.py`."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -35,3 +35,13 @@ def shown(values: Sequence[float], digits: int = 4) -> str:
     """
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def quartiles(values: Sequence[float]) -> str:
+    """Returns the median with the quartiles.
+
+    >>> quartiles([1.0, 2.0, 3.0])
+    '2.000 (1.500 to 2.500)'
+    """
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"

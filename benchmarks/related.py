@@ -45,6 +45,7 @@ import ecomls
 import ling
 import reasoning
 import retrikt
+from fitting import quartiles, shown
 from timing import compare
 
 from swe_prune import study
@@ -219,14 +220,7 @@ def ssprop_table(rows: list[dict[str, Any]]) -> Table:
     for name in SCHEDULES:
         own = [row for row in rows if row["schedule"] == name]
         losses = [row["loss"] for row in own]
-        spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-        low, middle, high = statistics.quantiles(own[0]["sparse_step"], n=4, method="inclusive")
-        table.add_row(
-            name,
-            f"{statistics.fmean(losses):.4f}{spread}",
-            str(len(losses)),
-            f"{middle:.3f} ({low:.3f} to {high:.3f})",
-        )
+        table.add_row(name, shown(losses), str(len(losses)), quartiles(own[0]["sparse_step"]))
     return table
 
 

@@ -68,11 +68,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=8, help="tokens to decode")
     parser.add_argument("--quick", action="store_true", help="a tiny model")
-    parser.add_argument(
-        "--separate",
-        action="store_true",
-        help="a product for each projection, unfused",
-    )
+    parser.add_argument("--separate", action="store_true", help="a product for each projection")
     parser.add_argument("--models", nargs="+", help="labels of the table to time; default: all")
     parser.add_argument("--out", type=Path, help="JSON file of all ratios")
     return parser.parse_args(arguments)
@@ -156,7 +152,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     models = variants(model)
     if options.models:
         models = {name: models[name] for name in ("dense", *options.models)}
-    sizes = {name: tree.size(one.params) for name, one in models.items()}
     if not options.separate:
         models = {name: Variant(one.config, gpt.fuse(one.params)) for name, one in models.items()}
     times = measured(models, vocab_size, options)
@@ -173,8 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for heading in ("", "parameters", *columns):
         table.add_column(heading, justify="right")
     for name, found in ratios.items():
+        size = tree.size(models[name].params)
         cells = [shown(found[column]) if column in found else "" for column in columns]
-        table.add_row(name, f"{sizes[name] / sizes['dense']:.3f}", *cells)
+        table.add_row(name, f"{size / tree.size(model.params):.3f}", *cells)
     console = Console(width=140)
     console.print(table)
     for name, column, most in AIMS:

@@ -65,16 +65,7 @@ def bench(given: BenchSettings, progress: Progress, console: Console) -> dict[st
         loads[0].check(source.config.context)
     models = {name: source.read(dtype=given.dtype) for name, source in sources.items()}
     built = {name: phi3v.build(one.config, one.vocab_size) for name, one in models.items()}
-    # What they take by count, before their projections are fused, as one decodes them.
-    tokens = given.prompt_tokens + given.new_tokens
-    counts = {
-        name: (
-            tree.size(one.params),
-            latency.nonzero(one.params),
-            structured.flops(one.config, one.params, tokens),
-        )
-        for name, one in models.items()
-    }
+    # Fused, as one decodes them; their counts stay the same.
     for name, one in models.items():
         models[name] = dataclasses.replace(one, params=gpt.fuse(one.params))
     peaks: dict[str, dict[int, int]] = {name: {} for name in models}
@@ -101,7 +92,9 @@ def bench(given: BenchSettings, progress: Progress, console: Console) -> dict[st
         name: Bench(
             str(one.path),
             sources[name].file_bytes,
-            *counts[name],
+            tree.size(one.params),
+            latency.nonzero(one.params),
+            structured.flops(one.config, one.params, given.prompt_tokens + given.new_tokens),
             peaks[name],
             times[name],
             energy[name],
