@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
                 "positions": "rope",
                 "activation": "silu",
                 "tied_head": False,
+                "init_stddev": 0.06,  # as 0.02 is to 768, see docs/vision.md
                 "vision": {
                     "layers": 3,  # two are used
                     "heads": 4,
@@ -45,6 +46,7 @@ def get_config() -> ConfigDict:
                     "image": 32,
                     "patch": 8,
                     "crops": 3,  # a tag is three crops wide
+                    "init_stddev": 0.06,
                 },
             },
             "data": {

@@ -29,6 +29,7 @@ _BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(_COUNTS.split(), COUNT),
     **{f"{phase}.{key}": one for phase in ("train", "finetune") for key, one in PHASE.items()},
     "model.dropout": SHARE,
+    "model.init_stddev": POSITIVE,
     "trajectory.power": NOT_NEGATIVE,
     "trajectory.vote_rate": NOT_NEGATIVE,
     "calibration.seed": SEED,

@@ -55,6 +55,7 @@ class VisionConfig:
     crops: int = 16  # largest number of crops of an image, next to its global view
     activation: Activation = "quick_gelu"  # nonlinearity of the MLP
     norm_epsilon: float = 1e-5  # constant added to the variance in a norm
+    init_stddev: float = 0.02  # standard deviation of the kernels' initial values
 
     @property
     def side(self) -> int:
@@ -93,6 +94,7 @@ class ModelConfig:
     mlp_bias: bool | None = None  # bias of the MLP; None: use_bias
     head_bias: bool | None = None  # bias of an untied output head; None: use_bias
     tied_head: bool = True  # whether the output head is the transposed embedding
+    init_stddev: float = 0.02  # standard deviation of the kernels' initial values
     dropout: float = 0.0  # dropout rate of training, in [0, 1)
     dtype: ComputeDtype = "float32"  # dtype of the computation; parameters are float32
     remat: bool = False  # rematerialization of each block in the backward pass: less memory

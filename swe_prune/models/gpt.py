@@ -31,7 +31,7 @@ from swe_prune.models.block import Block, scanned
 from swe_prune.models.checks import check
 from swe_prune.models.fusing import fuse
 from swe_prune.models.kv_cache import Cache, empty_cache, positions_and_masks
-from swe_prune.models.layers import ACTIVATIONS, INIT_STDDEV, dense, norm
+from swe_prune.models.layers import ACTIVATIONS, dense, norm
 
 __all__ = ["ACTIVATIONS",
     "BLOCKS", "GPT", "Block", "Cache", "attention", "build", "empty_cache", "fuse",
@@ -205,7 +205,7 @@ class GPT(nn.Module):
                 f"{length} tokens exceed the model's context of {cfg.context}; "
                 "cut the sequence or raise config.model.context"
             )
-        init = nn.initializers.normal(INIT_STDDEV)
+        init = nn.initializers.normal(cfg.init_stddev)
         embed = nn.Embed(
             self.vocab_size, cfg.width, embedding_init=init, dtype=cfg.dtype, name="embedding"
         )

@@ -22,8 +22,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
 }
 
-INIT_STDDEV = 0.02
-
 
 def dense(
     cfg: ModelConfig, features: int, name: str, use_bias: bool | None, residual: bool = False
@@ -49,7 +47,7 @@ def dense(
 def init_stddev(cfg: ModelConfig, residual: bool) -> float:
     """Returns the standard deviation of a kernel's initial values."""
     # GPT-2 scales additions to the residual stream by 1 / sqrt(additions), two in every layer.
-    return INIT_STDDEV / math.sqrt(2 * cfg.layers) if residual else INIT_STDDEV
+    return cfg.init_stddev / math.sqrt(2 * cfg.layers) if residual else cfg.init_stddev
 
 
 def norm(cfg: ModelConfig, name: str) -> nn.Module:

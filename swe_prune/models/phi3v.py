@@ -137,7 +137,7 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x_BxMxF: Array, order_BxT: Array) -> Array:  # noqa: D102 (the class's)
         cfg = self.config
-        init = nn.initializers.normal(0.02)
+        init = nn.initializers.normal(cfg.init_stddev)
         names = ("row_separator", "global_separator")
         ends = [self.param(name, init, x_BxMxF.shape[-1:]) for name in names]
         ends_Bx2xF = jnp.broadcast_to(jnp.stack(ends), (len(x_BxMxF), 2, x_BxMxF.shape[-1]))

@@ -20,7 +20,7 @@ from swe_prune.config import ModelConfig, VisionConfig
 from swe_prune.errors import InputError
 from swe_prune.models.block import Block, scanned
 from swe_prune.models.kv_cache import PLAIN
-from swe_prune.models.layers import INIT_STDDEV, norm
+from swe_prune.models.layers import norm
 
 
 def check(config: VisionConfig) -> None:
@@ -59,6 +59,7 @@ def encoder(config: VisionConfig, of: ModelConfig) -> ModelConfig:
         norm_epsilon=config.norm_epsilon,
         use_bias=True,
         positions="none",
+        init_stddev=config.init_stddev,
         causal=False,
         dtype=of.dtype,
         remat=of.remat,
@@ -107,7 +108,7 @@ class VisionTower(nn.Module):
         batch, side, patch = len(pixels_BxYxXx3), vision.side, vision.patch
         x = pixels_BxYxXx3.reshape(batch, side, patch, side, patch, 3)
         x = x.transpose(0, 1, 3, 5, 2, 4).reshape(batch, side * side, -1)  # as torch lays out a
-        init = nn.initializers.normal(INIT_STDDEV)  # patch: color, row, column
+        init = nn.initializers.normal(vision.init_stddev)  # patch: color, row, column
         embed = nn.Dense(vision.width, False, cfg.dtype, kernel_init=init, name="patch_embedding")
         # Wider than CLIP's, so that a narrow tower sees where a patch is from the first step.
         wide = nn.initializers.normal(vision.width**-0.5)

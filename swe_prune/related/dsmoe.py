@@ -28,12 +28,14 @@ from flax import linen as nn
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune.arguments import checked
+from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError, check_choice
 from swe_prune.models.block import MLP
 from swe_prune.models.gpt import GPT
-from swe_prune.models.layers import ACTIVATIONS, INIT_STDDEV
+from swe_prune.models.layers import ACTIVATIONS
 from swe_prune.training import losses
 
+INIT_STDDEV = ModelConfig.init_stddev  # of a router's kernel
 Weights = Mapping[str, Mapping[str, Array]]
 """Kernels (and biases, if any) of an MLP: "up", "down", and "gate" where it is gated."""
 

@@ -99,7 +99,10 @@ def _als(tensor: Array, key: Array, rank: int, steps: int, tolerance: float) -> 
     def solved(product: Array, x: Array, y: Array) -> Array:
         gram = (x.T @ x) * (y.T @ y)
         ridge = RIDGE * jnp.trace(gram) / rank
-        return jax.scipy.linalg.solve(gram + ridge * jnp.eye(rank), product.T, assume_a="pos").T
+        # More outer products than the tensor needs make the Gram matrix singular, and rounding its
+        # smallest eigenvalues negative, on which a Cholesky factorization fails.
+        values, vectors = jnp.linalg.eigh(gram)
+        return (product @ vectors / (jnp.maximum(values, 0) + ridge)) @ vectors.T
 
     def unit(factor: Array) -> tuple[Array, Array]:
         length = jnp.maximum(jnp.linalg.norm(factor, axis=0), jnp.finfo(factor.dtype).tiny)

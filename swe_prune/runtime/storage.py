@@ -194,7 +194,13 @@ def read_text(path: epath.PathLike, *, log: bool = False) -> str:
         found = os.stat(path)
         if found.st_size > LARGEST and not (log and found.st_blocks * 512 >= found.st_size):
             raise ValueError(f"it has {found.st_size:,} bytes, more than a file of its kind has")
-    return epath.Path(path).read_text(encoding="utf-8")
+        return epath.Path(path).read_text(encoding="utf-8")
+    # In one request: opened, a file is read by the size that it had, while another process may put
+    # a longer one in its place.
+    import fsspec
+
+    files, name = fsspec.core.url_to_fs(str(path))
+    return files.cat_file(name).decode("utf-8")
 
 
 def parse_json(text: str) -> dict[str, Any]:
