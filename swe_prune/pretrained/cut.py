@@ -19,7 +19,7 @@ from swe_prune.evaluation import gate
 from swe_prune.evaluation.latency import decode_seconds
 from swe_prune.interop.stranger_files import inside, read_json
 from swe_prune.models import phi3v
-from swe_prune.pretrained import choice, judge, texts, tracked, unit_criteria
+from swe_prune.pretrained import judge, texts, tracked, unit_criteria
 from swe_prune.pretrained.opening import has_masks, opened, record_of, said
 from swe_prune.pretrained.request import check_trajectory
 from swe_prune.pretrained.settings import CutSettings
@@ -41,6 +41,8 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
     _check_amount(given)
     request = unit_criteria.checked(given)
     interop.check_free(given.out)
+    reads = unit_criteria.reads_batches(given, request)
+    texts.say_unread(given, given.criterion, reads, progress)
     checkpoint = opened(given, progress)
     if request is not None:
         check_trajectory(request, tracked.there(checkpoint.path), given.model)
@@ -50,11 +52,12 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
             "remove; cut the dense model with --restore and prune it then"
         )
     groups = structured.groups(checkpoint.config, given.units)
-    _check_choice(given, groups, checkpoint)
     text = texts.read(given.evaluation, checkpoint)
     judge.check(checkpoint, text, given)
+    budget = None if given.budget is None else _budget(given.budget, checkpoint.vocab_size)
+    _check_choice(given, groups, budget, checkpoint)
     batches, calibration = [], None
-    if unit_criteria.reads_batches(given, request):
+    if reads:
         batches, calibration = texts.calibration(given, checkpoint, text, progress)
     model, recorded = checkpoint.read(dtype=given.dtype), has_masks(checkpoint.path)
     module = phi3v.build(model.config, model.vocab_size)
@@ -64,7 +67,7 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
     units, partners = said(
         progress, lambda: unit_criteria.unit_scores(given, request, model, groups, batches)
     )
-    keep = _chosen(given, groups, units, model.params, model.config, model.vocab_size)
+    keep = _chosen(given, groups, units, budget, model.params, model.config)
     params, refits = model.params, ()
     if given.restore:
         params, refits = unit_criteria.restored(model, groups, keep, batches)
@@ -178,15 +181,15 @@ def _chosen(
     given: CutSettings,
     groups: dict[str, Group],
     units: Mapping[str, Any],
+    budget: Budget | None,
     params: PyTree,
     config: Any,
-    vocab_size: int,
 ) -> structured.Keep:
     return structured.choose(
         groups,
         units,
         sparsity=given.sparsity,
-        budget=None if given.budget is None else _budget(given.budget, vocab_size),
+        budget=budget,
         multiple=given.multiple,
         params=params,
         config=config,
@@ -194,15 +197,21 @@ def _chosen(
 
 
 def _check_choice(
-    given: CutSettings, groups: dict[str, Group], checkpoint: interop.PretrainedSource
+    given: CutSettings,
+    groups: dict[str, Group],
+    budget: Budget | None,
+    checkpoint: interop.PretrainedSource,
 ) -> None:
-    """Refuses what the shapes do not admit or no config.json can say, before a weight is read."""
-    if given.budget is not None and given.budget.startswith(("latency", "bytes")):
-        return  # times and dtypes are not known yet
+    """Refuses what the shapes do not admit or no config.json can say, before a weight is read.
+
+    How many units stay does not depend on their scores. A budget of latency times the candidates
+    now, and remembers them.
+    """
     nothing = {name: np.zeros(group.shape) for name, group in groups.items()}
-    config, vocab_size = checkpoint.config, checkpoint.vocab_size
-    keep = _chosen(given, groups, nothing, choice.abstract_params(checkpoint), config, vocab_size)
-    interop.write_config(structured.cut_config(config, keep), vocab_size, checkpoint.family)
+    params = checkpoint.abstract(dtype=given.dtype)
+    keep = _chosen(given, groups, nothing, budget, params, checkpoint.config)
+    small = structured.cut_config(checkpoint.config, keep)
+    interop.write_config(small, checkpoint.vocab_size, checkpoint.family)
 
 
 def _costs(model: interop.Pretrained) -> dict[str, float]:
