@@ -68,7 +68,6 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     interop.check_free(given.out)
     for line in reasons(given, request):
         progress.say(escape(line))
-    texts.say_unread(given, request.name, request.reads_batches, progress)
     checkpoint = opened(given, progress)
     check_trajectory(request, tracked.there(checkpoint.path), given.model)
     chosen, layout = dry_run.chosen_weights(request, checkpoint, given)
@@ -77,6 +76,8 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     batches, calibration = [], None
     if request.reads_batches:
         batches, calibration = texts.calibration(given, checkpoint, text, progress)
+    else:
+        texts.say_unread(given, request.name, progress)
     model = checkpoint.read(dtype=given.dtype)
     module = phi3v.build(model.config, model.vocab_size)
     reads_trajectory = bool(request.needs & set(BUFFERS))

@@ -16,7 +16,7 @@ from swe_prune import importance, interop, structured, tree
 from swe_prune.config import literal
 from swe_prune.errors import InputError, shown
 from swe_prune.evaluation import gate
-from swe_prune.evaluation.latency import decode_seconds
+from swe_prune.evaluation.latency import Workload, decode_seconds
 from swe_prune.interop.stranger_files import inside, read_json
 from swe_prune.models import phi3v
 from swe_prune.pretrained import judge, texts, tracked, unit_criteria
@@ -42,7 +42,6 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
     request = unit_criteria.checked(given)
     interop.check_free(given.out)
     reads = unit_criteria.reads_batches(given, request)
-    texts.say_unread(given, given.criterion, reads, progress)
     checkpoint = opened(given, progress)
     if request is not None:
         check_trajectory(request, tracked.there(checkpoint.path), given.model)
@@ -52,13 +51,15 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
             "remove; cut the dense model with --restore and prune it then"
         )
     groups = structured.groups(checkpoint.config, given.units)
+    budget = None if given.budget is None else _budget(given.budget, checkpoint)
+    _check_choice(given, groups, budget, checkpoint)
     text = texts.read(given.evaluation, checkpoint)
     judge.check(checkpoint, text, given)
-    budget = None if given.budget is None else _budget(given.budget, checkpoint.vocab_size)
-    _check_choice(given, groups, budget, checkpoint)
     batches, calibration = [], None
     if reads:
         batches, calibration = texts.calibration(given, checkpoint, text, progress)
+    else:
+        texts.say_unread(given, given.criterion, progress)
     model, recorded = checkpoint.read(dtype=given.dtype), has_masks(checkpoint.path)
     module = phi3v.build(model.config, model.vocab_size)
     dense = judge.judge(module, model.params, model, text, given)
@@ -156,7 +157,7 @@ def _check_amount(given: CutSettings) -> None:
         said = "neither was given" if given.sparsity is None else "both were given"
         raise InputError(f"cut needs --sparsity or --budget, {said}; give one of them")
     if given.budget is not None:
-        _ = _budget(given.budget, 1).limit  # checks the number
+        _ = _budget(given.budget).limit  # checks the number
     if given.restore and given.units == "layers":
         raise InputError(
             "--restore refits the projections that read what goes, and whole layers have none; "
@@ -164,7 +165,8 @@ def _check_amount(given: CutSettings) -> None:
         )
 
 
-def _budget(text: str, vocab_size: int) -> Budget:
+def _budget(text: str, checkpoint: interop.PretrainedSource | None = None) -> Budget:
+    """Returns the budget that a text names; one of latency is measured on models like this one."""
     name, equals, value = text.partition("=")
     known = ("params", "flops", "bytes", "latency")
     if not equals or name not in known:
@@ -172,7 +174,13 @@ def _budget(text: str, vocab_size: int) -> Budget:
             f"--budget={text} must be NAME=NUMBER with a name among {', '.join(known)}; write for "
             "example --budget=params=1e8"
         )
-    measure = decode_seconds(vocab_size) if name == "latency" else None
+    measure = None
+    if name == "latency":
+        load, size = Workload(), 1
+        if checkpoint is not None:  # whose context may be short
+            prompt = max(1, min(load.prompt, checkpoint.config.context - load.new - 1))
+            load, size = dataclasses.replace(load, prompt=prompt), checkpoint.vocab_size
+        measure = decode_seconds(size, load)
     number: Any = literal(value)
     return Budget(**{name: number}, measure=measure)
 

@@ -80,12 +80,12 @@ def calibration(
     return batches, about | {"seed": given.seed}
 
 
-def say_unread(given: CalibrationSettings, criterion: str, read: bool, progress: Progress) -> None:
-    """Says that the options of the calibration have no effect, if a criterion reads no text."""
+def say_unread(given: CalibrationSettings, criterion: str, progress: Progress) -> None:
+    """Says that the options of the calibration have no effect, as a criterion reads no text."""
     fields = dataclasses.fields(CalibrationSettings)
     names = [field.name for field in fields if field.name.startswith("calibration")]
     changed = [one for one in names if getattr(given, one) != getattr(CalibrationSettings, one)]
-    if changed and not read:
+    if changed:
         options = ", ".join("--" + name.replace("_", "-") for name in changed)
         are = "has" if len(changed) == 1 else "have"
         progress.say(
