@@ -15,7 +15,6 @@ import interop_tiny
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pretrained_tiny
 import pytest
 from fuzz_test import VALUES, flipped, fuzz, sentence
 from hostile_files_test import bounded
@@ -66,15 +65,20 @@ def model_folder(folder):
     """A folder of shards with its index, tokenizer, masks and record."""
     path = damaged.masked(folder)
     made = interop.load(path, tokenizer=False)
-    words = pretrained_tiny.tokenizer("a few words, a few words more")
     shutil.rmtree(path)
-    words.backend.enable_truncation(4)
-    made = dataclasses.replace(made, tokenizer=words)
     interop.export(path, made, shard_bytes=20_000)
+    vocab = {"<|end|>": 0, "a": 1, "b": 2}
+    tokens = {"model": {"type": "BPE", "vocab": vocab, "merges": []}, "added_tokens": []}
+    for name, content in {
+        "tokenizer.json": tokens, "tokenizer_config.json": {"eos_token": "<|end|>"},
+        "special_tokens_map.json": {"eos_token": {"content": "<|end|>"}},
+        "generation_config.json": {"eos_token_id": 0},
+    }.items():  # fmt: skip
+        (path / name).write_text(json.dumps(content))
 
     def read():
         found = interop.load(path)
-        text = found.tokenizer.encode("a few words")
+        text = found.tokenizer.encode("ab")
         return damaged.digest(found.params), found.tokenizer.decode(text)
 
     return Format(path, read)
