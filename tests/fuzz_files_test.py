@@ -137,6 +137,8 @@ def pictures(folder):
 
     def read():
         found = [images.open_image(path, str(path)) for path in sorted(folder.iterdir())]
+        for one in found:
+            images.check_size(*one.size, test.VISION, "an image")
         return [(one.size, images.crops_of(one, test.VISION).shape) for one in found]
 
     return Format(folder, read)

@@ -386,6 +386,19 @@ def test_an_output_folder_that_exists_is_refused_before_work(place, tmp_path, ca
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["x" * 240, "x" * 300, "/proc/x"])
+def test_an_output_folder_that_cannot_be_made_is_said_before_work(
+    place, tmp_path, capsys, monkeypatch, name
+):
+    monkeypatch.delattr(interop, "open_pretrained")
+    assert prune(place, tmp_path / name, "--criterion=magnitude", "--sparsity=0.5") == 1
+    error = capsys.readouterr().err
+    assert "cannot be written: " in error
+    assert "give another output folder" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_finetuning_that_diverges_in_its_last_steps_exports_nothing(place, tmp_path, capsys):
     more = ["--steps=2", "--learning-rate=3e38", "--weight-decay=1e38", "--warmup=0"]
     assert finetune(place, tmp_path / "out", *more) == 1
