@@ -386,7 +386,7 @@ def test_an_output_folder_that_exists_is_refused_before_work(place, tmp_path, ca
     assert list(out.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["x" * 240, "x" * 300, "/proc/x"])
+@pytest.mark.parametrize("name", ["x" * 240, "/proc/x"])
 def test_an_output_folder_that_cannot_be_made_is_said_before_work(
     place, tmp_path, capsys, monkeypatch, name
 ):

@@ -5,6 +5,7 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 
+import interop_tiny
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +21,12 @@ from swe_prune import (
     data,
     evaluation,
     importance,
+    interop,
     ledger,
     masks,
     patterns,
     recipe,
+    report,
     schedules,
     select,
     sparse_training,
@@ -57,6 +60,7 @@ SCORES = {"up": {"kernel": UP, "bias": None}, "down": {"kernel": jnp.abs(DOWN)}}
 MASK = masks.by_sparsity({"down": SCORES["down"]}, 0.5)["down"]["kernel"]
 MASKS = {"up": {"kernel": None, "bias": None}, "down": {"kernel": MASK}}
 ROWS = RNG.normal(size=(2, 4)).astype(np.float32)
+MODEL = interop_tiny.model("llama")
 METERS = [ProcessorMeter(1)]
 WINDOW = ledger.Window(ledger.interval(1.0), 1.0, 2)
 STATS = trajectory.update(trajectory.init(PARAMS), PARAMS)
@@ -368,6 +372,21 @@ RIGHT = [
     (spikes.spiked, {"watch": spikes.Watch.start(), "loss": jnp.float32(2), "deviations": 5.0,
                      "decay": 0.9, "warmup": 2, "patience": 2, "backoff": 0.5}),
     (spikes.Again, {"batches": iter(range(9)), "chance": 0.5, "seed": 0}),
+    (interop.load, {"path": str(NOWHERE / "none"), "dtype": None, "compute_dtype": "float32",
+                    "shardings": None, "tokenizer": True, "prefix": None}),
+    (interop.open_pretrained, {"path": str(NOWHERE / "none"), "tokenizer": True, "prefix": None}),
+    (interop.export, {"folder": str(NOWHERE / "none" / "x"), "model": MODEL, "params": None,
+                      "mask": None, "record": None, "also": None, "shard_bytes": 9,
+                      "compress": False}),
+    (interop.check_free, {"folder": str(NOWHERE / "none")}),
+    (interop.read_masks, {"path": str(NOWHERE / "none")}),
+    (interop.read_record, {"folder": str(NOWHERE / "none")}),
+    (interop.load_vision_tower, {"path": str(NOWHERE / "none"), "dtype": None, "shardings": None}),
+    (interop.read_config, {"hf": interop_tiny.CONFIGS["llama"]}),
+    (interop.write_config, {"config": MODEL.config, "vocab_size": 24, "family": None}),
+    (interop.abstract_params, {"config": MODEL.config, "vocab_size": 24}),
+    (report.build, {"workdir": str(NOWHERE / "none")}),
+    (config.from_dict, {"values": {"name": "x"}}),
     (lora.init, {"params": PARAMS, "rank": 2, "alpha": 1.0, "key": KEY, "targets": None}),
 ]  # fmt: skip
 """Arguments with which each call works, or is refused for another reason than the one below."""

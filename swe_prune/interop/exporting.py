@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune import masks, tree
+from swe_prune.arguments import checked
 from swe_prune.config import VisionConfig
 from swe_prune.errors import InputError, writing
 from swe_prune.interop.compressed_file import write_compressed
@@ -48,8 +49,9 @@ SHARD_BYTES = 5 * 10**9
 ROOM = "make room or give another output folder, and run the same command again"
 
 
+@checked
 def export(
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     model: Pretrained,
     params: PyTree | None = None,
     *,
@@ -124,7 +126,8 @@ def export(
     return folder
 
 
-def check_free(folder: str | Path) -> None:
+@checked
+def check_free(folder: str | os.PathLike[str]) -> None:
     """Checks that a model can be written to a folder; call it before long work.
 
     Raises:

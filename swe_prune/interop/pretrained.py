@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError, reading
 from swe_prune.interop import prefixes
@@ -150,6 +151,7 @@ class PretrainedSource:
         return bound, match(self.source, bound, self.table, duplicates, str(self.path))
 
 
+@checked
 def load(
     path: str | Path,
     *,
@@ -187,6 +189,7 @@ def load(
     return source.read(dtype=dtype, shardings=shardings)
 
 
+@checked
 def open_pretrained(
     path: str | Path,
     *,
