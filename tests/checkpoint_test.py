@@ -68,7 +68,7 @@ def test_a_file_of_holes_is_not_read_to_its_end(tmp_path):
     store = stored(tmp_path)
     with open(largest_file(tmp_path / "2"), "r+b") as file:
         file.truncate(1 << 36)
-    with pytest.raises(InputError, match="is damaged: .* is nearly all holes"):
+    with pytest.raises(InputError, match=r"is damaged: .* is nearly all holes"):
         store.restore(TREE, 2)
 
 
