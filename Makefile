@@ -19,7 +19,7 @@ test: $(call STAMP,test)
 
 # Whatever comes in, a sentence or a right result: an hour of it, with new examples each time.
 fuzz: $(call STAMP,test)
-	SWE_PRUNE_FUZZ=20000 $(BIN)/python -m pytest -n 2 -x tests/fuzz_test.py
+	SWE_PRUNE_FUZZ=20000 $(BIN)/python -m pytest -n 2 -x tests/fuzz_test.py tests/fuzz_files_test.py
 
 lint: $(call STAMP,lint)
 	$(BIN)/ruff check $(FORMAT)

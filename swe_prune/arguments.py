@@ -35,7 +35,7 @@ RANGES = {
     for bound, names in {
         bounds.SEED: "seed seeds",
         bounds.COUNT: "at_once batch block context count every iterations max_new_tokens n "
-        "number patience rank ranks resamples rounds steps window windows",
+        "number patience rank ranks resamples rounds steps vocab_size window windows",
         bounds.INDEX: "at begin end leave_out process to",
         bounds.Bound(0, 2**48, whole=True): "size tokens total",  # which may be billions
     }.items()

@@ -70,6 +70,9 @@ COUNT = Bound(1, 2**31 - 1, whole=True)
 TURNS = Bound(0, 10**6, whole=True)
 """Runs of a measurement, each of which takes its time and is remembered."""
 
+DAY = Bound(0.0, 86_400.0)
+"""Seconds of a measurement or a wait."""
+
 INDEX = Bound(0, 2**31 - 1, whole=True)
 SEED = Bound(0, 2**32 - 1, whole=True)
 POSITIVE = Bound(_TINY)

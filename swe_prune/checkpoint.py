@@ -362,6 +362,8 @@ class Checkpoints:
         if names is None:
             names = sorted(written.keys() | set(storage.files(self.folder / str(step))))
         for name in names[processes.index() :: processes.count()]:
+            if storage.is_hollow(self.folder / str(step) / name):
+                return f"{name} is nearly all holes"
             found = _checksums(self.folder / str(step), [name]).get(name)
             if written.get(name) != found:
                 return f"{name} {'is missing' if found is None else 'was changed after writing'}"

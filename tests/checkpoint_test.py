@@ -64,6 +64,14 @@ def largest_file(folder):
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
+def test_a_file_of_holes_is_not_read_to_its_end(tmp_path):
+    store = stored(tmp_path)
+    with open(largest_file(tmp_path / "2"), "r+b") as file:
+        file.truncate(1 << 36)
+    with pytest.raises(InputError, match=r"is damaged: .* is nearly all holes"):
+        store.restore(TREE, 2)
+
+
 def test_a_flipped_bit_is_found(tmp_path):
     store = stored(tmp_path)
     file = largest_file(tmp_path / "2")

@@ -15,6 +15,7 @@ import tiny
 import swe_prune
 from swe_prune import cli
 from swe_prune.cli import parsing
+from swe_prune.errors import InputError
 from swe_prune.pretrained import settings
 
 
@@ -226,6 +227,9 @@ def test_a_place_that_is_none(arguments, said, tmp_path, plays_dir, capfd, monke
         (["prune", "--model=m", "--config.log_every=1"], "--config.log_every is for an experiment"),
         (["finetune", "--model=m", "--out=o", "--steps=x"], "--steps must be an integer, got 'x'"),
         (["evaluate", "--model=m", "--dtype=int8"], "--dtype must be one of float32, .*'int8'"),
+        (["evaluate", "--model=m", "--at-most=9"], "--at-most has no effect without --dense; give"),
+        (["report", "--workdir=w", "--config.log_every=1"], "no --config was given"),
+        (["report", "--workdir=w", "--config=C"], "workdir 'w' has no config.json"),
         (["evaluate", "--model=m", "--promt=x"], "no option --promt .*; did you mean '--prompt'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -236,6 +240,28 @@ def test_a_command_line_that_cannot_be_is_one_sentence(arguments, said, tmp_path
     message = fails(capsys, given)
     assert re.search(said, message), message
     assert not (tmp_path / "w").exists()
+
+
+NEEDING = [
+    (command, field)
+    for command, cls in settings.COMMANDS.items()
+    for field in dataclasses.fields(cls)
+    if "needs" in field.metadata
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "field"), NEEDING, ids=[f"{command} {field.name}" for command, field in NEEDING]
+)
+def test_an_option_without_the_one_it_needs_is_refused_even_with_its_default(command, field):
+    value = field.default[0] if isinstance(field.default, tuple) else field.default
+    given = [f"--model=m --out=o {parsing.flag(field)}={1 if value is None else value}".split()]
+    given = [one for one in given[0] if command == "finetune" or "--out" not in one]
+    needed = "--" + field.metadata["needs"].replace("_", "-")
+    with pytest.raises(InputError, match=f"no effect without {needed}; give {needed}"):
+        parsing.parse([command, *given])
+    with_it = needed if field.metadata["needs"] == "track" else f"{needed}=2"
+    parsing.parse([command, *given, with_it])
 
 
 def test_options_become_the_types_of_their_settings_and_text_stays_as_typed():

@@ -224,6 +224,8 @@ def test_files_that_cannot_be_used_are_refused(tmp_path, content, message):
 def test_a_folder_is_no_text(tmp_path):
     with pytest.raises(InputError, match=r"cannot be read .*directory.*; correct data.dataset"):
         data.load(config(tmp_path), CONTEXT)
+    with pytest.raises(InputError, match=r"; correct the path of a text file"):
+        data.read_named(str(tmp_path))  # of an option, not of a config
 
 
 @pytest.mark.parametrize(

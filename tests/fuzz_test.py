@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from swe_prune import cli, interop, masks, recipe, trajectory, tree
+from swe_prune.cli import parsing
 from swe_prune.config import Config, flat, from_dict, to_steps, validate
 from swe_prune.errors import InputError, visible
 from swe_prune.interop.gguf_header import read_header as read_gguf_header
@@ -59,6 +60,13 @@ def sentence():
         text = visible(str(error))
         assert "\n" not in text
         assert len(text) < 2000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def elsewhere(tmp_path_factory):
+    """Relative paths are none of the project's."""
+    with contextlib.chdir(tmp_path_factory.mktemp("here")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +217,25 @@ def test_command_lines(option, value, more, tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         assert cli.main([*arguments, *([more] if more.startswith("-") else [])]) in (1, 2)
+
+
+OF_EXPERIMENTS = sorted({
+    (command, parsing.flag(field))
+    for command, about in parsing.COMMANDS.items() if about.settings is not None
+    for field in dataclasses.fields(about.settings)
+})  # fmt: skip
+
+
+@fuzz
+@given(
+    option=st.sampled_from(OF_EXPERIMENTS), value=st.one_of(TEXTS, NUMBERS.map(repr)), more=TEXTS
+)
+def test_command_lines_of_an_experiment(option, value, more, tmp_path_factory):
+    command, name = option
+    nowhere = tmp_path_factory.getbasetemp() / "nowhere"
+    arguments = [command, f"--config={nowhere}.py", f"--workdir={nowhere}", f"{name}={value}"]
+    assert cli.main([*arguments, f"--config.{more}"]) in (1, 2)
+    assert not nowhere.exists()
 
 
 # Library calls

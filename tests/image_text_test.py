@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import io
 import itertools
+import os
 import struct
 import zlib
 
@@ -171,6 +172,21 @@ def test_bad_rows_are_left_out_and_counted_if_the_config_says_so(tmp_path):
     config = table(tmp_path / "prices.parquet", full_price=prices)
     data = image_text.load(dataclasses.replace(config, skip_bad_rows=True), MODEL)
     assert (len(data.train), len(data.validation), len(data.skipped)) == (3, 1, 2)
+
+
+@pytest.mark.parametrize("where", ["", "0.png", "nowhere"])
+def test_images_alone_are_no_dataset_of_prices(tmp_path, where):
+    picture().save(tmp_path / "0.png")
+    config = DataConfig(dataset=str(tmp_path / where))
+    with pytest.raises(InputError, match=r"neither a parquet file .* \(columns title, .* image\)"):
+        image_text.load(config, MODEL)
+
+
+def test_an_image_is_read_from_a_regular_file_alone(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        with pytest.raises(InputError, match="it is no regular file; give the path"):
+            images.open_image(path, "it")
 
 
 def test_a_dataset_without_the_columns(tmp_path):

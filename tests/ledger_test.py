@@ -366,9 +366,11 @@ def test_windows_go_in_turns_and_back_and_count_every_run():
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"count": 0}, "windows must be 1 or more"),
-        ({"seconds": -1.0}, "windows must be 1 or more"),
-        ({"seconds": math.nan}, "windows must be 1 or more"),
+        ({"count": 0}, "count must be an integer of at least 1, got 0"),
+        ({"count": 10**9}, "count must be .* at most 1000000"),
+        ({"seconds": 1e9}, "seconds must be .* at most 86400"),
+        ({"seconds": -1.0}, "seconds must be a finite number of at least 0"),
+        ({"seconds": math.nan}, "seconds must be a finite number, got nan"),
         ({"works": {"dense": lambda: 0}}, "work 'dense' must work through tokens"),
     ],
 )

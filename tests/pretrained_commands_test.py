@@ -244,6 +244,10 @@ def test_stored_dtypes_are_kept(place, tmp_path):
         (["--criterion=wanda", "--sparsity=0.5", "--seed=-1"], "--seed"),
         (["--criterion=wanda", "--sparsity=nan"], "sparsity"),
         (["--criterion=wanda", "--sparsity=0.5", "--prefix=\0"], "NUL"),
+        (["--criterion=admm", "--sparsity=0.5", "--at-once"], "--at-once has no effect with"),
+        (["--pattern=2:4", "--at-once"], "--at-once has no effect with admm"),
+        (["--criterion=magnitude", "--sparsity=0.5", "--offload"], "--offload has no effect with"),
+        (["--criterion=wanda", "--sparsity=0.5", "--at-once", "--offload"], "--offload has no"),
     ],
 )  # fmt: skip
 def test_bad_settings_get_one_sentence_and_leave_nothing(place, tmp_path, capsys, arguments, said):
@@ -279,6 +283,9 @@ def test_calibration_on_the_evaluation_text_is_refused(place, tmp_path, capsys):
         (["--track", "--steps=2", "--track-every=3"], "takes no snapshot"),
         (["--track", "--measure=late_men"], "late_mean"),
         (["--lora-alpha=2"], "give --lora-rank"),
+        (["--measure=late_mean"], "--measure has no effect without --track; give --track with"),
+        (["--track-every=5"], "--track-every has no effect without --track"),
+        (["--masks=apply"], "--masks=apply needs a mask file"),
         (["--teacher=nowhere"], "does not exist"),
         (["--train-window=129"], "--train-window=129 does not fit the 128 tokens"),
     ],
@@ -379,6 +386,19 @@ def test_an_output_folder_that_exists_is_refused_before_work(place, tmp_path, ca
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["x" * 240, "/proc/x"])
+def test_an_output_folder_that_cannot_be_made_is_said_before_work(
+    place, tmp_path, capsys, monkeypatch, name
+):
+    monkeypatch.delattr(interop, "open_pretrained")
+    assert prune(place, tmp_path / name, "--criterion=magnitude", "--sparsity=0.5") == 1
+    error = capsys.readouterr().err
+    assert "cannot be written: " in error
+    assert "give another output folder" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_finetuning_that_diverges_in_its_last_steps_exports_nothing(place, tmp_path, capsys):
     more = ["--steps=2", "--learning-rate=3e38", "--weight-decay=1e38", "--warmup=0"]
     assert finetune(place, tmp_path / "out", *more) == 1
@@ -404,6 +424,16 @@ def pruned(place, tmp_path_factory):
     out = tmp_path_factory.mktemp("pruned") / "model"
     assert prune(place, out, "--criterion=magnitude", "--sparsity=0.5") == 0
     return out
+
+
+def test_what_is_said_to_have_no_effect_has_none(place, pruned, tmp_path, capsys):
+    assert prune(place, tmp_path / "a", "--criterion=magnitude", "--sparsity=0.5") == 0
+    said = "".join(capsys.readouterr()).replace("\n", " ")
+    assert "Calibrating on no text, which magnitude does not read: --calibration, " in said
+    assert finetune(place, tmp_path / "out", "--zeros=free", model=pruned) == 2
+    assert "give --masks=ignore with it" in capsys.readouterr().err
+    more = ["--zeros=free", "--masks=ignore", "--steps=1"]
+    assert finetune(place, tmp_path / "out", *more, model=pruned) == 0
 
 
 def with_masks(pruned, folder, mask):

@@ -170,6 +170,8 @@ def test_a_gguf_file_is_cut_as_the_folder(place, tmp_path):
          "whole layers have none"),
         (["--units=neurons", "--criterion=activation_norm", "--sparsity=0.5", "--option=a=1"],
          "has no options"),
+        (["--units=neurons", "--criterion=activation_norm", "--sparsity=0.5", "--reduce=sum"],
+         "leave out --reduce"),
         (["--units=neurons", "--criterion=magnitude"], "cut needs --sparsity or --budget"),
         (["--units=neurons", "--criterion=magnitude", "--sparsity=0.5", "--budget=params=9"],
          "both were given"),
@@ -180,13 +182,20 @@ def test_a_gguf_file_is_cut_as_the_folder(place, tmp_path):
          "64 units, which multiple = 128 rounds to nothing"),
         (["--units=heads", "--criterion=magnitude", "--sparsity=0.9"], "leaves 0 of the 2 units"),
         (["--units=neurons", "--criterion=magnitude", "--budget=params=100"], "cannot be met"),
+        (["--units=neurons", "--criterion=magnitude", "--budget=bytes=100"], "cannot be met"),
+        (["--units=neurons", "--criterion=magnitude", "--budget=latency=1e-9"], "cannot be met"),
+        (["--units=neurons", "--criterion=magnitude", "--budget=latency=9", "--multiple=128"],
+         "64 units, which multiple = 128 rounds to nothing"),
         (["--units=neurons", "--criterion=magnitude", "--budget=parms=100"], "NAME=NUMBER"),
         (["--units=neurons", "--criterion=magnitude", "--budget=params=x"], "above 0, got 'x'"),
         (["--units=neurons", "--criterion=swe", "--sparsity=0.5"], "finetune --track"),
         (["--units=neurons", "--criterion=swe_curvature", "--sparsity=0.5"], "second moment"),
     ],
 )  # fmt: skip
-def test_bad_settings_get_one_sentence_and_leave_nothing(place, tmp_path, capsys, arguments, said):
+def test_bad_settings_get_one_sentence_before_a_weight_is_read(
+    place, tmp_path, capsys, monkeypatch, arguments, said
+):
+    monkeypatch.delattr(interop.PretrainedSource, "read")
     assert cut(place, tmp_path / "out", *arguments) == 2
     error = capsys.readouterr().err
     assert said in error

@@ -3,7 +3,9 @@
 import inspect
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
+import interop_tiny
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +21,12 @@ from swe_prune import (
     data,
     evaluation,
     importance,
+    interop,
     ledger,
     masks,
     patterns,
     recipe,
+    report,
     schedules,
     select,
     sparse_training,
@@ -34,6 +38,7 @@ from swe_prune import (
 from swe_prune.errors import InputError
 from swe_prune.evaluation import latency, protocols
 from swe_prune.layout import Axes, axes_of, conventional_axes, copies_of, copy_labels, layout, split
+from swe_prune.ledger.meters import ProcessorMeter
 from swe_prune.related import (
     dsmoe,
     ecomls,
@@ -55,6 +60,9 @@ SCORES = {"up": {"kernel": UP, "bias": None}, "down": {"kernel": jnp.abs(DOWN)}}
 MASK = masks.by_sparsity({"down": SCORES["down"]}, 0.5)["down"]["kernel"]
 MASKS = {"up": {"kernel": None, "bias": None}, "down": {"kernel": MASK}}
 ROWS = RNG.normal(size=(2, 4)).astype(np.float32)
+MODEL = interop_tiny.model("llama")
+METERS = [ProcessorMeter(1)]
+WINDOW = ledger.Window(ledger.interval(1.0), 1.0, 2)
 STATS = trajectory.update(trajectory.init(PARAMS), PARAMS)
 
 
@@ -293,6 +301,10 @@ RIGHT = [
     (ledger.Ledger, {"folder": None, "meters": [], "process": 0, "every": 10.0}),
     (ledger.opened, {"book": ledger.Ledger(meters=[])}),
     (ledger.measure, {"phase": "train", "cell": "", "tokens": 0}),
+    (ledger.windows, {"works": {"a": lambda: 3}, "meters": METERS, "count": 2, "seconds": 0.0}),
+    (ledger.per_token, {"found": [WINDOW, WINDOW]}),
+    (ledger.idle_watts, {"meters": METERS, "seconds": 0.001}),
+    (ledger.Window, {"joules": ledger.interval(1.0), "seconds": 1.0, "tokens": 2}),
     (ledger.write, {"path": str(NOWHERE / "ledger.csv"), "entries": [ENTRY], "factors": FACTORS}),
     (data.CharTokenizer.from_texts, {"texts": ["abc"]}),
     (data.CharTokenizer("abc").encode, {"text": "ab"}),
@@ -360,6 +372,21 @@ RIGHT = [
     (spikes.spiked, {"watch": spikes.Watch.start(), "loss": jnp.float32(2), "deviations": 5.0,
                      "decay": 0.9, "warmup": 2, "patience": 2, "backoff": 0.5}),
     (spikes.Again, {"batches": iter(range(9)), "chance": 0.5, "seed": 0}),
+    (interop.load, {"path": str(NOWHERE / "none"), "dtype": None, "compute_dtype": "float32",
+                    "shardings": None, "tokenizer": True, "prefix": None}),
+    (interop.open_pretrained, {"path": str(NOWHERE / "none"), "tokenizer": True, "prefix": None}),
+    (interop.export, {"folder": str(NOWHERE / "none" / "x"), "model": MODEL, "params": None,
+                      "mask": None, "record": None, "also": None, "shard_bytes": 9,
+                      "compress": False}),
+    (interop.check_free, {"folder": str(NOWHERE / "none")}),
+    (interop.read_masks, {"path": str(NOWHERE / "none")}),
+    (interop.read_record, {"folder": str(NOWHERE / "none")}),
+    (interop.load_vision_tower, {"path": str(NOWHERE / "none"), "dtype": None, "shardings": None}),
+    (interop.read_config, {"hf": interop_tiny.CONFIGS["llama"]}),
+    (interop.write_config, {"config": MODEL.config, "vocab_size": 24, "family": None}),
+    (interop.abstract_params, {"config": MODEL.config, "vocab_size": 24}),
+    (report.build, {"workdir": str(NOWHERE / "none")}),
+    (config.from_dict, {"values": {"name": "x"}}),
     (lora.init, {"params": PARAMS, "rank": 2, "alpha": 1.0, "key": KEY, "targets": None}),
 ]  # fmt: skip
 """Arguments with which each call works, or is refused for another reason than the one below."""
@@ -395,8 +422,10 @@ UNTRIED = {
     ("init", "key"),
     ("warmed", "key"),
     ("store", "symbols"),
+    ("windows", "seconds"),
+    ("idle_watts", "seconds"),
 }
-"""As much memory as a user asks for, a user's own loss, and arrays that are no keys of JAX."""
+"""As much memory or time as a user asks for, a user's own loss, arrays that are no keys of JAX."""
 
 
 def name_of(case):
@@ -430,7 +459,20 @@ def faults_of(call, right):
                     found.append((name, kind, error))
             except Exception as error:
                 found.append((name, kind, error))
+            else:
+                found += [(name, kind, error) for error in late_faults(result)]
     return found
+
+
+def late_faults(result):
+    """Errors of what a call returned, which it should have refused: of iterators the first."""
+    if not isinstance(result, Iterator):
+        return []
+    try:
+        next(result, None)
+    except Exception as error:
+        return [error]
+    return []
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -33,6 +33,10 @@ def main(parsed: Parsed, distributed: bool, elapsed: Callable[[], float]) -> Non
     if given.workdir is not None:
         workdir = storage.parse_path(given.workdir, "--workdir")
     if command == "report":
+        if given.config is not None or parsed.overrides:
+            from swe_prune.study.workdir import check_config
+
+            check_config(workdir, _config(given, parsed.overrides))
         _report(workdir)
         return
     if distributed:

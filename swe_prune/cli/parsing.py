@@ -115,8 +115,8 @@ def parse(arguments: Sequence[str]) -> Parsed:
     """Returns what a command line asks for.
 
     Raises:
-        InputError: An option is unknown, missing, or of the other use of the command, or a value
-            does not fit its option.
+        InputError: An option is unknown, missing, of the other use of the command, or without
+            effect because another is missing, or a value does not fit its option.
     """
     if not arguments:
         raise InputError(f"a command must be given, one of {', '.join(COMMANDS)}; see --help")
@@ -170,6 +170,15 @@ def parse(arguments: Sequence[str]) -> Parsed:
         if field.default == "" and not values.get(name):
             instead = "" if of_model or len(uses) == 1 else ", or --model=PATH and its options"
             raise InputError(f"{program} needs {flag(field)}; give it{instead}")
+    for name, field in known.items():
+        other = known.get(field.metadata.get("needs", ""))
+        if name in values and other is not None and other.name not in values:
+            wanting = flag(other)
+            if hints[other.name] is not bool:
+                wanting += f"={_metavar(other, hints[other.name])}"
+            raise InputError(
+                f"{flag(field)} has no effect without {flag(other)}; give {wanting} with it"
+            )
     return Parsed(command, wanted(**values), overrides)
 
 

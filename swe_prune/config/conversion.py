@@ -13,7 +13,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from swe_prune.config.experiment import Config, Duration
-from swe_prune.errors import InputError, check_choice, did_you_mean
+from swe_prune.errors import InputError, check_choice, did_you_mean, shown
 
 
 def flat(config: Any) -> dict[str, Any]:
@@ -75,6 +75,8 @@ def from_dict(
     Raises:
         InputError: A key is unknown, or a value does not fit its type; named by its dotted path.
     """
+    if not isinstance(values, Mapping | ConfigDict):
+        raise InputError(f"{path} must be a mapping of names to values, got {shown(values)}")
     types_of = typing.get_type_hints(cls)
     kwargs = {}
     for key, value in values.items():

@@ -41,25 +41,32 @@ def open_image(source: bytes | str | Path, where: str) -> Any:
     """
     Image, ImageOps = _pillow()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _opened(source, where) as file:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        width, height = image.size
-        if width * height > MOST_PIXELS:
-            raise _too_large(where)
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        return _rgb(Image, image, where)
+            image = Image.open(file)
+            width, height = image.size
+            if width * height > MOST_PIXELS:
+                raise _too_large(where)
+            image.load()
+            return _rgb(Image, ImageOps.exif_transpose(image), where)
     except InputError:
         raise
     except Image.DecompressionBombError:
         raise _too_large(where) from None
-    except FileNotFoundError:
-        raise InputError(f"{where} does not exist; correct its path") from None
     except Exception as error:  # Pillow raises many kinds on a damaged file
         raise InputError(
             f"{where} cannot be read as an image ({first_line(error)}); replace it, or leave it out"
         ) from None
+
+
+def _opened(source: bytes | str | Path, where: str) -> Any:
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if not Path(source).exists():
+        raise InputError(f"{where} does not exist; correct its path")
+    if not Path(source).is_file():  # a pipe would never end
+        raise InputError(f"{where} is no regular file; give the path of an image file")
+    return open(source, "rb")
 
 
 def _too_large(where: str) -> InputError:

@@ -152,10 +152,10 @@ def _table(path: Path) -> Any:
         files = sorted(path.rglob("*.arrow")) or sorted(path.rglob("*.parquet"))
     else:
         files = [path]
-    if not files or not (path.is_dir() or path.exists()):
+    if not files or not (path.is_dir() or _begins_as_parquet(path)):
         raise InputError(
-            f"{path} is neither a parquet file nor a folder with .arrow or .parquet files; correct "
-            "data.dataset"
+            f"{path} is neither a parquet file nor a folder with .arrow or .parquet files of "
+            f"pictures and their texts (columns {', '.join(COLUMNS)}); correct data.dataset"
         )
     _check_complete(path, files)
     tables: list[Any] = []
@@ -176,6 +176,18 @@ def _table(path: Path) -> Any:
             if tables[-1].schema != tables[0].schema:
                 raise ValueError(f"its columns are not those of {files[0].name}")
     return pyarrow.concat_tables(tables)
+
+
+def _begins_as_parquet(path: Path) -> bool:
+    """Returns whether a file is meant as parquet, however damaged: by its name or its first bytes.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    if not path.is_file():
+        return False
+    with reading(path), open(path, "rb") as file:
+        return path.suffix == ".parquet" or file.read(4) == b"PAR1"
 
 
 def _check_complete(path: Path, files: Sequence[Path]) -> None:

@@ -61,7 +61,7 @@ def read_named(name: str) -> str:
     """
     path = Path(name).expanduser()
     if path.exists() or name.startswith(("/", "~", "./", "../")):
-        return read_text(path)
+        return read_text(path, correct="the path")
     dataset, _, split = name.partition(":")
     if not split:
         raise InputError(

@@ -52,7 +52,7 @@ _JSON_LINES, _JSON = (".jsonl", ".ndjson", ".jsonlines"), (".json",)
 _SHOWN = 5  # fields in an error message
 
 
-def read_text(path: Path, key: str = "text") -> str:
+def read_text(path: Path, key: str = "text", correct: str = "data.dataset to the path") -> str:
     r"""Returns the text of a file, with line ends as "\n".
 
     The texts of a JSON file are joined by blank lines: those of an array or of the lines, each a
@@ -61,6 +61,7 @@ def read_text(path: Path, key: str = "text") -> str:
     Args:
         path: Path of the file.
         key: Field of the text in JSON objects.
+        correct: What to correct if there is no such file, for the message.
 
     Raises:
         InputError: If the file cannot be read, is empty, is not UTF-8, is of another kind, expands
@@ -71,7 +72,7 @@ def read_text(path: Path, key: str = "text") -> str:
         if not is_regular(path):
             raise InputError(
                 f"{where} cannot be read (it is a directory, a pipe or a device); correct "
-                "data.dataset to the path of a text file"
+                f"{correct} of a text file"
             )
         found = os.stat(path)
         if found.st_size > LARGEST and found.st_blocks * 512 * _RATIO < found.st_size:
@@ -84,7 +85,7 @@ def read_text(path: Path, key: str = "text") -> str:
     except (OSError, MemoryError) as error:
         why = error.strerror if isinstance(error, OSError) else "it does not fit into memory"
         raise InputError(
-            f"{where} cannot be read ({why}); correct data.dataset to the path of a text file"
+            f"{where} cannot be read ({why}); correct {correct} of a text file"
         ) from None
     name = path.name.lower()
     if content.startswith(_GZIP):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int, Int32, Integer
 
-from swe_prune.arguments import checked
-from swe_prune.errors import InputError
+from swe_prune.arguments import check_concrete, checked
+from swe_prune.errors import InputError, shown
 
 if TYPE_CHECKING:
     import grain
@@ -49,14 +49,23 @@ def train_iterator(
         instead of B if `rows` is given.
 
     Raises:
-        InputError: If there are too few tokens for one window, or the seed is out of range.
+        InputError: If there are too few tokens for one window, or the seed or a row is out of
+            range.
     """
+    check_concrete((tokens, rows), "tokens and rows")  # now: the windows are cut later
     # Import here: Grain imports JAX and takes more than a second, which reading text does not need.
     import grain
 
     _check_length(tokens, context)
     if not 0 <= seed < 2**32:
         raise InputError(f"seed of the data order must be in [0, 2^32), got {seed}")
+    if rows is not None:
+        rows = np.asarray(rows, np.int64)  # an empty list would be float
+        if not np.all((rows >= 0) & (rows < batch)):
+            raise InputError(
+                f"rows must be indices of the {batch} windows of a batch, 0 to {batch - 1}, got "
+                f"{shown(rows)}"
+            )
     # Grain shuffles and batches only the starts, and one gather cuts a whole batch. Handling each
     # window as a separate element takes several times as long.
     windows = (

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune import masks, tree
+from swe_prune.arguments import checked
 from swe_prune.config import VisionConfig
 from swe_prune.errors import InputError, writing
 from swe_prune.interop.compressed_file import write_compressed
@@ -48,8 +49,9 @@ SHARD_BYTES = 5 * 10**9
 ROOM = "make room or give another output folder, and run the same command again"
 
 
+@checked
 def export(
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     model: Pretrained,
     params: PyTree | None = None,
     *,
@@ -99,7 +101,7 @@ def export(
     if record is not None:
         files[RECORD] = record_file(record, mask)
     # Write to a temporary folder, and rename it when it is complete.
-    partial = folder.parent / f".{folder.name}.partial-{uuid.uuid4().hex[:8]}"
+    partial = _partial(folder)
     try:
         with writing(f"the model {folder}", ROOM):
             partial.mkdir()
@@ -116,7 +118,7 @@ def export(
                 write_masks(partial / MASKS, mask)
             if also is not None:
                 also(partial)
-            check_free(folder)
+            _check_absent(folder)
             os.rename(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -124,15 +126,34 @@ def export(
     return folder
 
 
-def check_free(folder: str | Path) -> None:
-    """Raises InputError if an export to a folder is not possible; call it before long work."""
+@checked
+def check_free(folder: str | os.PathLike[str]) -> None:
+    """Checks that a model can be written to a folder; call it before long work.
+
+    Raises:
+        InputError: It exists, or its parent does not.
+        RunError: No folder of that name can be made there.
+    """
     folder = Path(folder)
-    if folder.exists() or folder.is_symlink():
-        raise InputError(f"{folder} already exists; remove it, or give another output folder")
+    with writing(f"the model {folder}", ROOM):
+        _check_absent(folder)
     if not folder.parent.is_dir():
         raise InputError(
             f"{folder.parent}, the parent of {folder.name}, is not a folder; create it first"
         )
+    with writing(f"the model {folder}", ROOM):  # a name may be too long, a folder read-only
+        made = _partial(folder)
+        made.mkdir()
+        made.rmdir()
+
+
+def _check_absent(folder: Path) -> None:
+    if folder.exists() or folder.is_symlink():
+        raise InputError(f"{folder} already exists; remove it, or give another output folder")
+
+
+def _partial(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.partial-{uuid.uuid4().hex[:8]}"
 
 
 def _bound(model: Pretrained, leaves: Mapping[str, Any]) -> list[StoredTensor]:

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from swe_prune.arguments import checked
 from swe_prune.bounds import COUNT, POSITIVE
 from swe_prune.config import ComputeDtype, ModelConfig, VisionConfig
 from swe_prune.errors import InputError, check_choice, shown
@@ -23,6 +24,7 @@ _KINDS = {bool: "true or false", str: "a name"}
 _NULLABLE = ("hidden", "head_width", "kv_heads", "window", "attention_cap", "logit_cap")
 
 
+@checked
 def read_config(
     hf: Mapping[str, Any], compute_dtype: str = "float32"
 ) -> tuple[str, ModelConfig, int]:
@@ -74,6 +76,7 @@ def read_config(
     return str(name), config, _value(hf, Key("vocab_size", "vocab_size"))
 
 
+@checked
 def write_config(config: ModelConfig, vocab_size: int, family: str | None = None) -> dict[str, Any]:
     """Returns a config.json for the decoder's settings that transformers loads.
 
@@ -85,6 +88,7 @@ def write_config(config: ModelConfig, vocab_size: int, family: str | None = None
     Raises:
         InputError: If no family, or not the given one, can express all settings.
     """
+    check_choice(family, (*FAMILIES, None), "family")
     _refuse_widths(config, family)
     # Use the first family whose config.json reads back as the same settings.
     for name in FAMILIES if family is None else (family,):

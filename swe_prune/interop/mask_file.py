@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, reading
 from swe_prune.interop.optional import require
 from swe_prune.interop.safetensors_header import read_header
@@ -50,6 +51,7 @@ def write_masks(path: Path, mask: PyTree) -> None:
     path.write_bytes(safetensors.save(packed, about))
 
 
+@checked
 def read_masks(path: str | Path) -> dict[str, Any]:
     """Returns the bool pytree of a mask file, None where dense.
 

@@ -2,10 +2,15 @@
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError, reading
 from swe_prune.interop import prefixes
@@ -21,7 +26,7 @@ from swe_prune.interop.gguf_file import MAGIC, hf_config, read_gguf
 from swe_prune.interop.hf_config import read_config
 from swe_prune.interop.load_params import Shardings, Source, match, read_params
 from swe_prune.interop.safetensors_folder import read_folder
-from swe_prune.interop.slices import bind
+from swe_prune.interop.slices import StoredTensor, abstract_params, bind
 from swe_prune.interop.stranger_files import check_file, check_inside, check_sizes, read_json
 from swe_prune.interop.tensor_names import SAFETENSORS
 from swe_prune.interop.tensor_names_gguf import GGUF
@@ -100,15 +105,7 @@ class PretrainedSource:
         Raises:
             InputError: If a tensor is missing, unexpected or of another shape.
         """
-        bound = bind(self.table, self.config, self.vocab_size)
-        of = {part.name: one.name for one in bound for part in one.parts}
-        duplicates = {}
-        if self.config.tied_head:  # some files contain the tied head a second time
-            head = next(row.stored for row in self.table.rows if row.params == ("head/kernel",))
-            duplicates = {head: of["embedding/embedding"]}
-        needed = [one.name for one in bound]
-        prefixes.check(self.source, needed, self.table, str(self.path))
-        names = match(self.source, bound, self.table, duplicates, str(self.path))
+        bound, names = self._matched()
         params = read_params(self.source, bound, names, dtype, shardings)
         return Pretrained(
             self.config,
@@ -121,7 +118,40 @@ class PretrainedSource:
             self.hf_config,
         )
 
+    def abstract(self, *, dtype: str | None = None) -> dict[str, Any]:
+        """Returns the shapes and dtypes of the parameters that `read` returns, in a nested dict.
 
+        Args:
+            dtype: As for `read`.
+
+        Raises:
+            InputError: As `read`.
+        """
+        bound, names = self._matched()
+        kinds: dict[str, Any] = {}
+        for one in bound:
+            stored = jnp.dtype(self.source.entries[names[one.name]].dtype)
+            for part in one.parts:  # a stack of tensors has the dtype that holds all of them
+                kinds[part.name] = jnp.promote_types(kinds.get(part.name, stored), stored)
+        params = abstract_params(self.config, self.vocab_size)
+        return tree.map_named(
+            lambda name, leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or kinds[name]), params
+        )
+
+    def _matched(self) -> tuple[Sequence[StoredTensor], dict[str, str]]:
+        """Returns the tensors that the model needs, and the name in the file of each."""
+        bound = bind(self.table, self.config, self.vocab_size)
+        of = {part.name: one.name for one in bound for part in one.parts}
+        duplicates = {}
+        if self.config.tied_head:  # some files contain the tied head a second time
+            head = next(row.stored for row in self.table.rows if row.params == ("head/kernel",))
+            duplicates = {head: of["embedding/embedding"]}
+        needed = [one.name for one in bound]
+        prefixes.check(self.source, needed, self.table, str(self.path))
+        return bound, match(self.source, bound, self.table, duplicates, str(self.path))
+
+
+@checked
 def load(
     path: str | Path,
     *,
@@ -159,6 +189,7 @@ def load(
     return source.read(dtype=dtype, shardings=shardings)
 
 
+@checked
 def open_pretrained(
     path: str | Path,
     *,

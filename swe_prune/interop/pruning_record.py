@@ -10,6 +10,7 @@ from typing import Any
 from jaxtyping import PyTree
 
 from swe_prune import masks
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 from swe_prune.interop.stranger_files import read_json
 from swe_prune.recipe import Recipe
@@ -38,6 +39,7 @@ class PruningRecord:
     rules: Mapping[str, Any] | None = None
 
 
+@checked
 def read_record(folder: str | Path) -> dict[str, Any]:
     """Returns what pruning.json of an exported folder says.
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from swe_prune import tree
+from swe_prune.arguments import checked
 from swe_prune.config import PER_LAYER, ModelConfig
 from swe_prune.interop.tensor_rows import AS_IS, IN_OUT, OUT_IN, Row, Table
 from swe_prune.models import phi3v
@@ -173,6 +174,7 @@ def _layers(stored: str, config: ModelConfig) -> int:
     return config.layers if "{i}" in stored else 1
 
 
+@checked
 def abstract_params(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
     """Returns the parameters of the model as float32 shapes in a nested dict."""
     shapes = param_shapes(config, vocab_size)

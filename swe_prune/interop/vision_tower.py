@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from swe_prune.arguments import checked
 from swe_prune.config import ModelConfig, VisionConfig
 from swe_prune.errors import InputError
 from swe_prune.interop.folder_files import check_model_folder
@@ -14,6 +15,7 @@ from swe_prune.interop.tensor_names import CLIP
 from swe_prune.interop.vision_settings import read_vision, vision_sizes
 
 
+@checked
 def load_vision_tower(
     path: str | Path, *, dtype: str | None = None, shardings: Shardings = None
 ) -> tuple[VisionConfig, dict[str, Any]]:

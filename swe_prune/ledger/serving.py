@@ -5,6 +5,8 @@ import numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from swe_prune.arguments import checked
+from swe_prune.bounds import DAY, TURNS
 from swe_prune.errors import InputError, shown
 from swe_prune.ledger.interval import Interval, of_samples
 from swe_prune.ledger.meters import ZERO, Meter
@@ -39,6 +41,7 @@ class Window:
         return self.joules * (1 / self.tokens)
 
 
+@checked
 def windows(
     works: Mapping[str, Callable[[], int]],
     meters: Sequence[Meter],
@@ -61,17 +64,16 @@ def windows(
         clock: Seconds that never go back.
 
     Raises:
-        InputError: If count is below 1, seconds is negative, or a work has no tokens.
+        InputError: If count is not 1 to 10^6, seconds is negative or more than a day, or a work has
+            no tokens.
 
     >>> from swe_prune.ledger.meters import ProcessorMeter
     >>> found = windows({"model": lambda: 128}, [ProcessorMeter()], count=2, seconds=0.01)
     >>> len(found["model"]), found["model"][0].seconds >= 0.01
     (2, True)
     """
-    if count < 1 or not seconds >= 0:
-        raise InputError(
-            f"windows must be 1 or more, of 0 seconds or more, got {count} of {seconds}"
-        )
+    TURNS.check(count, "count")
+    DAY.check(seconds, "seconds")
     found: dict[str, list[Window]] = {name: [] for name in works}
     for number in range(-1, count):
         for name in list(works)[:: 1 if number % 2 == 0 else -1]:
@@ -97,6 +99,7 @@ def _counted(name: str, tokens: object) -> int:
     return int(tokens)
 
 
+@checked
 def per_token(found: Sequence[Window]) -> Interval:
     """Returns joules per token: the mean, from the meter's low end to its high end.
 
@@ -107,6 +110,8 @@ def per_token(found: Sequence[Window]) -> Interval:
     Interval(low=0.5, value=1.0, high=2.0)
     """
     each = [one.per_token for one in found]
+    if not each:
+        raise InputError("found must have one window or more, got none")
     if len(each) == 1:
         return each[0]
     low, value, high = (
@@ -115,15 +120,22 @@ def per_token(found: Sequence[Window]) -> Interval:
     return Interval(low.low, value.value, high.high)
 
 
+@checked
 def idle_watts(meters: Sequence[Meter], seconds: float = SECONDS) -> Interval:
     """Returns the power of the machine while this process does nothing.
 
     Args:
         meters: Meters to read.
         seconds: Time to wait, positive.
+
+    Raises:
+        InputError: If it is not positive, or more than a day.
     """
+    DAY.check(seconds, "seconds")
+    if seconds == 0:
+        raise InputError("seconds must be above 0, in which energy can be used, got 0")
     begun, before = time.monotonic(), _polled(meters)
-    time.sleep(seconds)
+    time.sleep(float(seconds))
     after, length = _polled(meters), time.monotonic() - begun
     return Interval(*((b - a) / length for a, b in zip(before, after, strict=True)))
 

@@ -124,6 +124,10 @@ def _windows(given: BenchSettings, book: ledger.Ledger) -> tuple[int, float]:
     if given.energy_windows is not None:
         count = given.energy_windows
     counted = set(book.source.split("+")) - {"modelled"}
+    if count == 0 and given.energy_seconds is not None:
+        raise InputError(
+            "--energy-seconds is of windows, and --energy-windows=0 measures none; leave it out"
+        )
     seconds = ledger.SECONDS if counted else 0.0
     if given.energy_seconds is not None:
         seconds = given.energy_seconds
@@ -143,8 +147,6 @@ def _energy_note(idle: ledger.Interval, source: str, count: int, results: dict[s
 
 def _sources(given: BenchSettings, progress: Progress) -> dict[str, interop.PretrainedSource]:
     """Returns the models to time, opened; the base of the ratios first."""
-    if given.against is None and given.against_prefix is not None:
-        raise InputError("--against-prefix is of the model of --against; give --against=PATH")
     sources = {}
     if given.against is not None:
         other = dataclasses.replace(given, model=given.against, prefix=given.against_prefix)

@@ -76,6 +76,8 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     batches, calibration = [], None
     if request.reads_batches:
         batches, calibration = texts.calibration(given, checkpoint, text, progress)
+    else:
+        texts.say_unread(given, request.name, progress)
     model = checkpoint.read(dtype=given.dtype)
     module = phi3v.build(model.config, model.vocab_size)
     reads_trajectory = bool(request.needs & set(BUFFERS))
@@ -152,6 +154,8 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     if given.teacher is not None:
         teacher = of_same_text(checkpoint, given.teacher, given.teacher_prefix, progress)
     kept = cut.kept_layers(checkpoint.path)
+    recorded = has_masks(checkpoint.path) and given.masks != "ignore"
+    _check_zeros(given, checkpoint.path, recorded)
     finetuning.check_model(given, checkpoint, teacher, kept)
     text, used = (texts.read(name, checkpoint) for name in (given.evaluation, given.text))
     texts.keep_apart(used, text)
@@ -164,7 +168,6 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     texts.check_window("--train-window", given.train_window, checkpoint)
     finetuning.check_text(used, given)
     model = checkpoint.read(dtype=given.dtype)
-    recorded = has_masks(model.path) and given.masks != "ignore"
     mask = _masks(model, given) if recorded else _held_zeros(model, given, console)
     module = phi3v.build(model.config, model.vocab_size)
     trained = phi3v.build(dataclasses.replace(model.config, remat=given.remat), model.vocab_size)
@@ -227,8 +230,6 @@ def evaluate(given: EvaluateSettings, progress: Progress, console: Console) -> d
     Raises:
         InputError: anything that is wrong with the settings, the models or the text.
     """
-    if given.dense is None and given.dense_prefix is not None:
-        raise InputError("--dense-prefix is of the model of --dense; give --dense=PATH with it")
     checkpoint = opened(given, progress)
     text = texts.read(given.evaluation, checkpoint)
     judge.check(checkpoint, text, given)
@@ -254,6 +255,19 @@ def evaluate(given: EvaluateSettings, progress: Progress, console: Console) -> d
     )
     judge.show(console, rows, given.prompts, text.name)
     return rows
+
+
+def _check_zeros(given: FinetuneSettings, path: Path, recorded: bool) -> None:
+    """Raises InputError for an option on zeros or masks that this model leaves without effect."""
+    if recorded and given.zeros == "free":
+        raise InputError(
+            f"--zeros=free is for a model without a mask file, and that of {path} says which "
+            "weights stay 0; give --masks=ignore with it to train them all"
+        )
+    if given.masks == "apply" and not recorded:
+        raise InputError(
+            f"--masks=apply needs a mask file, and {path} has no {interop.MASKS}; leave it out"
+        )
 
 
 def _held_zeros(

@@ -16,10 +16,10 @@ from swe_prune import importance, interop, structured, tree
 from swe_prune.config import literal
 from swe_prune.errors import InputError, shown
 from swe_prune.evaluation import gate
-from swe_prune.evaluation.latency import decode_seconds
+from swe_prune.evaluation.latency import Workload, decode_seconds
 from swe_prune.interop.stranger_files import inside, read_json
 from swe_prune.models import phi3v
-from swe_prune.pretrained import choice, judge, texts, tracked, unit_criteria
+from swe_prune.pretrained import judge, texts, tracked, unit_criteria
 from swe_prune.pretrained.opening import has_masks, opened, record_of, said
 from swe_prune.pretrained.request import check_trajectory
 from swe_prune.pretrained.settings import CutSettings
@@ -41,6 +41,7 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
     _check_amount(given)
     request = unit_criteria.checked(given)
     interop.check_free(given.out)
+    reads = unit_criteria.reads_batches(given, request)
     checkpoint = opened(given, progress)
     if request is not None:
         check_trajectory(request, tracked.there(checkpoint.path), given.model)
@@ -50,12 +51,15 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
             "remove; cut the dense model with --restore and prune it then"
         )
     groups = structured.groups(checkpoint.config, given.units)
-    _check_choice(given, groups, checkpoint)
+    budget = None if given.budget is None else _budget(given.budget, checkpoint)
+    _check_choice(given, groups, budget, checkpoint)
     text = texts.read(given.evaluation, checkpoint)
     judge.check(checkpoint, text, given)
     batches, calibration = [], None
-    if unit_criteria.reads_batches(given, request):
+    if reads:
         batches, calibration = texts.calibration(given, checkpoint, text, progress)
+    else:
+        texts.say_unread(given, given.criterion, progress)
     model, recorded = checkpoint.read(dtype=given.dtype), has_masks(checkpoint.path)
     module = phi3v.build(model.config, model.vocab_size)
     dense = judge.judge(module, model.params, model, text, given)
@@ -64,7 +68,7 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
     units, partners = said(
         progress, lambda: unit_criteria.unit_scores(given, request, model, groups, batches)
     )
-    keep = _chosen(given, groups, units, model.params, model.config, model.vocab_size)
+    keep = _chosen(given, groups, units, budget, model.params, model.config)
     params, refits = model.params, ()
     if given.restore:
         params, refits = unit_criteria.restored(model, groups, keep, batches)
@@ -153,7 +157,7 @@ def _check_amount(given: CutSettings) -> None:
         said = "neither was given" if given.sparsity is None else "both were given"
         raise InputError(f"cut needs --sparsity or --budget, {said}; give one of them")
     if given.budget is not None:
-        _ = _budget(given.budget, 1).limit  # checks the number
+        _ = _budget(given.budget).limit  # checks the number
     if given.restore and given.units == "layers":
         raise InputError(
             "--restore refits the projections that read what goes, and whole layers have none; "
@@ -161,7 +165,8 @@ def _check_amount(given: CutSettings) -> None:
         )
 
 
-def _budget(text: str, vocab_size: int) -> Budget:
+def _budget(text: str, checkpoint: interop.PretrainedSource | None = None) -> Budget:
+    """Returns the budget that a text names; one of latency is measured on models like this one."""
     name, equals, value = text.partition("=")
     known = ("params", "flops", "bytes", "latency")
     if not equals or name not in known:
@@ -169,7 +174,13 @@ def _budget(text: str, vocab_size: int) -> Budget:
             f"--budget={text} must be NAME=NUMBER with a name among {', '.join(known)}; write for "
             "example --budget=params=1e8"
         )
-    measure = decode_seconds(vocab_size) if name == "latency" else None
+    measure = None
+    if name == "latency":
+        load, size = Workload(), 1
+        if checkpoint is not None:  # whose context may be short
+            prompt = max(1, min(load.prompt, checkpoint.config.context - load.new - 1))
+            load, size = dataclasses.replace(load, prompt=prompt), checkpoint.vocab_size
+        measure = decode_seconds(size, load)
     number: Any = literal(value)
     return Budget(**{name: number}, measure=measure)
 
@@ -178,15 +189,15 @@ def _chosen(
     given: CutSettings,
     groups: dict[str, Group],
     units: Mapping[str, Any],
+    budget: Budget | None,
     params: PyTree,
     config: Any,
-    vocab_size: int,
 ) -> structured.Keep:
     return structured.choose(
         groups,
         units,
         sparsity=given.sparsity,
-        budget=None if given.budget is None else _budget(given.budget, vocab_size),
+        budget=budget,
         multiple=given.multiple,
         params=params,
         config=config,
@@ -194,15 +205,21 @@ def _chosen(
 
 
 def _check_choice(
-    given: CutSettings, groups: dict[str, Group], checkpoint: interop.PretrainedSource
+    given: CutSettings,
+    groups: dict[str, Group],
+    budget: Budget | None,
+    checkpoint: interop.PretrainedSource,
 ) -> None:
-    """Refuses what the shapes do not admit or no config.json can say, before a weight is read."""
-    if given.budget is not None and given.budget.startswith(("latency", "bytes")):
-        return  # times and dtypes are not known yet
+    """Refuses what the shapes do not admit or no config.json can say, before a weight is read.
+
+    How many units stay does not depend on their scores. A budget of latency times the candidates
+    now, and remembers them.
+    """
     nothing = {name: np.zeros(group.shape) for name, group in groups.items()}
-    config, vocab_size = checkpoint.config, checkpoint.vocab_size
-    keep = _chosen(given, groups, nothing, choice.abstract_params(checkpoint), config, vocab_size)
-    interop.write_config(structured.cut_config(config, keep), vocab_size, checkpoint.family)
+    params = checkpoint.abstract(dtype=given.dtype)
+    keep = _chosen(given, groups, nothing, budget, params, checkpoint.config)
+    small = structured.cut_config(checkpoint.config, keep)
+    interop.write_config(small, checkpoint.vocab_size, checkpoint.family)
 
 
 def _costs(model: interop.Pretrained) -> dict[str, float]:

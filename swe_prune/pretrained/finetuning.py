@@ -72,16 +72,8 @@ def checked(settings: FinetuneSettings) -> None:
             f"--{next(iter(choice.rules(settings)))} chooses the weights to track or to adapt; "
             "give --track or --lora-rank with it"
         )
-    of_teacher = ("teacher_prefix", "distillation", "final_distillation", "temperature", "features")
-    for name in of_teacher:
-        if settings.teacher is None and getattr(settings, name) != getattr(FinetuneSettings, name):
-            raise InputError(
-                f"--{name.replace('_', '-')} is of a teacher; give --teacher=PATH with it"
-            )
     if settings.track:
         trajectory.check_measures(settings.measures)
-    if settings.lora_alpha is not None and settings.lora_rank is None:
-        raise InputError("--lora-alpha scales adapters; give --lora-rank with it")
     _check_begun(settings)
 
 

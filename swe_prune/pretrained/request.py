@@ -55,6 +55,16 @@ def recipe_of(settings: RequestSettings) -> Recipe:
         if method is not None and row_or_global and method in importance.names():
             raise InputError(f"{error}, or give --at-once to rank the dense model") from None
         raise
+    if method is not None and settings.at_once:
+        raise InputError(
+            f"--at-once has no effect with {method}, which goes block by block; leave it out, or "
+            "give a criterion that scores weights, such as --criterion=wanda"
+        )
+    if settings.offload and method is None and request.restore is None:
+        raise InputError(
+            f"--offload has no effect with {name}, which scores the whole model at once; leave it "
+            "out, or give a criterion that goes block by block, such as --criterion=sparsegpt"
+        )
     return request
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from swe_prune.bounds import COUNT, INDEX, NOT_NEGATIVE, PART, POSITIVE, SEED, TURNS, Bound
+from swe_prune.bounds import COUNT, DAY, INDEX, NOT_NEGATIVE, PART, POSITIVE, SEED, TURNS
 from swe_prune.config import PHASE
 
 CALIBRATION = "shakespeare_plays:train"
@@ -18,7 +18,8 @@ def option(default: Any, text: str, **more: Any) -> Any:
         default: Value without the option; "" where the option must be given.
         text: Line of the help.
         **more: `name`, the option's name if it is not the field's; `metavar`, the name of its value
-            in the help; `bound`, the range of its number.
+            in the help; `bound`, the range of its number; `needs`, the field of the option without
+            which it has no effect.
     """
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
@@ -196,9 +197,14 @@ class FinetuneSettings(OutSettings, ModelSettings, ChoiceSettings, JudgingSettin
 
     text: str = option(CALIBRATION, "text to train on: a file, or DATASET:SPLIT", metavar="TEXT")
     track: bool = option(False, "statistics of the trajectory, for prune --criterion=swe")
-    track_every: int = option(5, "steps between snapshots of the trajectory", bound=COUNT)
+    track_every: int = option(
+        5, "steps between snapshots of the trajectory", bound=COUNT, needs="track"
+    )
     measures: tuple[str, ...] = option(
-        ("late_mean",), "measure of the trajectory; may be given again", name="measure"
+        ("late_mean",),
+        "measure of the trajectory; may be given again",
+        name="measure",
+        needs="track",
     )
     steps: int = option(100, "number of training steps", bound=COUNT)
     batch: int = option(8, "windows per step", bound=COUNT)
@@ -223,21 +229,29 @@ class FinetuneSettings(OutSettings, ModelSettings, ChoiceSettings, JudgingSettin
         None, "rank of the adapters; default: the weights are trained", bound=COUNT
     )
     lora_alpha: float | None = option(
-        None, "scale of the adapters; default: twice the rank", bound=POSITIVE
+        None, "scale of the adapters; default: twice the rank", bound=POSITIVE, needs="lora_rank"
     )
     teacher: str | None = option(None, "dense model to distill from", metavar="PATH")
     teacher_prefix: str | None = option(
-        None, "prefix of the names of the teacher's tensors", metavar="PREFIX"
+        None, "prefix of the names of the teacher's tensors", metavar="PREFIX", needs="teacher"
     )
     distillation: float = option(
-        0.5, "weight of the distance to the teacher in the loss", bound=PART
+        0.5, "weight of the distance to the teacher in the loss", bound=PART, needs="teacher"
     )
     final_distillation: float | None = option(
-        None, "the same weight at the last step, approached linearly; default: it stays", bound=PART
+        None,
+        "the same weight at the last step, approached linearly; default: it stays",
+        bound=PART,
+        needs="teacher",
     )
-    temperature: float = option(1.0, "temperature of the distance to the teacher", bound=POSITIVE)
+    temperature: float = option(
+        1.0, "temperature of the distance to the teacher", bound=POSITIVE, needs="teacher"
+    )
     features: float = option(
-        0.0, "weight of the distance between the outputs of blocks in the loss", bound=NOT_NEGATIVE
+        0.0,
+        "weight of the distance between the outputs of blocks in the loss",
+        bound=NOT_NEGATIVE,
+        needs="teacher",
     )
     second_evaluation: str | None = option(
         None,
@@ -256,7 +270,13 @@ class EvaluateSettings(ModelSettings, JudgingSettings):
         None, "model that it was pruned from, to compare with", metavar="PATH"
     )
     dense_prefix: str | None = option(
-        None, "prefix of the names of the dense model's tensors", metavar="PREFIX"
+        None, "prefix of the names of the dense model's tensors", metavar="PREFIX", needs="dense"
+    )
+    at_most: float | None = option(
+        None,
+        "largest perplexity of the dense model for which to go on; default: any",
+        bound=POSITIVE,
+        needs="dense",
     )
 
 
@@ -268,7 +288,7 @@ class BenchSettings(WeightsSettings):
         None, "model to time in the same run, the base of the ratios", metavar="PATH"
     )
     against_prefix: str | None = option(
-        None, "prefix of the names of the other model's tensors", metavar="PREFIX"
+        None, "prefix of the names of the other model's tensors", metavar="PREFIX", needs="against"
     )
     batch: tuple[int, ...] = option((1, 32), "number of texts at once; may be given again")
     prompt_tokens: int = option(128, "tokens of each prompt")
@@ -283,7 +303,7 @@ class BenchSettings(WeightsSettings):
     energy_seconds: float | None = option(
         None,
         "least seconds of a window; default: 5 with a counter of the hardware, else one run",
-        bound=Bound(0.0, 86_400.0),
+        bound=DAY,
     )
     json: bool = option(False, "JSON output with the seconds of every run, for programs to read")
 

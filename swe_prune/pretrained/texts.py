@@ -80,6 +80,19 @@ def calibration(
     return batches, about | {"seed": given.seed}
 
 
+def say_unread(given: CalibrationSettings, criterion: str, progress: Progress) -> None:
+    """Says that the options of the calibration have no effect, as a criterion reads no text."""
+    fields = dataclasses.fields(CalibrationSettings)
+    names = [field.name for field in fields if field.name.startswith("calibration")]
+    changed = [one for one in names if getattr(given, one) != getattr(CalibrationSettings, one)]
+    if changed:
+        options = ", ".join("--" + name.replace("_", "-") for name in changed)
+        are = "has" if len(changed) == 1 else "have"
+        progress.say(
+            f"Calibrating on no text, which {criterion} does not read: {options} {are} no effect."
+        )
+
+
 def check_window(name: str, window: int, checkpoint: interop.PretrainedSource) -> None:
     """Raises InputError for windows that do not fit the context of a model."""
     context = checkpoint.config.context

@@ -49,6 +49,10 @@ def checked(given: CutSettings) -> Recipe | None:
         return request
     if given.options:
         raise InputError(f"criterion {given.criterion!r} has no options; leave out --option")
+    if given.reduce != CutSettings.reduce:
+        raise InputError(
+            f"criterion {given.criterion!r} scores units and not their weights; leave out --reduce"
+        )
     able = structured.UNITS[:-1]
     if given.criterion in depth.DEPTH:
         able = ("layers",)

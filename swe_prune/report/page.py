@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
+from swe_prune.arguments import checked
 from swe_prune.errors import InputError, visible
 from swe_prune.report import markdown, read
 from swe_prune.report.tables import Bold
@@ -23,6 +24,7 @@ _FIGURES = ("heat", "paths", "histograms", "training", "answers", "energy")
 """Groups of figures that are not losses."""
 
 
+@checked
 def build(workdir: epath.PathLike) -> list[epath.Path]:
     """Writes `workdir/report/report.html`, its figures as PNG and `tables.md`; returns the paths.
 

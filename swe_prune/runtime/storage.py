@@ -177,6 +177,17 @@ def is_regular(path: epath.PathLike) -> bool:
     return in_bucket(path) or stat.S_ISREG(os.stat(path).st_mode)
 
 
+def is_hollow(path: epath.PathLike) -> bool:
+    """Returns whether a file is large and nearly all holes, as no file of ours is.
+
+    Reading it to its end would take as long as its size says, which may be anything.
+    """
+    if in_bucket(path) or not os.path.isfile(path):
+        return False
+    found = os.stat(path)
+    return found.st_size > LARGEST and found.st_blocks * 512 * 100 < found.st_size
+
+
 def read_text(path: epath.PathLike, *, log: bool = False) -> str:
     """Returns the text of a file of a run, found to be a regular one before it is opened.
 

@@ -198,6 +198,12 @@ def config_of(path: epath.Path) -> Config:
     return config
 
 
+def check_config(path: epath.Path, config: Config) -> None:
+    """Raises InputError if a workdir was made by another config, or it is not known by which."""
+    config_of(path)
+    _check_same(Workdir(path), config, _made_by(path) or {})
+
+
 def _check_same(workdir: Workdir, config: Config, stored: dict[str, Any]) -> None:
     # Compared as they are understood now, since a setting may be younger than the workdir.
     now = from_dict(stored.get("config", {}))
