@@ -62,6 +62,24 @@ def place(request, tmp_path):
     return storage.parse_path("gs://bucket/run")
 
 
+def test_a_file_that_is_replaced_by_a_longer_one_is_read_whole(names, monkeypatch):
+    """As another process of the run does between a cell's phases."""
+    import fsspec
+
+    path = storage.parse_path("gs://bucket/result.json")
+    path.write_text('{"loss": 1}')
+    files = fsspec.filesystem("gcs", finalize_on_close=True)  # epath's
+    size = files.info
+
+    def replaced(*args, **options):
+        found = size(*args, **options)
+        names["result.json"] = (b'{"loss": 1, "more": 2}', *names["result.json"][1:])
+        return found
+
+    monkeypatch.setattr(files, "info", replaced)
+    assert json.loads(storage.read_text(path))["loss"] == 1
+
+
 def test_files_are_written_found_moved_and_removed(place):
     for name in ("a/one.json", "a/b/two.json", "three.json"):
         storage.write(place / name, name)
