@@ -75,19 +75,20 @@ def test_qkv_bias_follows_use_bias_unless_given():
     assert has(qkv_bias=True) == (True, False)
 
 
-def test_residual_projections_start_smaller():
-    config = ModelConfig(layers=8, heads=2, width=64, context=4)
+@pytest.mark.parametrize("given", [0.02, 0.06])
+def test_residual_projections_start_smaller(given):
+    config = ModelConfig(layers=8, heads=2, width=64, context=4, init_stddev=given)
     init = jax.jit(gpt.build(config, 50).init)
     params = init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     block = params["block_3"]
-    small = 0.02 / math.sqrt(2 * 8)
+    small = given / math.sqrt(2 * 8)
     # 4,096 draws: the standard error of a standard deviation is 1.1 % of it.
     for kernel, stddev in [
-        (block["attention"]["query"]["kernel"], 0.02),
+        (block["attention"]["query"]["kernel"], given),
         (block["attention"]["out"]["kernel"], small),
-        (block["mlp"]["up"]["kernel"], 0.02),
+        (block["mlp"]["up"]["kernel"], given),
         (block["mlp"]["down"]["kernel"], small),
-        (params["embedding"]["embedding"], 0.02),
+        (params["embedding"]["embedding"], given),
     ]:
         assert np.std(kernel) == pytest.approx(stddev, rel=0.06)
 

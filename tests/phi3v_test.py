@@ -66,6 +66,21 @@ def inputs(size):
     return {"tokens": text(size), "pixels": pixels[None], "grid": grid[None].astype(np.int32)}
 
 
+def test_tower_and_decoder_start_as_wide_as_each_is_told():
+    vision = VisionConfig(2, 2, 64, 128, image=16, patch=4, crops=1, init_stddev=0.05)
+    small = {"layers": 1, "heads": 2, "width": 64, "hidden": 128, "context": 64}
+    config = ModelConfig(**small, positions="rope", init_stddev=0.08, vision=vision)
+    init = jax.jit(phi3v.build(config, 50).init)
+    params = init(jax.random.key(0), phi3v.example(config, 4))["params"]
+    for kernel, stddev in [
+        (params["vision"]["patch_embedding"], 0.05),
+        (params["vision"]["block_0"]["mlp"]["up"], 0.05),
+        (params["projection"]["first"], 0.08),
+        (params["decoder"]["block_0"]["mlp"]["up"], 0.08),
+    ]:
+        assert np.std(kernel["kernel"]) == pytest.approx(stddev, rel=0.06)
+
+
 def test_the_published_sizes():
     shapes = slices.param_shapes(FULL, 32064)
     count = sum(int(np.prod(shape)) for shape in shapes.values())
