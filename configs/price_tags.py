@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
             "trajectory": {"every": "5%"},
             "finetune": {
                 "steps": 40,
-                "learning_rate": 1e-3,
+                "learning_rate": 3e-4,  # at 1e-3 the control loses 0.1 nats per token
                 "final_learning_rate": 0.0,
                 "warmup": 5,
                 "eval_every": 0,
