@@ -15,6 +15,8 @@ from swe_prune.report.records import Results, key_of, name_of
 
 COLUMNS = 4
 MODELS = 4  # pruned models whose answers are shown, from the least sparse to the sparsest
+WIDTH = 9.0  # inches
+LINE = 10.0  # points from one answer to the next
 
 
 def answers(results: Results) -> Picture | None:
@@ -40,23 +42,29 @@ def answers(results: Results) -> Picture | None:
 
 def _figure(shown: list[dict[str, Any]], read: dict[str, dict[int, str]]) -> Figure:
     lines = math.ceil(len(shown) / COLUMNS)
-    figure = Figure(figsize=(9, lines * (1.0 + 0.17 * len(read))), layout="constrained")
+    pictures = [
+        image.imread(io.BytesIO(base64.b64decode(one["picture"])), format="png") for one in shown
+    ]
+    # Inches: the highest picture at the width of a column, its price, and a line for each model.
+    high = max(len(pixels) / len(pixels[0]) for pixels in pictures)
+    height = WIDTH / COLUMNS * min(high, 1.0) + 0.35 + (len(read) + 0.5) * LINE / 72
+    figure = Figure(figsize=(WIDTH, lines * height), layout="constrained")
     panels = figure.subplots(lines, COLUMNS, squeeze=False).ravel()
     for panel in panels:
         panel.axis("off")
-    for panel, one in zip(panels, shown, strict=False):
-        pixels = image.imread(io.BytesIO(base64.b64decode(one["picture"])), format="png")
+    for panel, one, pixels in zip(panels, shown, pictures, strict=False):
         panel.imshow(pixels, cmap="gray")
         panel.set_title(f"{one['price']:g}")
         for line, (name, texts) in enumerate(read.items()):
             text = texts.get(one["number"], "")
             right = price_in(text) == one["price"]
             said = " ".join(text.split())[:16] or "no answer"
-            panel.text(
-                0,
-                -0.08 - 0.26 * line,
+            panel.annotate(
                 f"{name}: {said}{'' if right else '  (wrong)'}",
-                transform=panel.transAxes,
+                (0, 0),
+                (0, -4 - LINE * line),
+                xycoords="axes fraction",
+                textcoords="offset points",
                 color=INK if right else PRUNED,
                 fontsize=6.5,
                 va="top",
