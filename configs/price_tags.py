@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
             },
             "train": {
                 "steps": 1200,
-                "learning_rate": 1e-3,  # at 3e-3, from kernels of 0.02, no figure was learned in 600 steps
+                "learning_rate": 1e-3,  # at 3e-3, from 0.02, nothing is learned in 600 steps
                 "final_learning_rate": 1e-4,
                 "warmup": 100,
                 "weight_decay": 0.05,
