@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
                 "positions": "rope",
                 "activation": "silu",
                 "tied_head": False,
-                "init_stddev": 0.06,  # as 0.02 is to 768, see docs/vision.md
+                "init_stddev": 0.06,  # 0.02 * sqrt(768 / 96), see docs/vision.md
                 "vision": {
                     "layers": 3,  # two are used
                     "heads": 4,

@@ -185,7 +185,7 @@ def test_images_alone_are_no_dataset_of_prices(tmp_path, where):
 def test_an_image_is_read_from_a_regular_file_alone(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
-        with pytest.raises(InputError, match="it is no regular file; give the path"):
+        with pytest.raises(InputError, match="it is not a regular file; give the path"):
             images.open_image(path, "it")
 
 

@@ -81,6 +81,13 @@ def test_tower_and_decoder_start_as_wide_as_each_is_told():
         assert np.std(kernel["kernel"]) == pytest.approx(stddev, rel=0.06)
 
 
+@pytest.mark.parametrize("stddev", [0.0, -0.02, float("nan")])
+def test_initial_values_without_a_spread_are_refused(stddev):
+    vision = VisionConfig(2, 2, 8, 8, image=8, patch=2, init_stddev=stddev)
+    with pytest.raises(InputError, match=r"config\.model\.vision\.init_stddev must be .* above 0"):
+        phi3v.build(ModelConfig(vision=vision), 50)
+
+
 def test_the_published_sizes():
     shapes = slices.param_shapes(FULL, 32064)
     count = sum(int(np.prod(shape)) for shape in shapes.values())

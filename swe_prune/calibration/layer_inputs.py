@@ -226,7 +226,7 @@ def make_measure_fn(
 
 
 def make_accumulate_step(measure: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    """Returns a compiled step that adds a batch to the sums, donating the previous ones."""
+    """Returns a step of two compiled programs that adds a batch to the sums, which it donates."""
 
     @functools.partial(jax.jit, donate_argnums=1)
     def add(variables: Any, sums: Any, batch: Any) -> Any:

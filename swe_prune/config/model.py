@@ -94,7 +94,8 @@ class ModelConfig:
     mlp_bias: bool | None = None  # bias of the MLP; None: use_bias
     head_bias: bool | None = None  # bias of an untied output head; None: use_bias
     tied_head: bool = True  # whether the output head is the transposed embedding
-    init_stddev: float = 0.02  # standard deviation of the kernels' initial values
+    init_stddev: float = 0.02  # standard deviation of the initial embeddings and kernels; those
+    # that add to the residual stream start smaller by 1 / sqrt(2 * layers)
     dropout: float = 0.0  # dropout rate of training, in [0, 1)
     dtype: ComputeDtype = "float32"  # dtype of the computation; parameters are float32
     remat: bool = False  # rematerialization of each block in the backward pass: less memory

@@ -65,7 +65,7 @@ def _opened(source: bytes | str | Path, where: str) -> Any:
     if not Path(source).exists():
         raise InputError(f"{where} does not exist; correct its path")
     if not Path(source).is_file():  # a pipe would never end
-        raise InputError(f"{where} is no regular file; give the path of an image file")
+        raise InputError(f"{where} is not a regular file; give the path of an image file")
     return open(source, "rb")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from swe_prune.errors import InputError, first_line
-from swe_prune.runtime.storage import is_regular
+from swe_prune.runtime.storage import is_hollow, is_regular
 
 SEPARATOR = "\n\n"
 """Separator between the examples of a JSON file or a TFDS split: a blank line."""
@@ -74,9 +74,9 @@ def read_text(path: Path, key: str = "text", correct: str = "data.dataset to the
                 f"{where} cannot be read (it is a directory, a pipe or a device); correct "
                 f"{correct} of a text file"
             )
-        found = os.stat(path)
-        if found.st_size > LARGEST and found.st_blocks * 512 * _RATIO < found.st_size:
-            raise InputError(f"{where} has {found.st_size:,} bytes, nearly all holes; get it again")
+        if is_hollow(path):
+            size = os.stat(path).st_size
+            raise InputError(f"{where} has {size:,} bytes, nearly all holes; get it again")
         with open(path, "rb") as file:
             content = file.read(_HEAD)
             if not content.startswith(_GZIP):

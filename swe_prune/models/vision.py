@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from swe_prune.bounds import POSITIVE
 from swe_prune.config import ModelConfig, VisionConfig
 from swe_prune.errors import InputError
 from swe_prune.models.block import Block, scanned
@@ -24,7 +25,8 @@ from swe_prune.models.layers import norm
 
 
 def check(config: VisionConfig) -> None:
-    """Raises InputError if the sizes of the tower do not fit together."""
+    """Raises InputError if a setting is out of range, or the sizes do not fit together."""
+    POSITIVE.check(config.init_stddev, "config.model.vision.init_stddev")
     if config.image < 1 or config.patch < 1 or config.image % (2 * config.patch):
         raise InputError(
             f"config.model.vision.image must be a multiple of 2 * patch = {2 * config.patch}, "

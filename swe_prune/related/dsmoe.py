@@ -36,6 +36,7 @@ from swe_prune.models.layers import ACTIVATIONS
 from swe_prune.training import losses
 
 INIT_STDDEV = ModelConfig.init_stddev  # of a router's kernel
+
 Weights = Mapping[str, Mapping[str, Array]]
 """Kernels (and biases, if any) of an MLP: "up", "down", and "gate" where it is gated."""
 

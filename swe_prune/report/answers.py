@@ -17,6 +17,7 @@ COLUMNS = 4
 MODELS = 4  # pruned models whose answers are shown, from the least sparse to the sparsest
 WIDTH = 9.0  # inches
 LINE = 10.0  # points from one answer to the next
+GAP, TITLE = 0.1, 0.3  # inches between pictures, and for the price above one
 
 
 def answers(results: Results) -> Picture | None:
@@ -41,18 +42,22 @@ def answers(results: Results) -> Picture | None:
 
 
 def _figure(shown: list[dict[str, Any]], read: dict[str, dict[int, str]]) -> Figure:
-    lines = math.ceil(len(shown) / COLUMNS)
     pictures = [
         image.imread(io.BytesIO(base64.b64decode(one["picture"])), format="png") for one in shown
     ]
-    # Inches: the highest picture at the width of a column, its price, and a line for each model.
-    high = max(len(pixels) / len(pixels[0]) for pixels in pictures)
-    height = WIDTH / COLUMNS * min(high, 1.0) + 0.35 + (len(read) + 0.5) * LINE / 72
-    figure = Figure(figsize=(WIDTH, lines * height), layout="constrained")
-    panels = figure.subplots(lines, COLUMNS, squeeze=False).ravel()
-    for panel in panels:
+    # All in inches: the highest picture fits its column, with its price above and answers below.
+    width = WIDTH / COLUMNS - GAP
+    high = width * min(1.0, max(len(pixels) / len(pixels[0]) for pixels in pictures))
+    row = GAP + TITLE + high + (len(read) + 1) * LINE / 72
+    height = row * math.ceil(len(shown) / COLUMNS)
+    figure = Figure(figsize=(WIDTH, height))
+    for number, (one, pixels) in enumerate(zip(shown, pictures, strict=True)):
+        above, column = divmod(number, COLUMNS)
+        left, bottom = (column + 0.5) * GAP + column * width, height - above * row - TITLE - high
+        panel = figure.add_axes(
+            (left / WIDTH, bottom / height, width / WIDTH, high / height), anchor="NW"
+        )
         panel.axis("off")
-    for panel, one, pixels in zip(panels, shown, pictures, strict=False):
         panel.imshow(pixels, cmap="gray")
         panel.set_title(f"{one['price']:g}")
         for line, (name, texts) in enumerate(read.items()):

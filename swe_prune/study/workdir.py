@@ -153,7 +153,7 @@ def _take(file: IO[str], kind: int, what: str) -> None:
 def _settle(workdir: Workdir, config: Config) -> None:
     stored = _made_by(workdir.path)
     if stored is not None:
-        _check_same(workdir, config, stored)
+        _check_same(workdir.path, config, from_dict(stored["config"]))
     elif any(workdir.path.glob("seed_*/*/result.json")) or (workdir.path / CONFIG).exists():
         raise InputError(
             f"workdir {str(workdir.path)!r} has no {CONFIG} that can be read, so what made its "
@@ -200,14 +200,12 @@ def config_of(path: epath.Path) -> Config:
 
 def check_config(path: epath.Path, config: Config) -> None:
     """Raises InputError if a workdir was made by another config, or it is not known by which."""
-    config_of(path)
-    _check_same(Workdir(path), config, _made_by(path) or {})
+    _check_same(path, config, config_of(path))
 
 
-def _check_same(workdir: Workdir, config: Config, stored: dict[str, Any]) -> None:
+def _check_same(path: epath.Path, config: Config, made_by: Config) -> None:
     # Compared as they are understood now, since a setting may be younger than the workdir.
-    now = from_dict(stored.get("config", {}))
-    ours, theirs = (flat(one.without_switches()) for one in (config, now))
+    ours, theirs = (flat(one.without_switches()) for one in (config, made_by))
     if ours == theirs:
         return
     differing = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
@@ -216,7 +214,7 @@ def _check_same(workdir: Workdir, config: Config, stored: dict[str, Any]) -> Non
     )
     more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
     raise InputError(
-        f"workdir {str(workdir.path)!r} was made by another config: {shown}{more}; "
+        f"workdir {str(path)!r} was made by another config: {shown}{more}; "
         "choose another --workdir or go back to that config"
     )
 
