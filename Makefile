@@ -11,8 +11,12 @@ FORMAT := swe_prune configs tests benchmarks docs setup.py
 
 .PHONY: demo test fuzz test-transformers lint docs smollm2 smaller bench clean
 
+# A process for each of the two seeds, where the script runs and no accelerator is to be shared.
+TWO = LAUNCH_PYTHON=$(BIN)/python launch/local.sh 2 --sweep --
+ONE = $(BIN)/python -m swe_prune
 demo: $(call STAMP,demo)
-	$(BIN)/python -m swe_prune run --config=configs/shakespeare_char.py --workdir=runs/demo
+	$(if $(JAX),$(ONE),$(if $(shell launch/local.sh --help 2>/dev/null),$(TWO),$(ONE))) run --config=configs/shakespeare_char.py --workdir=runs/demo
+	$(BIN)/python -m swe_prune report --workdir=runs/demo
 
 test: $(call STAMP,test)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

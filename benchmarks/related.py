@@ -71,8 +71,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=800, help="training steps")
-    parser.add_argument("--windows", type=int, default=640, help="validation windows")
-    parser.add_argument("--more", type=int, default=300, help="further steps of dsmoe")
+    parser.add_argument("--windows", type=int, default=256, help="validation windows")
+    parser.add_argument("--more", type=int, default=200, help="further steps of dsmoe")
     parser.add_argument(
         "--work", choices=("sums", "filler"), default="sums", help="tokens before an answer"
     )

@@ -38,10 +38,7 @@ def get_config() -> ConfigDict:
                 "eval_batch": 64,
             },
             "train": {"steps": 5000},
-            "trajectory": {
-                "measures": ("late_mean", "votes", "mean_abs"),
-                "every": "5%",  # twenty snapshots
-            },
+            "trajectory": {"every": "5%"},  # twenty snapshots
             "finetune": {
                 "steps": 500,
                 "learning_rate": 3e-4,
@@ -54,7 +51,7 @@ def get_config() -> ConfigDict:
                 "std_criteria": ("swe", "swe_spread", "magnitude"),
                 "std_rates": (0.5, 1.0, 1.4, 2.0, 2.5, 3.0, 4.0),
                 "std_seeds": (0, 1, 2),
-                "criteria": ("swe", "votes", "mean_abs", "magnitude", "random"),
+                "criteria": ("swe", "votes", "forecast_curvature", "magnitude", "random"),
                 "sparsities": (0.3, 0.5, 0.6, 0.7, 0.8, 0.9),
                 "seeds": (0, 1, 2),
             },

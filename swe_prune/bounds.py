@@ -46,20 +46,19 @@ class Bound(NamedTuple):
             value = value.item()  # of numpy and jax
         number: Any = value if isinstance(value, kind) and not isinstance(value, bool) else math.nan
         if not (self.least <= number <= self.most and number < self.below):
-            most = (
-                f" and at most {self.most if self.whole else format(self.most, 'g')}"
-                if number > self.most
-                else ""
-            )
-            said = str(self) if "at most" in str(self) else f"{self}{most}"
-            raise InputError(f"{what} must be {said}, got {shown(value)}")
+            range_ = self._words(maximum=number > self.most)
+            raise InputError(f"{what} must be {range_}, got {shown(value)}")
 
     def __str__(self) -> str:
         """Returns the range in words."""
+        return self._words(maximum=False)
+
+    def _words(self, maximum: bool) -> str:
+        """Returns the range in words, and a maximum of the usual size if asked."""
         words = [f"above {0:g}" if self.least == _TINY else f"of at least {self.least:g}"]
         if math.isfinite(self.below):
             words.append(f"below {self.below:g}")
-        elif self.most not in (COUNT.most, _LARGEST):
+        elif maximum or self.most not in (COUNT.most, _LARGEST):
             words.append(f"at most {self.most if self.whole else format(self.most, 'g')}")
         return f"{'an integer' if self.whole else 'a finite number'} {' and '.join(words)}"
 

@@ -254,6 +254,9 @@ def test_a_saved_position_continues_with_the_same_batches(data):
     other = image_text.train_iterator(data.train, batch=2, seed=3)
     other.set_state(state)
     own = image_text.train_iterator(data.train, batch=2, seed=3, rows=np.array([1]))
+    for rows in ([2], [-1], [0, 5]):
+        with pytest.raises(InputError, match="indices of the 2 examples of a batch, 0 to 1, got"):
+            image_text.train_iterator(data.train, batch=2, seed=3, rows=np.array(rows))
     own.set_state(state)
     for _ in range(3):
         one, two, part = next(first), next(other), next(own)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from swe_prune import cli, study
 from swe_prune.config import StudyConfig
 from swe_prune.errors import InputError
+from swe_prune.recipe import Recipe
 from swe_prune.runtime.locks import lock_for_run
 from swe_prune.study import grid, phases, prune_phase
 from swe_prune.study.shard import Shard
@@ -26,6 +27,20 @@ def test_every_item_is_of_exactly_one_shard(count, items):
     parts = [Shard(index, count).part(range(items)) for index in range(count)]
     assert sorted(itertools.chain(*parts)) == list(range(items))
     assert all(item % count == index for index, part in enumerate(parts) for item in part)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(1, 5))
+def test_shards_have_whole_seeds_where_their_numbers_allow(sizes, count):
+    cells = [
+        grid.Cell(Recipe("magnitude", sparsity=number / 10, seed=seed))
+        for seed, size in enumerate(sizes)
+        for number in range(1, size + 1)
+    ]
+    dealt = [Shard(index, count).part(grid.in_turns(cells)) for index in range(count)]
+    assert sorted(itertools.chain(*dealt), key=cells.index) == cells
+    if len(set(sizes)) == 1 and len(sizes) % count == 0:
+        for part in dealt:
+            assert len({cell.seed for cell in part}) <= len(sizes) // count
 
 
 def settings_of(plays_dir):

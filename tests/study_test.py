@@ -48,6 +48,8 @@ CELLS = sweep.chain(
         {"schedule": "movement", "criterion": "movement"},
         {"schedule": "elsa"},
         {"recovery": "rewind_weights", "recovery_steps": 8},
+        {"include": ["/mlp/"], "scope": "global"},
+        {"include": ["^block_0/mlp/up", "attention/"], "method": "sparsegpt"},
     ]
 )
 NAMES = [
@@ -68,6 +70,8 @@ NAMES = [
     "tensor-movement-0.5-movement",
     "tensor-magnitude-0.5-elsa",
     "tensor-magnitude-0.5-rewind_weights-8",
+    "global-magnitude-0.5-of-mlp-",
+    "tensor-blockwise-sparsegpt-0.5-of-block_0-mlp-up,attention-",
 ]
 
 
@@ -113,12 +117,27 @@ def test_every_cell_has_a_readable_name_and_a_row(done, table):
 def test_every_count_is_met(table):
     prunable = 12 * 16 * 16
     for name, row in table.items():
-        total = prunable * 2 // 3 if "neuron" in name else prunable  # attention has no neurons
+        total = prunable
+        if "neuron" in name or row["include"]:  # attention has no neurons; the rules choose as many
+            total = prunable * 2 // 3
         removed = round(float(row["sparsity"]) * total)
         assert float(row["sparsity_prunable"]) == removed / prunable
         assert int(row["nonzero_params"]) == int(table[NAMES[0]]["nonzero_params"]) + (
             prunable // 2 - removed
         )
+
+
+def test_a_cell_prunes_what_its_rules_include_and_trains_the_rest_on(done):
+    dense = dict(tree.named_leaves(saved.load_dense(done, 0).params))
+    for cell, rules in ((done.cells[-2], ("/mlp/",)), (done.cells[-1], ("0/mlp/up", "attention/"))):
+        masks = {n: np.asarray(m) for n, m in tree.named_leaves(saved.load_masks(done, cell))}
+        pruned = [mask for name, mask in masks.items() if any(rule in name for rule in rules)]
+        assert sum(mask.sum() for mask in pruned) == sum(mask.size for mask in pruned) / 2
+        others = [mask for name, mask in masks.items() if not any(rule in name for rule in rules)]
+        assert others
+        assert all(mask.all() for mask in others)
+        tuned = dict(tree.named_leaves(saved.load_finetuned(done, cell)))
+        assert all((tuned[name] != dense[name]).any() for name in tuned)
 
 
 def test_a_cell_without_recovery_ends_where_its_pruning_left_it(table):
@@ -475,6 +494,17 @@ def test_rewarming_reaches_the_dense_peak_and_rewinding_the_dense_schedules_end(
         ({"recovery": "rewind_weights", "recovery_steps": 3}, "step 21, which is not retained"),
         ({"recovery": "rewind_weights", "recovery_steps": 24}, "cannot go back to step 0"),
         ({"recovery_steps": 0}, "recovery 'finetune' has 0 steps"),
+        (
+            {"include": ["/mpl/"]},
+            "include rule '/mpl/' matches no prunable weight",
+        ),
+        ({"include": ["embed"]}, "include rule 'embed' matches no prunable weight"),
+        ({"include": ["("]}, "rule '\\(' is not a regular expression"),
+        ({"include": []}, "include must be at least one rule, or None"),
+        (
+            {"include": ["/mlp/"], "schedule": "rigl"},
+            "include must be None, since schedule 'rigl' prunes all prunable weights",
+        ),
     ],
 )
 def test_a_cell_that_cannot_work_is_named_before_any_training(cell, sentence, tmp_path, plays_dir):

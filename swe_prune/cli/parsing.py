@@ -70,8 +70,8 @@ class RunSettings(DistributedSettings):
 
     shard: str | None = option(
         None,
-        "cells whose number leaves I when divided by N; N processes, on one machine or several, "
-        "may share the workdir",
+        "the I-th of N shares of the cells, of as few seeds as possible; N processes, on one "
+        "machine or several, may share the workdir",
         metavar="I/N",
     )
 

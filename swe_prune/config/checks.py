@@ -102,6 +102,8 @@ def _validate_cell(cell: CellConfig, path: str, must: Callable[..., None]) -> No
     must(cell.seed == 0, f"{path}.seed", f"left out; give seeds = ({cell.seed},)", cell.seed)
     rule = "at least one seed, or None for those of the study"
     must(cell.seeds is None or len(cell.seeds) > 0, f"{path}.seeds", rule, cell.seeds)
+    rule = "at least one rule, or None for all prunable weights"
+    must(cell.include is None or len(cell.include) > 0, f"{path}.include", rule, cell.include)
     if cell.schedule == ONE_SHOT:
         return
     # All other schedules prune during the recovery.
@@ -112,6 +114,8 @@ def _validate_cell(cell: CellConfig, path: str, must: Callable[..., None]) -> No
     at_once = at_once or cell.restore is not None
     rule = f"{ONE_SHOT!r}, since a rate, a restoration, a method or an n:m pattern prunes at once"
     must(not at_once, f"{path}.schedule", rule, schedule)
+    rule = f"None, since schedule {schedule!r} prunes all prunable weights"
+    must(cell.include is None, f"{path}.include", rule, cell.include)
     if schedule in ("cubic", "iterative"):
         return
     rule = f"None, since schedule {schedule!r} prunes single weights"

@@ -183,6 +183,7 @@ class CellConfig(Recipe):
     recovery: Recovery = "finetune"  # training that follows
     recovery_steps: Duration | None = None  # length of the recovery; None: `finetune.steps`
     seeds: tuple[int, ...] | None = None  # seeds of the dense models; None: those of the study
+    include: tuple[str, ...] | None = None  # rules of the prunable weights to prune; None: all
 
     def recipe(self, seed: int) -> Recipe:
         """Returns how the model of a seed is pruned."""

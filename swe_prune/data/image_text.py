@@ -22,6 +22,7 @@ from swe_prune.data import images, price_rows
 from swe_prune.data.char_tokenizer import CharTokenizer
 from swe_prune.data.dataset import Tokenizer
 from swe_prune.data.price_rows import Row
+from swe_prune.data.windows import checked_order
 from swe_prune.errors import InputError
 
 if TYPE_CHECKING:
@@ -213,11 +214,13 @@ def train_iterator(
         batch: Number of examples B of a batch.
         seed: Seed of the order, in [0, 2^32).
         rows: Indices of the rows of each batch to return, if several hosts share it. If None, all.
+
+    Raises:
+        InputError: The seed or a row is out of range.
     """
     import grain  # takes a second, which reading rows does not need
 
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed of the data order must be in [0, 2^32), got {seed}")
+    rows = checked_order(seed, rows, batch, "examples")
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:

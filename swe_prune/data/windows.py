@@ -19,6 +19,33 @@ Batch = Mapping[str, Int32[np.ndarray, "B L"]]
 """`inputs` and `targets`; `targets[b, i]` is the token after `inputs[b, i]`."""
 
 
+def checked_order(
+    seed: int, rows: Int[np.ndarray, " R"] | None, batch: int, what: str
+) -> Int[np.ndarray, " R"] | None:
+    """Returns the rows of an order of batches as int64, or None for all of them.
+
+    Args:
+        seed: Seed of the order.
+        rows: Indices of the rows of each batch that are returned.
+        batch: Number of rows of a batch.
+        what: What a row is, in plural.
+
+    Raises:
+        InputError: The seed or a row is out of range.
+    """
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed of the data order must be in [0, 2^32), got {seed}")
+    if rows is None:
+        return None
+    rows = np.asarray(rows, np.int64)  # an empty list would be float
+    if not np.all((rows >= 0) & (rows < batch)):
+        raise InputError(
+            f"rows must be indices of the {batch} {what} of a batch, 0 to {batch - 1}, got "
+            f"{shown(rows)}"
+        )
+    return rows
+
+
 @checked
 def train_iterator(
     tokens: Integer[np.ndarray, " N"],
@@ -57,15 +84,7 @@ def train_iterator(
     import grain
 
     _check_length(tokens, context)
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed of the data order must be in [0, 2^32), got {seed}")
-    if rows is not None:
-        rows = np.asarray(rows, np.int64)  # an empty list would be float
-        if not np.all((rows >= 0) & (rows < batch)):
-            raise InputError(
-                f"rows must be indices of the {batch} windows of a batch, 0 to {batch - 1}, got "
-                f"{shown(rows)}"
-            )
+    rows = checked_order(seed, rows, batch, "windows")
     # Grain shuffles and batches only the starts, and one gather cuts a whole batch. Handling each
     # window as a separate element takes several times as long.
     windows = (

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune import tree
-from swe_prune.arguments import checked
+from swe_prune.arguments import checked, is_abstract
 from swe_prune.errors import InputError, shown
 
 _FIELDS = ("nu", "sum_of_squares")
@@ -122,7 +122,7 @@ def _as_it_began(state: Any, moments: list[Any]) -> bool:
     count = _field(state, "count") if "count" in fields else 0  # a tuple has a method of this name
     if (
         not moments
-        or any(isinstance(one, Tracer | jax.ShapeDtypeStruct) for one in (count, *moments))
+        or any(isinstance(one, Tracer) or is_abstract(one) for one in (count, *moments))
         or np.any(count)
     ):
         return False

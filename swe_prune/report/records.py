@@ -34,7 +34,7 @@ def name_of(row: Row) -> str:
     recovery = {"finetune": "", "none": "no recovery"}.get(row.recovery, row.recovery)
     restore = f"+ {row.restore}" if row.restore else ""
     parts = [row.criterion, method, restore, row.options, row.allocation, row.pattern, schedule]
-    parts.append(recovery)
+    parts += [recovery, f"of {row.include}" if row.include else ""]
     return " ".join(filter(None, parts))
 
 

@@ -267,7 +267,9 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
             recovery.check_long_enough(cell.schedule, tunings[cell.recovery].steps)
     # What each model is measured on.
     validation, training = feeds.fixed(config, data)
-    cells = (shard or Shard()).part(grid.cells(config))
+    cells = grid.cells(config)
+    if shard is not None:
+        cells = sorted(shard.part(grid.in_turns(cells)), key=cells.index)
     return Experiment(
         config=config,
         workdir=workdir.Workdir(storage.parse_path(path)),
@@ -335,12 +337,17 @@ def _calibration(config: Config, cells: list[grid.Cell], data: feeds.Data, mesh:
 
 def _prunable(config: Config, params: PyTree) -> PyTree:
     """Returns which weights may be pruned: by rules, or of a model of images its decoder's."""
-    include, exclude = config.prune.include, config.prune.exclude
-    if config.model.vision is None:
-        return tree.prunable(params, include, exclude)
-    chosen = tree.prunable(params, phi3v.PRUNABLE if include is None else include, exclude)
+    chosen = tree.prunable(params, *prune_rules(config))
     # What is in no computation would be ranked by its noise.
     return tree.map_named(lambda name, mark: mark and not phi3v.unused(config.model, name), chosen)
+
+
+def prune_rules(config: Config) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """Returns the rules of the weights that may be pruned, and of those that may not."""
+    include = config.prune.include
+    if include is None and config.model.vision is not None:
+        include = phi3v.PRUNABLE
+    return include, config.prune.exclude
 
 
 def _rules(config: Config) -> list[tuple[str, tuple[str | None, ...]]]:

@@ -1,13 +1,14 @@
 """The cells of the study, and what they need tracked."""
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxtyping import PyTree
 
-from swe_prune import recipe, trajectory
+from swe_prune import recipe, trajectory, tree
 from swe_prune.config import ONE_SHOT, CellConfig, Config, Duration
 from swe_prune.errors import InputError
 from swe_prune.recipe import Recipe
@@ -47,11 +48,13 @@ class Cell:
         recipe: How the model is pruned; its seed is that of the dense model.
         schedule: "one_shot", or another of `config.Schedule` during the recovery.
         recovery: Training that follows.
+        include: Rules of the prunable weights that are pruned; None: all.
     """
 
     recipe: Recipe
     schedule: str = ONE_SHOT
     recovery: Recovery = Recovery()
+    include: tuple[str, ...] | None = None
 
     @property
     def seed(self) -> int:
@@ -79,7 +82,32 @@ class Cell:
         """What differs from a one-shot, unstructured cell that is fine-tuned, one word each."""
         words = [self.recipe.option_text, self.recipe.allocation, self.recipe.pattern]
         words += [self.schedule if self.gradual else "", self.recovery.name]
+        words += [f"of {self.include_text}" if self.include else ""]
         return [word for word in words if word]
+
+    @property
+    def include_text(self) -> str:
+        """Rules of the weights that are pruned, joined by commas; empty where all are."""
+        return ",".join(self.include or ())
+
+    def chosen(self, prunable: PyTree) -> PyTree:
+        """Returns which of the prunable weights the cell prunes, a bool pytree like `prunable`.
+
+        Raises:
+            InputError: A rule is no regular expression or matches no prunable weight.
+        """
+        if self.include is None:
+            return prunable
+        names = [name for name, mark in tree.named_leaves(prunable) if mark]
+        matched = {rule: {n for n in names if tree.rule_matches(rule, n)} for rule in self.include}
+        for rule, found in matched.items():
+            if not found:
+                raise InputError(
+                    f"include rule {rule!r} matches no prunable weight, such as {names[0]}; change "
+                    "it, or widen config.prune.include"
+                )
+        chosen = set().union(*matched.values())
+        return tree.map_named(lambda name, mark: mark and name in chosen, prunable)
 
     @property
     def gradual(self) -> bool:
@@ -131,7 +159,8 @@ def _listed(config: Config, settings: CellConfig) -> Iterator[Cell]:
     if settings.recovery == "none" or steps == config.finetune.steps:
         steps = None
     for seed in config.study.seeds if settings.seeds is None else settings.seeds:
-        yield Cell(settings.recipe(seed), settings.schedule, Recovery(settings.recovery, steps))
+        recovery = Recovery(settings.recovery, steps)
+        yield Cell(settings.recipe(seed), settings.schedule, recovery, settings.include)
 
 
 def check(config: Config, abstract_params: PyTree, prunable: PyTree, layout: PyTree) -> None:
@@ -156,14 +185,28 @@ def check(config: Config, abstract_params: PyTree, prunable: PyTree, layout: PyT
         # The shapes admit a selection whatever ranks the weights, so one trace serves all criteria.
         own = cell.recipe
         selection = (own.rate, own.sparsity, own.scope, own.pattern, own.max_sparsity)
-        selection += (own.method, own.method and own.option_text)
+        selection += (own.method, own.method and own.option_text, cell.include)
         shapes = None if selection in selections else abstract_params
         try:
-            recipe.check(own, shapes, prunable, layout=layout, unavailable=unavailable)
+            chosen = cell.chosen(prunable)
+            recipe.check(own, shapes, chosen, layout=layout, unavailable=unavailable)
         except InputError as error:
             raise InputError(f"cell {cell.name!r}: {error}") from error
         checked.append(shared)
         selections.add(selection)
+
+
+def in_turns(cells: Sequence[Cell]) -> list[Cell]:
+    """Returns the cells with their seeds in turns: the first of each, the second of each, and on.
+
+    Every N-th of them is then of one seed where N is a multiple or a divisor of their number, so
+    that of several processes each trains, loads and measures few dense models.
+    """
+    by_seed: dict[int, list[Cell]] = {}
+    for cell in cells:
+        by_seed.setdefault(cell.seed, []).append(cell)
+    turns = itertools.zip_longest(*by_seed.values())
+    return [cell for turn in turns for cell in turn if cell is not None]
 
 
 def seeds(config: Config) -> list[int]:

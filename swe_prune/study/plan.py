@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from swe_prune import parallel, trajectory, tree
+from swe_prune.models import phi3v
 from swe_prune.study import grid
-from swe_prune.study.experiment import Experiment
+from swe_prune.study.experiment import Experiment, prune_rules
 
 TIMED_STEPS = 3
 TIMED_TOKENS = 2048
@@ -50,7 +51,6 @@ def plan(experiment: Experiment, console: Console) -> None:
 def as_json(experiment: Experiment) -> dict[str, Any]:
     """Returns what `plan` prints as something JSON can hold; sizes in bytes, times in seconds."""
     config, params = experiment.config, experiment.abstract_params
-    prune = config.prune
     steps, per_step, _ = _timed(experiment)
     return {
         "name": config.name,
@@ -59,7 +59,7 @@ def as_json(experiment: Experiment) -> dict[str, Any]:
         "tensors": {
             name: {
                 "shape": list(leaf.shape),
-                "dense": tree.dense_reason(name, leaf, prune.include, prune.exclude) or None,
+                "dense": _dense_reason(experiment, name, leaf) or None,
             }
             for name, leaf in tree.named_leaves(params)
         },
@@ -94,18 +94,25 @@ def memory_line(experiment: Experiment) -> str:
 
 
 def _tensors(experiment: Experiment, params: Any) -> Table:
-    prune = experiment.config.prune
     table = Table(title=experiment.config.name)
     for heading in ("tensor", "shape", "weights", "prunable?"):
         table.add_column(
             heading, overflow="fold", justify="right" if heading == "weights" else "left"
         )
     for name, leaf in tree.named_leaves(params):
-        reason = tree.dense_reason(name, leaf, prune.include, prune.exclude)
+        reason = _dense_reason(experiment, name, leaf)
         verdict = f"dense: {reason}" if reason else "prunable"
         row = (name, str(leaf.shape), f"{tree.size(leaf):,}", verdict)
         table.add_row(*map(escape, row))  # a rule may look like rich's markup
     return table
+
+
+def _dense_reason(experiment: Experiment, name: str, leaf: Any) -> str:
+    """Returns why a weight stays dense in every cell, or "" where it may be pruned."""
+    reason = tree.dense_reason(name, leaf, *prune_rules(experiment.config))
+    if not reason and phi3v.unused(experiment.config.model, name):
+        return "in no computation"
+    return reason
 
 
 def _estimate(experiment: Experiment) -> str:

@@ -98,7 +98,7 @@ def pruned(experiment: Experiment, cell: Cell, dense: DenseModel) -> tuple[PyTre
             dense.state.params,
             dense.evidence if request.method is None else dense.block_evidence,
             values=dense.start,
-            prunable=experiment.prunable,
+            prunable=cell.chosen(experiment.prunable),
             layout=experiment.layout,
             model=experiment.model,
             blocks=phi3v.blocks(experiment.config.model),
@@ -114,8 +114,8 @@ def pruned(experiment: Experiment, cell: Cell, dense: DenseModel) -> tuple[PyTre
 def whole(experiment: Experiment, masks: PyTree) -> PyTree:
     """Returns masks of every prunable tensor, where its weight is.
 
-    A pattern may leave tensors dense, as "neuron" does with attention: they retain everything and
-    count in the sparsity of the whole.
+    A pattern may leave tensors dense, as "neuron" does with attention, and a cell those that its
+    rules do not include: they retain everything and count in the sparsity of the whole.
     """
     found = tree.map_leaves(
         lambda _, mask, chosen, weight: (
@@ -187,6 +187,7 @@ def _asked(experiment: Experiment, cell: Cell) -> dict[str, Any]:
         "rate": "" if request.rate is None else request.rate,
         "pattern": request.pattern or "",
         "restore": request.restore or "",
+        "include": cell.include_text,
         "schedule": cell.schedule,
         "recovery": cell.recovery.label,
     }

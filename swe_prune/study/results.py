@@ -25,10 +25,11 @@ class Row:
         options: Options of the criterion as `name=value`, joined by commas.
         allocation: Allocation rule, or empty where the scope decides.
         scope: Where the sparsity is met: "tensor", "global" or "row".
-        sparsity: Share of the prunable weights to remove; None for the paper's rule.
+        sparsity: Share of the weights to remove; None for the paper's rule.
         rate: Multiple of the standard deviation of the scores, of the paper's rule only.
         pattern: Shape of what is removed, or empty for single weights.
         restore: How the weights that stay make up for those that go, or empty.
+        include: Rules of the prunable weights that the cell prunes, or empty for all.
         schedule: When to prune, such as "one_shot" or "cubic".
         recovery: Training after pruning, such as "none", "finetune" or "rewind-200".
         steps: Steps of that training.
@@ -66,6 +67,7 @@ class Row:
     rate: float | None = None
     pattern: str = ""
     restore: str = ""
+    include: str = ""
     schedule: str
     recovery: str
     steps: int
