@@ -1,11 +1,15 @@
-"""A training loop and spreads in words, for the systems of `benchmarks/related.py`."""
+"""A training loop, the cost of a step, and spreads in words, for `benchmarks/related.py`."""
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import optax
+from timing import compare
+
+from swe_prune import ledger
 
 
 def compiled(
@@ -25,6 +29,40 @@ def compiled(
         return params
 
     return fit
+
+
+def cost(once: Callable[[float], Any], keep: float, examples: int) -> dict[str, Any]:
+    """Returns what a train step of a share costs, as multiples of a dense step beside it.
+
+    Args:
+        once: Function that trains one step through a share of the channels, and waits for it.
+        keep: Share.
+        examples: Number of examples of a step.
+
+    Returns:
+        Lists of the ratios of time and of energy, and where the energy is from.
+    """
+
+    def ten(share: float) -> int:
+        for _ in range(10):
+            once(share)
+        return 10 * examples
+
+    sparse, dense = functools.partial(ten, keep), functools.partial(ten, 1.0)
+    timed = compare(sparse, dense, repetitions=9)
+    meters = ledger.Ledger().meters
+    found = ledger.windows({"sparse": sparse, "dense": dense}, meters, count=5, seconds=1.0)
+    joules = [
+        one.per_token.value / other.per_token.value
+        for one, other in zip(found["sparse"], found["dense"], strict=True)
+    ]
+    source = "+".join(dict.fromkeys(meter.source for meter in meters))
+    return {"time": [1 / one for one in timed.speedups], "energy": joules, "source": source}
+
+
+def operations(step: Any, *arguments: Any) -> float:
+    """Returns the number of arithmetic operations of a jitted function, as XLA counts them."""
+    return float(step.lower(*arguments).cost_analysis()["flops"])
 
 
 def shown(values: Sequence[float], digits: int = 4) -> str:

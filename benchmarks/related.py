@@ -2,6 +2,7 @@
 
     python benchmarks/related.py all --out=tables      all of these, each in its JSON file
     python benchmarks/related.py trawl                 stacked weights at low rank, written back
+    python benchmarks/related.py trawl-smollm2         the same on SmolLM2
     python benchmarks/related.py ssprop --seeds 0 1 2  back-propagation through a part
     python benchmarks/related.py digits                the same on a small CNN
     python benchmarks/related.py dsmoe                 MLPs in blocks that tokens switch on and off
@@ -11,10 +12,9 @@
     python benchmarks/related.py ecomls                switching between cuts of SmolLM2
 
 The settings of the models are `configs/sweeps/related.py`, those of EcoMLS `configs/ecomls.py`.
-Dense models are trained in `--workdir` first, or found there. TRAWL's best layer, rank and method
-are chosen on a fifth of the validation windows and reported on the others; "noise" is a random
-change of the same kernels by the same norm. ssProp trains from scratch with the same data, order
-and steps; its step time is measured in turns. The others are described in their files here.
+Dense models are trained in `--workdir` first, or found there. ssProp trains from scratch with the
+same data, order and steps; operations, time and energy of a step are multiples of a dense step's.
+The others are described in their files here.
 """
 
 import argparse
@@ -23,7 +23,6 @@ import functools
 import json
 import os
 import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -31,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from accounts import accounted
 from flax import linen as nn
 from rich.console import Console
@@ -45,20 +43,18 @@ import ecomls
 import ling
 import reasoning
 import retrikt
-from fitting import quartiles, shown
-from timing import compare
+import trawl
+from fitting import cost, operations, quartiles, shown
 
 from swe_prune import study
 from swe_prune.config import Config, load, read
-from swe_prune.evaluation import mean_loss
-from swe_prune.related import ssprop, trawl
-from swe_prune.study.saved import load_dense
+from swe_prune.related import ssprop
 from swe_prune.training import step as step_lib
 from swe_prune.training.progress import Progress
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SYSTEMS = ("trawl", "ssprop", "digits", "dsmoe", "retrikt", "reasoning", "ling", "ecomls")
-RANKS = (4, 8, 16, 32, 48, 64, 80, 90)
+SYSTEMS = ("trawl", "trawl-smollm2", "ssprop", "digits", "dsmoe", "retrikt", "reasoning", "ling")
+SYSTEMS += ("ecomls",)
 
 
 def parse() -> argparse.Namespace:
@@ -90,42 +86,6 @@ def demo(options: argparse.Namespace) -> Config:
         data=dataclasses.replace(config.data, eval_windows=options.windows),
         study=dataclasses.replace(config.study, seeds=tuple(options.seeds)),
     )
-
-
-def run_trawl(experiment: Any, seeds: list[int]) -> list[dict[str, Any]]:
-    """Returns, by seed and method, what the best by the selecting windows does on the others."""
-    batches = experiment.validation
-    fifth = max(1, len(batches) // 5)
-    select, report = (
-        functools.partial(mean_loss, experiment.eval_step, batches=part)
-        for part in (batches[:fifth], batches[fifth:])
-    )
-    rows = []
-    for seed in seeds:
-        params = load_dense(experiment, seed).params
-        layers = experiment.config.model.layers
-        stacks = trawl.stacks_of(params, layers)
-        ranks = [rank for rank in RANKS if rank <= experiment.config.model.width]
-        tried = list(trawl.search(params, stacks, ranks, select))
-        dense = {"seed": seed, "dense_select": select(params), "dense": report(params)}
-        for method in trawl.METHODS:
-            best = min((one for one in tried if one.method == method), key=lambda one: one.loss)
-            stack = stacks[best.stack]
-            tensor = trawl.stacked(params, stack)
-            near = trawl.METHODS[method](tensor, best.rank)
-            row = dense | best._asdict()
-            row["report"] = report(trawl.written(params, stack, near))
-            row["noise"] = [
-                report(trawl.written(params, stack, noisy(tensor, near, key))) for key in range(3)
-            ]
-            rows.append(row)
-    return rows
-
-
-def noisy(tensor: jax.Array, near: jax.Array, seed: int) -> jax.Array:
-    """Returns a tensor changed at random by as much as its approximation changes it."""
-    noise = jax.random.normal(jax.random.key(seed), tensor.shape)
-    return tensor + noise * jnp.linalg.norm(tensor - near) / jnp.linalg.norm(noise)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,20 +131,19 @@ def run_ssprop(experiment: Any, seeds: list[int], say: Any) -> list[dict[str, An
             rows.append({"schedule": name, "seed": seed, "loss": loss})
             say(f"{name}, seed {seed}: {loss:.4f}")
     batch = next(experiment.batches(seeds[0]))
+    start, size = functools.partial(untracked, experiment, seeds[0]), experiment.config.data.batch
     for name, schedule in SCHEDULES.items():
-        keep = schedule(1)
-        kept = {share: [untracked(experiment, seeds[0])] for share in (1.0, keep)}
+        states = {share: start() for share in (1.0, schedule(1))}
 
-        def once(share: float, kept: Any = kept) -> None:
-            kept[share][0], metrics = steps[share](kept[share][0], batch)
+        def once(share: float, states: Any = states) -> None:
+            states[share], metrics = steps[share](states[share], batch)
             jax.block_until_ready(metrics)
 
-        timed = compare(
-            functools.partial(once, keep), functools.partial(once, 1.0), repetitions=9, calls=10
-        )
+        counted = [operations(steps[share], start(), batch) for share in (schedule(1), 1.0)]
+        measured = {"operations": counted[0] / counted[1], **cost(once, schedule(1), size)}
         for row in rows:
             if row["schedule"] == name:
-                row["sparse_step"] = [1 / ratio for ratio in timed.speedups]
+                row |= measured
     return rows
 
 
@@ -193,34 +152,16 @@ def untracked(experiment: Any, seed: int) -> Any:
     return dataclasses.replace(experiment.fresh_state(seed), stats=None)
 
 
-def trawl_table(rows: list[dict[str, Any]]) -> Table:
-    """Returns the rows of TRAWL as a table."""
-    head = ("seed", "method", "best stack", "rank", "error", "dense", "selecting part")
-    head += ("other part", "noise of this size")
-    table = Table(*head, title="change of the loss, nats per token")
-    for row in rows:
-        noise = [loss - row["dense"] for loss in row["noise"]]
-        table.add_row(
-            str(row["seed"]),
-            row["method"],
-            row["stack"],
-            str(row["rank"]),
-            f"{row['error']:.3f}",
-            f"{row['dense']:.4f}",
-            f"{row['loss'] - row['dense_select']:+.4f}",
-            f"{row['report'] - row['dense']:+.4f}",
-            f"{statistics.fmean(noise):+.4f} ({min(noise):+.4f} to {max(noise):+.4f})",
-        )
-    return table
-
-
 def ssprop_table(rows: list[dict[str, Any]]) -> Table:
     """Returns the rows of ssProp as a table."""
-    table = Table("schedule", "loss", "seeds", "time of a sparse step / dense step")
+    table = Table("schedule", "loss", "seeds", "operations", "step time")
+    table.add_column(f"energy ({rows[0]['source']})")
     for name in SCHEDULES:
         own = [row for row in rows if row["schedule"] == name]
         losses = [row["loss"] for row in own]
-        table.add_row(name, shown(losses), str(len(losses)), quartiles(own[0]["sparse_step"]))
+        ratios = [quartiles(own[0][what]) for what in ("time", "energy")]
+        count = f"{own[0]['operations']:.3f}"
+        table.add_row(name, shown(losses), str(len(losses)), count, *ratios)
     return table
 
 
@@ -230,6 +171,9 @@ def found_by(system: str, experiment: Any, options: argparse.Namespace) -> tuple
     if system == "ecomls":
         found = ecomls.run(read(options.config), say)
         return found, [ecomls.table(found)]
+    if system == "trawl-smollm2":
+        rows = trawl.run_pretrained(say)
+        return rows, [trawl.table(rows)]
     if system == "digits":
         found = digits.run(seeds, say)
         return found, [digits.table(found)]
@@ -244,8 +188,8 @@ def found_by(system: str, experiment: Any, options: argparse.Namespace) -> tuple
         return found, ling.tables(found)
     study.train(experiment, Progress())
     if system == "trawl":
-        rows = run_trawl(experiment, seeds)
-        return rows, [trawl_table(rows)]
+        rows = trawl.run(experiment, seeds, say)
+        return rows, [trawl.table(rows)]
     if system == "dsmoe":
         found = dsmoe.run(experiment, seeds, options.more, say)
         return found, dsmoe.tables(found)

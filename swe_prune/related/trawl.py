@@ -193,10 +193,17 @@ def _hooi(tensor: Array, ranks: tuple[int, int, int], steps: int) -> Tucker:
                 found = jnp.moveaxis(jnp.tensordot(factor.T, found, (1, axis)), 0, axis)
         return found
 
-    factors = [basis(tensor, axis) for axis in range(3)]
-    for _ in range(steps):
+    def improved(_: Any, given: tuple[Array, ...]) -> tuple[Array, ...]:
+        factors = list(given)
         for axis in range(3):
             factors[axis] = basis(projected(factors, axis), axis)
+        return tuple(factors)
+
+    factors = tuple(basis(tensor, axis) for axis in range(3))
+    if steps > 0:
+        # A rank above the product of the two others falls to it in the first round. The others are
+        # a loop, since decompositions one after the other take minutes to compile.
+        factors = jax.lax.fori_loop(1, steps, improved, improved(0, factors))
     return Tucker(projected(factors), *factors)
 
 
