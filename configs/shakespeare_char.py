@@ -5,7 +5,7 @@ Run it with
     python -m swe_prune run --config=configs/shakespeare_char.py --workdir=runs/demo
 
 A model of 233,952 parameters, of which 221,184 are prunable, trains for 800 steps on Shakespeare's
-plays with two seeds; 110 cells are pruned and fine-tuned for 80 steps. Five to six minutes on two
+plays with two seeds; 110 cells are pruned and fine-tuned for 80 steps. Six to nine minutes on two
 CPU cores. To expect: dense validation loss 2.01 nats per token, control 1.99; 60 % of the weights
 removed costs 0.0015 over the control after fine-tuning by forecast_curvature, all tensors together,
 0.013 by magnitude and 0.039 by swe.
