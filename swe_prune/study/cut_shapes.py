@@ -1,6 +1,7 @@
 """What a config's cuts make of its model, checked before any training."""
 
 import re
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import PyTree
@@ -91,7 +92,7 @@ def check_scored(config: Config, params: PyTree, prunable: PyTree) -> None:
                 )
 
 
-def in_use(model: ModelConfig, groups: structured.Groups, params: PyTree) -> dict[str, Group]:
+def in_use(model: ModelConfig, groups: Mapping[str, Group], params: PyTree) -> dict[str, Group]:
     """Returns the groups whose units are computed: all but those of a tower's last block.
 
     Args:

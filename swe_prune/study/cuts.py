@@ -28,6 +28,7 @@ from swe_prune.config import (
 )
 from swe_prune.evaluation import mean_loss
 from swe_prune.runtime.locks import lock_for_run
+from swe_prune.structured import Group
 from swe_prune.structured.refit import refit
 from swe_prune.study import feeds, finetune_phase, grid, samples, serving
 from swe_prune.study.cut_shapes import in_use, shape
@@ -186,7 +187,7 @@ def _cut(experiment: Experiment, seed: int, cut: CutConfig, dense: Any) -> tuple
     return structured.cut(start, every, keep), keep
 
 
-def _used_groups(experiment: Experiment, cut: CutConfig) -> dict[str, structured.Group]:
+def _used_groups(experiment: Experiment, cut: CutConfig) -> dict[str, Group]:
     model = experiment.config.model
     return in_use(model, structured.groups(model, cut.units), experiment.abstract_params)
 
