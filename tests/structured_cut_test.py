@@ -73,7 +73,7 @@ def test_cut_logits_are_masked_logits(name):
 
 
 def test_every_family_is_cut():
-    # A model with a vision tower is cut by declared groups.
+    # That with a vision tower is in vision_cut_test.py.
     assert {model(name).family for name in FAMILIES} == set(interop.FAMILIES) - {"phi3_v"}
 
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 from swe_prune import structured
-from swe_prune.config import ModelConfig, VisionConfig
+from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError
 from swe_prune.structured import Along, Group
 
@@ -229,9 +229,3 @@ def test_optimizers_whose_moments_are_not_laid_out_like_the_weights():
     assert jax.tree.map(jnp.shape, small) == jax.tree.map(jnp.shape, again)
     front = {"mlp": Group(2, {r"up/kernel$": 0})}
     refused("count axis 0 .* from the end", lambda: structured.cut(history, front, {"mlp": [0]}))
-
-
-def test_a_model_with_a_vision_tower_needs_declared_groups():
-    config = ModelConfig(layers=2, heads=2, width=8, vision=VisionConfig())
-    with pytest.raises(InputError, match=r"declare structured\.Group"):
-        structured.groups(config, "neurons")

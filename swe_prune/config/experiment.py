@@ -15,7 +15,7 @@ Index = Literal["window", "absolute"]
 Memory = Literal["device", "host"]
 Schedule = Literal["one_shot", "cubic", "iterative", "rigl", "set", "ste", "movement", "elsa"]
 Recovery = Literal["none", "finetune", "rewarm", "rewind", "rewind_weights"]
-Units = Literal["neurons", "heads", "query_heads", "layers"]
+Units = Literal["neurons", "heads", "query_heads", "vision_neurons", "layers"]
 """Choices of the settings below; `convert` and `check_choices` refuse every other value."""
 
 Duration = int | str
@@ -215,7 +215,8 @@ class CutConfig:
     """A cut of the dense models, whose arrays become smaller; see `study/cuts.py`.
 
     What is cut is trained by the settings of `finetune`, and compared with the dense model and with
-    models of smaller shapes that are trained from random weights for as many tokens in all.
+    models of smaller shapes that are trained from random weights for as many tokens in all. Of a
+    model of images and text the decoder is cut, or by "vision_neurons" the vision tower.
     """
 
     units: Units = "neurons"  # what is removed as a whole

@@ -31,7 +31,7 @@ from swe_prune.errors import InputError
 from swe_prune.evaluation import generation
 from swe_prune.evaluation.sampling import GREEDY
 from swe_prune.evaluation.token_losses import context_of
-from swe_prune.models import gpt
+from swe_prune.models import gpt, phi3v
 
 NO_END = np.array([-1], np.int32)  # no token, so every text runs to its full length
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
@@ -45,11 +45,14 @@ class Workload:
         batch: Number of texts.
         prompt: Tokens of each prompt, which the prefill takes.
         new: Tokens of each text that are decoded one by one, after the one of the prefill.
+        crops: Crops of the picture that each prompt begins with, next to its global view; 0: no
+            picture.
     """
 
     batch: int = 1
     prompt: int = 128
     new: int = 32
+    crops: int = 0
 
     def check(self, context: int | None = None) -> None:
         """Raises InputError if a number is below 1, or the texts exceed the context."""
@@ -174,23 +177,26 @@ def compiled(model: Any, params: PyTree, load: Workload, name: str = "model") ->
     """Compiles what `generate` runs, for random tokens, after checking that its memory is free.
 
     Args:
-        model: Decoder from `models.gpt`.
+        model: Decoder from `models.gpt`, or a model of images and text from `models.phi3v`.
         params: Parameters of the model.
         load: What a run computes.
         name: Name of the model, for errors.
 
     Raises:
-        InputError: If the workload exceeds the context, or needs more memory than is free.
+        InputError: If the workload exceeds the context, has no room for its pictures, or needs more
+            memory than is free.
     """
     load.check(context_of(model))
     shape = (load.batch, load.prompt)
+    prompts_BxL = np.random.default_rng(0).integers(model.vocab_size, size=shape, dtype=np.int32)
+    pictures = _pictures(model, load, prompts_BxL) if load.crops else None
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     valid = jax.ShapeDtypeStruct(shape, bool)
     key, until = jax.random.key(0), jnp.int32(load.new + 1)
     # 1. Compile both programs from shapes; those of the state come from the first.
     with _within_memory(name):
         first = generation.begin.lower(
-            model, GREEDY, load.new + 1, params, tokens, valid, key, NO_END
+            model, GREEDY, load.new + 1, params, tokens, valid, key, NO_END, pictures
         )
         state = jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype), first.out_info)
         second = generation.decode_until.lower(model, GREEDY, params, state, key, NO_END, until)
@@ -204,14 +210,26 @@ def compiled(model: Any, params: PyTree, load: Workload, name: str = "model") ->
             f"{free / 2**30:,.1f} GiB are free; lower --batch or --prompt-tokens"
         )
     # 3. Prepare a run.
-    prompts = np.random.default_rng(0).integers(model.vocab_size, size=shape, dtype=np.int32)
-    given = params, prompts, np.ones(shape, bool), key, NO_END
+    given = params, prompts_BxL, np.ones(shape, bool), key, NO_END, pictures
     return Compiled(
         load,
         peak,
         functools.partial(prefill, *given),
         lambda state: decode(params, state, key, NO_END, until),
     )
+
+
+def _pictures(model: Any, load: Workload, prompts_BxL: np.ndarray) -> dict[str, Any]:
+    """Returns black pictures, and puts their places at the beginning of the prompts."""
+    count = model.config.vision.tokens(1, load.crops)
+    if load.prompt <= count:
+        raise InputError(
+            f"a prompt of {load.prompt} tokens has no room for the {count} of its picture and a "
+            "word; raise its tokens, or lower the crops"
+        )
+    prompts_BxL[:, :count] = phi3v.IMAGE_TOKEN
+    zeros = phi3v.example(model.config, load.prompt, load.batch, load.crops)
+    return {name: np.asarray(zeros[name]) for name in ("pixels", "grid")}
 
 
 def decode_seconds(

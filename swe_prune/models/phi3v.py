@@ -95,11 +95,15 @@ class Phi3V(nn.Module):
         return self.decoder(tokens_BxL, train=train, valid_BxL=valid_BxL, images_BxTxD=images_BxTxD)
 
     def decode(
-        self, inputs: Inputs, cache: Cache, valid_BxL: Bool[Array, "B L"] | None = None
+        self,
+        inputs: Inputs,
+        cache: Cache,
+        valid_BxL: Bool[Array, "B L"] | None = None,
+        last_only: bool = False,
     ) -> tuple[Float[Array, "B L V"], Cache]:
         """Returns the logits of tokens that follow those in a KV cache; see `gpt.GPT.decode`."""
         tokens_BxL, images_BxTxD = self._read(inputs)
-        return self.decoder.decode(tokens_BxL, cache, valid_BxL, images_BxTxD)
+        return self.decoder.decode(tokens_BxL, cache, valid_BxL, images_BxTxD, last_only)
 
     def _read(self, inputs: Inputs) -> tuple[Array, Array | None]:
         if not isinstance(inputs, Mapping):

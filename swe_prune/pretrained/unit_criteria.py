@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from swe_prune import calibration, importance, interop, recipe, structured, tree
 from swe_prune.errors import InputError, check_choice
 from swe_prune.layout import layout as trace_layout
-from swe_prune.models import gpt
+from swe_prune.models import phi3v
 from swe_prune.pretrained import tracked
 from swe_prune.pretrained.request import NO_OPTIMIZER, options_of
 from swe_prune.pretrained.settings import CutSettings
@@ -53,7 +53,7 @@ def checked(given: CutSettings) -> Recipe | None:
         raise InputError(
             f"criterion {given.criterion!r} scores units and not their weights; leave out --reduce"
         )
-    able = structured.UNITS[:-1]
+    able = ("neurons", "heads", "query_heads")
     if given.criterion in depth.DEPTH:
         able = ("layers",)
     elif given.criterion == REDUNDANT:
@@ -84,11 +84,11 @@ def unit_scores(
     Raises:
         InputError: What the criterion reads is missing or says nothing.
     """
-    module = gpt.build(model.config, model.vocab_size)
+    module = phi3v.build(model.config, model.vocab_size)
     if request is not None:
         return _of_weights(given, request, model, module, groups, batches), None
     if given.criterion in depth.DEPTH:
-        states = depth.residual_states(module, gpt.BLOCKS)
+        states = depth.residual_states(module, phi3v.blocks(model.config))
         scores = depth.depth_scores(states, model.params, batches, given.criterion)
         return dict.fromkeys(groups, scores), None
     layout = layout_of(module, model.params)
@@ -110,7 +110,7 @@ def restored(
     batches: list[Any],
 ) -> tuple[PyTree, tuple[refit.RefitReport, ...]]:
     """Returns the parameters whose projections make up for what goes, before the cut."""
-    module = gpt.build(model.config, model.vocab_size)
+    module = phi3v.build(model.config, model.vocab_size)
     layout = layout_of(module, model.params)
     moments = _moments(model, module, groups, batches, layout, gram=True)
     return refit.refit(model.params, groups, keep, moments, layout=layout)

@@ -20,6 +20,7 @@ from swe_prune.report.files import fits, malformed, read_lines, read_object, the
 from swe_prune.report.records import (
     IDENTITY,
     CellKey,
+    CutModel,
     Detail,
     Histogram,
     Results,
@@ -43,6 +44,7 @@ _FORMS: dict[str, Any] = {
     },
 }
 """What a result of a model of text, or of images and text, has beside numbers, by its name."""
+_PRICES_OF_CUT = re.compile(r"(cut|recovered|smaller_[0-9]+(?:\.[0-9]+)?)_prices")
 _SIZES = ("seconds", "steps", "params", "prunable")
 
 
@@ -56,7 +58,7 @@ def load(workdir: epath.PathLike) -> Results:
     rows, repeated = read_rows(workdir / "results.csv")
     config, fingerprint = _read_config(workdir / "config.json")
     # Every seed's folder: the dense model, its controls, its cells. Each file may be missing.
-    training, trajectories, dense, details = {}, {}, {}, {}
+    training, trajectories, dense, details, cuts = {}, {}, {}, {}, []
     controls: dict[tuple[int, str], float] = {}
     for folder in sorted(workdir.glob("seed_*")):
         if not re.fullmatch(r"seed_\d+", folder.name):
@@ -75,6 +77,7 @@ def load(workdir: epath.PathLike) -> Results:
         for path in sorted(folder.glob("cells/*/result.json")):
             key, detail = _read_detail(path)
             details[key] = detail
+        cuts += [_read_cut(path, seed) for path in sorted(folder.glob("cuts/*/result.json"))]
     rows = [_of_its_file(row, details, workdir) for row in rows]
     entries, settings = ledger.read(workdir / "ledger"), _settings(config)
     return Results(
@@ -91,6 +94,7 @@ def load(workdir: epath.PathLike) -> Results:
         (LedgerConfig() if settings is None else settings.ledger).factors,
         ledger.read_beside(workdir / "codecarbon"),
         [] if settings is None else paybacks(workdir, settings, entries),
+        cuts,
     )
 
 
@@ -222,6 +226,17 @@ def _read_detail(path: epath.Path) -> tuple[CellKey, Detail]:
     _check_forms(path, value, *stages)
     found = Detail(tensors, histogram, kept, samples, prices, answers, values)
     return tuple(identity.values()), found
+
+
+def _read_cut(path: epath.Path, seed: int) -> CutModel:
+    found = read_object(path)
+    for name, kind in (("units", str), ("sparsity", float)):
+        if not fits(found.get(name), kind):
+            raise malformed(path, f"{name!r} is not in its form: {shown(found.get(name))}")
+    models = [match[1] for name in found if (match := _PRICES_OF_CUT.fullmatch(name))]
+    _check_forms(path, found, *models)
+    prices = {model: found[f"{model}_prices"] for model in models}
+    return CutModel(path.parent.name, seed, found["units"], found["sparsity"], prices)
 
 
 def _histogram(value: dict[str, Any]) -> Histogram:

@@ -85,6 +85,17 @@ class Detail:
 
 
 @dataclasses.dataclass(frozen=True)
+class CutModel:
+    """A cut of a dense model, and the prices that it and the models next to it read."""
+
+    name: str
+    seed: int
+    units: str
+    sparsity: float  # share of the units to remove
+    prices: dict[str, dict[str, Any]]  # by "cut", "recovered", and shapes from random weights
+
+
+@dataclasses.dataclass(frozen=True)
 class Results:
     """Everything found in a working directory."""
 
@@ -101,6 +112,7 @@ class Results:
     factors: Factors | None = None
     beside: list[Beside] = dataclasses.field(default_factory=list)
     paybacks: list[Payback] = dataclasses.field(default_factory=list)
+    cuts: list[CutModel] = dataclasses.field(default_factory=list)
 
     @property
     def seeds(self) -> list[int]:

@@ -20,7 +20,7 @@ from swe_prune.report.formats import (
     plural,
     signed,
 )
-from swe_prune.report.records import GROUPS, Results, key_of, name_of, phrase
+from swe_prune.report.records import GROUPS, CutModel, Results, key_of, name_of, phrase
 from swe_prune.report.stats import Cell, spread
 
 NEAR = "\N{ALMOST EQUAL TO}"
@@ -244,15 +244,37 @@ def prices(results: Results, found: Sequence[Cell]) -> Table:
                 *_price_cells([one for one in last if one]),
             ]
         )
+    for name in dict.fromkeys(cut.name for cut in results.cuts):
+        rows += _cut_prices([cut for cut in results.cuts if cut.name == name])
     return Table(
         "Mean absolute error of prices, mean over seeds: generated straight after pruning, and "
         "after the recovery with the picture, with a blank one, and with another example's; and "
         "by the published recipe, which predicts every figure with the true ones before it. "
-        "No price: answers without one, which the generated errors leave out.",
+        "No price: answers without one, which the generated errors leave out. The sparsity of a "
+        "cut is that of its units; under it are models of smaller shapes, trained from random "
+        "weights.",
         head.split(","),
         rows,
         words=2,
     )
+
+
+def _cut_prices(cuts: Sequence[CutModel]) -> list[list[str]]:
+    """Returns rows for a cut of several seeds, and for the smaller shapes next to it."""
+    of_model: dict[str, list[dict[str, Any]]] = {}
+    for cut in cuts:
+        for model, errors in cut.prices.items():
+            of_model.setdefault(model, []).append(errors)
+    first, about = cuts[0], "cut " + cuts[0].units.replace("_", " ")
+    before = _number(spread(one["generated"]["own"] for one in of_model.pop("cut", [])))
+    rows = []
+    for model, errors in of_model.items():
+        start = [first.name, about, percent(first.sparsity), before]
+        if model != "recovered":
+            share = float(model.removeprefix("smaller_"))
+            start = ["from random weights", about, percent(share), DASH]
+        rows.append([*start, *_price_cells(errors)])
+    return rows
 
 
 def _price_cells(errors: Sequence[dict[str, Any]]) -> list[str]:

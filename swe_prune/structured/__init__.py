@@ -15,8 +15,8 @@ like the parameters.
 calibration text. `refit.refit` makes up for a cut in the weights that read the units, and
 `fold_units` in the partners of redundant ones.
 
-For other models than `models.gpt` groups are declared: the number of units, and their axis by path
-rule.
+For other models than `models.gpt` and `models.phi3v` groups are declared: the number of units, and
+their axis by path rule.
 """
 
 from swe_prune.structured.activations import KINDS, activation_scores, readers

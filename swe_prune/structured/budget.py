@@ -134,7 +134,8 @@ def flops(config: ModelConfig, params: PyTree, context: int | None = None) -> fl
 
     Two for each weight of a kernel and of the output head, and two for each number of the scores
     and of the weighted values of attention, over the keys that a token of a sequence attends to on
-    average. Of sparse experts those count that a token is sent to.
+    average. Of sparse experts those count that a token is sent to, and of a model of images and
+    text the decoder alone, since its tower runs once for an image.
 
     Args:
         config: Config of the decoder.
@@ -144,6 +145,8 @@ def flops(config: ModelConfig, params: PyTree, context: int | None = None) -> fl
     length = config.context if context is None else context
     total = 0.0
     for name, leaf in tree.named_leaves(params):
+        if config.vision is not None and re.search(r"(?:^|/)(vision|projection)/", name):
+            continue
         used = 1.0
         if config.experts is not None and re.search(r"mlp/(up|gate|down)/kernel$", name):
             used = config.experts_per_token / config.experts

@@ -1,18 +1,23 @@
-"""Groups of the decoder of `models.gpt`, and the config of what a cut leaves of it."""
+"""Groups of the decoder of `models.gpt`, and the config of what a cut leaves of it.
+
+A model of images and text (`models.phi3v`) has such a decoder under "decoder", and a vision tower,
+of which the neurons can be cut.
+"""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from swe_prune.arguments import checked
-from swe_prune.config import ModelConfig
+from swe_prune.config import ModelConfig, VisionConfig
 from swe_prune.errors import InputError, check_choice
 from swe_prune.structured.group import Along, Group, check_keep
 
-UNITS = ("neurons", "heads", "query_heads", "layers")
+LAYERS = "layers"
+VISION_NEURONS = "vision_neurons"
+UNITS = ("neurons", "heads", "query_heads", VISION_NEURONS, LAYERS)
 """What `groups` can be asked for."""
 
-LAYERS = "layers"
 MULTIPLE = 8
 """Number that the count of hidden units should be a multiple of: odd widths are slow."""
 
@@ -26,6 +31,8 @@ def groups(config: ModelConfig, units: str = "neurons") -> dict[str, Group]:
         units: "neurons": hidden units of each MLP; where it has experts, each expert chooses its
             own. "heads": key-value heads, each with its query heads. "query_heads": query heads, of
             which each key-value head loses the same number. "layers": whole blocks.
+            "vision_neurons": hidden units of each MLP of the vision tower, all of whose blocks must
+            keep the same number, the last one too, which no decoder reads.
 
     Raises:
         InputError: The choice is unknown, or the model has no such units.
@@ -40,19 +47,31 @@ def groups(config: ModelConfig, units: str = "neurons") -> dict[str, Group]:
             f"groups must have the ModelConfig of a decoder, got {type(config).__name__}; declare "
             "structured.Group for other models"
         )
-    if config.vision is not None:
-        raise InputError(
-            "groups are derived for decoders of text, got a model with a vision tower, both of "
-            "which have blocks of the same names; declare structured.Group for the one to cut"
-        )
     if config.layers < 1:
         raise InputError(f"the model must have at least one layer to cut, got {config.layers}")
+    if units == VISION_NEURONS:
+        return _of_tower(config)
+    inside = "(?:^|/)" if config.vision is None else "(?:^|/)decoder/"
     if units == LAYERS:
-        return {LAYERS: Group(config.layers, {r"(?:^|/)block_([0-9]+)/": None})}
+        return {LAYERS: Group(config.layers, {rf"{inside}block_([0-9]+)/": None})}
     make = {"neurons": _neurons, "heads": _heads, "query_heads": _query_heads}[units]
     return {
-        f"block_{layer}/{units}": make(config.of_layer(layer), rf"(?:^|/)block_{layer}/")
+        f"block_{layer}/{units}": make(config.of_layer(layer), rf"{inside}block_{layer}/")
         for layer in range(config.layers)
+    }
+
+
+def _of_tower(config: ModelConfig) -> dict[str, Group]:
+    """Returns the groups of the vision tower's neurons."""
+    if config.vision is None:
+        raise InputError(
+            "the model has no vision tower, whose neurons units = 'vision_neurons' are; use units "
+            "= 'neurons'"
+        )
+    block = ModelConfig(hidden=config.vision.hidden, use_bias=True)
+    return {
+        f"block_{layer}/{VISION_NEURONS}": _neurons(block, rf"(?:^|/)vision/block_{layer}/")
+        for layer in range(config.vision.layers)
     }
 
 
@@ -68,7 +87,8 @@ def cut_config(config: ModelConfig, keep: Mapping[str, Any]) -> ModelConfig:
         keep: Indices of kept units by group, for groups that `groups` returns.
 
     Raises:
-        InputError: A group that the config does not have, or impossible indices.
+        InputError: A group that the config does not have, impossible indices, or blocks of a vision
+            tower that would differ in their widths.
 
     >>> config = ModelConfig(layers=2, heads=4, width=32)
     >>> cut_config(config, {"layers": [1]}).layers
@@ -104,7 +124,23 @@ def cut_config(config: ModelConfig, keep: Mapping[str, Any]) -> ModelConfig:
             "layer_heads": tuple(heads) if differ else (),
             "layer_kv_heads": tuple(key_heads) if differ else (),
         }
+    if any(name.endswith(VISION_NEURONS) for name in kept):
+        changes["vision"] = _cut_tower(config.vision, kept)
     return dataclasses.replace(config, **changes)
+
+
+def _cut_tower(vision: VisionConfig | None, kept: Mapping[str, Any]) -> VisionConfig:
+    assert vision is not None  # else there were no such groups
+    hidden = {
+        _count(kept.get(f"block_{layer}/{VISION_NEURONS}"), vision.hidden)
+        for layer in range(vision.layers)
+    }
+    if len(hidden) > 1:
+        raise InputError(
+            "the blocks of a vision tower have one number of neurons, got "
+            f"{', '.join(map(str, sorted(hidden)))}; cut all of them, and choose with uniform=True"
+        )
+    return dataclasses.replace(vision, hidden=hidden.pop())
 
 
 def _count(indices: Any, otherwise: int) -> int:

@@ -1,12 +1,18 @@
 """What a config's cuts make of its model, checked before any training."""
 
-import numpy as np
+import re
+from collections.abc import Mapping
 
-from swe_prune import importance, structured
+import numpy as np
+from jaxtyping import PyTree
+
+from swe_prune import importance, structured, tree
 from swe_prune.config import Config, CutConfig, ModelConfig
 from swe_prune.errors import InputError, check_choice
 from swe_prune.evaluation.latency import Workload
+from swe_prune.models import phi3v
 from swe_prune.runtime import processes
+from swe_prune.structured import Group
 from swe_prune.study import grid
 
 OF_UNITS = tuple(kind for kind in structured.KINDS if kind != "random")
@@ -59,18 +65,70 @@ def shape(config: ModelConfig, cut: CutConfig, share: float) -> ModelConfig:
     return structured.cut_config(config, structured.choose(groups, nothing, sparsity=share))
 
 
+def check_scored(config: Config, params: PyTree, prunable: PyTree) -> None:
+    """Checks that criteria of weights have prunable weights to score in all units.
+
+    Args:
+        config: Settings.
+        params: Parameters, which may be abstract.
+        prunable: Bool pytree like the parameters.
+
+    Raises:
+        InputError: A cut whose units no prunable weight belongs to, by its number.
+    """
+    names = [name for name, chosen in tree.named_leaves(prunable) if chosen]
+    for number, cut in enumerate(config.cuts):
+        if cut.recipe is None:
+            continue
+        groups = structured.groups(config.model, cut.units)
+        for name, group in in_use(config.model, groups, params).items():
+            matched = [re.search(rule, one) for rule in group.axes for one in names]
+            found = {match.groups() for match in matched if match}
+            if len(found) < (group.units if group.numbered else 1):
+                raise InputError(
+                    f"config.cuts[{number}].criterion = {cut.criterion!r} scores prunable weights, "
+                    f"of which {name!r} has none; correct config.prune.include, or give a "
+                    f"criterion of activations such as {CutConfig.criterion!r}"
+                )
+
+
+def in_use(model: ModelConfig, groups: Mapping[str, Group], params: PyTree) -> dict[str, Group]:
+    """Returns the groups whose units are computed: all but those of a tower's last block.
+
+    Args:
+        model: Settings of the model.
+        groups: Groups by name.
+        params: Parameters, which may be abstract.
+    """
+    unused = [name for name, _ in tree.named_leaves(params) if phi3v.unused(model, name)]
+    return {
+        name: group
+        for name, group in groups.items()
+        if not any(tree.rule_matches(rule, one) for rule in group.axes for one in unused)
+    }
+
+
 def workload(config: Config) -> Workload:
     """Returns what is served in one run, checked against the model's context.
 
+    A model of images and text gets a picture of the most crops that it takes, in one row.
+
     Raises:
-        InputError: If a text exceeds the context.
+        InputError: If a text exceeds the context, or a prompt has no room for its picture.
     """
-    settings, context = config.ledger, config.model.context
+    settings, context, vision = config.ledger, config.model.context, config.model.vision
+    crops, picture = (0, 0) if vision is None else (vision.crops, vision.tokens(1, vision.crops))
     load = Workload(
         settings.batch,
-        settings.prompt or max(1, context // 2),
+        settings.prompt or max(context // 2, picture + 1),
         settings.new_tokens or max(1, context // 4),
+        crops,
     )
+    if load.prompt <= picture:
+        raise InputError(
+            f"config.ledger.prompt = {load.prompt} has no room for the {picture} tokens of a "
+            f"picture of {crops} crops and a word; raise it, or set None"
+        )
     if load.prompt + load.new + 1 > context:
         raise InputError(
             f"config.ledger.prompt and .new_tokens ask for texts of {load.prompt + load.new + 1} "

@@ -1,6 +1,6 @@
 """The phase that cuts: smaller arrays, recovered, next to smaller shapes from random weights.
 
-    seed_S/cuts/NAME/result.json     losses and sizes of all models
+    seed_S/cuts/NAME/result.json     losses and sizes of all models, texts or errors of prices
                      recovered/      parameters of the cut model after its training
                      SHAPE/          checkpoints and metrics of a shape from random weights
                      serving.json    joules per token, window by window; see `study.payback`
@@ -28,9 +28,10 @@ from swe_prune.config import (
 )
 from swe_prune.evaluation import mean_loss
 from swe_prune.runtime.locks import lock_for_run
+from swe_prune.structured import Group
 from swe_prune.structured.refit import refit
-from swe_prune.study import feeds, finetune_phase, grid, serving
-from swe_prune.study.cut_shapes import shape
+from swe_prune.study import feeds, finetune_phase, grid, samples, serving
+from swe_prune.study.cut_shapes import in_use, shape
 from swe_prune.study.experiment import Experiment, setup
 from swe_prune.study.mend import mend_cut
 from swe_prune.study.saved import finite, load_dense, restored, save, starting_values
@@ -96,8 +97,10 @@ def _make(
         dense = load_dense(experiment, seed)
         params, keep = _cut(experiment, seed, cut, dense)
         params = parallel.shard_like(params, small.abstract_params)
-    counts = structured.summary(structured.groups(experiment.config.model, cut.units), keep)
+    used = _used_groups(experiment, cut)
+    counts = structured.summary(used, {name: keep[name] for name in used})
     losses = {"dense": _losses(experiment, dense.params), "cut": _losses(small, params)}
+    written = samples.sampled(small, "cut", params)
     with ledger.measure("recover", cell=cell) as entry:
         name = f"recovery of {cut.name}, seed {seed}"
         state = small.tuning_state(tuning, params, seed, None)
@@ -107,6 +110,7 @@ def _make(
         save(folder / "recovered", state.params, cut)
         entry.tokens = small.tokens(tuning.steps)
     losses["recovered"] = _losses(small, state.params)
+    written |= samples.sampled(small, "recovered", state.params)
     sizes = {"dense": tree.size(dense.params), "cut": tree.size(params)}
     for share in shares(cut):
         with ledger.measure("smaller", cell=cell) as entry:
@@ -114,6 +118,7 @@ def _make(
             found = _from_scratch(other, seed, folder / label(share), progress)
             entry.tokens = other.tokens(other.train_steps)
         losses[label(share)], sizes[label(share)] = _losses(other, found), tree.size(found)
+        written |= samples.sampled(other, label(share), found)
     for one, values in losses.items():
         finite(float(np.mean(values)), f"{cut.name}, {one}")
     result = {
@@ -123,6 +128,7 @@ def _make(
         "of": counts.total,
         "parameters": sizes,
         "losses": losses,
+        **written,
     }
     write_result(folder / "result.json", result)
     remove(folder / "recovery" / "checkpoints")
@@ -143,8 +149,8 @@ def label(share: float) -> str:
 def _cut(experiment: Experiment, seed: int, cut: CutConfig, dense: Any) -> tuple[PyTree, Any]:
     """Returns the parameters of the cut model, refitted if asked for, and the kept units."""
     model, start = experiment.model, starting_values(experiment, dense)
-    groups = structured.groups(experiment.config.model, cut.units)
-    moments = None
+    every = structured.groups(experiment.config.model, cut.units)
+    groups, moments = _used_groups(experiment, cut), None
     if cut.restore or cut.recipe is None:
         readers = structured.readers(groups, start, experiment.layout).values()
         rules = [f"^{re.escape(name)}$" for name in readers]
@@ -171,11 +177,19 @@ def _cut(experiment: Experiment, seed: int, cut: CutConfig, dense: Any) -> tuple
             request, dense.params, evidence, experiment.prunable, experiment.layout
         )
         units = structured.unit_scores(groups, scores)
-    keep = structured.choose(groups, units, sparsity=cut.sparsity)
+    # Of units that nothing computes as many go, whichever they are.
+    nothing = {name: np.zeros(group.shape) for name, group in every.items()}
+    keep = structured.choose(every, {**nothing, **units}, sparsity=cut.sparsity)
     if cut.restore:
         assert moments is not None
-        start, _ = refit(start, groups, keep, moments, layout=experiment.layout)
-    return structured.cut(start, groups, keep), keep
+        own = {name: keep[name] for name in groups}
+        start, _ = refit(start, groups, own, moments, layout=experiment.layout)
+    return structured.cut(start, every, keep), keep
+
+
+def _used_groups(experiment: Experiment, cut: CutConfig) -> dict[str, Group]:
+    model = experiment.config.model
+    return in_use(model, structured.groups(model, cut.units), experiment.abstract_params)
 
 
 def _losses(experiment: Experiment, params: PyTree) -> list[float]:

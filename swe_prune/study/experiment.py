@@ -241,6 +241,7 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
     prunable = _prunable(config, params)
     layout = trace_layout(model, params, inputs)
     grid.check(config, params, prunable, layout)
+    cut_shapes.check_scored(config, params, prunable)
     # The lengths, the optimizers and the compiled steps of both phases.
     epoch = feeds.steps_per_epoch(config, data)
     train_steps = to_steps(config.train.steps, epoch=epoch)

@@ -31,7 +31,8 @@ class Payback:
         smaller: Break-even against a smaller dense model of the cut one's loss, None: no shape
             trained from random weights reached that loss.
         rival: Name of that model.
-        served: How serving was measured: batch, prompt, new, context, device, source, idle_watts.
+        served: How serving was measured: batch, prompt, new, crops, context, device, source,
+            idle_watts.
     """
 
     name: str
@@ -63,7 +64,8 @@ class Payback:
             f"It saves {text(saved, 'J')} per million tokens and {text(request, 'J')} per request, "
             f"and its making took {text(self.dense.spent, 'J')}. Measured in {count} windows of "
             f"{load['seconds']:g} s of each model in turns, batch {load['batch']}, "
-            f"{load['prompt']} tokens of prompt and {load['new']} new ones of a context of "
+            f"{load['prompt']} tokens of prompt{_of_picture(load)} and {load['new']} new ones of a "
+            "context of "
             f"{load['context']}, {load['device']}, {load['source']}; idle "
             f"{text(Interval(**load['idle_watts']), 'W')}.",
         ]
@@ -81,6 +83,11 @@ class Payback:
             f"After as many more steps the dense model's loss is {self.loss['control']:.4f} nats "
             f"per token, and the cut one's {abs(more):.4f} {'above' if more > 0 else 'below'} it."
         ]
+
+
+def _of_picture(load: Mapping[str, Any]) -> str:
+    crops = load.get("crops")
+    return f" with a picture of {crops} crops" if crops else ""
 
 
 def paybacks(workdir: epath.Path, config: Config, entries: Sequence[Entry]) -> list[Payback]:
