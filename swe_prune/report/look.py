@@ -36,6 +36,7 @@ _SPARE = (
     ("#661100", "*", (0, (5, 2, 1, 2))),
 )
 _INSIDE = 6  # a legend of more names goes below the axes, where it covers no curve
+_WIDE, _LINE = 30, 56  # characters of two columns' names, and of a line
 
 PRUNED = "#D55E00"
 KEPT = "#0072B2"
@@ -102,13 +103,17 @@ def panel(width: float = 4.1, height: float = 3.4) -> tuple[Figure, Axes]:
 
 
 def legend(axes: Axes) -> None:
-    """Adds a legend inside the axes, or below them for many curves; none without curves."""
-    names = len(axes.get_legend_handles_labels()[0])
+    """Adds a legend inside the axes, or below them for many or long names; none without curves."""
+    handles, names = axes.get_legend_handles_labels()
     figure = axes.get_figure()
-    if names > _INSIDE and isinstance(figure, Figure):
+    longest = max(map(len, names), default=0)
+    if (len(names) > _INSIDE or longest > _WIDE) and isinstance(figure, Figure):
+        columns = 1 if longest > _WIDE else 2
         width, height = figure.get_size_inches()
-        figure.set_size_inches(width, height + 0.17 * -(-names // 2))
-        figure.legend(loc="outside lower center", ncols=2, columnspacing=1.0)
+        figure.set_size_inches(width, height + 0.17 * -(-len(names) // columns))
+        shown = [name if len(name) <= _LINE else f"{name[: _LINE - 1]}…" for name in names]
+        place: Any = {"loc": "outside lower center", "ncols": columns, "columnspacing": 1.0}
+        figure.legend(handles, shown, **place)
     elif names:
         axes.legend(loc="best")
 
