@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 from report_synthetic import PARAMS, make, row, write_rows
@@ -131,6 +132,14 @@ def test_all_cells_diverged(tmp_path):
 def test_names_are_escaped(tmp_path):
     written = report.build(write_rows(tmp_path, [row(criterion="<b>swe</b>")]))
     assert "<b>swe" not in written[0].read_text()
+
+
+def test_long_names_leave_every_figure_its_room(tmp_path):
+    names = [f"{part} of ^decoder/block_[0-9]+/.*kernel$,^vision/block_[0-9]+/" for part in "abcde"]
+    workdir = make(tmp_path, seeds=(0,), std_seeds=(0,), criteria=names[:1], std_criteria=names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        report.build(workdir)
 
 
 def test_nothing_to_report_writes_nothing(tmp_path):

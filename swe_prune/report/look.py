@@ -36,7 +36,7 @@ _SPARE = (
     ("#661100", "*", (0, (5, 2, 1, 2))),
 )
 _INSIDE = 6  # a legend of more names goes below the axes, where it covers no curve
-_WIDE, _LINE = 30, 56  # characters of two columns' names, and of a line
+_WIDE, _LINE = 22, 50  # characters of the names in two columns, and of a line
 
 PRUNED = "#D55E00"
 KEPT = "#0072B2"
@@ -111,11 +111,20 @@ def legend(axes: Axes) -> None:
         columns = 1 if longest > _WIDE else 2
         width, height = figure.get_size_inches()
         figure.set_size_inches(width, height + 0.17 * -(-len(names) // columns))
-        shown = [name if len(name) <= _LINE else f"{name[: _LINE - 1]}…" for name in names]
+        shown = [abbreviated(name, _LINE) for name in names]
         place: Any = {"loc": "outside lower center", "ncols": columns, "columnspacing": 1.0}
         figure.legend(handles, shown, **place)
     elif names:
         axes.legend(loc="best")
+
+
+def abbreviated(name: str, most: int) -> str:
+    """Returns a name of at most so many characters.
+
+    >>> abbreviated("forecast_curvature", 9)
+    'forecast…'
+    """
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def slug(name: str) -> str:

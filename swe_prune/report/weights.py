@@ -9,7 +9,7 @@ from matplotlib import colormaps, ticker
 from matplotlib.lines import Line2D
 
 from swe_prune.report import formats, stats
-from swe_prune.report.look import INK, KEPT, PRUNED, QUIET, Picture, panel, slug
+from swe_prune.report.look import INK, KEPT, PRUNED, QUIET, Picture, abbreviated, panel, slug
 from swe_prune.report.records import (
     GROUPS,
     Detail,
@@ -72,7 +72,15 @@ def heat_maps(results: Results, cells: Sequence[Cell], groups: Sequence[str]) ->
 def _heat_map(columns: list[Column], group: str, limits: tuple[float, float]) -> Picture:
     names = sorted({name for _, values in columns for name in values}, key=natural)
     table = np.array([[values.get(name, np.nan) for _, values in columns] for name in names])
-    figure, axes = panel(1.9 + 0.9 * len(columns), 0.9 + 0.235 * len(names))
+    wide = max(len(cell.name) for cell, _ in columns) > 11  # wider than a column
+    gap = ", " if wide else "\n"
+    heads = [
+        f"{abbreviated(cell.name, 40)}{gap}{100 * cell.sparsity.mean:.0f} %" for cell, _ in columns
+    ]
+    # Slanted heads reach beyond the last column, and above the map.
+    beyond = 0.06 * max(0, max(map(len, heads)) - 20) if wide else 0.0
+    width, height = 1.9 + 0.9 * len(columns), 0.9 + 0.235 * len(names)
+    figure, axes = panel(width + beyond, height + 0.6 * beyond)
     axes.grid(False)
     low, high = limits if limits[1] > limits[0] else (limits[0] - 0.1, limits[0] + 0.1)
     # Light to dark in one hue reads the same in grey.
@@ -83,9 +91,6 @@ def _heat_map(columns: list[Column], group: str, limits: tuple[float, float]) ->
             colour = "white" if value > low + 0.62 * (high - low) else INK
             text = f"{100 * value:.0f}"
             axes.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
-    wide = max(len(cell.name) for cell, _ in columns) > 11  # wider than a column
-    gap = ", " if wide else "\n"
-    heads = [f"{cell.name}{gap}{100 * cell.sparsity.mean:.0f} %" for cell, _ in columns]
     slanted = {"rotation": 30, "ha": "left", "rotation_mode": "anchor"} if wide else {}
     axes.set_xticks(range(len(columns)), heads, **slanted)
     axes.set_yticks(range(len(names)), [short(name) for name in names])
