@@ -47,8 +47,8 @@ def test_the_table_has_a_row_per_cell_with_every_column_filled(finished, plays_d
             "" if amount is None else str(amount) for amount in (asked.sparsity, asked.rate)
         ]
         assert (row["schedule"], row["recovery"]) == ("one_shot", "finetune")
-        empty = ("method", "options", "allocation", "pattern", "restore")
-        assert [row[name] for name in empty] == [""] * 5
+        empty = ("method", "options", "allocation", "pattern", "restore", "include")
+        assert [row[name] for name in empty] == [""] * 6
         words = ("criterion", "scope", "schedule", "recovery", "sparsity", "rate", *empty)
         of_samples = [
             name for name in results.COLUMNS if name.endswith(("_kl", "_repetition", "_mae"))

@@ -11,7 +11,7 @@ from swe_prune import config as config_lib
 from swe_prune import study, tree
 from swe_prune.report import page
 from swe_prune.report.read import load
-from swe_prune.study import plan
+from swe_prune.study.plan import as_json
 from swe_prune.training.progress import Progress
 
 VISION = {"layers": 2, "heads": 1, "width": 4, "hidden": 8, "image": 8, "patch": 2, "crops": 2}
@@ -58,11 +58,11 @@ def test_train_prune_finetune_and_report(tmp_path):
     kinds = ("attention/query", "attention/key", "attention/value", "attention/out")
     kinds += ("mlp/gate", "mlp/up", "mlp/down")
     assert chosen == {f"decoder/block_0/{kind}/kernel" for kind in kinds}
-    planned = plan.as_json(experiment)["tensors"]
+    planned = as_json(experiment)["tensors"]
     assert {name for name, one in planned.items() if one["dense"] is None} == chosen
     both = dataclasses.replace(settings.prune, include=(r"/block_\d+/.*kernel$",))
     of_both = dataclasses.replace(experiment, config=dataclasses.replace(settings, prune=both))
-    planned = plan.as_json(of_both)["tensors"]
+    planned = as_json(of_both)["tensors"]
     assert planned["vision/block_1/mlp/up/kernel"]["dense"] == "in no computation"
     assert planned["vision/block_0/mlp/up/kernel"]["dense"] is None
     with open(tmp_path / "log", "w") as log:

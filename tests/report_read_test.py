@@ -88,7 +88,7 @@ def test_other_columns_are_refused(tmp_path, text):
 
 def test_a_short_row_is_refused(tmp_path):
     (tmp_path / "results.csv").write_text(",".join(COLUMNS) + "\n0,swe\n")
-    with pytest.raises(InputError, match="line 2 has 2 values and not 35"):
+    with pytest.raises(InputError, match="line 2 has 2 values and not 36"):
         read.load(tmp_path)
 
 
