@@ -28,6 +28,7 @@ from swe_prune.study.saved import load_dense
 from swe_prune.training import optimizer as optimizer_lib
 from swe_prune.training import step as step_lib
 
+GATED = "DSMoE"
 BLOCKS = 8
 TAUS = (0.3, 0.5, 0.7)
 CRITERIA = ("magnitude", "forecast_curvature")
@@ -72,7 +73,7 @@ def run(experiment: Any, seeds: list[int], steps: int, say: Callable[[str], None
             start = dsmoe.with_routers(dense.params, BLOCKS, seed=seed)
             params = fit(start, batches(), steps)
             active = open_share(model, params, experiment.validation)
-            way = "DSMoE" if straight else "DSMoE, not straight-through"
+            way = GATED if straight else f"{GATED}, not straight-through"
             add(seed, way, tau, active, model, params)
             if not straight:
                 continue
@@ -157,14 +158,18 @@ def times(say: Callable[[str], None], runs: int = 15) -> list[dict[str, Any]]:
 
 def tables(found: dict[str, Any]) -> list[Table]:
     """Returns the losses and the times as tables."""
-    table = Table("way", "tau", "active", "loss", "seeds", title="loss after the same steps")
+    table = Table("way", "tau", "active", "loss", "to DSMoE", "seeds", title="after the same steps")
+    gated = {(row["tau"], row["seed"]): row["loss"] for row in found["rows"] if row["way"] == GATED}
     for way, tau in dict.fromkeys((row["way"], row["tau"]) for row in found["rows"]):
         own = [row for row in found["rows"] if (row["way"], row["tau"]) == (way, tau)]
+        apart = [] if tau is None or way == GATED else own
+        differences = [row["loss"] - gated[tau, row["seed"]] for row in apart]
         table.add_row(
             way,
             "" if tau is None else f"{tau:g}",
             f"{statistics.fmean(row['active'] for row in own):.1%}",
             shown([row["loss"] for row in own]),
+            shown(differences) if differences else "",
             str(len(own)),
         )
     timed = Table("tokens", "active", "time / dense FFN (quartiles)", title="skipped blocks")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import tiny
 from image_text_test import table
 from rich.console import Console
 
@@ -22,11 +23,7 @@ SETTINGS = {
         "width": 8,
         "hidden": 8,
         "context": 160,
-        "gated": True,
-        "norm": "rms",
-        "positions": "rope",
-        "activation": "silu",
-        "tied_head": False,
+        **tiny.PHI3V,
         "vision": VISION,
     },
     "data": {"batch": 4, "eval_windows": 4, "eval_batch": 2, "validation_fraction": 0.3},

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from interop_tiny import assert_logits_close, assert_same_params
 from PIL import Image
 
@@ -36,12 +37,8 @@ FULL = ModelConfig(
     width=3072,
     hidden=8192,
     context=131072,
-    gated=True,
-    norm="rms",
-    positions="rope",
-    activation="silu",
-    tied_head=False,
     vision=VisionConfig(),
+    **tiny.PHI3V,
 )
 
 

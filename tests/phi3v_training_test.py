@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from PIL import Image
 
 from swe_prune import importance, masks, recipe, trajectory, tree
@@ -33,12 +34,8 @@ CONFIG = ModelConfig(
     width=8,
     hidden=12,
     context=64,
-    gated=True,
-    norm="rms",
-    positions="rope",
-    activation="silu",
-    tied_head=False,
     vision=VisionConfig(layers=3, heads=2, width=8, hidden=12, image=8, patch=2, crops=2),
+    **tiny.PHI3V,
 )
 PHASE = PhaseConfig(learning_rate=1e-2, final_learning_rate=1e-2, warmup=0, weight_decay=0.5)
 

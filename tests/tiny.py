@@ -12,6 +12,15 @@ from swe_prune.config import (
     TrajectoryConfig,
 )
 
+PHI3V = {
+    "gated": True,
+    "norm": "rms",
+    "positions": "rope",
+    "activation": "silu",
+    "tied_head": False,
+}
+"""The family of Phi-3-vision's decoder, without its sizes."""
+
 CONFIG_FILE = '''
 """A tiny experiment."""
 from ml_collections import ConfigDict

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pretrained_tiny
 import pytest
+import tiny
 from image_text_test import encoded, picture, table
 from pretrained_commands_test import QUICK
 
@@ -33,12 +34,8 @@ CONFIG = ModelConfig(
     width=8,
     hidden=16,
     context=64,
-    gated=True,
-    norm="rms",
-    positions="rope",
-    activation="silu",
-    tied_head=False,
     vision=VISION,
+    **tiny.PHI3V,
 )
 VOCAB = 20
 UNITS = ("neurons", "heads", "query_heads", "vision_neurons", "layers")
@@ -139,11 +136,7 @@ SETTINGS = {
         "width": 8,
         "hidden": 16,
         "context": 160,
-        "gated": True,
-        "norm": "rms",
-        "positions": "rope",
-        "activation": "silu",
-        "tied_head": False,
+        **tiny.PHI3V,
         "vision": {"layers": 3, "heads": 1, "width": 4, "hidden": 16, "image": 8, "patch": 2,
                    "crops": 2},
     },

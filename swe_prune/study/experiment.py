@@ -270,7 +270,7 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
     validation, training = feeds.fixed(config, data)
     cells = grid.cells(config)
     if shard is not None:
-        cells = sorted(shard.part(grid.in_turns(cells)), key=cells.index)
+        cells = shard.part(grid.in_turns(cells))
     return Experiment(
         config=config,
         workdir=workdir.Workdir(storage.parse_path(path)),
