@@ -12,14 +12,14 @@ import pytest
 from report_synthetic import row, rows_of, write_rows
 
 from swe_prune import report
-from swe_prune.report import comparison, formats, markdown, read, stats, tables
+from swe_prune.report import comparison, formats, markdown, read, records, stats, tables
 from swe_prune.study import results
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
 def compared(rows, group="tensor", recovered=True):
-    return comparison.compare(stats.summarise(rows), group, recovered)
+    return comparison.compare(stats.summarise(rows), records.CellGroup(group), recovered)
 
 
 def said(rows):
@@ -264,7 +264,7 @@ def test_the_samples_of_the_first_seed_stand_beside_their_prompt(tmp_path):
 def test_the_table_of_all_cells_lists_every_cell_of_a_comparison():
     rows = [*rows_of({0.3: 0.1, 0.6: 0.2}), *rows_of({0.6: 0.1}, "votes", "global"),
             *rows_of({0.6: 0.1}, recovery="none", finetuned_loss=None)]  # fmt: skip
-    table = tables.cells(stats.summarise(rows), "tensor")
+    table = tables.cells(stats.summarise(rows), records.CellGroup("tensor"))
     assert [line[0] for line in table.rows] == ["swe", "swe", "swe no recovery"]
     assert all(len(line) == len(table.head) for line in table.rows)
     assert table.rows[2][6] == DASH

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from swe_prune.data.price_rows import price_in
 from swe_prune.report.formats import percent
 from swe_prune.report.look import INK, PRUNED, Picture
-from swe_prune.report.records import Results, key_of, name_of
+from swe_prune.report.records import Results, key_of, name_and_part_of
 
 COLUMNS = 4
 MODELS = 4  # pruned models whose answers are shown, from the least sparse to the sparsest
@@ -32,7 +32,7 @@ def answers(results: Results) -> Picture | None:
         detail = results.details.get(key_of(row))
         last = detail and (detail.answers.get("finetuned") or detail.answers.get("pruned"))
         if last:
-            name = f"{name_of(row)} {percent(row.sparsity_prunable)}"
+            name = f"{name_and_part_of(row)} {percent(row.sparsity_prunable)}"
             read[name] = {one["number"]: one["text"] for one in last}
     return Picture(
         "answers",

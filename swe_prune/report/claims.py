@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from swe_prune.report.comparison import PAPER
 from swe_prune.report.formats import mean_sd, number, percent, plural
-from swe_prune.report.stats import MODERATE, Cell, Spread, difference, spread
+from swe_prune.report.stats import MODERATE, Cell, Spread, by_part, difference, spread
 
 MOST = MODERATE + 0.05
 """Largest achieved sparsity that counts as moderate."""
@@ -24,27 +24,33 @@ def of_prices(cells: Sequence[Cell], blank: float | None) -> list[str]:
         blank: Error of the dense models that are shown blank pictures, the mean over the seeds.
     """
     own = [cell for cell in cells if cell.criterion == PAPER and change(cell) is not None]
-    parts = (
-        [cell for cell in own if cell.sparsity.mean <= MOST],
-        [cell for cell in own if cell.sparsity.mean > MOST],
-    )
-    sentences = []
-    if parts[0]:
-        cell = max(parts[0], key=lambda one: one.sparsity.mean)
-        answers = "yes", "no, it costs"
-        sentences.append(
-            f"Does moderate pruning lower the error of prices? {_told(cell, answers)}."
+    told: tuple[list[str], list[str]] = ([], [])
+    for of_part in by_part(own).values():
+        # Of each part of the model, the most that was removed within either claim.
+        claimed = (
+            [cell for cell in of_part if cell.sparsity.mean <= MOST],
+            [cell for cell in of_part if cell.sparsity.mean > MOST],
         )
-    if parts[1]:
-        cell = max(parts[1], key=lambda one: one.sparsity.mean)
-        error, answers = cell.of("finetuned_mae"), ("no, it lowers the error", "it costs")
-        if error is not None and blank is not None and error.mean >= blank:
-            answers = answers[0], "yes, the pictures might as well be blank"
-        told = _told(cell, answers)
-        if blank is not None:
-            told += f"; with blank pictures the dense model's error is {number(blank, 2)}"
-        sentences.append(f"Does more pruning destroy the model? {told}.")
-    return sentences
+        if claimed[0]:
+            cell = max(claimed[0], key=lambda one: one.sparsity.mean)
+            told[0].append(_told(cell, ("yes", "no, it costs")))
+        if claimed[1]:
+            cell = max(claimed[1], key=lambda one: one.sparsity.mean)
+            error, answers = cell.of("finetuned_mae"), ("no, it lowers the error", "it costs")
+            if error is not None and blank is not None and error.mean >= blank:
+                answers = answers[0], "yes, the pictures might as well be blank"
+            told[1].append(_told(cell, answers))
+    if told[1] and blank is not None:
+        told[1].append(f"with blank pictures the dense model's error is {number(blank, 2)}")
+    asked = (
+        "Does moderate pruning lower the error of prices?",
+        "Does more pruning destroy the model?",
+    )
+    return [
+        f"{question} {'; '.join(known)}."
+        for question, known in zip(asked, told, strict=True)
+        if known
+    ]
 
 
 def change(cell: Cell) -> Spread | None:
@@ -61,7 +67,8 @@ def _told(cell: Cell, answers: tuple[str, str]) -> str:
     if moved.diverged:
         answer = answers[1]
     text = (
-        f"{answer[0].upper()}{answer[1:]}: without {percent(cell.sparsity.mean)} of the weights by "
+        f"{answer[0].upper()}{answer[1:]}: without {percent(cell.sparsity.mean)} of "
+        f"{cell.group.part or 'the weights'} by "
         f"{cell.name} it is {mean_sd(cell.of('finetuned_mae'), 2)} after the recovery, "
         f"{mean_sd(moved, 2, sign=True)} against the control ({plural(moved.n, 'seed')})"
     )

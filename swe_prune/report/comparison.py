@@ -9,8 +9,9 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
+from swe_prune.report import stats
 from swe_prune.report.formats import NBSP, mean_sd, percent, plural
-from swe_prune.report.records import phrase
+from swe_prune.report.records import CellGroup
 from swe_prune.report.stats import MODERATE, Cell, Spread, moderate, order, spread
 
 PAPER = "swe"
@@ -22,7 +23,7 @@ class Comparison:
     """All cells of one group that can be compared, as rows by name and columns by level.
 
     Attributes:
-        group: Key of `GROUPS`.
+        group: What they have in common.
         recovered: Whether the losses are those after fine-tuning, or straight after pruning.
         names: Rows in their order.
         levels: Sparsities, or rates of the paper's rule.
@@ -31,7 +32,7 @@ class Comparison:
         near: Names that are within the margin of the best, by level.
     """
 
-    group: str
+    group: CellGroup
     recovered: bool
     names: list[str]
     levels: list[float]
@@ -45,7 +46,7 @@ class Comparison:
         return max(len(cell.changes(self.recovered)) for cell in self.cells.values())
 
 
-def compare(cells: Iterable[Cell], group: str, recovered: bool) -> Comparison | None:
+def compare(cells: Iterable[Cell], group: CellGroup, recovered: bool) -> Comparison | None:
     """Returns the comparison of one group; None where it has no cell with these losses."""
     own = [cell for cell in cells if cell.group == group and cell.changes(recovered)]
     if not own:
@@ -54,7 +55,7 @@ def compare(cells: Iterable[Cell], group: str, recovered: bool) -> Comparison | 
     levels = sorted({cell.level for cell in own})
     for level in levels:
         # One rate leaves a different sparsity with every criterion, so none of them is best there.
-        column = [cell for cell in own if cell.level == level and group != "rate"]
+        column = [cell for cell in own if cell.level == level and not group.by_rate]
         winner = lowest(column, recovered)
         if winner is not None:
             best[level] = winner.name
@@ -92,9 +93,18 @@ def within_margin(cell: Cell, best: Cell, recovered: bool) -> bool:
 
 
 def headline(cells: Sequence[Cell]) -> str:
-    """Returns one sentence: the winner at moderate sparsity and the paper's criterion."""
+    """Returns the winner at moderate sparsity and the paper's criterion.
+
+    It is one sentence for each part of the model that is pruned alone.
+    """
+    parts = stats.by_part(cells)
+    whole = "all prunable weights" if len(parts) > 1 else ""
+    return " ".join(_sentence(own, part or whole) for part, own in parts.items())
+
+
+def _sentence(cells: Sequence[Cell], part: str) -> str:
     recovered = any(cell.changes(True) for cell in cells)
-    field, start = _field(cells, recovered)
+    field, start = _field(cells, part, recovered)
     winner = lowest(field, recovered)
     what = "fine-tuned loss" if recovered else "loss before fine-tuning"
     base = "the control" if recovered else "the dense model"
@@ -127,21 +137,23 @@ def headline(cells: Sequence[Cell]) -> str:
     return f"{text}."
 
 
-def _field(cells: Sequence[Cell], recovered: bool) -> tuple[list[Cell], str]:
+def _field(cells: Sequence[Cell], part: str, recovered: bool) -> tuple[list[Cell], str]:
     """Returns the cells that compete at moderate sparsity, and how the sentence starts."""
     known = [cell for cell in cells if cell.changes(recovered)]
-    equal = [cell for cell in known if cell.group != "rate"]
+    equal = [cell for cell in known if not cell.group.by_rate]
     if equal:
         level = min(sorted({cell.level for cell in equal}), key=lambda at: abs(at - MODERATE))
-        return [cell for cell in equal if cell.level == level], f"At {percent(level)} sparsity"
-    start = f"With the paper's rule, at the rates nearest to 60{NBSP}% sparsity,"
+        start = f"At {percent(level)} sparsity" + (f" of {part}" if part else "")
+        return [cell for cell in equal if cell.level == level], start
+    start = f"With the paper's rule{f' on {part}' if part else ''}, at the rates nearest to "
+    start += f"60{NBSP}% sparsity,"
     return moderate(known), start
 
 
 def _called(cell: Cell) -> str:
-    if cell.group == "rate":
+    if cell.group.by_rate:
         return f"{cell.name} (rate {cell.level:g}, {percent(cell.sparsity.mean)} sparsity)"
-    return f"{cell.name} ({phrase(cell.group)})"
+    return f"{cell.name} ({CellGroup(cell.group.rule).phrase})"
 
 
 def _number(cell: Cell, recovered: bool) -> str:

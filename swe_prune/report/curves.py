@@ -15,9 +15,10 @@ from swe_prune.report.look import (
     legend,
     line_style,
     panel,
+    slug,
     sparsity_axis,
 )
-from swe_prune.report.records import Results, phrase
+from swe_prune.report.records import CellGroup, Results
 from swe_prune.report.stats import Cell, Spread
 from swe_prune.study.results import Row
 
@@ -27,7 +28,7 @@ LINEAR = 0.01
 Reader = Callable[[Cell], Spread | None]
 
 
-def comparison(cells: Sequence[Cell], group: str, names: Sequence[str]) -> list[Picture]:
+def comparison(cells: Sequence[Cell], group: CellGroup, names: Sequence[str]) -> list[Picture]:
     """Returns the panels of one comparison: before, after, and after minus control.
 
     Args:
@@ -87,7 +88,7 @@ def _references(axes: Axes, rows: Sequence[Row]) -> None:
             axes.axhspan(level.low, level.high, color=INK, alpha=0.08, linewidth=0, zorder=1)
 
 
-def _losses(cells: list[Cell], group: str, names: Sequence[str], stage: str) -> Picture:
+def _losses(cells: list[Cell], group: CellGroup, names: Sequence[str], stage: str) -> Picture:
     def read(cell: Cell) -> Spread | None:
         return cell.of(f"{stage}_loss")
 
@@ -105,10 +106,10 @@ def _losses(cells: list[Cell], group: str, names: Sequence[str], stage: str) -> 
     axes.set_title(when[0].upper() + when[1:])
     _finish(axes, lost)
     alt = _alt(cells, group, f"Validation loss {when}", read)
-    return Picture(f"loss_{group}_{stage}", alt, figure)
+    return Picture(slug(f"loss_{group.rule}_{group.part}_{stage}"), alt, figure)
 
 
-def _against_control(cells: list[Cell], group: str, names: Sequence[str]) -> Picture:
+def _against_control(cells: list[Cell], group: CellGroup, names: Sequence[str]) -> Picture:
     def read(cell: Cell) -> Spread | None:
         return cell.change(recovered=True)
 
@@ -128,7 +129,7 @@ def _against_control(cells: list[Cell], group: str, names: Sequence[str]) -> Pic
     axes.set_title("What the mask costs")
     _finish(axes, lost)
     alt = _alt(cells, group, "Fine-tuned loss minus control loss", read)
-    return Picture(f"loss_{group}_against_control", alt, figure)
+    return Picture(slug(f"loss_{group.rule}_{group.part}_against_control"), alt, figure)
 
 
 def _finish(axes: Axes, lost: int) -> None:
@@ -141,7 +142,7 @@ def _finish(axes: Axes, lost: int) -> None:
         )
 
 
-def _alt(cells: list[Cell], group: str, what: str, read: Reader) -> str:
+def _alt(cells: list[Cell], group: CellGroup, what: str, read: Reader) -> str:
     parts = []
     for name in stats.order(cells):
         own = [(cell.sparsity.mean, read(cell)) for cell in cells if cell.name == name]
@@ -152,7 +153,7 @@ def _alt(cells: list[Cell], group: str, what: str, read: Reader) -> str:
                 f"{name} from {formats.number(y0, 3)} at {formats.percent(x0)} "
                 f"to {formats.number(y1, 3)} at {formats.percent(x1)}"
             )
-    return f"{what} against achieved sparsity, {phrase(group)}: {'; '.join(parts)}."
+    return f"{what} against achieved sparsity, {group.phrase}: {'; '.join(parts)}."
 
 
 def training(results: Results) -> Picture | None:

@@ -26,7 +26,7 @@ from swe_prune.report.records import (
     Results,
     Trajectory,
     key_of,
-    name_of,
+    name_and_part_of,
 )
 from swe_prune.report.rows import check_identity, converted, read_rows
 from swe_prune.runtime import storage
@@ -107,8 +107,9 @@ def _of_its_file(row: Row, details: Mapping[CellKey, Detail], workdir: epath.Pat
     detail = details.get(key_of(row))
     if detail is None and details:
         raise InputError(
-            f"{str(workdir / 'results.csv')!r} has a row of {name_of(row)!r}, seed {row.seed}, of "
-            "which there is no result.json; run the experiment's command again to write it again"
+            f"{str(workdir / 'results.csv')!r} has a row of {name_and_part_of(row)!r}, seed "
+            f"{row.seed}, of which there is no result.json; run the experiment's command again to "
+            "write it again"
         )
     return row if detail is None else dataclasses.replace(row, **detail.values)
 

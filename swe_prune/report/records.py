@@ -13,7 +13,36 @@ GROUPS = {
     "row": "Equal sparsity per row",
     "rate": "The paper's rule",
 }
-"""The comparisons and their titles: cells of one scope, and cells of the paper's rule."""
+"""What cells have in common that can be compared, with its title: a scope, or the paper's rule."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CellGroup:
+    """What cells have in common that can be compared.
+
+    Attributes:
+        rule: Key of `GROUPS`.
+        part: Rules of the prunable weights that are pruned, as in `Row.include`; empty: all.
+    """
+
+    rule: str
+    part: str = ""
+
+    @property
+    def by_rate(self) -> bool:
+        """Whether the cells are pruned by the paper's rule, so that their sparsities differ."""
+        return self.rule == "rate"
+
+    @property
+    def title(self) -> str:
+        """Title of the comparison."""
+        return GROUPS[self.rule] + (f", {self.part} alone" if self.part else "")
+
+    @property
+    def phrase(self) -> str:
+        """The title as it stands inside a sentence."""
+        return self.title[0].lower() + self.title[1:]
+
 
 IDENTITY = COLUMNS[: COLUMNS.index("recovery") + 1]
 """The columns that tell one cell from another: all up to the recovery."""
@@ -34,18 +63,17 @@ def name_of(row: Row) -> str:
     recovery = {"finetune": "", "none": "no recovery"}.get(row.recovery, row.recovery)
     restore = f"+ {row.restore}" if row.restore else ""
     parts = [row.criterion, method, restore, row.options, row.allocation, row.pattern, schedule]
-    parts += [recovery, f"of {row.include}" if row.include else ""]
-    return " ".join(filter(None, parts))
+    return " ".join(filter(None, [*parts, recovery]))
 
 
-def group_of(row: Row) -> str:
-    """Returns the comparison that the row belongs to, a key of `GROUPS`."""
-    return row.scope if row.rate is None else "rate"
+def name_and_part_of(row: Row) -> str:
+    """Returns the name, and the part of the model that is pruned alone."""
+    return name_of(row) + (f" of {row.include}" if row.include else "")
 
 
-def phrase(group: str) -> str:
-    """Returns the title of a comparison as it stands inside a sentence."""
-    return GROUPS[group][0].lower() + GROUPS[group][1:]
+def group_of(row: Row) -> CellGroup:
+    """Returns the comparison that the row belongs to."""
+    return CellGroup(row.scope if row.rate is None else "rate", row.include)
 
 
 @dataclasses.dataclass(frozen=True)

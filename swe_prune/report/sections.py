@@ -8,7 +8,7 @@ from swe_prune import ledger
 from swe_prune.report import answers, claims, comparison, curves, energy, stats, tables, weights
 from swe_prune.report.formats import DASH, NBSP, count, number, percent, plural, seeds_of, signed
 from swe_prune.report.look import Picture
-from swe_prune.report.records import GROUPS, Results, phrase
+from swe_prune.report.records import CellGroup, Results
 from swe_prune.report.stats import Cell, Spread
 
 QUESTIONS = {
@@ -47,8 +47,9 @@ def content(results: Results) -> dict[str, Any]:
     # Curves and maps show the cells pruned in one shot and fine-tuned; the tables show all.
     shown = stats.usual(cells)
     names = stats.order(shown)
-    present = [group for group in GROUPS if any(cell.group == group for cell in cells)]
-    groups = [group for group in present if any(cell.group == group for cell in shown)]
+    present, groups = (
+        list(dict.fromkeys(cell.group for cell in known)) for known in (cells, shown)
+    )
     subject = _subject(shown)
     recovered = any(cell.changes(recovered=True) for cell in cells)
     compared = [comparison.compare(cells, group, recovered) for group in present]
@@ -169,7 +170,7 @@ def _sd(value: Spread | None) -> str:
     return "" if value is None or value.sd is None else f"±{NBSP}{number(value.sd, 3)} "
 
 
-def _losses(cells: Sequence[Cell], group: str, names: Sequence[str]) -> Group:
+def _losses(cells: Sequence[Cell], group: CellGroup, names: Sequence[str]) -> Group:
     seeds = [len(cell.rows) for cell in cells if cell.group == group]
     text = "Lines across: dense model (dotted) and control (solid). "
     if max(seeds) == 1:
@@ -179,15 +180,15 @@ def _losses(cells: Sequence[Cell], group: str, names: Sequence[str]) -> Group:
             f"Points are means over {seeds_of(seeds)}; error bars, and the grey around the lines "
             "across, reach one standard deviation to either side."
         )
-    return Group(curves.comparison(cells, group, names), text, GROUPS[group], QUESTIONS[group])
+    return Group(curves.comparison(cells, group, names), text, group.title, QUESTIONS[group.rule])
 
 
-def _heat(results: Results, cells: Sequence[Cell], groups: Sequence[str]) -> Group:
+def _heat(results: Results, cells: Sequence[Cell], groups: Sequence[CellGroup]) -> Group:
     # Without an allocation, equal sparsity per tensor or row would be one number everywhere.
     uneven = [
         group
         for group in groups
-        if group in ("global", "rate")
+        if group.rule in ("global", "rate")
         or any(cell.rows[0].allocation for cell in cells if cell.group == group)
     ]
     return Group(
@@ -207,7 +208,7 @@ def _paths(results: Results, cells: Sequence[Cell]) -> Group:
     return Group(
         weights.trajectories(results, row.seed, detail),
         f"Sampled weights while the dense model of seed {row.seed} trains, marked by what "
-        f"{cell.name} ({phrase(cell.group)}) at {percent(row.sparsity_prunable)} sparsity decides "
+        f"{cell.name} ({cell.group.phrase}) at {percent(row.sparsity_prunable)} sparsity decides "
         "in the end. The tensors are the first, the middle and the last of the sample, the weights "
         "the first few of each kind: none was picked by its looks.",
     )
@@ -217,7 +218,7 @@ def _histograms(results: Results, cells: Sequence[Cell]) -> Group:
     return Group(
         weights.histograms(results, cells),
         "All prunable weights before pruning (grey), after it (solid) and after fine-tuning "
-        f"(dashed), at the level nearest to 60{NBSP}%, {phrase(cells[0].group)}, first seed. Exact "
+        f"(dashed), at the level nearest to 60{NBSP}%, {cells[0].group.phrase}, first seed. Exact "
         "zeros are left out after pruning, so what is missing under the grey was pruned. The "
         f"outermost 0.5{NBSP}% of the weights lie off the axis.",
     )

@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from swe_prune.report.records import GROUPS, group_of, key_of, name_of
+from swe_prune.report.records import GROUPS, CellGroup, group_of, key_of, name_of
 from swe_prune.study.results import Row
 
 MODERATE = 0.6
@@ -41,13 +41,13 @@ class Cell:
     """All seeds of one cell.
 
     Attributes:
-        group: Comparison it belongs to, a key of `GROUPS`.
+        group: Comparison it belongs to.
         name: Criterion or method with its unusual settings.
         level: Requested sparsity, or the rate of the paper's rule.
         rows: One row per seed, by seed.
     """
 
-    group: str
+    group: CellGroup
     name: str
     level: float
     rows: tuple[Row, ...]
@@ -125,8 +125,24 @@ def summarise(rows: Iterable[Row]) -> list[Cell]:
         by_seed = tuple(sorted(same, key=lambda row: row.seed))
         cells.append(Cell(group_of(first), name_of(first), level, by_seed))
     ranks = {name: rank for rank, name in enumerate(order(cells))}
-    groups = list(GROUPS)
-    return sorted(cells, key=lambda c: (groups.index(c.group), ranks[c.name], c.sparsity.mean))
+    rules, parts = list(GROUPS), list(dict.fromkeys(cell.group.part for cell in cells))
+    return sorted(
+        cells,
+        key=lambda cell: (
+            rules.index(cell.group.rule),
+            parts.index(cell.group.part),
+            ranks[cell.name],
+            cell.sparsity.mean,
+        ),
+    )
+
+
+def by_part(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
+    """Returns the cells by the part of the model that they prune, since no two compare."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.group.part, []).append(cell)
+    return found
 
 
 def usual(cells: Sequence[Cell]) -> list[Cell]:

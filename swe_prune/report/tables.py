@@ -20,7 +20,7 @@ from swe_prune.report.formats import (
     plural,
     signed,
 )
-from swe_prune.report.records import GROUPS, CutModel, Results, key_of, name_of, phrase
+from swe_prune.report.records import CellGroup, CutModel, Results, key_of, name_and_part_of
 from swe_prune.report.stats import Cell, spread
 
 NEAR = "\N{ALMOST EQUAL TO}"
@@ -66,7 +66,7 @@ def costs(results: Results) -> list[Table]:
 def comparison(found: Comparison) -> Table:
     """Returns criteria by sparsity, each entry the loss against the control."""
     rows = [[name, *(_entry(found, name, at) for at in found.levels)] for name in found.names]
-    heads = [f"rate {at:g}" if found.group == "rate" else percent(at) for at in found.levels]
+    heads = [f"rate {at:g}" if found.group.by_rate else percent(at) for at in found.levels]
     return Table(_caption(found), ["Criterion", *heads], rows)
 
 
@@ -78,7 +78,7 @@ def _entry(found: Comparison, name: str, level: float) -> str:
     text = mean_sd(value, sign=True)
     if value is not None and value.n < found.seeds:
         text += f" (n={value.n})"
-    if found.group == "rate":
+    if found.group.by_rate:
         text += f" at {percent(cell.sparsity.mean)}"
     if found.best.get(level) == name:
         return Bold(text)
@@ -90,12 +90,12 @@ def _caption(found: Comparison) -> str:
         what = "Fine-tuned validation loss minus the control's"
     else:
         what = "Validation loss straight after pruning minus the dense model's"
-    text = f"{GROUPS[found.group]}. {what}, in nats per token; "
+    text = f"{found.group.title}. {what}, in nats per token; "
     if found.seeds > 1:
         text += f"mean ± standard deviation over n = {plural(found.seeds, 'seed')}, paired by seed"
     else:
         text += "n = 1 seed"
-    if found.group == "rate":
+    if found.group.by_rate:
         return (
             f"{text}; then the sparsity that the rate led to. The sparsities of a column differ, "
             "so no entry is marked as its best."
@@ -109,14 +109,14 @@ def _caption(found: Comparison) -> str:
     )
 
 
-def cells(found: Sequence[Cell], group: str) -> Table:
+def cells(found: Sequence[Cell], group: CellGroup) -> Table:
     """Returns every cell of one comparison with what it removed, lost and took."""
     head = (
         "Criterion,Requested,Achieved,Of all parameters,Non-zero parameters,Pruned minus dense,"
         "Fine-tuned minus control,Generalisation gap,Control's gap,Seconds,Seeds"
     )
     return Table(
-        f"{GROUPS[group]}, all cells. Pruned: straight after pruning, with a schedule under its "
+        f"{group.title}, all cells. Pruned: straight after pruning, with a schedule under its "
         "final masks. Gap: validation minus training loss, on equally many fixed windows. Losses "
         "in nats per token, mean ± standard deviation over seeds, differences paired by seed.",
         head.split(","),
@@ -130,7 +130,7 @@ def _cell(cell: Cell) -> list[str]:
     )
     return [
         cell.name,
-        f"rate {cell.level:g}" if cell.group == "rate" else percent(cell.level),
+        f"rate {cell.level:g}" if cell.group.by_rate else percent(cell.level),
         percent_sd(cell.sparsity),
         DASH if total is None else percent_sd(total),
         DASH if nonzero is None else count(nonzero.mean),
@@ -186,7 +186,7 @@ def perplexities(results: Results, found: Sequence[Cell]) -> Table:
         rows.append(
             [
                 cell.name,
-                phrase(cell.group),
+                cell.group.phrase,
                 percent(cell.sparsity.mean),
                 *(perplexity(cell.of(f"{stage}_loss")) for stage in ("pruned", "finetuned")),
                 *(_number(cell.of(f"{stage}_kl")) for stage in ("pruned", "finetuned")),
@@ -219,7 +219,8 @@ def samples(results: Results) -> Table:
             prompt, text = _shown(one or two)
             last = _shown(two)[1] if two else DASH
             shown = percent(row.sparsity_prunable)
-            rows.append([name_of(row), shown, prompt, text if one else DASH, last])
+            name = name_and_part_of(row)
+            rows.append([name, shown, prompt, text if one else DASH, last])
     head = ["Model", "Sparsity", "Prompt", "Continuation, pruned", "Continuation, recovered"]
     return Table(f"What the models of seed {seed} wrote, greedily.", head, rows, words=5)
 
@@ -238,7 +239,7 @@ def prices(results: Results, found: Sequence[Cell]) -> Table:
         rows.append(
             [
                 cell.name,
-                phrase(cell.group),
+                cell.group.phrase,
                 percent(cell.sparsity.mean),
                 _number(cell.of("pruned_mae")),
                 *_price_cells([one for one in last if one]),

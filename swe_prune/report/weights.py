@@ -11,13 +11,12 @@ from matplotlib.lines import Line2D
 from swe_prune.report import formats, stats
 from swe_prune.report.look import INK, KEPT, PRUNED, QUIET, Picture, abbreviated, panel, slug
 from swe_prune.report.records import (
-    GROUPS,
+    CellGroup,
     Detail,
     Histogram,
     Results,
     Trajectory,
     key_of,
-    phrase,
 )
 from swe_prune.report.stats import Cell
 from swe_prune.study.results import Row
@@ -54,9 +53,11 @@ def per_tensor(results: Results, cell: Cell) -> dict[str, float]:
     return {name: 1 - kept[name] / total[name] for name in total if total[name]}
 
 
-def heat_maps(results: Results, cells: Sequence[Cell], groups: Sequence[str]) -> list[Picture]:
+def heat_maps(
+    results: Results, cells: Sequence[Cell], groups: Sequence[CellGroup]
+) -> list[Picture]:
     """Returns tensors × criteria for each comparison, each field the sparsity near 60 %."""
-    maps: dict[str, list[Column]] = {}
+    maps: dict[CellGroup, list[Column]] = {}
     for group in groups:
         chosen = stats.moderate(cell for cell in cells if cell.group == group)
         columns = [(cell, per_tensor(results, cell)) for cell in chosen]
@@ -69,7 +70,7 @@ def heat_maps(results: Results, cells: Sequence[Cell], groups: Sequence[str]) ->
     return [_heat_map(columns, group, limits) for group, columns in maps.items() if columns]
 
 
-def _heat_map(columns: list[Column], group: str, limits: tuple[float, float]) -> Picture:
+def _heat_map(columns: list[Column], group: CellGroup, limits: tuple[float, float]) -> Picture:
     names = sorted({name for _, values in columns for name in values}, key=natural)
     table = np.array([[values.get(name, np.nan) for _, values in columns] for name in names])
     wide = max(len(cell.name) for cell, _ in columns) > 11  # wider than a column
@@ -97,13 +98,13 @@ def _heat_map(columns: list[Column], group: str, limits: tuple[float, float]) ->
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(GROUPS[group], pad=10)
+    axes.set_title(group.title, pad=10)
     spans = [
         f"{cell.name} prunes {100 * min(s.values()):.0f} to {100 * max(s.values()):.0f} %"
         for cell, s in columns
     ]
-    alt = f"Sparsity of each tensor, {phrase(group)}: {'; '.join(spans)}."
-    return Picture(f"tensors_{group}", alt, figure)
+    alt = f"Sparsity of each tensor, {group.phrase}: {'; '.join(spans)}."
+    return Picture(slug(f"tensors_{group.rule}_{group.part}"), alt, figure)
 
 
 def example(results: Results, cells: Sequence[Cell]) -> tuple[Cell, Row, Detail] | None:
