@@ -68,7 +68,7 @@ def fails(capsys, arguments):
         ),
         ("trajectory.every=1000", ("0 snapshots", "lower")),
         ("trajectory.window_start=99", ("the window starts at 99", "lower")),
-        ("prune.include=['kernl$']", ("include rule 'kernl$' matches no weight", "Weights:")),
+        ("prune.include=['kernl$']", ("include rule 'kernl$' matches no weight", "Names:")),
         ("prune.exclude=['nothing_like_it']", ("exclude rule 'nothing_like_it'", "matches no")),
         ("data.dataset=no_such_dataset", ("no_such_dataset",)),
         ("data.dataset=/no/such/file.txt", ("/no/such/file.txt",)),

@@ -45,12 +45,7 @@ def partition(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> tuple[PyTree
                 "divide one axis of an array"
             )
     names = [name for name, leaf in tree.named_leaves(params) if leaf is not None]
-    for rule, _ in rules:
-        if not any(tree.rule_matches(rule, name) for name in names):
-            raise InputError(
-                f"partition rule {rule!r} matches no parameter; correct it. "
-                f"Parameters: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}"
-            )
+    tree.matched((rule for rule, _ in rules), names, "partition rule", "parameter")
     uneven: list[str] = []
 
     def spec(name: str, leaf: Any) -> PartitionSpec:

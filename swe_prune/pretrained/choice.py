@@ -51,13 +51,7 @@ def prunable(
     if not include and any(name.startswith("vision/") for name in names):
         include = phi3v.PRUNABLE  # the commands calibrate on text, which no tower reads
     for kind, given in (("include", include), ("exclude", exclude)):
-        for rule in given or ():
-            matched = [name for name in names if tree.rule_matches(rule, name)]
-            if not matched:
-                raise InputError(
-                    f"{kind} rule {rule!r} matches no weight; correct the rule. Weights are named "
-                    f"as {names[0]!r} and {names[-1]!r}"
-                )
+        for rule, matched in tree.matched(given or (), names, f"{kind} rule").items():
             dense = [tree.dense_reason(name, weights[name]) for name in matched]
             if kind == "include" and all(dense):
                 raise InputError(

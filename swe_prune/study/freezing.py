@@ -6,7 +6,6 @@ from jaxtyping import PyTree
 
 from swe_prune import tree
 from swe_prune.config import ModelConfig, PhaseConfig
-from swe_prune.errors import InputError
 from swe_prune.models import phi3v
 
 
@@ -28,12 +27,7 @@ def frozen(model: ModelConfig, params: PyTree, phase: PhaseConfig) -> Callable[[
     """
     names = [leaf for leaf, _ in tree.named_leaves(params)]
     rules = phase.trained
-    for rule in rules or ():
-        if not any(tree.rule_matches(rule, leaf) for leaf in names):
-            raise InputError(
-                f"the rule {rule!r} in `trained` of config.train or config.finetune matches no "
-                f"weight; correct it to match weights such as {names[0]!r}"
-            )
+    tree.matched(rules or (), names, "config.train.trained or config.finetune.trained: rule")
 
     def unchanged(leaf: str) -> bool:
         chosen = rules is None or any(tree.rule_matches(rule, leaf) for rule in rules)

@@ -99,14 +99,9 @@ class Cell:
         if self.include is None:
             return prunable
         names = [name for name, mark in tree.named_leaves(prunable) if mark]
-        matched = {rule: {n for n in names if tree.rule_matches(rule, n)} for rule in self.include}
-        for rule, found in matched.items():
-            if not found:
-                raise InputError(
-                    f"include rule {rule!r} matches no prunable weight, such as {names[0]}; change "
-                    "it, or widen config.prune.include"
-                )
-        chosen = set().union(*matched.values())
+        instead = ", or widen config.prune.include"
+        found = tree.matched(self.include, names, "include rule", "prunable weight", instead)
+        chosen = set().union(*found.values())
         return tree.map_named(lambda name, mark: mark and name in chosen, prunable)
 
     @property

@@ -175,12 +175,7 @@ def _targets(params: PyTree, targets: str | Sequence[str] | None) -> list[tuple[
         for name, leaf in tree.named_leaves(params)
         if tree.is_weight(leaf) and leaf.ndim >= 2 and not tree.rule_matches(bias, name)
     }
-    for rule in rules:
-        if not any(tree.rule_matches(rule, name) for name in kernels):
-            raise InputError(
-                f"lora target rule {rule!r} matches no weight of two axes or more; correct it to "
-                f"match a weight, such as {next(iter(kernels), 'none here')!r}"
-            )
+    tree.matched(rules, kernels, "lora target rule", "weight of two axes or more")
     return [
         (name, leaf)
         for name, leaf in kernels.items()

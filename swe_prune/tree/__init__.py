@@ -7,7 +7,7 @@ dense.
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -160,14 +160,8 @@ def prunable(
         for rules, what in ((include, "include"), (exclude, "exclude"))
     )
     weights = {name: leaf for name, leaf in named_leaves(params) if is_weight(leaf)}
-    # A rule that matches nothing is probably misspelled.
     for kind, rules in (("include", include), ("exclude", exclude)):
-        for rule in rules or ():
-            if not any(rule_matches(rule, name) for name in weights):
-                raise InputError(
-                    f"{kind} rule {rule!r} matches no weight; correct the rule. "
-                    f"Weights: {_abbreviated(list(weights))}"
-                )
+        matched(rules or (), weights, f"{kind} rule")
     axes = {} if layout is None else dict(named_leaves(layout))
     within = level_of(params)
     chosen = {
@@ -273,6 +267,32 @@ def rule_matches(rule: str, name: str) -> bool:
         return re.search(rule, name) is not None
     except re.error as error:
         raise InputError(f"rule {rule!r} is not a regular expression: {error}; fix it") from error
+
+
+def matched(
+    rules: Iterable[str], names: Iterable[str], what: str, of: str = "weight", instead: str = ""
+) -> dict[str, list[str]]:
+    """Returns the names that each path rule matches; one that matches nothing is misspelled.
+
+    Args:
+        rules: Path rules.
+        names: Names of leaves.
+        what: What a rule is, for the error.
+        of: What the names are of, for the error.
+        instead: What else can be done about it than to correct the rule, for the error.
+
+    Raises:
+        InputError: If a rule is not a regular expression, or matches no name.
+    """
+    known = list(names)
+    found = {rule: [name for name in known if rule_matches(rule, name)] for rule in rules}
+    for rule, own in found.items():
+        if not own:
+            raise InputError(
+                f"{what} {rule!r} matches no {of}; correct the rule{instead}. "
+                f"Names: {_abbreviated(known) or 'none'}"
+            )
+    return found
 
 
 def _abbreviated(names: Sequence[str], most: int = 12) -> str:
