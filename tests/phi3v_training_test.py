@@ -13,7 +13,7 @@ from PIL import Image
 
 from swe_prune import importance, masks, recipe, trajectory, tree
 from swe_prune.config import ModelConfig, PhaseConfig, VisionConfig
-from swe_prune.data import image_text
+from swe_prune.data import image_text, images
 from swe_prune.data.char_tokenizer import CharTokenizer
 from swe_prune.data.price_rows import Row, price_in
 from swe_prune.errors import InputError
@@ -241,6 +241,14 @@ def test_errors_of_prices(model, trained, split):
     # It has learned the pictures by heart, so it can be told that it looks at them.
     assert found.generated["own"] < min(found.generated["blank"], found.generated["shuffled"])
     assert found.teacher_forced < found.teacher_forced_blank
+
+
+def test_a_picture_is_prepared_once_for_all_errors(model, params, split, monkeypatch):
+    data, tokenizer = split
+    made, prepare = [], images.crops_of
+    monkeypatch.setattr(images, "crops_of", lambda *of: made.append(of) or prepare(*of))
+    price_errors(model, params, data, np.arange(6), tokenizer, batch=4)
+    assert len(made) == 6
 
 
 def test_answers_without_a_price_are_counted_apart(model, params, split):

@@ -76,8 +76,17 @@ class Split:
         pixels = np.stack([self.pixels(number) for number in numbers])
         return {"pixels": pixels, "grid": self.grids[numbers].astype(np.int32)}
 
-    def batch(self, numbers: Sequence[int] | np.ndarray) -> Batch:
-        """Returns examples with equally many crops as a batch."""
+    def batch(
+        self,
+        numbers: Sequence[int] | np.ndarray,
+        pictures: Mapping[str, np.ndarray] | None = None,
+    ) -> Batch:
+        """Returns examples with equally many crops as a batch.
+
+        Args:
+            numbers: Numbers of the examples.
+            pictures: Crops and grids in place of the examples' own, as `pictures` returns them.
+        """
         length = self.lengths[int(self.grids[numbers[0]].prod())]
         tokens_BxL, targets_BxL = np.zeros((2, len(numbers), length), np.int32)
         weights_BxL = np.zeros((len(numbers), length), np.float32)
@@ -86,7 +95,7 @@ class Split:
             tokens_BxL[at, : len(whole) - 1] = whole[:-1]
             targets_BxL[at, : len(whole) - 1] = np.maximum(whole[1:], 0)
             weights_BxL[at, start - 1 : len(whole) - 1] = 1
-        inputs = {"tokens": tokens_BxL, **self.pictures(numbers)}
+        inputs = {"tokens": tokens_BxL, **(pictures or self.pictures(numbers))}
         return {"inputs": inputs, "targets": targets_BxL, "weights": weights_BxL}
 
 

@@ -62,21 +62,27 @@ def price_errors(
         tokenizer: Tokenizer of the texts.
         batch: Number of examples at a time.
     """
-    groups = by_bucket(split, numbers, batch)
-    truth = {number: split.rows[number].price for group in groups for number in group.tolist()}
     generating = _generating(model, params, split, tokenizer)
-    answers = {shown: _texts(split, groups, batch, shown, generating) for shown in PICTURES}
+    forcing = _forced(model, params, split, tokenizer)
+    answers: dict[str, dict[int, str]] = {shown: {} for shown in PICTURES}
+    recipe: dict[str, dict[int, str]] = {"own": {}, "blank": {}}
+    # Pictures are prepared once for all that is shown of them, a group at a time.
+    for group in by_bucket(split, numbers, batch):
+        own = split.pictures(group)
+        for texts, write in ((answers, generating), (recipe, forcing)):
+            for shown, found in texts.items():
+                found |= _texts(group, _shown(own, shown), batch, write)
+    truth: dict[int, Any] = {number: split.rows[number].price for number in answers["own"]}
     generated, unparsable = {}, {}
     for shown, texts in answers.items():
         found = {number: price_in(text) for number, text in texts.items()}
         errors = [abs(price - truth[n]) for n, price in found.items() if price is not None]
         generated[shown] = float(np.mean(errors)) if errors else None
         unparsable[shown] = len(found) - len(errors)
-    forced = []
-    for shown in ("own", "blank"):
-        texts = _texts(split, groups, batch, shown, _forced(model, params, split, tokenizer))
-        errors = [abs((price_in(text) or 0.0) - truth[number]) for number, text in texts.items()]
-        forced.append(np.mean(errors))
+    forced = [
+        np.mean([abs((price_in(text) or 0.0) - truth[number]) for number, text in texts.items()])
+        for texts in recipe.values()
+    ]
     prices = [
         {
             "number": number,
@@ -89,33 +95,29 @@ def price_errors(
     return PriceErrors(generated, unparsable, float(forced[0]), float(forced[1]), prices)
 
 
-def _pictures(split: Split, numbers: np.ndarray, shown: str) -> dict[str, np.ndarray]:
-    """Returns the pictures to show, at least one of which differs from the examples' own."""
-    found = split.pictures(numbers)
+def _shown(own: dict[str, np.ndarray], shown: str) -> dict[str, np.ndarray]:
+    """Returns what to show in place of the examples' own pictures, one of `PICTURES`."""
+    pixels, grid = own["pixels"], own["grid"]
     if shown == "blank":
         white = ((1 - images.MEAN) / images.STD).astype(np.float32)
-        found["pixels"] = np.broadcast_to(white, found["pixels"].shape)
+        pixels = np.broadcast_to(white, pixels.shape)
     elif shown == "shuffled":
         # Of another example in the batch; its grid stays with it, and the text has its tokens.
-        alike = [np.flatnonzero((found["grid"] == grid).all(1)) for grid in np.unique(
-            found["grid"], axis=0)]  # fmt: skip
-        order = np.arange(len(numbers))
-        for same in alike:
+        order = np.arange(len(grid))
+        for alike in np.unique(grid, axis=0):
+            same = np.flatnonzero((grid == alike).all(1))
             order[same] = np.roll(same, 1)
-        found["pixels"] = found["pixels"][order]
-    return found
+        pixels = pixels[order]
+    return {"pixels": pixels, "grid": grid}
 
 
 def _texts(
-    split: Split, groups: list[np.ndarray], batch: int, shown: str, write: Write
+    group: np.ndarray, pictures: dict[str, np.ndarray], batch: int, write: Write
 ) -> dict[int, str]:
     """Returns the text that a model writes for each example, by the example's number."""
-    found = {}
-    for group in groups:
-        at = filled(np.arange(len(group)), batch)  # examples repeated to a whole batch
-        pictures = {name: values[at] for name, values in _pictures(split, group, shown).items()}
-        found |= dict(zip(group.tolist(), write(group[at], pictures), strict=False))
-    return found
+    at = filled(np.arange(len(group)), batch)  # examples repeated to a whole batch
+    shown = {name: values[at] for name, values in pictures.items()}
+    return dict(zip(group.tolist(), write(group[at], shown), strict=False))
 
 
 def _generating(model: Any, params: PyTree, split: Split, tokenizer: Any) -> Write:
@@ -140,7 +142,7 @@ def _generating(model: Any, params: PyTree, split: Split, tokenizer: Any) -> Wri
 
 def _forced(model: Any, params: PyTree, split: Split, tokenizer: Any) -> Write:
     def write(rows: np.ndarray, pictures: dict[str, np.ndarray]) -> list[str]:
-        inputs = split.batch(rows)["inputs"] | pictures
+        inputs = split.batch(rows, pictures)["inputs"]
         likeliest_BxL = np.asarray(_likeliest(model, params, inputs))
         return [
             tokenizer.decode(likeliest[: len(split.tokens[number]) - 1])
