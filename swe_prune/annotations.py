@@ -71,8 +71,12 @@ _PLURALS = {str: "strings", int: "integers", float: "finite numbers", bool: "boo
 def _plural(hint: Any) -> str:
     if is_union(hint):
         return " or ".join(dict.fromkeys(_plural(one) for one in typing.get_args(hint)))
-    return _PLURALS.get(hint, "values" if hint is Any or isinstance(hint, TypeVar) else
-                        f"{in_words(hint).removeprefix('a ').removeprefix('an ')}s")  # fmt: skip
+    if hint is Any or isinstance(hint, TypeVar):
+        return "values"
+    if hint in SCALARS:
+        return _PLURALS[hint]
+    name, of, rest = in_words(hint).removeprefix("a ").removeprefix("an ").partition(" of ")
+    return f"{name}s{of}{rest}"
 
 
 def told(value: Any) -> str:

@@ -142,6 +142,35 @@ def cut_into(hidden, blocks):
 Q = jnp.full((N, BLOCKS), 0.7)
 
 
+def mlp(down=(8, BLOCKS), bias=None):
+    up = {"kernel": jnp.ones((BLOCKS, 8))} | ({} if bias is None else {"bias": jnp.ones(bias)})
+    return {"up": up, "down": {"kernel": jnp.ones(down)}}
+
+
+@pytest.mark.parametrize("blocks", [None, 2])
+def test_parameters_without_routers_of_the_blocks_are_refused(blocks):
+    params = jax.jit(MODEL.init)(jax.random.key(0), TOKENS)["params"]
+    if blocks is not None:
+        params = dsmoe.with_routers(params, blocks)
+    with pytest.raises(InputError, match=f"routers of {BLOCKS} blocks, got .*with_routers"):
+        dsmoe.Gated(MODEL, BLOCKS).apply({"params": params}, TOKENS)
+
+
+def test_whole_numbers_no_rows_and_nan_are_computed(arrays):
+    x, weights, q = arrays
+    whole = jnp.round(3 * x).astype(int)
+    exact = dsmoe.computed(whole.astype(jnp.float32), weights, q)
+    np.testing.assert_allclose(dsmoe.computed(whole, weights, q), exact, rtol=1e-6)
+    blocks = dsmoe.partitioned(weights, BLOCKS)
+    gated = dsmoe.computed(whole, weights, dsmoe.factors(q, 0.5))
+    np.testing.assert_allclose(dsmoe.skipped(whole, blocks, q, 0.5), gated, rtol=1e-4, atol=1e-4)
+    assert dsmoe.computed(x[:0], weights, q[:0]).shape == (0, D)
+    # A gate that is NaN is not taken for a closed one.
+    broken = q.at[0, 0].set(jnp.nan)
+    assert np.isnan(dsmoe.skipped(x, blocks, broken, 0.5)[0]).all()
+    assert np.isnan(dsmoe.thresholded(broken, 0.5)[0, 0])
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
@@ -158,6 +187,11 @@ Q = jnp.full((N, BLOCKS), 0.7)
         (lambda: dsmoe.with_routers({"a": jnp.ones(2)}, 2), "no MLP"),
         (lambda: dsmoe.computed(Q, {"up": {}}, Q), "must have kernels 'up'"),
         (lambda: dsmoe.computed(Q, {"up": {}, "down": {}}, Q, "swish"), "activation must be"),
+        (lambda: dsmoe.computed(Q, mlp(down=(8, 3)), Q), "must have kernels 'up'"),
+        (lambda: dsmoe.computed(Q, mlp(bias=1), Q), "biases that fit"),
+        (lambda: dsmoe.skipped(Q, dsmoe.Blocks((), None), Q[:, :0], 0.5), "each of the 0 blocks"),
+        (lambda: dsmoe.with_routers({"up": {"kernel": jnp.ones((2, 4, 8))}, "down": {}}, 2), "two"),
+        (lambda: dsmoe.with_routers({"up": 1, "down": 2}, 2), "kernel 'up' of two axes"),
     ],
 )
 def test_what_cannot_be_gated_is_refused(call, sentence):

@@ -105,6 +105,13 @@ def test_serving_is_the_mean_of_what_was_chosen():
         (lambda: serve({"a": Trace([1], [0], [])}, lambda *_: "a", "a"), "same requests"),
         (lambda: serve({"a": Trace([], [], [])}, lambda *_: "a", "a"), "at least one"),
         (lambda: serve({"a": Trace([1], [0], [1])}, lambda *_: "a", "b"), "no trace of model 'b'"),
+        (lambda: Switcher(PROFILES).observe(-1.0, 0.5), "joules must be 0 or more, got -1"),
+        (lambda: Switcher(PROFILES).observe(1.0, 1.5), "confidence must be between 0 and 1"),
+        (lambda: Trace([-1.0], [0.5], [0.0]), "joules must be 0 or more"),
+        (lambda: Trace([1.0], [5.0], [0.0]), "confidence must be between 0 and 1, got 5.0 to 5.0"),
+        (lambda: compare({}, PROFILES, seeds=()), "seeds must be one or more different"),
+        (lambda: compare({}, PROFILES, seeds=(0, 0)), "seeds must be one or more different"),
+        (lambda: compare({}, PROFILES, epsilons=(0.2, 0.20000001)), "epsilons must be one or more"),
     ],
 )
 def test_what_cannot_be_served_is_refused(call, sentence):

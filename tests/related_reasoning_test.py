@@ -108,6 +108,13 @@ def test_the_log_probability_is_that_of_the_answer_alone():
 LENGTHS = jnp.ones((2, 3), int)
 RIGHT = jnp.ones((2, 3), bool)
 PROMPT = np.array([[1, 2, 10]])
+ONES = jnp.ones(3)
+SUMS = reasoning.sums(2, 2)
+
+
+def log_p(rows, symbols=reasoning.SYMBOLS):
+    config = ModelConfig(layers=1, heads=1, width=4, context=6)
+    return reasoning.log_probability(gpt.build(config, symbols), {}, rows)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +128,17 @@ PROMPT = np.array([[1, 2, 10]])
         (lambda: reasoning.sums(4, 3, work="dots"), "work must be"),
         (lambda: reasoning.judged(PROMPT, [], []), "one answer, got 1 prompts, 0 answers"),
         (lambda: reasoning.joined(PROMPT, [[3, 3]], [True], 5), "length must be between 6"),
+        (lambda: reasoning.joined(PROMPT, [[99]], [True], 8), "from 0 to 12, got .99"),
+        (lambda: reasoning.joined(PROMPT, [[-5]], [True], 8), "from 0 to 12"),
+        (lambda: reasoning.joined(PROMPT, [[2**40]], [True], 8), "from 0 to 12"),
+        (lambda: reasoning.judged(PROMPT[:, :2], [[3]], [True]), "digits and then EQUALS"),
+        (lambda: reasoning.judged(np.array([[55, 2, 10]]), [[3]], [True]), "digits and then"),
+        (lambda: reasoning.policy_loss(ONES, ONES[:1], ONES), "log_p_before must have shape"),
+        (lambda: reasoning.policy_loss(ONES[:, None], ONES, ONES), "log_p must be a float array"),
+        (lambda: reasoning.policy_loss(ONES[:0], ONES[:0], ONES[:0]), "at least one answer"),
+        (lambda: reasoning.policy_loss(ONES, ONES, ONES, -1.0), "kl must be 0 or more"),
+        (lambda: log_p(reasoning.Answers(SUMS.tokens, SUMS.written[:1])), "of one shape"),
+        (lambda: log_p(SUMS, symbols=5), "vocabulary of 5"),
     ],
 )
 def test_what_cannot_be_rewarded_is_refused(call, sentence):

@@ -82,6 +82,15 @@ def test_states_are_what_the_head_reads():
 
 ENTRIES = retrikt.Store(jnp.ones((M, D)), jnp.ones((M, V)) / V)
 QUERIES = jnp.ones((N, D))
+MODEL = gpt.build(ModelConfig(layers=1, heads=2, width=8, context=4), V)
+
+
+def test_neighbors_far_from_the_origin_are_found(arrays):
+    keys, values, _ = arrays
+    far = retrikt.store(keys + 1e4, values)
+    np.testing.assert_array_equal(retrikt.retrieved(far, far.keys, k=1), values)
+    near = retrikt.retrieved(retrikt.store(keys, values), keys, k=2, temperature=1e-36)
+    np.testing.assert_array_equal(near, values)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +105,17 @@ QUERIES = jnp.ones((N, D))
         (lambda: retrikt.retrieved(ENTRIES, QUERIES, temperature=0.0), "temperature must be"),
         (lambda: retrikt.interpolated(QUERIES, QUERIES, 1.5), "share must be between 0 and 1"),
         (lambda: retrikt.interpolated(QUERIES, QUERIES[1:], 0.5), "must have shape"),
+        (lambda: retrikt.interpolated(QUERIES, QUERIES, 0.5), "found must be distributions"),
+        (lambda: retrikt.interpolated(QUERIES, -QUERIES / D, 0.5), "found must be distributions"),
+        (lambda: retrikt.store(QUERIES, jnp.log(QUERIES / D)), "values must be distributions"),
+        (lambda: retrikt.store(QUERIES, QUERIES * jnp.nan), "values must be distributions"),
+        (lambda: retrikt.store(QUERIES * jnp.nan, QUERIES / D), "keys have NaN"),
+        (lambda: retrikt.store(QUERIES, QUERIES / D, D + 1), "symbols = 6 columns, got 5"),
+        (lambda: retrikt.store(QUERIES, -jnp.ones(N, int), 3), "got -1 to -1"),
+        (lambda: retrikt.store(QUERIES, jnp.ones(N, int), 10**10), "symbols must be between"),
+        (lambda: retrikt.retrieved(ENTRIES, QUERIES, temperature=1e-40), "temperature must be"),
+        (lambda: retrikt.states(MODEL, {}, jnp.full((1, 2), V)), "a vocabulary of 4"),
+        (lambda: retrikt.states(MODEL, {}, jnp.full((1, 2), -1)), "ids from -1"),
     ],
 )
 def test_what_cannot_be_retrieved_is_refused(call, sentence):

@@ -142,6 +142,31 @@ def test_schedules_are_what_they_say():
     assert headline.mean == pytest.approx(0.6)  # 40 % dropped on average
 
 
+def convolved(x=None, **how):
+    x = jnp.ones((1, 4, 4, 2)) if x is None else x
+    return ssprop.conv(x, jnp.ones((3, 3, 2, 4)), keep=0.5, **how)
+
+
+def test_a_last_share_needs_a_schedule_that_reaches_it():
+    with pytest.raises(InputError, match="constant schedule has no last share"):
+        ssprop.Schedule(0.2, last=0.8)
+
+
+def test_a_share_of_whole_channels_is_no_channel_less():
+    for count in range(1, 130):
+        for kept in range(1, count + 1):
+            assert ssprop.channels(kept / count, count) == kept
+            assert ssprop.channels(np.float32(kept / count), count) == kept
+
+
+def test_padding_may_be_lists_and_dtypes_are_promoted():
+    assert convolved(padding=[[1, 1], [0, 1]]).shape == (1, 4, 3, 4)
+    assert convolved(jnp.ones((1, 4, 4, 2), jnp.bfloat16)).dtype == jnp.float32
+    assert convolved(jnp.ones((1, 4, 4, 2), int)).dtype == jnp.float32
+    grad = jax.grad(lambda x: ssprop.dense(x, jnp.ones((2, 4), int), keep=0.5).sum())
+    np.testing.assert_allclose(grad(jnp.ones((3, 2))), 2.0)
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -154,6 +179,12 @@ def test_schedules_are_what_they_say():
         lambda: ssprop.Schedule(0.5, last=2.0),
         lambda: ssprop.Schedule(0.5, kind="step"),
         lambda: ssprop.Schedule(0.5, length=0),
+        lambda: ssprop.Schedule(0.5)(-1),
+        lambda: ssprop.Schedule(0.5)(1.5),
+        lambda: ssprop.Schedule(0.5)("1"),
+        lambda: convolved(strides=(0, 1)),
+        lambda: convolved(strides=(1, -1)),
+        lambda: convolved(padding=((-9, 0), (0, 0))),
     ],
 )
 def test_settings_out_of_range_are_refused(call):

@@ -14,6 +14,9 @@ M, P, Q = 3, 7, 5
 TWO_SHAPES = ("block_0/mlp/up/kernel", "block_0/mlp/down/kernel")
 
 
+MLP = {f"block_0/mlp/{name}/kernel": name == "down" for name in ("up", "gate", "down")}
+
+
 def low_rank(rank, seed=0):
     random = np.random.default_rng(seed)
     return np.einsum("mr,pr,qr->mpq", *(random.normal(size=(n, rank)) for n in (M, P, Q)))
@@ -28,6 +31,20 @@ def test_a_tensor_of_the_rank_is_found_again():
     found = trawl.cp(jnp.asarray(tensor), 2, steps=500, tolerance=0.0)
     assert relative(found.dense(), tensor) < 1e-4
     assert found.size == 2 * (M + P + Q)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
+def test_zeros_and_numbers_whose_squares_are_no_floats_are_decomposed(size):
+    tensor = low_rank(2)
+    found = np.asarray(trawl.cp(jnp.asarray(size * tensor), 2, steps=500, tolerance=0.0).dense())
+    np.testing.assert_allclose(
+        found, size * tensor, rtol=0, atol=1e-3 * size * np.abs(tensor).max()
+    )
+
+
+def test_integers_of_numpy_are_ranks():
+    assert trawl.laser(jnp.ones((3, 4)), np.int32(2)).shape == (3, 4)
+    assert trawl.cp(jnp.ones((3, 4, 5)), np.int64(2)).rows.shape == (4, 2)
 
 
 def test_each_factor_is_the_least_squares_solution_for_the_others():
@@ -141,6 +158,20 @@ def test_the_search_tries_each_on_the_parameters_as_they_came(params):
         (lambda p: trawl.laser(jnp.ones((3, 4)), 4), "between 1 and 3"),
         (lambda p: trawl.stacked(p, {"block_0/mlp/up": False}), "no matrix"),
         (lambda p: trawl.stacked(p, dict.fromkeys(TWO_SHAPES, False)), "one shape"),
+        (lambda p: trawl.stacked(p, {}), "at least one kernel"),
+        (lambda p: trawl.cp(jnp.ones((3, 4, 5)).at[0, 0, 0].set(jnp.nan), 1), "NaN"),
+        (lambda p: trawl.tucker(jnp.full((3, 4, 5), jnp.inf), (1, 1, 1)), "infinite"),
+        (lambda p: trawl.laser(jnp.full((3, 4), jnp.nan), 1), "NaN"),
+        (lambda p: trawl.cp(jnp.ones((0, 4, 5)), 1), "must have numbers"),
+        (lambda p: trawl.cp(low_rank(1), 1).product(jnp.ones(P), M), "between 0 and 2, got 3"),
+        (lambda p: trawl.cp(low_rank(1), 1).product(jnp.ones(P + 1), 0), "7 columns"),
+        (lambda p: trawl.written(p, MLP, jnp.ones((2, 8, 12))), "shape .3, 8, 12., a slice"),
+        (lambda p: trawl.written(p, MLP, jnp.ones((3, 8, 8))), "shape .3, 8, 12., a slice"),
+        (lambda p: trawl.written(p, {"nowhere": False}, jnp.ones((1, 8, 8))), "no matrix"),
+        (lambda p: trawl.stacks_of(p, 3), "layers must be between 1 and the 2"),
+        (lambda p: trawl.search(p, {"mlp": MLP}, [1, 9], len), "between 1 and 8, got 9"),
+        (lambda p: trawl.search(p, {"mlp": MLP}, [1], len, ["svd"]), "method must be one of cp"),
+        (lambda p: trawl.search(p, {"mlp": MLP}, [], len), "to try, got 1, 0 and 3"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_decomposed_is_refused(params, call, sentence):

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, PyTree
 
@@ -45,7 +46,7 @@ Weights = Mapping[str, Mapping[str, Array]]
 def thresholded(q: Float[Array, "..."], tau: float) -> Float[Array, "..."]:
     """Returns G(q): q where it is above tau, else 0."""
     q = jnp.asarray(q, jnp.float32)
-    return jnp.where(q > tau, q, 0.0)
+    return jnp.where(q <= tau, 0.0, q)  # what is NaN is no closed gate
 
 
 @checked
@@ -94,8 +95,10 @@ def computed(
     check_choice(activation, ACTIVATIONS, "activation")
     blocks = factor.shape[1]
     _check(weights, blocks, x.shape[1])
-    h_NxnxF = _hidden(x, weights, activation).reshape(len(x), blocks, -1)
-    h_NxF = (h_NxnxF * factor[..., None].astype(x.dtype)).reshape(len(x), -1)
+    x = _floats(x)
+    h_NxF = _hidden(x, weights, activation)
+    h_NxnxF = h_NxF.reshape(len(x), blocks, h_NxF.shape[1] // blocks)
+    h_NxF = (h_NxnxF * factor[..., None].astype(x.dtype)).reshape(h_NxF.shape)
     return _dense(h_NxF, weights["down"])
 
 
@@ -165,18 +168,18 @@ def skipped(
     Raises:
         InputError: As in `computed` and `factors`, or if there are no or more than 64 rungs.
     """
-    if len(blocks.parts) != q.shape[1]:
+    if len(blocks.parts) != q.shape[1] or not blocks.parts:
         raise InputError(
             f"q must have a gate for each of the {len(blocks.parts)} blocks, got {q.shape[1]}"
         )
     if not 1 <= rungs <= 64:
         raise InputError(f"rungs must be between 1 and 64 sizes, got {rungs}")
-    x, q, count = jnp.asarray(x), jnp.asarray(q), len(x)
+    x, q, count = _floats(x), jnp.asarray(q), len(x)
     factor_Nxn = factors(q, tau, scaled=scaled).astype(x.dtype)
     sizes = sorted({-(-count * rung // rungs) for rung in range(rungs + 1)})
     y_NxD = jnp.zeros((count, blocks.parts[0]["down"]["kernel"].shape[1]), x.dtype)
     for at, own in enumerate(blocks.parts):
-        open_N, factor = q[:, at] > tau, factor_Nxn[:, at : at + 1]
+        open_N, factor = ~(q[:, at] <= tau), factor_Nxn[:, at : at + 1]
         run = functools.partial(_on_its_tokens, x, own, open_N, factor, activation)
         rung = jnp.searchsorted(jnp.asarray(sizes), open_N.sum())
         y_NxD = jax.lax.switch(rung, [functools.partial(run, size) for size in sizes], y_NxD)
@@ -263,11 +266,22 @@ class Gated:
         """Returns the share of open gates by layer."""
         return {name: (q > self.tau).mean() for name, q in self.gates(params, inputs)[1].items()}
 
+    def _check_routers(self, weights: Mapping[str, Any]) -> None:
+        kernel = weights.get("router", {}).get("kernel")
+        if kernel is None or kernel.shape[1] != self.blocks:
+            said = "none" if kernel is None else f"those of {kernel.shape[1]}"
+            raise InputError(
+                f"params must have routers of {self.blocks} blocks, got {said}; add them by "
+                f"with_routers(params, {self.blocks})"
+            )
+
     def _intercept(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layer = context.module
         if not isinstance(layer, MLP) or context.method_name != "__call__":
             return call(*args, **kwargs)
         (x,) = args
+        if not layer.is_initializing():
+            self._check_routers(layer.variables["params"])
         router = nn.Dense(
             self.blocks,
             use_bias=False,
@@ -305,7 +319,13 @@ def with_routers(params: PyTree, blocks: int, *, seed: int = 0) -> PyTree:
             return part
         found = {name: added(one) for name, one in part.items()}
         if {"up", "down"} <= set(found):
-            width, hidden = found["up"]["kernel"].shape
+            shape = np.shape(found["up"].get("kernel")) if isinstance(found["up"], dict) else ()
+            if len(shape) != 2:
+                raise InputError(
+                    f"an MLP must have a kernel 'up' of two axes, got shape {shape}; experts and "
+                    "scanned layers cannot be gated"
+                )
+            width, hidden = shape
             _check_blocks(hidden, blocks)
             key = jax.random.fold_in(jax.random.key(seed), next(numbers))
             kernel = INIT_STDDEV * jax.random.normal(key, (width, blocks))
@@ -316,6 +336,11 @@ def with_routers(params: PyTree, blocks: int, *, seed: int = 0) -> PyTree:
     if next(numbers) == 0:
         raise InputError("params has no MLP with 'up' and 'down'; give those of a models.gpt")
     return made
+
+
+def _floats(x: Any) -> Array:
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
 
 
 def _hidden(x: Array, weights: Weights, activation: str) -> Array:
@@ -331,11 +356,14 @@ def _dense(x: Array, layer: Mapping[str, Array]) -> Array:
 def _check(weights: Weights, blocks: int, width: int | None = None) -> None:
     shapes = {name: layer["kernel"].shape for name, layer in weights.items() if "kernel" in layer}
     up, down = shapes.get("up", ()), shapes.get("down", ())
-    wanted = (up[0] if up and width is None else width, *down[:1])
-    if not up or not down or shapes.get("gate", up) != up or up != wanted:
+    width = up[0] if up and width is None else width
+    fit = len(up) == 2 and down == up[::-1] and up[0] == width and shapes.get("gate", up) == up
+    for name, layer in weights.items():
+        fit = fit and ("bias" not in layer or layer["bias"].shape == shapes[name][1:])
+    if not fit:
         raise InputError(
             "weights must have kernels 'up' (D, F), 'down' (F, D), and 'gate' like 'up' if any, "
-            f"D being the width of the input, got {shapes}"
+            f"D being the width of the input, and biases that fit, got {shapes}"
         )
     _check_blocks(down[0], blocks)
 

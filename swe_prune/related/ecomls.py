@@ -119,7 +119,11 @@ class Switcher:
         Args:
             joules: Energy of the request.
             confidence: Confidence of the answer.
+
+        Raises:
+            InputError: If the energy is below 0, or the confidence not in [0, 1].
         """
+        _check_served([joules], [confidence])
         name = self.current
         self._joules[name].append(joules)
         self._recent[name].append(confidence)
@@ -163,11 +167,27 @@ class Trace:
         joules: Energy of each request.
         confidence: Confidence of each answer.
         quality: Quality of each answer, the higher the better.
+
+    Raises:
+        InputError: If an energy is below 0, or a confidence not in [0, 1].
     """
 
     joules: Sequence[float]
     confidence: Sequence[float]
     quality: Sequence[float]
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        _check_served(self.joules, self.confidence)
+
+
+def _check_served(joules: Sequence[float], confidence: Sequence[float]) -> None:
+    if any(one < 0 for one in joules):
+        raise InputError(f"joules must be 0 or more, got {min(joules)}")
+    if any(not 0 <= one <= 1 for one in confidence):
+        raise InputError(
+            f"confidence must be between 0 and 1, got {min(confidence)} to {max(confidence)}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +281,14 @@ def compare(
         epsilons: Probabilities of a random model.
         window: Number of requests that are averaged.
         seeds: Seeds of the random choices.
+
+    Raises:
+        InputError: As in `Switcher` and `serve`, or if there are no seeds or probabilities, or one
+            is given twice.
     """
+    for what, given in (("epsilons", [f"{one:g}" for one in epsilons]), ("seeds", list(seeds))):
+        if not given or len(set(given)) < len(given):
+            raise InputError(f"{what} must be one or more different numbers, got {given}")
     if not traces:
         raise InputError("traces must have at least one model, got none")
     first = next(iter(traces))

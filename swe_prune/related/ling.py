@@ -19,13 +19,14 @@ smallest mean of g_i ||E_i(x)|| over the tokens that they get.
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune import structured
@@ -62,7 +63,12 @@ def routed(scores: Float[Array, "N E"], per_token: int) -> Float[Array, "N E"]:
 
 @checked
 def z_loss(scores: Float[Array, "N E"]) -> Float[Array, ""]:
-    """Returns the mean squared logsumexp of the scores (ST-MoE, 2202.08906)."""
+    """Returns the mean squared logsumexp of the scores (ST-MoE, 2202.08906).
+
+    Raises:
+        InputError: If there is no token.
+    """
+    _check_some(scores)
     return (jax.nn.logsumexp(scores, axis=-1) ** 2).mean()
 
 
@@ -75,10 +81,16 @@ def balance_loss(scores: Float[Array, "N E"], per_token: int) -> Float[Array, ""
         per_token: As in `routed`.
 
     Raises:
-        InputError: As in `routed`.
+        InputError: As in `routed`, or if there is no token.
     """
+    _check_some(scores)
     chosen = (routed(scores, per_token) > 0).mean(0) / per_token
     return scores.shape[-1] * (chosen * jax.nn.softmax(scores).mean(0)).sum()
+
+
+def _check_some(scores: Array) -> None:
+    if not len(scores):
+        raise InputError("scores must have at least one token, got none")
 
 
 @checked
@@ -91,7 +103,12 @@ def warmed(
         scores: Scores of the router.
         share: a, from 0, noise alone, to 1.
         key: Random key.
+
+    Raises:
+        InputError: If the share is out of its range.
     """
+    if not isinstance(share, Tracer) and not 0 <= share <= 1:
+        raise InputError(f"share must be between 0 and 1, got {share}")
     scores = jnp.asarray(scores, jnp.float32)
     still = jax.lax.stop_gradient(scores)
     noise = still.mean() + still.std() * jax.random.normal(key, scores.shape, scores.dtype)
@@ -188,6 +205,8 @@ class Ling:
             scores = call(*args, **kwargs).astype(jnp.float32)
             for collection in ("intermediates", "loads"):
                 layer.sow(collection, "scores", scores)
+            if warm is not None and not layer.has_rng("routing"):
+                raise InputError("warm needs random numbers; give key, or rngs={'routing': key}")
             return scores if warm is None else warmed(scores, warm, layer.make_rng("routing"))
         if self.norm_head:
             return norm_head(call, args, kwargs, context)
@@ -239,7 +258,7 @@ def loads(model: Ling, params: PyTree, batches: Iterable[Any]) -> dict[str, Load
         batches: Batches with "inputs", at least one.
 
     Raises:
-        InputError: If there is no batch.
+        InputError: If there is no batch, or one has no inputs.
     """
     per_token = model.model.config.experts_per_token
 
@@ -255,6 +274,8 @@ def loads(model: Ling, params: PyTree, batches: Iterable[Any]) -> dict[str, Load
 
     total: dict[str, Load] = {}
     for batch in batches:
+        if not isinstance(batch, Mapping) or "inputs" not in batch:
+            raise InputError("batches must be mappings with 'inputs', such as Dataset gives")
         for name, part in measured(params, batch["inputs"]).items():
             new = Load(*(np.asarray(one, np.float64) for one in part))
             total[name] = Load(*map(np.add, total[name], new)) if name in total else new

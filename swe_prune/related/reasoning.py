@@ -21,10 +21,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from swe_prune.arguments import checked
 from swe_prune.errors import InputError
+from swe_prune.evaluation.token_losses import check_tokens
 
 EQUALS, FILLER, END = 10, 11, 12
 """Tokens after the digits; END also pads."""
@@ -78,6 +80,7 @@ def advantages(found: Float[Array, "P n"]) -> Float[Array, "P n"]:
     return (found - found.mean(-1, keepdims=True)) * (count / (count - 1))
 
 
+@checked
 def policy_loss(
     log_p: Float[Array, " N"],
     log_p_before: Float[Array, " N"],
@@ -92,8 +95,16 @@ def policy_loss(
         log_p: Log probability of each answer under the model that is trained.
         log_p_before: The same under the model that it was before.
         advantage: Advantage of each answer; a constant.
-        kl: Weight of the penalty.
+        kl: Weight of the penalty, 0 or more.
+
+    Raises:
+        InputError: If there is no answer, the shapes differ, or `kl` is below 0.
     """
+    if not len(log_p):
+        raise InputError("log_p must have at least one answer, got none")
+    if not isinstance(kl, Tracer) and kl < 0:
+        raise InputError(f"kl must be 0 or more, got {kl}")
+    log_p, log_p_before, advantage = map(jnp.asarray, (log_p, log_p_before, advantage))
     apart = jax.lax.stop_gradient(log_p_before) - log_p
     gain = jax.lax.stop_gradient(advantage) * log_p
     return (-gain + kl * (jnp.exp(apart) - 1 - apart)).mean()
@@ -164,10 +175,15 @@ def judged(
         ended: Whether END followed.
 
     Raises:
-        InputError: If there are not as many answers as prompts.
+        InputError: If there are not as many answers as prompts, or a prompt is none of `sums`.
     """
     _check_answers(prompts, answers, ended)
-    wanted = np.asarray(prompts, np.int64)[:, :-1].sum(1) % 10
+    digits = np.asarray(prompts, np.int64)
+    if not (
+        (digits[:, -1:] == EQUALS).all() and digits.shape[1] > 1 and _are_below(digits[:, :-1], 10)
+    ):
+        raise InputError(f"prompts must be digits and then EQUALS = {EQUALS}, as `sums` makes them")
+    wanted = digits[:, :-1].sum(1) % 10
     lengths = np.array([len(one) for one in answers])
     right = [
         bool(done) and len(one) > 0 and one[-1] == sum_
@@ -189,9 +205,13 @@ def joined(
         length: Length of a row, prompt and answer.
 
     Raises:
-        InputError: If an answer does not fit, or there are not as many as prompts.
+        InputError: If an answer does not fit or has a token of another task, or there are not as
+            many as prompts.
     """
     _check_answers(prompts, answers, ended)
+    for one in (np.ravel(prompts), *answers):
+        if not _are_below(one, SYMBOLS):
+            raise InputError(f"tokens must be from 0 to {SYMBOLS - 1}, got {list(one)[:20]}")
     width = prompts.shape[1]
     least = width + max(len(one) + bool(done) for one, done in zip(answers, ended, strict=True))
     if not least <= length <= 2**16:
@@ -205,6 +225,10 @@ def joined(
     return Answers(tokens, written)
 
 
+def _are_below(tokens: Any, symbols: int) -> bool:
+    return not len(tokens) or bool(np.min(tokens) >= 0 and np.max(tokens) < symbols)
+
+
 def _check_answers(prompts: Any, answers: Sequence[Any], ended: Sequence[bool]) -> None:
     if not 0 < len(prompts) == len(answers) == len(ended):
         raise InputError(
@@ -213,6 +237,7 @@ def _check_answers(prompts: Any, answers: Sequence[Any], ended: Sequence[bool]) 
         )
 
 
+@checked
 def log_probability(model: Any, params: PyTree, rows: Answers) -> Float[Array, " N"]:
     """Returns the log probability of each answer after its prompt.
 
@@ -220,7 +245,18 @@ def log_probability(model: Any, params: PyTree, rows: Answers) -> Float[Array, "
         model: Decoder of tokens to logits.
         params: Its parameters.
         rows: Prompts with answers.
+
+    Raises:
+        InputError: If the two arrays of the rows have not one shape (N, L), or a token is none of
+            the model's vocabulary.
     """
+    if np.ndim(rows.tokens) != 2 or np.shape(rows.tokens) != np.shape(rows.written):
+        raise InputError(
+            "rows must have tokens and written of one shape (N, L), got "
+            f"{np.shape(rows.tokens)} and {np.shape(rows.written)}"
+        )
+    if not isinstance(rows.tokens, Tracer) and np.size(rows.tokens):
+        check_tokens(model, np.asarray(rows.tokens), "rows")
     tokens = jnp.asarray(rows.tokens)
     log_p = jax.nn.log_softmax(model.apply({"params": params}, tokens[:, :-1]))
     of_token = jnp.take_along_axis(log_p, tokens[:, 1:, None], -1)[..., 0]

@@ -19,13 +19,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
+from swe_prune import tree
 from swe_prune.arguments import checked
+from swe_prune.bounds import POSITIVE
 from swe_prune.errors import InputError
+from swe_prune.evaluation.token_losses import check_tokens
 
 AT_ONCE = 2**24
 """Distances that are computed at a time, 64 MiB."""
+SUMS_TO = 0.02
+"""Error of a distribution's sum, which bfloat16 may have."""
+MOST_SYMBOLS = 2**24
 
 
 class Store(NamedTuple):
@@ -64,22 +72,44 @@ def store(
         symbols: Number of symbols V, where the values are tokens.
 
     Raises:
-        InputError: If there is no entry, keys and values differ in number, or tokens are not below
-            the number of symbols.
+        InputError: If there is no entry, keys and values differ in number, tokens are not below the
+            number of symbols, a key is not finite, or values are no distributions.
     """
     if len(keys) != len(values) or not len(keys):
         raise InputError(
             f"a store must have one value for each key, and at least one, got {len(keys)} keys and "
             f"{len(values)} values"
         )
+    if not isinstance(keys, Tracer) and not bool(tree.all_finite(keys)):
+        raise InputError("keys have NaN or infinite numbers; check the model that they are from")
     values = jnp.asarray(values)
-    if values.ndim == 1:
+    if symbols is not None and not 1 <= symbols <= MOST_SYMBOLS:
+        raise InputError(f"symbols must be between 1 and {MOST_SYMBOLS}, got {symbols}")
+    if values.ndim == 2:
+        if symbols not in (None, values.shape[1]):
+            raise InputError(f"values must have symbols = {symbols} columns, got {values.shape[1]}")
+        _check_distributions("values", values)
+    else:
         if symbols is None:
             raise InputError("values that are tokens need symbols=, the number of them")
-        if not 0 <= int(values.min()) <= int(values.max()) < symbols:
-            raise InputError(f"values must be tokens below symbols = {symbols}, got {values.max()}")
+        low, high = (0, 0) if isinstance(values, Tracer) else (int(values.min()), int(values.max()))
+        if low < 0 or high >= symbols:
+            raise InputError(
+                f"values must be tokens from 0 and below symbols = {symbols}, got {low} to {high}"
+            )
         values = jax.nn.one_hot(values, symbols)
     return Store(jnp.asarray(keys, jnp.float32), values.astype(jnp.float32))
+
+
+def _check_distributions(what: str, values: Array) -> None:
+    if isinstance(values, Tracer):
+        return
+    sums = np.asarray(values, np.float64).sum(1)
+    if not ((np.asarray(values) >= 0).all() and (abs(sums - 1) <= SUMS_TO).all()):
+        raise InputError(
+            f"{what} must be distributions, no number below 0 and sums of 1, got sums from "
+            f"{sums.min():g} to {sums.max():g}; apply softmax to logits"
+        )
 
 
 @checked
@@ -104,19 +134,22 @@ def retrieved(
         raise InputError(
             f"queries must be as wide as the keys, {entries.keys.shape[1]}, got {queries.shape[1]}"
         )
-    if not temperature > 0:
-        raise InputError(f"temperature must be above 0, got {temperature}")
+    POSITIVE.check(temperature, "temperature")
     return _retrieved(entries, jnp.asarray(queries, jnp.float32), k, temperature)
 
 
 @functools.partial(jax.jit, static_argnames="k")
 def _retrieved(entries: Store, queries: Array, k: int, temperature: float) -> Array:
-    norms_M = (entries.keys**2).sum(1)
+    # Distances from a far origin would differ by less than their rounding.
+    center_D = entries.keys.mean(0)
+    keys_MxD = entries.keys - center_D
+    norms_M = (keys_MxD**2).sum(1)
 
     def of(query_D: Array) -> Array:
-        near_M = 2 * (entries.keys @ query_D) - norms_M  # minus the squared distance, up to query²
+        # Minus the squared distance, up to query².
+        near_M = 2 * (keys_MxD @ (query_D - center_D)) - norms_M
         near_k, at_k = jax.lax.top_k(near_M, k)
-        return jax.nn.softmax(near_k / temperature) @ entries.values[at_k]
+        return jax.nn.softmax((near_k - near_k[0]) / temperature) @ entries.values[at_k]
 
     batch = max(1, min(len(queries), AT_ONCE // entries.size))
     return jax.lax.map(of, queries, batch_size=batch)
@@ -134,10 +167,12 @@ def interpolated(
         share: λ, in [0, 1]. With 0 it is the student's.
 
     Raises:
-        InputError: If the share is out of its range, or the shapes differ.
+        InputError: If the share is out of its range, the shapes differ, or `found` is no
+            distribution.
     """
     if not 0 <= share <= 1:
         raise InputError(f"share must be between 0 and 1, got {share}")
+    _check_distributions("found", found)
     log_p = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32))
     with_found = jnp.log(share) + jnp.log(jnp.asarray(found))
     return jnp.logaddexp(with_found, jnp.log1p(-share) + log_p)
@@ -151,12 +186,19 @@ def states(model: Any, params: PyTree, tokens: Int[Array, "B L"]) -> tuple[Array
         model: Decoder, such as `models.gpt.build` returns.
         params: Its parameters.
         tokens: Tokens.
+
+    Raises:
+        InputError: If a token is none of the model's vocabulary, or the model has no "final_norm".
     """
+    if not isinstance(tokens, Tracer) and np.size(tokens):
+        check_tokens(model, np.asarray(tokens), "tokens")
     logits, kept = model.apply(
         {"params": params},
         tokens,
         capture_intermediates=lambda module, _: module.name == "final_norm",
         mutable=["intermediates"],
     )
+    if "final_norm" not in kept.get("intermediates", {}):
+        raise InputError("model must have a layer 'final_norm', such as those of models.gpt have")
     (hidden,) = kept["intermediates"]["final_norm"]["__call__"]
     return hidden.astype(jnp.float32), logits.reshape(-1, logits.shape[-1])

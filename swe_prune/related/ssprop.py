@@ -15,6 +15,7 @@ dense and a sparse step need two.
 import dataclasses
 import functools
 import math
+import numbers
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -53,7 +54,7 @@ def dense(
         only_weights: Whether the gradient of x is exact all the same.
 
     Raises:
-        InputError: If `keep` is out of its range.
+        InputError: If `keep` is out of its range, or the shapes do not fit.
     """
     return _linear(jnp.matmul, x, kernel, bias, keep, key, only_weights)
 
@@ -83,15 +84,19 @@ def conv(
         only_weights: As in `dense`.
 
     Raises:
-        InputError: If `keep` is out of its range.
+        InputError: If `keep`, the strides or the padding are out of their range.
     """
-    known = padding if isinstance(padding, str) else None
-    if len(strides) != 2 or (known or len(padding)) not in ("SAME", "VALID", 2):
+    if isinstance(padding, str):
+        pads, fine = padding, padding in ("SAME", "VALID")
+    else:
+        pads = tuple((low, high) for low, high in padding)
+        fine = len(pads) == 2 and min(min(pair) for pair in pads) >= 0
+    if len(strides) != 2 or min(strides) < 1 or not fine:
         raise InputError(
-            f"strides must be two integers and padding 'SAME', 'VALID' or two pairs, got "
-            f"{strides!r} and {padding!r}"
+            "strides must be two integers of at least 1 and padding 'SAME', 'VALID' or two pairs "
+            f"of at least 0, got {strides!r} and {padding!r}"
         )
-    product = _conv(tuple(strides), padding if isinstance(padding, str) else tuple(padding))
+    product = _conv(tuple(strides), pads)
     return _linear(product, x, kernel, bias, keep, key, only_weights)
 
 
@@ -112,16 +117,17 @@ def channels(keep: float, count: int) -> int:
     Raises:
         InputError: If `keep` is no number in (0, 1].
 
-    >>> channels(0.2, 64), channels(0.01, 64), channels(1.0, 64)
-    (12, 1, 64)
+    >>> channels(0.2, 64), channels(0.01, 64), channels(1.0, 64), channels(0.29, 100)
+    (12, 1, 64, 29)
     """
-    number = isinstance(keep, int | float) and not isinstance(keep, bool)
+    number = isinstance(keep, numbers.Real) and not isinstance(keep, bool)
     if not number or not 0 < keep <= 1:
         raise InputError(
             f"keep must be a share of the output channels in (0, 1], got {keep!r}; it is static, "
             "so give a number and not a traced value"
         )
-    return max(1, math.floor(keep * count))
+    # A share such as 0.29 of 100 is 29 of them, and its product 28.999999999999996.
+    return max(1, math.floor((keep + 1e-6) * count)) if keep < 1 else count
 
 
 def _linear(
@@ -133,6 +139,7 @@ def _linear(
     key: Array | None,
     only_weights: bool,
 ) -> Array:
+    x, kernel, bias = promote_dtype(x, kernel, bias, dtype=None)
     kept = channels(keep, kernel.shape[-1])
     shift = jnp.zeros(kernel.shape[-1], kernel.dtype) if bias is None else bias
     if kept == kernel.shape[-1]:
@@ -271,27 +278,38 @@ class Schedule:
         """Checks the settings."""
         check_choice(self.kind, typing.get_args(Kind), "kind")
         channels(self.keep, 1)
-        channels(self.keep if self.last is None else self.last, 1)
+        if self.last is not None:
+            channels(self.last, 1)
+            if self.kind == "constant" and self.last != self.keep:
+                raise InputError(
+                    f"a constant schedule has no last share, got {self.last}; give kind='linear', "
+                    "'cosine' or 'bar'"
+                )
         if self.length < 1 or self.warmup < 0:
             raise InputError(
                 f"length must be 1 or more and warmup 0 or more, got {self.length}, {self.warmup}"
             )
 
-    def __call__(self, number: int) -> float:
-        """Returns the share of a step or epoch, counted from 0."""
-        if number < self.warmup:
+    @checked
+    def __call__(self, at: int) -> float:
+        """Returns the share of a step or epoch, counted from 0.
+
+        Raises:
+            InputError: If it is no number of a step.
+        """
+        if at < self.warmup:
             return 1.0
-        if self.interleaved and (number - self.warmup) % 2 == 0:
+        if self.interleaved and (at - self.warmup) % 2 == 0:
             return 1.0
         first, last = self.keep, self.keep if self.last is None else self.last
-        done = min(1.0, number / max(1, self.length - 1))
+        done = min(1.0, at / max(1, self.length - 1))
         if self.kind == "constant":
             return first
         if self.kind == "linear":
             return first + (last - first) * done
         if self.kind == "cosine":
             return last + (first - last) / 2 * (1 + math.cos(math.pi * done))
-        return first if number < self.length / 2 else last
+        return first if at < self.length / 2 else last
 
     @property
     def mean(self) -> float:

@@ -14,17 +14,19 @@ form is x ↦ ((x B) * a_m) Cᵀ, which is smaller and faster where R (m + p + q
 """
 
 import functools
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from swe_prune import tree
 from swe_prune.arguments import checked
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, check_choice
 
 RIDGE = 1e-8
 """Share of the Gram matrix's mean diagonal that is added to it."""
@@ -53,7 +55,20 @@ class CP(NamedTuple):
         return jnp.einsum("mr,pr,qr->mpq", *self)
 
     def product(self, x: Float[Array, "... p"], index: int) -> Float[Array, "... q"]:
-        """Returns x times a slice, without making the slice."""
+        """Returns x times a slice, without making the slice.
+
+        Args:
+            x: Rows to multiply.
+            index: Number of the slice, from 0.
+
+        Raises:
+            InputError: If there is no such slice, or x has another width.
+        """
+        count, width = len(self.slices), len(self.rows)
+        if not isinstance(index, Tracer) and not 0 <= index < count:
+            raise InputError(f"index must be between 0 and {count - 1}, got {index}")
+        if np.shape(x)[-1:] != (width,):
+            raise InputError(f"x must have {width} columns, got shape {np.shape(x)}")
         return ((x @ self.rows) * self.slices[index]) @ self.columns.T
 
     @property
@@ -98,7 +113,8 @@ def _als(tensor: Array, key: Array, rank: int, steps: int, tolerance: float) -> 
 
     def solved(product: Array, x: Array, y: Array) -> Array:
         gram = (x.T @ x) * (y.T @ y)
-        ridge = RIDGE * jnp.trace(gram) / rank
+        # Of a tensor of zeros the factors are 0, not 0 / 0.
+        ridge = jnp.maximum(RIDGE * jnp.trace(gram) / rank, jnp.finfo(gram.dtype).tiny)
         # More outer products than the tensor needs make the Gram matrix singular, and rounding its
         # smallest eigenvalues negative, on which a Cholesky factorization fails.
         values, vectors = jnp.linalg.eigh(gram)
@@ -116,7 +132,7 @@ def _als(tensor: Array, key: Array, rank: int, steps: int, tolerance: float) -> 
         b, _ = unit(b)
         c = solved(jnp.einsum("mpq,mr,pr->qr", tensor, a, b), a, b)
         error = jnp.linalg.norm(tensor - jnp.einsum("mr,pr,qr->mpq", a, b, c))
-        return number + 1, (a, b, c), fit, 1 - error / norm
+        return number + 1, (a, b, c), fit, 1 - error / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
 
     def goes_on(state: Any) -> Array:
         number, _, before, fit = state
@@ -149,13 +165,16 @@ def cp(
         seed: Seed of the start.
 
     Raises:
-        InputError: If the tensor has not three axes, or the rank is below 1 or above what any
-            tensor of this shape needs.
+        InputError: If the tensor has not three axes or a number that is not finite, or the rank is
+            below 1 or above what any tensor of this shape needs.
     """
+    tensor = jnp.asarray(tensor, jnp.float32)
     m, p, q = _shape(tensor)
     _check_rank("rank", rank, min(m * p, m * q, p * q))
-    tensor = jnp.asarray(tensor, jnp.float32)
-    return _als(tensor, jax.random.key(seed), rank, steps, tolerance)
+    # A power of two, which changes no digit, keeps the squares of large and small numbers finite.
+    _, exponent = jnp.frexp(jnp.abs(tensor).max())
+    found = _als(jnp.ldexp(tensor, -exponent), jax.random.key(seed), int(rank), steps, tolerance)
+    return found._replace(columns=jnp.ldexp(found.columns, exponent))
 
 
 @checked
@@ -173,11 +192,14 @@ def tucker(
         steps: Number of rounds over the three factors.
 
     Raises:
-        InputError: If the tensor has not three axes, or a rank is below 1 or above its axis.
+        InputError: If the tensor has not three axes or a number that is not finite, or a rank is
+            below 1 or above its axis.
     """
+    tensor = jnp.asarray(tensor, jnp.float32)
     for axis, (rank, size) in enumerate(zip(ranks, _shape(tensor), strict=True)):
         _check_rank(f"rank of axis {axis}", rank, size)
-    return _hooi(jnp.asarray(tensor, jnp.float32), tuple(ranks), steps)
+    first, second, third = map(int, ranks)
+    return _hooi(tensor, (first, second, third), steps)
 
 
 @functools.partial(jax.jit, static_argnames=("ranks", "steps"))
@@ -216,8 +238,10 @@ def laser(matrix: Float[Array, "p q"], rank: int) -> Array:
         rank: Rank of the result.
 
     Raises:
-        InputError: If the rank is below 1 or above the matrix's smaller side.
+        InputError: If the rank is below 1 or above the matrix's smaller side, or a number is not
+            finite.
     """
+    _check_finite("matrix", matrix)
     _check_rank("rank", rank, min(matrix.shape))
     u, s, vt = jnp.linalg.svd(jnp.asarray(matrix, jnp.float32), full_matrices=False)
     return (u[:, :rank] * s[:rank]) @ vt[:rank]
@@ -226,11 +250,19 @@ def laser(matrix: Float[Array, "p q"], rank: int) -> Array:
 def _shape(tensor: Any) -> tuple[int, int, int]:
     if tensor.ndim != 3:
         raise InputError(f"a tensor to decompose must have three axes, got shape {tensor.shape}")
+    _check_finite("tensor", tensor)
     return tensor.shape
 
 
+def _check_finite(what: str, numbers_: Any) -> None:
+    if not np.size(numbers_):
+        raise InputError(f"{what} must have numbers to decompose, got shape {np.shape(numbers_)}")
+    if not isinstance(numbers_, Tracer) and not bool(tree.all_finite(numbers_)):
+        raise InputError(f"{what} has NaN or infinite numbers; check where it comes from")
+
+
 def _check_rank(what: str, rank: int, most: int) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
+    if not isinstance(rank, numbers.Integral | jax.Array) or not 1 <= rank <= most:
         raise InputError(f"{what} must be an integer between 1 and {most}, got {rank!r}")
 
 
@@ -243,12 +275,9 @@ def stacked(params: PyTree, stack: Stack) -> Array:
         stack: Names of the kernels, and whether each is transposed.
 
     Raises:
-        InputError: If a name is unknown, or the shapes differ.
+        InputError: If there is no name or an unknown one, or the shapes differ.
     """
-    leaves = dict(tree.named_leaves(params))
-    for name in stack:
-        if getattr(leaves.get(name), "ndim", 0) != 2:
-            raise InputError(f"{name!r} is no matrix of the parameters; correct the names")
+    leaves = _matrices(params, stack)
     slices = [leaves[name].T if turned else leaves[name] for name, turned in stack.items()]
     shapes = {name: one.shape for name, one in zip(stack, slices, strict=True)}
     if len(set(shapes.values())) != 1:
@@ -259,9 +288,37 @@ def stacked(params: PyTree, stack: Stack) -> Array:
     return jnp.stack([one.astype(jnp.float32) for one in slices])
 
 
+def _matrices(params: PyTree, stack: Stack) -> dict[str, Array]:
+    """Returns the parameters by name, all names of the stack among them as matrices."""
+    if not stack:
+        raise InputError("stack must name at least one kernel, got none")
+    leaves = dict(tree.named_leaves(params))
+    for name in stack:
+        if getattr(leaves.get(name), "ndim", 0) != 2:
+            raise InputError(f"{name!r} is no matrix of the parameters; correct the names")
+    return leaves
+
+
 @checked
 def written(params: PyTree, stack: Stack, tensor: Float[Array, "m p q"]) -> PyTree:
-    """Returns the parameters with the slices of a tensor in place of kernels, in their dtypes."""
+    """Returns the parameters with the slices of a tensor in place of kernels, in their dtypes.
+
+    Args:
+        params: Parameters.
+        stack: Names of the kernels, and whether each is transposed, as for `stacked`.
+        tensor: A slice for each kernel.
+
+    Raises:
+        InputError: If there is no name or an unknown one, or a slice has not its kernel's shape.
+    """
+    leaves = _matrices(params, stack)
+    for name, turned in stack.items():
+        shape = leaves[name].shape[:: -1 if turned else 1]
+        if tensor.shape != (len(stack), *shape):
+            raise InputError(
+                f"tensor must have shape {(len(stack), *shape)}, a slice for each kernel such as "
+                f"{name!r}, got {tensor.shape}"
+            )
     slices = dict(zip(stack, tensor, strict=True))
 
     def leaf(name: str, value: Any) -> Any:
@@ -307,7 +364,7 @@ def search(
     loss: Callable[[PyTree], Any],
     methods: Sequence[str] = tuple(METHODS),
 ) -> Iterator[Tried]:
-    """Yields every method, stack and rank, each tried on the parameters as they came.
+    """Returns an iterator: every method, stack and rank, tried on the parameters as they came.
 
     The best of many by one text is better on it by chance alone, so what the best one gains must be
     measured on other text.
@@ -320,17 +377,42 @@ def search(
         methods: Names in `METHODS`.
 
     Raises:
-        InputError: If a rank is out of range, or a stack does not fit.
+        InputError: If there is nothing to try, a method is unknown, a rank is out of range, or a
+            stack does not fit; before anything is tried.
     """
+    if not stacks or not ranks or not methods:
+        raise InputError(
+            f"search needs stacks, ranks and methods to try, got {len(stacks)}, {len(ranks)} and "
+            f"{len(methods)}"
+        )
+    for method in methods:
+        check_choice(method, METHODS, "method")
+    for stack in stacks.values():
+        m, p, q = stacked(params, stack).shape
+        most = min(min(m * p, m * q, p * q) if one == "cp" else min(p, q) for one in methods)
+        for rank in ranks:
+            _check_rank("rank", rank, most)
+    return _searched(params, stacks, ranks, loss, methods)
+
+
+def _searched(
+    params: PyTree,
+    stacks: Mapping[str, Stack],
+    ranks: Sequence[int],
+    loss: Callable[[PyTree], Any],
+    methods: Sequence[str],
+) -> Iterator[Tried]:
     for name, stack in stacks.items():
         tensor = stacked(params, stack)
+        norm = jnp.maximum(jnp.linalg.norm(tensor), jnp.finfo(tensor.dtype).tiny)
         for method in methods:
             for rank in ranks:
                 near = METHODS[method](tensor, rank)
-                error = float(jnp.linalg.norm(tensor - near) / jnp.linalg.norm(tensor))
+                error = float(jnp.linalg.norm(tensor - near) / norm)
                 yield Tried(method, name, rank, error, float(loss(written(params, stack, near))))
 
 
+@checked
 def stacks_of(params: PyTree, layers: int) -> dict[str, Stack]:
     """Returns the stacks of `models.gpt`'s layers: attention and MLP of each, by name.
 
@@ -340,8 +422,17 @@ def stacks_of(params: PyTree, layers: int) -> dict[str, Stack]:
     Args:
         params: Parameters.
         layers: Number of layers.
+
+    Raises:
+        InputError: If there is no such number of layers.
     """
     leaves = dict(tree.named_leaves(params))
+    blocks = {name.split("/")[0] for name in leaves if name.startswith("block_")}
+    if not 1 <= layers <= len(blocks):
+        raise InputError(
+            f"layers must be between 1 and the {len(blocks)} of params, got {layers}; params must "
+            "be those of a models.gpt without scanned layers"
+        )
     found: dict[str, Stack] = {}
     for layer in range(layers):
         for part, names in (
