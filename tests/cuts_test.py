@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from swe_prune import cli, study, tree
-from swe_prune.config import CutConfig, LedgerConfig, StudyConfig, validate
+from swe_prune.config import CellConfig, CutConfig, LedgerConfig, StudyConfig, validate
 from swe_prune.errors import InputError
 from swe_prune.study import cut_shapes, cuts, saved, serving
 
@@ -132,6 +132,8 @@ def test_the_smallest_shape_that_reaches_the_loss_is_compared():
         ({"criterion": "movement"}, "schedule 'movement'"),
         ({"units": "layers", "restore": False, "criterion": "weight_norm"}, "within a layer"),
         ({"units": "heads", "sparsity": 0.9}, r"cuts\[0\]: sparsity = 0.9 leaves"),
+        ({"seeds": (0, 5)}, r"cuts\[0\].seeds must be .* trains, \[0\], got \[0, 5\]"),
+        ({"smaller": (0.5, 0.50000001)}, r"cuts\[0\].smaller must be different shares"),
     ],
 )
 def test_cuts_that_cannot_be_made_are_refused_before_any_training(plays_dir, changes, sentence):
@@ -153,6 +155,15 @@ def test_numbers_of_a_cut_out_of_their_range_are_refused(plays_dir, changes, sen
     given = dataclasses.replace(config(plays_dir), cuts=(dataclasses.replace(CUT, **changes),))
     with pytest.raises(InputError, match=sentence):
         validate(given)
+
+
+def test_cuts_of_no_seed_that_is_trained_are_refused(plays_dir):
+    given = config(plays_dir)
+    others = dataclasses.replace(
+        given.study, criteria=(), cells=(CellConfig(criterion="swe", sparsity=0.5, seeds=(3,)),)
+    )
+    with pytest.raises(InputError, match=r"trains, \[3\], got \[0\]"):
+        cut_shapes.check(dataclasses.replace(given, study=others))
 
 
 def test_texts_longer_than_the_context_are_refused(plays_dir):

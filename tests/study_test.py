@@ -522,6 +522,14 @@ def test_names_are_unique_and_doubles_are_dropped(plays_dir):
         grid.cells(near)
 
 
+def test_folders_of_many_rules_have_names_that_file_systems_take(plays_dir):
+    rules = [f"^block_{n}/mlp/(up|gate|down)/kernel$" for n in range(12)]
+    made = grid.cells(config(plays_dir, [{"include": rules}, {"include": rules[:-1]}]))
+    names = [cell.name for cell in made]
+    assert len(set(names)) == 2
+    assert max(map(len, names)) <= 200
+
+
 NAMES_OF_TWO = ["tensor-magnitude-0.5", "tensor-magnitude-0.6"]
 
 

@@ -24,6 +24,7 @@ def check(config: Config) -> None:
     Raises:
         InputError: A cut that cannot be made, by its number.
     """
+    trained = grid.seeds(config)
     if config.cuts and processes.count() > 1:
         raise InputError(
             "config.cuts are served by one process, whose windows others would wait for, got "
@@ -44,6 +45,16 @@ def check(config: Config) -> None:
             )
         if cut.recipe is not None and cut.recipe.needs & {"learned"}:
             raise InputError(f"{path}.criterion = {cut.criterion!r}: {grid.UNAVAILABLE['learned']}")
+        wanted = config.study.seeds if cut.seeds is None else cut.seeds
+        missing = sorted(set(wanted) - set(trained))
+        if missing and (cut.seeds is not None or len(missing) == len(set(wanted))):
+            raise InputError(
+                f"{path}.seeds must be of dense models that the study trains, {trained}, got "
+                f"{list(wanted)}; give those, or cells with the others"
+            )
+        labels = [f"{one:g}" for one in cut.smaller]
+        if len(set(labels)) < len(labels):
+            raise InputError(f"{path}.smaller must be different shares, got {list(cut.smaller)}")
         try:
             for share in (cut.sparsity, *cut.smaller):
                 shape(config.model, cut, share)

@@ -1,6 +1,7 @@
 """The cells of the study, and what they need tracked."""
 
 import dataclasses
+import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,9 @@ from swe_prune.recipe import Recipe
 
 UNAVAILABLE = {"learned": "scores that movement pruning learns; use schedule 'movement' for it"}
 """What a study cannot provide to criteria, and what to do instead."""
+
+_LONGEST_NAME = 200
+"""Characters of a folder's name, of the 255 bytes of most file systems."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +79,12 @@ class Cell:
         rule, amount = request.scope, request.target
         if request.rate is not None:
             rule, amount = "std", request.rate
-        return "-".join([f"{rule}-{_plain(request.name)}-{amount:g}", *map(_plain, self.settings)])
+        words = [f"{rule}-{_plain(request.name)}-{amount:g}", *map(_plain, self.settings)]
+        name = "-".join(words)
+        if len(name) <= _LONGEST_NAME:
+            return name
+        short = hashlib.sha256(repr(self.settings).encode()).hexdigest()[:12]
+        return f"{name[: _LONGEST_NAME - 13]}-{short}"
 
     @property
     def settings(self) -> list[str]:
