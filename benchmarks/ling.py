@@ -21,7 +21,7 @@ from flax import linen as nn
 from rich.table import Table
 
 from swe_prune import importance, structured, trajectory
-from swe_prune.errors import check_choice
+from swe_prune.errors import InputError, check_choice
 from swe_prune.evaluation import mean_loss
 from swe_prune.models import gpt
 from swe_prune.related import ling, spikes
@@ -90,6 +90,8 @@ def run(
     """Returns the loss of every model, or those of the names, and of Ling's without experts."""
     rows: list[dict[str, Any]] = []
     pruned: list[dict[str, Any]] = []
+    if experiment.train_steps < SNAPSHOTS:
+        raise InputError(f"--steps must be at least {SNAPSHOTS}, got {experiment.train_steps}")
     kinds = models(experiment)
     optimizer = optimizer_lib.build(experiment.config.train, experiment.train_steps)
     for name in names or ():

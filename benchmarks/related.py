@@ -18,6 +18,7 @@ The others are described in their files here.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -31,6 +32,7 @@ from typing import Any
 
 import jax
 from accounts import accounted
+from etils import epath
 from flax import linen as nn
 from rich.console import Console
 from rich.table import Table
@@ -47,8 +49,11 @@ import trawl
 from fitting import cost, operations, quartiles, shown
 
 from swe_prune import study
+from swe_prune.bounds import COUNT, SEED
 from swe_prune.config import Config, load, read
+from swe_prune.errors import InputError, writing
 from swe_prune.related import ssprop
+from swe_prune.study.workdir import config_of
 from swe_prune.training import step as step_lib
 from swe_prune.training.progress import Progress
 
@@ -74,7 +79,17 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--models", nargs="+", help="models of ling; default: all")
     parser.add_argument("--out", type=Path, help="folder of JSON files with all the numbers")
-    return parser.parse_args()
+    options = parser.parse_args()
+    for seed in options.seeds:
+        SEED.check(seed, "--seeds")
+    if len(set(options.seeds)) < len(options.seeds):
+        raise InputError(f"--seeds must be different, got {options.seeds}")
+    for name in ("steps", "windows", "more"):
+        COUNT.check(getattr(options, name), f"--{name}")
+    if options.out is not None:  # now rather than after hours
+        with writing(f"--out {options.out}", "choose another folder"):
+            options.out.mkdir(parents=True, exist_ok=True)
+    return options
 
 
 def demo(options: argparse.Namespace) -> Config:
@@ -86,6 +101,19 @@ def demo(options: argparse.Namespace) -> Config:
         data=dataclasses.replace(config.data, eval_windows=options.windows),
         study=dataclasses.replace(config.study, seeds=tuple(options.seeds)),
     )
+
+
+def claim(config: Config, folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Returns the hold on a folder of dense models, whose seeds may be others.
+
+    Raises:
+        InputError: If another config made it, or another run uses it.
+    """
+    place = study.Workdir(epath.Path(folder))
+    if folder.exists() and any(folder.iterdir()):
+        seeds = config_of(place.path).study.seeds
+        config = dataclasses.replace(config, study=dataclasses.replace(config.study, seeds=seeds))
+    return study.claim(place, config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,14 +230,15 @@ def main() -> None:
     options = parse()
     console = Console(width=120)
     console.print(f"{platform.machine()}, {os.cpu_count()} processors, jax {jax.__version__}")
-    with tempfile.TemporaryDirectory() as temporary:
-        experiment = study.setup(demo(options), options.workdir or Path(temporary) / "demo")
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        config, folder = demo(options), options.workdir or Path(temporary) / "demo"
+        experiment = study.setup(config, folder)
+        stack.enter_context(claim(config, folder))
         for system in SYSTEMS if options.system == "all" else (options.system,):
             begun = time.perf_counter()
             found, tables = found_by(system, experiment, options)
             console.print(*tables, f"{system}: {time.perf_counter() - begun:.0f} s", sep="\n")
             if options.out is not None:
-                options.out.mkdir(parents=True, exist_ok=True)
                 (options.out / f"{system}.json").write_text(json.dumps(found, indent=1))
 
 

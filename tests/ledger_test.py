@@ -555,9 +555,13 @@ def test_a_benchmark_accounts_for_itself_where_it_fails_too(tmp_path, monkeypatc
     accounted(lambda: time.sleep(0.1))
     with pytest.raises(ZeroDivisionError):
         accounted(lambda: print(1 / 0))
+    # A user's mistake ends in its sentence, and is in the books too.
+    with pytest.raises(SystemExit, match=r"^timed: tokens must be an integer of at least 0"):
+        accounted(lambda: ledger.measure("train", tokens=-1).__enter__())
     found = ledger.read(tmp_path / "runs/benchmarks/timed")
     assert [(entry.phase, entry.status) for entry in found] == [
         ("timed", "done"),
+        ("timed", "failed"),
         ("timed", "failed"),
     ]
     assert found[0].seconds >= 0.1
