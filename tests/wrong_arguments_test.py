@@ -1,6 +1,7 @@
 """Library calls with wrong arguments: InputError with a sentence, or a right result."""
 
 import inspect
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import swe_prune
-from swe_prune import allocation, importance, masks, recipe, select, trajectory, tree
+from swe_prune import allocation, annotations, importance, masks, recipe, select, trajectory, tree
 from swe_prune.errors import InputError
 
 PARAMS = {"up": {"kernel": jnp.arange(16.0).reshape(4, 4) - 7.5, "bias": jnp.ones(4)}}
@@ -85,3 +86,19 @@ def test_arrays_and_sequences_of_numbers_are_alike_and_nothing_may_be_pruned():
 def test_options_of_a_criterion_are_numbers(value):
     with pytest.raises(InputError, match="option horizon"):
         importance.score("forecast", PARAMS, stats=STATS, horizon=value)
+
+
+@pytest.mark.parametrize(
+    ("hint", "words"),
+    [
+        (Sequence[tuple[int, int]], "a sequence of tuples of 2 integers"),
+        (Sequence[Sequence[int]], "a sequence of sequences of integers"),
+        (
+            Mapping[str, Mapping[str, int]],
+            "a mapping of strings to mappings of strings to integers",
+        ),
+        (Sequence[float] | None, "a sequence of finite numbers or None"),
+    ],
+)
+def test_nested_annotations_are_told_in_their_plurals(hint, words):
+    assert annotations.in_words(hint) == words

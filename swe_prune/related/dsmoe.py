@@ -319,7 +319,7 @@ def with_routers(params: PyTree, blocks: int, *, seed: int = 0) -> PyTree:
             return part
         found = {name: added(one) for name, one in part.items()}
         if {"up", "down"} <= set(found):
-            shape = np.shape(found["up"].get("kernel")) if isinstance(found["up"], dict) else ()
+            shape = np.shape(found["up"].get("kernel", 0)) if isinstance(found["up"], dict) else ()
             if len(shape) != 2:
                 raise InputError(
                     f"an MLP must have a kernel 'up' of two axes, got shape {shape}; experts and "
