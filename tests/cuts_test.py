@@ -166,6 +166,13 @@ def test_cuts_of_no_seed_that_is_trained_are_refused(plays_dir):
         cut_shapes.check(dataclasses.replace(given, study=others))
 
 
+def test_one_window_has_no_interval_and_is_refused_before_any_training(plays_dir):
+    given = dataclasses.replace(config(plays_dir), ledger=LedgerConfig(windows=1))
+    with pytest.raises(InputError, match=r"ledger.windows must be at least 2 for config.cuts"):
+        validate(given)
+    validate(dataclasses.replace(given, cuts=()))
+
+
 def test_texts_longer_than_the_context_are_refused(plays_dir):
     given = dataclasses.replace(config(plays_dir), ledger=LedgerConfig(prompt=14))
     with pytest.raises(InputError, match="model's context is 16"):
