@@ -262,7 +262,8 @@ def _check_finite(what: str, numbers_: Any) -> None:
 
 
 def _check_rank(what: str, rank: int, most: int) -> None:
-    if not isinstance(rank, numbers.Integral | jax.Array) or not 1 <= rank <= most:
+    known = isinstance(rank, numbers.Integral | jax.Array) and not isinstance(rank, bool)
+    if not known or not 1 <= rank <= most:
         raise InputError(f"{what} must be an integer between 1 and {most}, got {rank!r}")
 
 

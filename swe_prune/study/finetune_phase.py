@@ -106,7 +106,7 @@ def _replace_masks(
     dense_result = result_of(experiment.workdir.dense(cell.seed) / "result.json")
     params = masks_lib.apply(start, masks)
     loss = finite(experiment.validation_loss(params), cell.name)
-    result |= prune_phase.described(experiment, masks, params, dense_result, loss)
+    result |= prune_phase.described(experiment, cell, masks, params, dense_result, loss)
     result["histogram"]["pruned"] = histograms.histogram(
         params, masks, result["histogram"]["edges"], kept_only=True
     )

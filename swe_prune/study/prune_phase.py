@@ -162,7 +162,7 @@ def _prune_cell(
         "dense_train_loss": dense_result.get("dense_train_loss", ""),
         "dense_mae": dense_result.get("dense_mae", ""),
         "seconds": seconds,
-        **described(experiment, masks, params, dense_result, loss),
+        **described(experiment, cell, masks, params, dense_result, loss),
         **samples.sampled(experiment, "pruned", params, dense.state.params),
         "histogram": {
             "edges": edges,
@@ -199,6 +199,7 @@ def _asked(experiment: Experiment, cell: Cell) -> dict[str, Any]:
 
 def described(
     experiment: Experiment,
+    cell: Cell,
     masks: PyTree,
     params: PyTree,
     dense_result: dict[str, Any],
@@ -206,8 +207,10 @@ def described(
 ) -> dict[str, Any]:
     """Returns what a result says of masks and of the pruned, not yet recovered model."""
     tally = masks_lib.summary(masks)
+    chosen = {name for name, mark in tree.named_leaves(cell.chosen(experiment.prunable)) if mark}
+    total = sum(found.total for name, found in tally.tensors.items() if name in chosen)
     return {
-        "sparsity_prunable": tally.sparsity,
+        "sparsity_prunable": tally.pruned / total,
         "sparsity_total": tally.pruned / dense_result["params"],
         "nonzero_params": dense_result["params"] - tally.pruned,
         "pruned_loss": loss,

@@ -33,7 +33,7 @@ class Row:
         schedule: When to prune, such as "one_shot" or "cubic".
         recovery: Training after pruning, such as "none", "finetune" or "rewind-200".
         steps: Steps of that training.
-        sparsity_prunable: Achieved sparsity of the prunable weights.
+        sparsity_prunable: Achieved sparsity of the prunable weights, or of those of `include`.
         sparsity_total: Achieved sparsity of all parameters.
         nonzero_params: Number of parameters that are not pruned.
         dense_loss: Validation loss of the dense model.
