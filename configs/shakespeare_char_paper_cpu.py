@@ -4,7 +4,9 @@
 
 The same command goes on where a sitting ended. What differs from the published schedule: batches
 of 12 windows and no dropout, as nanoGPT advises for a CPU, float32, one seed, fewer cells, and 100
-steps of fine-tuning. 5,000 steps of 12 windows are 14 passes over 1,115,394 characters. Never run yet.
+steps of fine-tuning. 5,000 steps of 12 windows are 14 passes over 1,115,394 characters.
+
+Result to expect: unknown, nobody has run it.
 """
 
 from ml_collections import ConfigDict
