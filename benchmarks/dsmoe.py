@@ -15,14 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fitting import compiled, shown
+from fitting import compiled, gated_mlp, shown
 from rich.table import Table
 
 from swe_prune import importance, structured
-from swe_prune.config import ModelConfig
 from swe_prune.evaluation import latency, mean_loss
 from swe_prune.models import gpt
-from swe_prune.models.block import MLP
 from swe_prune.related import dsmoe
 from swe_prune.study.saved import load_dense
 from swe_prune.training import optimizer as optimizer_lib
@@ -129,13 +127,7 @@ def neurons_of(chosen: np.ndarray, blocks: np.ndarray) -> np.ndarray:
 def times(say: Callable[[str], None], runs: int = 15) -> list[dict[str, Any]]:
     """Returns quartiles of the time of skipped blocks as multiples of the dense FFN's."""
     keys = jax.random.split(jax.random.key(0), 5)
-    shapes = {"up": (WIDTH, HIDDEN), "gate": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
-    weights = {
-        name: {"kernel": jax.random.normal(key, shape) * 0.02}
-        for key, (name, shape) in zip(keys, shapes.items(), strict=False)
-    }
-    config = ModelConfig(width=WIDTH, hidden=HIDDEN, gated=True, activation="silu")
-    dense = jax.jit(lambda x, weights: MLP(config).apply({"params": weights}, x))
+    dense, weights = gated_mlp(WIDTH, HIDDEN, keys[:3])
     skipped = jax.jit(functools.partial(dsmoe.skipped, tau=0.5, activation="silu"))
     blocks = dsmoe.partitioned(weights, BLOCKS)
     found = []

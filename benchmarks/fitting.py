@@ -1,4 +1,4 @@
-"""A training loop, the cost of a step, and spreads in words, for `benchmarks/related.py`."""
+"""What `benchmarks/related.py` trains, times and prints with."""
 
 import functools
 import statistics
@@ -7,9 +7,12 @@ from typing import Any
 
 import jax
 import optax
+from jaxtyping import Array
 from timing import compare
 
 from swe_prune import ledger
+from swe_prune.config import ModelConfig
+from swe_prune.models.block import MLP
 
 
 def compiled(
@@ -58,6 +61,23 @@ def cost(once: Callable[[float], Any], keep: float, examples: int) -> dict[str, 
     ]
     source = "+".join(dict.fromkeys(meter.source for meter in meters))
     return {"time": [1 / one for one in timed.speedups], "energy": joules, "source": source}
+
+
+def gated_mlp(width: int, hidden: int, keys: Array) -> tuple[Callable[..., Array], Any]:
+    """Returns a compiled MLP, a function of its inputs and weights, and weights drawn at random.
+
+    Args:
+        width: Size of inputs and outputs.
+        hidden: Number of hidden units.
+        keys: Three random keys.
+    """
+    shapes = {"up": (width, hidden), "gate": (width, hidden), "down": (hidden, width)}
+    weights = {
+        name: {"kernel": jax.random.normal(key, shape) * 0.02}
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    config = ModelConfig(width=width, hidden=hidden, gated=True, activation="silu")
+    return jax.jit(lambda x, weights: MLP(config).apply({"params": weights}, x)), weights
 
 
 def operations(step: Any, *arguments: Any) -> float:

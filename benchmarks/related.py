@@ -3,6 +3,7 @@
     python benchmarks/related.py all --out=tables      all of these, each in its JSON file
     python benchmarks/related.py trawl                 stacked weights at low rank, written back
     python benchmarks/related.py trawl-smollm2         the same on SmolLM2
+    python benchmarks/related.py trawl-times           an MLP in its factors, timed
     python benchmarks/related.py ssprop --seeds 0 1 2  back-propagation through a part
     python benchmarks/related.py digits                the same on a small CNN
     python benchmarks/related.py dsmoe                 MLPs in blocks that tokens switch on and off
@@ -58,7 +59,17 @@ from swe_prune.training import step as step_lib
 from swe_prune.training.progress import Progress
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SYSTEMS = ("trawl", "trawl-smollm2", "ssprop", "digits", "dsmoe", "retrikt", "reasoning", "ling")
+SYSTEMS = (
+    "trawl",
+    "trawl-smollm2",
+    "trawl-times",
+    "ssprop",
+    "digits",
+    "dsmoe",
+    "retrikt",
+    "reasoning",
+    "ling",
+)
 SYSTEMS += ("ecomls",)
 
 
@@ -199,6 +210,9 @@ def found_by(system: str, experiment: Any, options: argparse.Namespace) -> tuple
     if system == "ecomls":
         found = ecomls.run(read(options.config), say)
         return found, [ecomls.table(found)]
+    if system == "trawl-times":
+        rows = trawl.times(say)
+        return rows, [trawl.timed(rows)]
     if system == "trawl-smollm2":
         rows = trawl.run_pretrained(say)
         return rows, [trawl.table(rows)]

@@ -1,5 +1,7 @@
 """TRAWL; `benchmarks/related.py trawl` runs it on the demo's model, `trawl-smollm2` on SmolLM2.
 
+`trawl-times` times an MLP of SmolLM2's shape whose three kernels are left in CP's factors.
+
 The best layer, part and rank of each method are chosen on a fifth of the windows and reported on
 the others. "Noise" is a random change of the same kernels by the same norm. SmolLM2's stacks are
 up, gate and the transposed down kernel of some of its layers, since its queries are grouped.
@@ -13,10 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fitting import gated_mlp
+from jaxtyping import Array
 from rich.table import Table
 
 from swe_prune import data, interop
-from swe_prune.evaluation import mean_loss
+from swe_prune.evaluation import latency, mean_loss
 from swe_prune.models import gpt
 from swe_prune.related import trawl
 from swe_prune.study.saved import load_dense
@@ -25,6 +29,7 @@ from swe_prune.training import step as step_lib
 RANKS = (4, 8, 16, 32, 48, 64, 80, 90)
 LAYERS, WIDE_RANKS = (0, 15, 28, 29), (64, 192, 384)  # of SmolLM2
 WINDOWS, LENGTH, BATCH = 80, 128, 8
+WIDTH, HIDDEN, TOKENS = 576, 1536, (1, 128, 1024)  # of SmolLM2's MLP, and the inputs timed
 
 Rows = list[dict[str, Any]]
 Loss = Callable[[Any], float]
@@ -55,6 +60,49 @@ def run_pretrained(say: Callable[[str], None]) -> Rows:
     chosen = {f"mlp of layer {layer}": stacks[f"mlp of layer {layer}"] for layer in LAYERS}
     losses = split(eval_step, [dict(batch) for batch in batches])
     return best("SmolLM2-135M", model.params, chosen, WIDE_RANKS, *losses, say)
+
+
+def times(say: Callable[[str], None], runs: int = 15) -> Rows:
+    """Returns quartiles of the time of a factored MLP as multiples of the dense one's."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    dense, weights = gated_mlp(WIDTH, HIDDEN, keys[:3])
+    # The time does not depend on the numbers, so the factors are drawn and not fitted.
+    factors = {
+        rank: trawl.CP(*(jax.random.normal(keys[3], (n, rank)) for n in (3, WIDTH, HIDDEN)))
+        for rank in WIDE_RANKS
+    }
+    found = []
+    for tokens in TOKENS:
+        x = jax.random.normal(keys[4], (tokens, WIDTH))
+        works = {"dense": latency.timed(dense, x, weights)}
+        works |= {str(rank): latency.timed(factored, x, one) for rank, one in factors.items()}
+        measured = latency.alternating(works, runs)
+        for rank, one in factors.items():
+            (seconds,), (base,) = measured[str(rank)], measured["dense"]
+            size = one.size / (3 * WIDTH * HIDDEN)
+            found.append(
+                {"tokens": tokens, "rank": rank, "size": size, "ratio": seconds.ratio(base)}
+            )
+        say(f"{tokens} tokens: timed")
+    return found
+
+
+@jax.jit
+def factored(x: Array, kernels: trawl.CP) -> Array:
+    """Returns a gated MLP whose kernels are CP's factors, the third of down transposed."""
+    transposed = trawl.CP(kernels.slices, kernels.columns, kernels.rows)
+    return transposed.product(jax.nn.silu(kernels.product(x, 1)) * kernels.product(x, 0), 2)
+
+
+def timed(rows: Rows) -> Table:
+    """Returns the times as a table."""
+    head = ("tokens", "rank", "numbers / dense", "time / dense MLP (quartiles)")
+    made = Table(*head, title="an MLP in CP's factors")
+    for one in rows:
+        low, middle, high = one["ratio"]
+        time = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        made.add_row(str(one["tokens"]), str(one["rank"]), f"{one['size']:.3f}", time)
+    return made
 
 
 def split(eval_step: Any, batches: list[Any]) -> tuple[Loss, Loss]:

@@ -4,9 +4,11 @@ import importlib
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from swe_prune.errors import InputError, RunError
+from swe_prune.related import trawl
 
 
 @pytest.fixture
@@ -42,3 +44,12 @@ def test_dense_models_of_other_steps_are_not_taken(related, tmp_path):
         pass
     with pytest.raises(InputError, match=r"made by another config: train.steps .40 there, 60 now"):
         related.claim(settings(60, [0]), tmp_path).__enter__()
+
+
+def test_the_mlp_that_is_timed_in_factors_is_the_mlp_of_their_tensor(related):
+    rng = np.random.default_rng(0)
+    cp = trawl.CP(*(rng.normal(size=(n, 2)).astype(np.float32) for n in (3, 6, 8)))
+    up, gate, down = np.asarray(cp.dense(), np.float64)
+    x = rng.normal(size=(5, 6))
+    hidden = x @ gate / (1 + np.exp(-x @ gate)) * (x @ up)
+    np.testing.assert_allclose(related.trawl.factored(x, cp), hidden @ down.T, rtol=2e-5, atol=1e-5)
