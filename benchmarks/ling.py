@@ -33,6 +33,7 @@ ACTIVE, ALL = PER_TOKEN * HIDDEN + SHARED, EXPERTS * HIDDEN + SHARED
 WARMUP, DIRTY, SNAPSHOTS = 80, 0.02, 20
 SPARSITIES = (0.25, 0.5)
 RECOVERY = 100
+DENSE, DENSE_NORMED = "dense, as many active", "dense, as many active, NormHead"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +72,9 @@ def models(experiment: Any) -> Mapping[str, Any]:
 
     sparse = ling.Ling(experts(PER_TOKEN), SHARED)
     return {
-        "dense, as many active": plain(ACTIVE),
+        DENSE: plain(ACTIVE),
         "dense, as many in all": plain(ALL),
-        "dense, as many active, NormHead": NormHead(plain(ACTIVE)),
+        DENSE_NORMED: NormHead(plain(ACTIVE)),
         "Ling": sparse,
         "no shared expert, two more routed": ling.Ling(experts(ACTIVE // HIDDEN), 0),
         "no losses of the routers": dataclasses.replace(sparse, balance=0.0, z=0.0),
@@ -214,7 +215,9 @@ def without(
 
 def tables(found: dict[str, Any]) -> list[Table]:
     """Returns the losses of the models, and of what is left of Ling's, as tables."""
-    table = Table("model", "parameters", "loss", "busiest expert / mean", "dropped", "seeds")
+    table = Table("model", "parameters", "loss", "to dense", "to dense, NormHead")
+    for head in ("busiest expert / mean", "dropped", "seeds"):
+        table.add_column(head)
     for name in dict.fromkeys(row["model"] for row in found["rows"]):
         own = [row for row in found["rows"] if row["model"] == name]
         uneven = [row["uneven"] for row in own if "uneven" in row]
@@ -222,11 +225,14 @@ def tables(found: dict[str, Any]) -> list[Table]:
             name,
             f"{own[0]['parameters']:,}",
             shown([row["loss"] for row in own]),
+            *(apart(own, found["rows"], "loss", model=base) for base in (DENSE, DENSE_NORMED)),
             shown(uneven, 2) if uneven else "",
             f"{statistics.fmean(row['skipped'] for row in own):g}",
             str(len(own)),
         )
-    left = Table("experts removed", "by", "before", "after", title=f"{RECOVERY} steps of recovery")
+    left = Table("experts removed", "by", title=f"{RECOVERY} steps of recovery")
+    for head in ("before", "after", "before, to random", "after, to random"):
+        left.add_column(head)
     for sparsity in SPARSITIES:
         for criterion in dict.fromkeys(row["criterion"] for row in found["pruned"]):
             own = [
@@ -234,6 +240,16 @@ def tables(found: dict[str, Any]) -> list[Table]:
                 for row in found["pruned"]
                 if (row["criterion"], row["sparsity"]) == (criterion, sparsity)
             ]
-            losses = (shown([row[name] for row in own]) for name in ("before", "after"))
-            left.add_row(f"{sparsity:.0%}", criterion, *losses)
+            when = ("before", "after")
+            losses = (shown([row[name] for row in own]) for name in when)
+            random = {"criterion": "random", "sparsity": sparsity}
+            differences = (apart(own, found["pruned"], name, **random) for name in when)
+            left.add_row(f"{sparsity:.0%}", criterion, *losses, *differences)
     return [table, left]
+
+
+def apart(own: list[dict[str, Any]], rows: list[dict[str, Any]], column: str, **base: Any) -> str:
+    """Returns the mean difference of rows to those of a base, paired by seed; empty without any."""
+    of = {row["seed"]: row[column] for row in rows if base.items() <= row.items()}
+    differences = [row[column] - of[row["seed"]] for row in own if row["seed"] in of]
+    return shown(differences) if differences and any(differences) else ""

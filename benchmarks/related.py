@@ -69,8 +69,8 @@ SYSTEMS = (
     "retrikt",
     "reasoning",
     "ling",
+    "ecomls",
 )
-SYSTEMS += ("ecomls",)
 
 
 def parse() -> argparse.Namespace:

@@ -83,10 +83,8 @@ def validate(config: Config) -> None:
         check_choice(scope, ("tensor", "global", "row"), "config.study.scopes")
     for number, cell in enumerate(study.cells):
         _validate_cell(cell, f"study.cells[{number}]", must)
-    windows, rule = (
-        config.ledger.windows,
-        "at least 2 for config.cuts, whose energy has an interval",
-    )
+    windows = config.ledger.windows
+    rule = "at least 2 for config.cuts, whose energy has an interval"
     must(windows >= 2 or not config.cuts, "ledger.windows", rule, windows)
     for number, cut in enumerate(config.cuts):
         path = f"cuts[{number}]"

@@ -9,10 +9,9 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from swe_prune.report import stats
 from swe_prune.report.formats import NBSP, mean_sd, percent, plural
 from swe_prune.report.records import CellGroup
-from swe_prune.report.stats import MODERATE, Cell, Spread, moderate, order, spread
+from swe_prune.report.stats import MODERATE, Cell, Spread, by_part, moderate, order, spread
 
 PAPER = "swe"
 """The criterion of the paper."""
@@ -97,7 +96,7 @@ def headline(cells: Sequence[Cell]) -> str:
 
     It is one sentence for each part of the model that is pruned alone.
     """
-    parts = stats.by_part(cells)
+    parts = by_part(cells)
     whole = "all prunable weights" if len(parts) > 1 else ""
     return " ".join(_sentence(own, part or whole) for part, own in parts.items())
 
