@@ -7,9 +7,10 @@ BIN    := $(VENV)/bin
 comma  := ,
 ACCEL  := $(if $(JAX),$(comma)$(JAX))
 STAMP   = $(VENV)/.installed-$(1)$(JAX)
+XDIST  := -n 2 --dist loadfile --no-loadscope-reorder
 FORMAT := swe_prune configs tests benchmarks docs setup.py
 
-.PHONY: demo test fuzz test-transformers lint docs smollm2 smaller bench clean
+.PHONY: demo test test-all fuzz test-transformers lint docs smollm2 smaller bench clean
 
 # A process for each of the two seeds, where the script runs and no accelerator is to be shared.
 TWO = LAUNCH_PYTHON=$(BIN)/python launch/local.sh 2 --sweep --
@@ -18,8 +19,13 @@ demo: $(call STAMP,demo)
 	$(if $(JAX),$(ONE),$(if $(shell launch/local.sh --help 2>/dev/null),$(TWO),$(ONE))) run --config=configs/shakespeare_char.py --workdir=runs/demo
 	$(BIN)/python -m swe_prune report --workdir=runs/demo
 
+# What every change must pass, in a quarter of an hour on two cores.
 test: $(call STAMP,test)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest $(XDIST) -m "not slow"
+
+# The tests marked slow too: runs that are killed, full disks, buckets, processes, eight devices.
+test-all: $(call STAMP,test)
+	$(BIN)/python -m pytest $(XDIST)
 
 # Whatever comes in, a sentence or a right result: an hour of it, with new examples each time.
 fuzz: $(call STAMP,test)

@@ -103,6 +103,7 @@ def test_the_option_that_a_message_names_works(place, tmp_path, fails, name):
     works(of_model(place, command, *right, *out))
 
 
+@pytest.mark.slow
 def test_what_is_said_of_folders_works(place, tmp_path, fails, capsys):
     out = tmp_path / "new" / "out"
     prune = of_model(place, "prune", *MAGNITUDE, "--compress", f"--out={out}")
@@ -134,6 +135,7 @@ def _stop_before_its_end(dense):
     (dense / "result.json").unlink()
 
 
+@pytest.mark.slow
 def test_what_is_said_of_a_run_works(tmp_path, plays_dir, fails):
     small = tiny.config(plays_dir)
     train = dataclasses.replace(small.train, steps=8)

@@ -193,6 +193,7 @@ def call(model, variables, batch):
     return model.apply(variables, batch["x"], batch["mask"])
 
 
+@pytest.mark.slow
 def test_a_foreign_model_is_pruned_as_the_definition_says():
     model, variables, batches = foreign()
     paths = ["layers_0", "layers_1", "layers_2"]

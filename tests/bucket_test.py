@@ -310,6 +310,7 @@ def lines(workdir):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in found]
 
 
+@pytest.mark.slow
 def test_every_command_does_in_a_bucket_what_it_does_in_a_folder(names, config, local, capsys):
     workdir = storage.parse_path("gs://bucket/deep/run")
     commands = ["plan", "train", "prune", "finetune", "run", "evaluate", "report"]

@@ -365,6 +365,7 @@ def test_a_plan_for_programs_says_what_the_plan_for_people_does(tmp_path, plays_
     assert found["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_a_scanned_model_trains_and_is_pruned_by_what_its_layers_are_given(
     tmp_path, plays_dir, capsys
 ):
@@ -397,6 +398,7 @@ def test_a_scanned_model_trains_and_is_pruned_by_what_its_layers_are_given(
     assert last.startswith("Finished in 5 min 40 s. Energy at the meter: ")
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_a_sentence_and_the_same_command_goes_on(tmp_path, plays_dir):
     small = tiny.config(plays_dir)
     study = dataclasses.replace(small.study, seeds=(0,), std_criteria=(), criteria=("swe",))

@@ -118,6 +118,13 @@ RUN = {
     "experts": lambda: (run_experts, ROWS),
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# A lower precision takes the same path whatever holds the weights, so two kinds of trees do.
+KINDS = [
+    pytest.param((kind, dtype), marks=() if quick else pytest.mark.slow)
+    for kind in TREES
+    for dtype in DTYPES
+    for quick in [dtype == "float32" or kind in ("linen", "scanned")]
+]
 RULES = {
     "tensor": lambda s, axes: masks.by_sparsity(s, 0.37, "tensor", layout=axes),
     "global": lambda s, axes: masks.by_sparsity(s, 0.37, "global", layout=axes),
@@ -222,7 +229,7 @@ class Trained:
         )
 
 
-@pytest.fixture(scope="module", params=[(k, d) for k in TREES for d in DTYPES], ids="-".join)
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
 def trained(request):
     kind, axes = request.param[0], traced(request.param[0])
     params = made(*request.param)

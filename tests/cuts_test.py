@@ -97,6 +97,7 @@ def test_the_report_says_when_it_has_paid_and_draws_it(finished):
     assert figure.stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_running_again_changes_nothing_and_what_is_damaged_is_made_again(
     finished, tmp_path, capsys
 ):

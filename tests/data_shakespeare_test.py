@@ -141,6 +141,7 @@ def test_every_mend_is_needed_by_the_source(builder_module):
         markdown = mended
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_leaves_nothing_in_the_way(tmp_path):
     script = """
 import os, signal, sys

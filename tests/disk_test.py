@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pretrained_tiny
 import pytest
+import tiers
 import tiny
 
 from swe_prune import checkpoint, cli, errors
@@ -94,11 +95,14 @@ COMMANDS = {
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of tensorstore
 @pytest.mark.parametrize(
     ("name", "limit", "more"),
-    [
-        ("prune", "size=64k", ["--compress"]),
-        ("cut", "nr_inodes=5", []),
-        ("finetune", "size=64k", []),
-    ],
+    tiers.first(
+        [
+            ("prune", "size=64k", ["--compress"]),
+            ("cut", "nr_inodes=5", []),
+            ("finetune", "size=64k", []),
+        ],
+        1,
+    ),
 )
 def test_a_model_that_has_no_room_is_a_sentence_and_is_made_afterwards(
     tmp_path, place, small_disk, capsys, name, limit, more
@@ -140,6 +144,7 @@ def rows_of(work):
         return [{**row, "seconds": None} for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of tensorstore
 def test_every_phase_on_a_full_disk_is_a_sentence_and_goes_on(
     tmp_path, plays_dir, small_disk, capsys

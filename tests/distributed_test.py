@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiers
 import tiny
 
 from swe_prune import cli, study
@@ -23,7 +24,6 @@ from swe_prune.runtime import storage
 from swe_prune.study import saved
 from swe_prune.training.metrics import read_lines
 
-pytestmark = pytest.mark.slow
 PROBE = Path(__file__).parent / "distributed_probe.py"
 LOCAL = Path(__file__).parents[1] / "launch" / "local.sh"
 TIMES = {"seconds", "tokens_per_second"}
@@ -172,6 +172,7 @@ def test_two_processes_have_the_numbers_of_one(alone, together):
     assert (together / "report/report.html").exists()
 
 
+@pytest.mark.slow
 def test_their_checkpoint_gives_one_process_their_masks(together, config, tmp_path):
     shutil.copytree(together / "seed_0/dense", tmp_path / "seed_0/dense")
     shutil.copy(together / "config.json", tmp_path)
@@ -190,6 +191,7 @@ def test_their_checkpoint_gives_one_process_their_masks(together, config, tmp_pa
             assert np.mean(kept[0] != kept[1]) < 0.01
 
 
+@pytest.mark.slow
 def test_one_processs_checkpoint_goes_on_by_two(alone, config, tmp_path):
     shutil.copytree(alone / "seed_0/dense", tmp_path / "seed_0/dense")
     shutil.copy(alone / "config.json", tmp_path)
@@ -265,6 +267,7 @@ LOSSES = [
 ]
 
 
+@pytest.mark.slow
 def test_when_one_is_lost_the_other_says_so_in_time_and_the_next_start_goes_on(
     longer, undisturbed, tmp_path
 ):
@@ -298,6 +301,7 @@ def test_when_one_is_lost_the_other_says_so_in_time_and_the_next_start_goes_on(
     assert lines_of(tmp_path) == lines_of(undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("absent", [0, 1])
 def test_one_that_never_comes_up_is_named(absent, longer, tmp_path):
     running = start(longer, tmp_path, which=(1 - absent,), SWE_PRUNE_JOIN_TIMEOUT="6")
@@ -308,12 +312,15 @@ def test_one_that_never_comes_up_is_named(absent, longer, tmp_path):
 
 @pytest.mark.parametrize(
     ("more", "said"),
-    [
-        ((("--config.log_every=3",), ()), "process 1 has log_every = 1 and process 0 3"),
-        ((("--config.parallel.fsdp=3",),) * 2, "a mesh of 4 devices, got data 1 x fsdp 3"),
-        ((("--config.data.batch=6",),) * 2, "config.data.batch = 6 cannot be divided"),
-        (((), ("--config.train.stepz=6",)), "process 1: config.train has no setting 'stepz'"),
-    ],
+    tiers.first(
+        [
+            ((("--config.log_every=3",), ()), "process 1 has log_every = 1 and process 0 3"),
+            ((("--config.parallel.fsdp=3",),) * 2, "a mesh of 4 devices, got data 1 x fsdp 3"),
+            ((("--config.data.batch=6",),) * 2, "config.data.batch = 6 cannot be divided"),
+            (((), ("--config.train.stepz=6",)), "process 1: config.train has no setting 'stepz'"),
+        ],
+        1,
+    ),
     ids=["config", "mesh", "batch", "one wrong"],
 )
 def test_bad_input_is_one_sentence_of_the_first_and_ends_all(more, said, config, tmp_path):
@@ -325,6 +332,7 @@ def test_bad_input_is_one_sentence_of_the_first_and_ends_all(more, said, config,
     assert "Traceback" not in ended[0][1] + ended[1][1]
 
 
+@pytest.mark.slow
 def test_ten_random_kills_end_with_the_uninterrupted_runs_numbers(longer, undisturbed, tmp_path):
     rng = random.Random(0)
     for _ in range(10):

@@ -17,14 +17,14 @@ GROUPS = {
 }
 
 
-def check(group):
-    """Asserts that every test of the group passes, and that none is skipped."""
+def check(group, marked="multidevice"):
+    """Asserts that every test of the group with these marks passes, and that none is skipped."""
     env = {
         **os.environ,
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "multidevice"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked]
     files = [str(FOLDER / f"sharded_{name}_test.py") for name in GROUPS[group]]
     done = subprocess.run(
         [*command, *files],

@@ -51,6 +51,7 @@ def forward(params, x):
     return x @ first @ last + x @ into @ out
 
 
+@pytest.mark.slow
 def test_criteria_score_what_is_there_and_nothing_else():
     params = with_empty((4, 0)) | {"block_3": {"kernel": jnp.zeros((0, 4))}}
     measured = calibration.inputs(forward, params, [X], hessian=True)

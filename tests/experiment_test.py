@@ -158,6 +158,7 @@ def test_trajectory_samples_follow_the_weights(finished):
         assert sizes[kept].min() >= sizes[~kept].max()
 
 
+@pytest.mark.slow
 def test_a_phase_at_a_time_ends_with_the_same_table(finished, tmp_path, plays_dir):
     config = tiny.config_file(tmp_path, tiny.config(plays_dir))
     arguments = [f"--config={config}", f"--workdir={tmp_path / 'work'}"]

@@ -136,6 +136,7 @@ def test_masks_that_only_evaluate_reads_are_made_again_as_it_says(finished, work
     assert cli.main(["evaluate", f"--workdir={work}"]) == 0
 
 
+@pytest.mark.slow
 def test_the_workdir_knows_what_made_it_when_its_config_is_lost(work, tmp_path, plays_dir, capsys):
     other = tiny.config_file(tmp_path, dataclasses.replace(study(plays_dir), log_every=7))
     for damage in ((work / "config.json").unlink, lambda: cut(work / "config.json")):

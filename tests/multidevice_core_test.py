@@ -2,9 +2,13 @@ import eight_devices
 import pytest
 
 
-@pytest.mark.slow
 def test_core_and_contract_on_eight_devices():
-    eight_devices.check("core")
+    eight_devices.check("core", "multidevice and not slow")
+
+
+@pytest.mark.slow
+def test_contract_of_other_layouts_on_eight_devices():
+    eight_devices.check("core", "multidevice and slow")
 
 
 def test_every_file_is_in_one_group():

@@ -69,6 +69,7 @@ def test_the_quickstart_runs_and_what_it_says_of_itself_is_true(tmp_path):
     check_quickstart(quickstart_rows(executed(read("quickstart"), tmp_path)))
 
 
+@pytest.mark.slow
 def test_a_language_model_is_pruned_and_goes_out_with_its_zeros(tmp_path):
     place = pretrained_tiny.make(tmp_path)
     notebook = read("prune_llm")
@@ -109,6 +110,7 @@ def check_smaller(rows, others):
         assert 0 < others[part][0] <= others[part][1] <= others[part][2]
 
 
+@pytest.mark.slow
 def test_a_small_model_is_cut_restored_recovered_and_timed(tmp_path):
     text = (NOTEBOOKS.parent / "LICENSE").read_text()
     for name, part in (("train", text[:8000]), ("held_out", text[8000:])):

@@ -90,6 +90,7 @@ def test_statistics_in_host_memory_are_bit_equal_and_stay_there():
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(away), jax.device_get(here))
 
 
+@pytest.mark.slow
 def test_an_experiment_tracks_in_host_memory_what_it_tracks_on_the_device(
     tmp_path, plays_dir, monkeypatch
 ):

@@ -51,6 +51,7 @@ def test_two_models_side_by_side_as_a_table_and_as_json(place, capsys):
     assert found["energy"]["idle_watts"]["value"] > 0
 
 
+@pytest.mark.slow
 def test_a_compressed_model_is_smaller_and_is_read_as_any_other(place, tmp_path, capsys):
     texts = [f"--evaluation={place.held_out}", "--window=32", "--eval-windows=2", "--new-tokens=2"]
     out, tuned = tmp_path / "pruned", tmp_path / "tuned"

@@ -195,6 +195,7 @@ def test_a_choice_that_is_none_is_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_finetuning_tracks_the_chosen_weights_and_prune_takes_those(place, tmp_path, capsys):
     tuned, out = tmp_path / "tuned", tmp_path / "out"
     more = ["--track", "--steps=2", "--track-every=1", "--warmup=1", "--blocks=:1"]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pretrained_tiny
 import pytest
+import tiers
 
 from swe_prune import cli, interop, masks, tree
 from swe_prune.cli import parsing
@@ -57,17 +58,20 @@ def zeros(params, mask):
 
 @pytest.mark.parametrize(
     ("criterion", "more", "share"),
-    [
-        ("magnitude", ["--sparsity=0.5"], 0.5),
-        ("magnitude", ["--pattern=2:4"], 0.5),
-        ("random", ["--sparsity=0.25", "--scope=global"], 0.25),
-        ("wanda", ["--sparsity=0.5"], 0.5),
-        ("wanda", ["--pattern=2:4"], 0.5),
-        ("wanda", ["--sparsity=0.5", "--at-once", "--scope=row"], 0.5),
-        ("wanda", ["--sparsity=0.5", "--allocation=owl"], 0.5),
-        ("sparsegpt", ["--sparsity=0.5", "--offload"], 0.5),
-        ("taylor", ["--sparsity=0.5"], 0.5),
-    ],
+    tiers.first(
+        [
+            ("magnitude", ["--pattern=2:4"], 0.5),
+            ("wanda", ["--sparsity=0.5", "--allocation=owl"], 0.5),
+            ("sparsegpt", ["--sparsity=0.5", "--offload"], 0.5),
+            ("magnitude", ["--sparsity=0.5"], 0.5),
+            ("random", ["--sparsity=0.25", "--scope=global"], 0.25),
+            ("wanda", ["--sparsity=0.5"], 0.5),
+            ("wanda", ["--pattern=2:4"], 0.5),
+            ("wanda", ["--sparsity=0.5", "--at-once", "--scope=row"], 0.5),
+            ("taylor", ["--sparsity=0.5"], 0.5),
+        ],
+        3,
+    ),
     ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else str(value),
 )
 def test_prune_writes_a_model_with_its_zeros_and_its_record(
@@ -136,7 +140,10 @@ def test_swe_needs_the_trajectory_that_a_tracked_finetuning_leaves(place, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--lora-rank=2"], ["--teacher=MODEL", "--temperature=2"], ["--accumulate=2"]]
+    "more",
+    tiers.first(
+        [["--lora-rank=2"], [], ["--teacher=MODEL", "--temperature=2"], ["--accumulate=2"]], 1
+    ),
 )
 def test_finetuning_a_pruned_model_keeps_its_zeros_and_lowers_its_loss(place, tmp_path, more):
     pruned, tuned = tmp_path / "pruned", tmp_path / "tuned"
@@ -194,6 +201,7 @@ def test_evaluate_compares_with_the_dense_model(place, tmp_path, capsys):
     assert f"{recorded['kl_to_dense']:.4f}" in printed
 
 
+@pytest.mark.slow
 def test_stored_dtypes_are_kept(place, tmp_path):
     half = tmp_path / "half"
     assert prune(place, half, "--criterion=wanda", "--sparsity=0.5", "--dtype=bfloat16") == 0

@@ -62,6 +62,7 @@ def test_cut_writes_a_smaller_model_and_its_record(
     assert f"{tree.size(dense.params):,} -> {tree.size(small.params):,} parameters" in printed
 
 
+@pytest.mark.slow
 def test_a_cut_model_is_tuned_pruned_evaluated_and_cut_again(place, tmp_path, capsys):
     one, tuned, pruned, two = (tmp_path / name for name in ("one", "tuned", "pruned", "two"))
     neurons = ["--units=neurons", "--criterion=magnitude", "--sparsity=0.5"]

@@ -93,6 +93,7 @@ def test_the_report_shows_them(done):
     assert "perplexity" in page.lower()
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_and_run_again_without_doing_anything_twice(done, capsys):
     _, arguments = done
     assert cli.main(["evaluate", *arguments[1:]]) == 0

@@ -107,6 +107,7 @@ def test_the_penalty_pulls_at_open_gates_alone():
     np.testing.assert_allclose(grad, [1 / 3, 0, 0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_dense_checkpoint_goes_on_as_a_gated_model():
     dense = MODEL.init(jax.random.key(0), TOKENS)["params"]
     params = dsmoe.with_routers(dense, BLOCKS)

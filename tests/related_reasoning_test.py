@@ -90,6 +90,7 @@ def test_sums_are_right_after_their_work(work):
     np.testing.assert_array_equal(again.written, made.written)
 
 
+@pytest.mark.slow
 def test_the_log_probability_is_that_of_the_answer_alone():
     config = ModelConfig(layers=1, heads=2, width=8, context=2 * TERMS + 2)
     model = gpt.build(config, reasoning.SYMBOLS)

@@ -85,6 +85,7 @@ def test_the_backward_products_of_a_step_are_smaller():
     assert flops(0.25) < 0.65 * flops(1.0)  # forward 1, backward of the kernel 1: 1.25 / 2
 
 
+@pytest.mark.slow
 def test_a_model_trains_through_it_and_skipped_layers_stay_exact():
     config = ModelConfig(layers=1, heads=2, width=8, context=4, tied_head=False)
     model = gpt.build(config, vocab_size=5)

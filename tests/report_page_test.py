@@ -134,6 +134,7 @@ def test_names_are_escaped(tmp_path):
     assert "<b>swe" not in written[0].read_text()
 
 
+@pytest.mark.slow
 def test_long_names_leave_every_figure_its_room(tmp_path):
     names = [f"{part} of ^decoder/block_[0-9]+/.*kernel$,^vision/block_[0-9]+/" for part in "abcde"]
     workdir = make(tmp_path, seeds=(0,), std_seeds=(0,), criteria=names[:1], std_criteria=names)

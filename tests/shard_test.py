@@ -70,6 +70,7 @@ def whole(tmp_path_factory, plays_dir):
     return run(settings_of(plays_dir), tmp_path_factory.mktemp("whole"), None)
 
 
+@pytest.mark.slow
 def test_shards_do_what_one_process_does(whole, tmp_path, plays_dir):
     settings = settings_of(plays_dir)
     first = run(settings, tmp_path / "shared", Shard(1, 2))

@@ -15,6 +15,7 @@ def benchmark(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_a_tiny_model_is_cut_restored_recovered_and_timed(benchmark, tmp_path, capsys):
     pytest.importorskip("safetensors")
     pytest.importorskip("matplotlib")
@@ -36,6 +37,7 @@ def test_a_tiny_model_is_cut_restored_recovered_and_timed(benchmark, tmp_path, c
     assert "nats of the cut's" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_rows_of_a_killed_run_are_not_made_again(benchmark, tmp_path):
     smaller = benchmark("smaller")
 

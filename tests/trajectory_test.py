@@ -244,6 +244,7 @@ def test_merging_with_nothing_changes_nothing():
     assert_measures(trajectory.merge(some, after), thetas)
 
 
+@pytest.mark.slow
 def test_merging_keeps_the_digits_of_many_parts():
     thetas = np.linspace(1, 4, 2001)[:, None, None] * np.ones(SHAPE)
     merged = tracked(thetas[:1], ("mean", "path_length"), compensated=True)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pretrained_tiny
 import pytest
+import tiers
 import tiny
 from image_text_test import encoded, picture, table
 from pretrained_commands_test import QUICK
@@ -78,7 +79,7 @@ def run():
     return jax.jit(phi3v.build(CONFIG, VOCAB).apply)
 
 
-@pytest.mark.parametrize("units", UNITS)
+@pytest.mark.parametrize("units", tiers.first(list(UNITS), 2))
 def test_cut_logits_are_masked_logits(params, inputs, run, units):
     groups = structured.groups(CONFIG, units)
     keep = half(groups)
@@ -172,7 +173,7 @@ def experiment(tmp_path_factory):
     return study.setup(settings(folder), folder / "work")
 
 
-@pytest.mark.parametrize("restore", [False, True])
+@pytest.mark.parametrize("restore", tiers.only([False, True], True))
 def test_neurons_of_the_tower_go_by_what_they_compute(experiment, restore):
     """Nothing is known of the last block, which is cut to the width of the others."""
     cut = CutConfig("vision_neurons", 0.5, restore=restore)
@@ -273,10 +274,13 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("units", "criterion", "more"),
-    [
-        ("neurons", "input_norm_product", ["--restore"]),
-        ("layers", "block_influence", []),
-    ],
+    tiers.first(
+        [
+            ("layers", "block_influence", []),
+            ("neurons", "input_norm_product", ["--restore"]),
+        ],
+        1,
+    ),
 )
 def test_the_decoder_of_a_folder_is_cut(folder, tmp_path, capsys, units, criterion, more):
     out = tmp_path / "out"

@@ -93,7 +93,10 @@ def alone():
     return everything(lambda values: jax.tree.map(jnp.asarray, values))
 
 
-@pytest.fixture(scope="module", params=SPECS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name != "both")) for name in SPECS],
+)
 def spread(request, mesh):
     return everything(placed(mesh, SPECS[request.param]))
 
