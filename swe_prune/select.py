@@ -214,10 +214,17 @@ def top_k_masks_of_each(
     """
     along = axes or [None] * len(xs)
     called = names or [f"scores[{i}]" for i in range(len(xs))]
-    first = [
-        top_k_mask(x, n, axes=of_one, ties=ties, name=name) & (x != -jnp.inf)
-        for x, n, of_one, name in zip(xs, least, along, called, strict=True)
-    ]
+    # Whole arrays share the collectives of one selection; slices have their own.
+    whole = [at for at, of_one in enumerate(along) if of_one is None]
+    found = top_k_mask_each(
+        [xs[at] for at in whole], [least[at] for at in whole], ties=ties,
+        names=[called[at] for at in whole],
+    )  # fmt: skip
+    best = dict(zip(whole, found, strict=True))
+    for at, of_one in enumerate(along):
+        if of_one is not None:
+            best[at] = top_k_mask(xs[at], least[at], axes=of_one, ties=ties, name=called[at])
+    first = [best[at] & (x != -jnp.inf) for at, x in enumerate(xs)]
     rest = [jnp.where(mask, -jnp.inf, x) for mask, x in zip(first, xs, strict=True)]
     taken, wanted = counting.count_true(first), _count_of(k)
     left = wanted.minus(_at_most(wanted, taken))

@@ -244,6 +244,7 @@ def test_sparsities_may_differ_by_kernel_and_come_from_an_allocation():
             assert abs(one.removed - wanted[one.name] * one.total) <= 1
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("method", blockwise.METHODS)
 def test_n_of_m_holds_along_the_inputs_for_every_method(method):
     model = Plain(1)
@@ -355,6 +356,7 @@ def test_the_blocks_steps_are_compiled_once(caplog, offload):
         assert done.count(program) == 1, done
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
 def test_kernels_that_are_given_up_are_held_once(method):
     model = Plain(3, width=32)

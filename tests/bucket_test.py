@@ -165,6 +165,7 @@ def written(objects, **changes):
     objects.write("x", json.dumps(dataclasses.asdict(holder)).encode()).result()
 
 
+@pytest.mark.quick(1)
 def test_a_lease_is_one_processs_until_it_lets_go(objects):
     with lease.acquire(objects, "x", "thing"):
         time.sleep(4)  # longer than a dead one's would last
@@ -182,6 +183,7 @@ def test_a_lease_is_one_processs_until_it_lets_go(objects):
         pass
 
 
+@pytest.mark.quick(1)
 def test_a_dead_holder_is_waited_out_by_the_longer_of_both_times(objects):
     written(objects, patience=4)
     began = time.monotonic()
@@ -194,6 +196,7 @@ def test_a_dead_holder_is_waited_out_by_the_longer_of_both_times(objects):
     assert objects.read("x").result().state == "missing"
 
 
+@pytest.mark.quick(1)
 def test_of_many_who_find_a_dead_holder_one_at_a_time_takes_over(objects):
     import threading
 

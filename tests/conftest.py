@@ -104,8 +104,21 @@ def _make_room(folder):
             total -= size
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by mark
 def pytest_collection_modifyitems(items):
-    """Puts the longest files first, so that no worker is left alone with one at the end."""
+    """Marks cases slow, and puts the longest files first, so that no worker ends alone with one.
+
+    Of the cases of a function marked `quick(n)`, n run each time, spread evenly over them in their
+    order; the others are slow.
+    """
+    cases = {}
+    for item in items:
+        if quick := item.get_closest_marker("quick"):
+            cases.setdefault((item.path, item.originalname), (*quick.args, []))[1].append(item)
+    for n, of_one in cases.values():
+        for number, item in enumerate(of_one):
+            if number * n % len(of_one) >= n:
+                item.add_marker(pytest.mark.slow)
     names = {name: number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: names.get(item.path.name, len(FIRST)))
 

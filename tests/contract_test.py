@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -118,12 +119,11 @@ RUN = {
     "experts": lambda: (run_experts, ROWS),
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# A lower precision takes the same path whatever holds the weights, so two kinds of trees do.
+# Of every kind of tree and both precisions, but each with each only among the slow tests.
+QUICK = [("linen", "float32"), ("nnx", "float32"), ("equinox", "float32"), ("scanned", "bfloat16")]
 KINDS = [
-    pytest.param((kind, dtype), marks=() if quick else pytest.mark.slow)
-    for kind in TREES
-    for dtype in DTYPES
-    for quick in [dtype == "float32" or kind in ("linen", "scanned")]
+    pytest.param(both, marks=[] if both in QUICK else pytest.mark.slow)
+    for both in itertools.product(TREES, DTYPES)
 ]
 RULES = {
     "tensor": lambda s, axes: masks.by_sparsity(s, 0.37, "tensor", layout=axes),

@@ -47,6 +47,7 @@ def read(folder, name):
     return json.loads((folder / NAME / name).read_text())
 
 
+@pytest.mark.slow
 def test_the_cut_model_is_smaller_and_has_its_shapes_next_to_it(finished, plays_dir):
     result = read(finished, "result.json")
     sizes = result["parameters"]
@@ -61,6 +62,7 @@ def test_the_cut_model_is_smaller_and_has_its_shapes_next_to_it(finished, plays_
     assert cuts._losses(small, params) == result["losses"]["recovered"]
 
 
+@pytest.mark.slow
 def test_every_phase_of_a_cut_is_in_the_ledger(finished):
     rows = list(csv.DictReader((finished / "ledger.csv").read_text().splitlines()))
     phases = [row["phase"] for row in rows if row["cell"] == "seed_0/neurons-swe-0.5-restored"]
@@ -69,6 +71,7 @@ def test_every_phase_of_a_cut_is_in_the_ledger(finished):
     assert int(recovered["tokens"]) == 4 * 4 * 16
 
 
+@pytest.mark.slow
 def test_serving_is_measured_in_turns_and_says_how(finished):
     found = read(finished, "serving.json")
     assert {name: len(some) for name, some in found["windows"].items()} == {
@@ -80,6 +83,7 @@ def test_serving_is_measured_in_turns_and_says_how(finished):
     assert len(found["tracking"]) == 2
 
 
+@pytest.mark.slow
 def test_the_report_says_when_it_has_paid_and_draws_it(finished):
     page = (finished / "report" / "report.html").read_text()
     for part in ("against the dense model:", "A mask of the same weights: never", "per request",

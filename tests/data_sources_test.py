@@ -228,6 +228,7 @@ def test_a_folder_is_no_text(tmp_path):
         data.read_named(str(tmp_path))  # of an option, not of a config
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("name", "damage"),
     [

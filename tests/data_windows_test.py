@@ -68,6 +68,7 @@ def test_neighbouring_seeds_share_no_epoch():
     assert not epochs(0) & epochs(1)
 
 
+@pytest.mark.quick(2)
 # 13 starts make an epoch of 3 and a bit batches: the states are at its beginning, in its middle,
 # at its seam, and many epochs on, and always with batches prefetched ahead.
 @pytest.mark.parametrize("before", [0, 1, 3, 4, 50])

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiers
 from interop_tiny import CONFIGS, VOCAB, left_padded, logits, model
 
 from swe_prune import blockwise, importance, masks, parallel, tree
@@ -30,9 +29,8 @@ def models():
     return {name: model(name) for name in NEW}
 
 
-@pytest.mark.parametrize(
-    "name", tiers.only(["gemma3_text", "smollm3", "opt", "mixtral"], "mixtral")
-)
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("name", ["gemma3_text", "smollm3", "opt", "mixtral"])
 def test_greedy_generation_is_that_of_the_whole_text(models, name):
     made, prompts = models[name], [[3, 1, 4, 1, 5, 9, 2], [2, 6, 5]]
     decoder = gpt.build(made.config, VOCAB)
@@ -43,6 +41,7 @@ def test_greedy_generation_is_that_of_the_whole_text(models, name):
         np.testing.assert_array_equal(likeliest[len(prompt) - 1 : -1], new)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["gemma3_text", "mixtral"])
 def test_remat_changes_no_loss_and_no_gradient(models, name):
     made, (tokens_BxL, _) = models[name], left_padded([9, 9], 9)
@@ -90,7 +89,8 @@ def test_an_expert_learns_from_its_own_tokens_only(models):
         assert used.sum() == 1
 
 
-@pytest.mark.parametrize("name", tiers.only(NEW, "gemma2", "mixtral"))
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("name", NEW)
 def test_magnitude_prunes_each_kernel_and_each_expert_by_itself(models, name):
     made = models[name]
     traced = layout(gpt.build(made.config, VOCAB), made.params, TOKENS)
@@ -105,7 +105,8 @@ def test_magnitude_prunes_each_kernel_and_each_expert_by_itself(models, name):
             assert (copies.sum(1) == copies.shape[1] // 2).all()
 
 
-@pytest.mark.parametrize("name", tiers.only(["gemma3_text", "gpt_neox", "mixtral"], "mixtral"))
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt_neox", "mixtral"])
 def test_wanda_goes_block_by_block(models, name):
     made = models[name]
     batches = [left_padded([20, 20], 20, seed)[0] for seed in range(2)]

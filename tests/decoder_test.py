@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiers
 
 from swe_prune import parallel, tree
 from swe_prune.config import ModelConfig, ParallelConfig, RopeConfig
@@ -105,13 +104,9 @@ def test_logits_are_those_of_the_formulas(config):
         )
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
-    ("name", "length"),
-    tiers.only(
-        [*((name, 20) for name in ALL), ("llama", 150), ("window", 150)],
-        ("llama", 20),
-        ("window", 150),
-    ),
+    ("name", "length"), [*((name, 20) for name in ALL), ("llama", 150), ("window", 150)]
 )
 def test_what_is_fed_in_parts_gives_what_is_fed_at_once(name, length):
     config = dataclasses.replace(ALL[name], context=200)
@@ -141,7 +136,8 @@ def test_the_logits_of_the_last_token_alone_are_the_last_of_all(name):
     np.testing.assert_allclose(last, whole[:, -1:], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", tiers.only(list(ALL), "llama"))
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("cached", [False, True])
 def test_padding_on_the_left_changes_nothing(name, cached):
     model, params = make(ALL[name])
@@ -203,9 +199,8 @@ def test_shared_heads_are_heads_that_are_alike():
     )
 
 
-@pytest.mark.parametrize(
-    "config", tiers.first([LLAMA, BIASED, LEARNED], 1), ids=["llama", "biases", "learned"]
-)
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("config", [LLAMA, BIASED, LEARNED], ids=["llama", "biases", "learned"])
 @pytest.mark.parametrize("changes", [{"remat": True}, {"scan_layers": True}], ids=str)
 def test_the_memory_switches_change_no_loss_and_no_gradient(config, changes):
     _, params = make(config)

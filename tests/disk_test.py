@@ -14,7 +14,6 @@ import time
 import numpy as np
 import pretrained_tiny
 import pytest
-import tiers
 import tiny
 
 from swe_prune import checkpoint, cli, errors
@@ -92,17 +91,15 @@ COMMANDS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of tensorstore
 @pytest.mark.parametrize(
     ("name", "limit", "more"),
-    tiers.first(
-        [
-            ("prune", "size=64k", ["--compress"]),
-            ("cut", "nr_inodes=5", []),
-            ("finetune", "size=64k", []),
-        ],
-        1,
-    ),
+    [
+        ("prune", "size=64k", ["--compress"]),
+        ("cut", "nr_inodes=5", []),
+        ("finetune", "size=64k", []),
+    ],
 )
 def test_a_model_that_has_no_room_is_a_sentence_and_is_made_afterwards(
     tmp_path, place, small_disk, capsys, name, limit, more

@@ -15,7 +15,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiers
 import tiny
 
 from swe_prune import cli, study
@@ -152,12 +151,30 @@ def test_the_processes_know_each_other_and_share_the_rows():
     assert len(said[0]["rows"]) == 4
 
 
+def test_two_processes_train_and_prune_as_one(plays_dir, tmp_path):
+    made = settings(plays_dir)
+    one_cell = dataclasses.replace(made.study, criteria=("swe",), cells=())
+    config = tiny.config_file(tmp_path, dataclasses.replace(made, study=one_cell))
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    for command in ("train", "prune"):
+        for code, errors in finish(start(config, together, command)):
+            assert code == 0, errors
+        assert cli.main([command, f"--config={config}", f"--workdir={alone}"]) == 0
+    assert_same_numbers(alone, together, 1)
+
+
+@pytest.mark.slow
 def test_two_processes_have_the_numbers_of_one(alone, together):
+    assert_same_numbers(alone, together, 4)
+    assert (together / "report/report.html").exists()
+
+
+def assert_same_numbers(alone, together, cells):
     assert len(losses(alone)) == 24
     # rtol: the devices add in another order, and the steps carry the difference on.
     np.testing.assert_allclose(losses(together), losses(alone), rtol=1e-5)
     names = sorted(path.parent.name for path in alone.glob("seed_0/cells/*/result.json"))
-    assert len(names) == 4
+    assert len(names) == cells
     for name in names:
         one, two = (
             json.loads((folder / f"seed_0/cells/{name}/result.json").read_text())
@@ -169,7 +186,6 @@ def test_two_processes_have_the_numbers_of_one(alone, together):
             # A weight at the threshold may fall to either side of it.
             if key in one:
                 assert two[key] == pytest.approx(one[key], rel=1e-3)
-    assert (together / "report/report.html").exists()
 
 
 @pytest.mark.slow
@@ -310,17 +326,15 @@ def test_one_that_never_comes_up_is_named(absent, longer, tmp_path):
     assert f"process {absent} of 2 did not come up within 6 s" in sentences(errors)[-1]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("more", "said"),
-    tiers.first(
-        [
-            ((("--config.log_every=3",), ()), "process 1 has log_every = 1 and process 0 3"),
-            ((("--config.parallel.fsdp=3",),) * 2, "a mesh of 4 devices, got data 1 x fsdp 3"),
-            ((("--config.data.batch=6",),) * 2, "config.data.batch = 6 cannot be divided"),
-            (((), ("--config.train.stepz=6",)), "process 1: config.train has no setting 'stepz'"),
-        ],
-        1,
-    ),
+    [
+        ((("--config.log_every=3",), ()), "process 1 has log_every = 1 and process 0 3"),
+        ((("--config.parallel.fsdp=3",),) * 2, "a mesh of 4 devices, got data 1 x fsdp 3"),
+        ((("--config.data.batch=6",),) * 2, "config.data.batch = 6 cannot be divided"),
+        (((), ("--config.train.stepz=6",)), "process 1: config.train has no setting 'stepz'"),
+    ],
     ids=["config", "mesh", "batch", "one wrong"],
 )
 def test_bad_input_is_one_sentence_of_the_first_and_ends_all(more, said, config, tmp_path):

@@ -35,6 +35,7 @@ def given(params):
 OPTIONS = {"table": {"rules": {".*": 0.25}}, "owl": {"groups": "block"}}
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("rule", allocation.names())
 def test_a_rule_allocates_as_if_an_empty_weight_were_not_there(rule):
     options = OPTIONS.get(rule, {})
@@ -71,6 +72,7 @@ def test_criteria_score_what_is_there_and_nothing_else():
         assert getattr(calibration, kind)(forward, params, [X], leaves="kernel")
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("pattern", [None, "1:2", "row", "column", "block:2x2"])
 def test_masks_of_an_empty_weight_are_empty(shape, pattern):

@@ -48,6 +48,7 @@ def without_cache(model, params, prompt, count):
     return tuple(tokens[len(prompt) :])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("config", [GPT2, LLAMA, WINDOWED], ids=["gpt2", "llama", "window"])
 def test_greedy_is_the_argmax_of_the_whole_text_each_time(config):
     model, params = built(config)

@@ -169,6 +169,7 @@ def test_a_phase_at_a_time_ends_with_the_same_table(finished, tmp_path, plays_di
         assert ours == theirs
 
 
+@pytest.mark.slow
 def test_a_rate_that_prunes_everything_stops_before_fine_tuning_and_keeps_the_rest(
     finished, tmp_path, plays_dir, capsys
 ):

@@ -306,6 +306,7 @@ def _place(path, data):
     return kind
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("name", FORMATS)
 @fuzz
 @given(data=st.data())

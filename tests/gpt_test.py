@@ -75,6 +75,7 @@ def test_qkv_bias_follows_use_bias_unless_given():
     assert has(qkv_bias=True) == (True, False)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("given", [0.02, 0.06])
 def test_residual_projections_start_smaller(given):
     config = ModelConfig(layers=8, heads=2, width=64, context=4, init_stddev=given)
@@ -93,6 +94,7 @@ def test_residual_projections_start_smaller(given):
         assert np.std(kernel) == pytest.approx(stddev, rel=0.06)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("length", [1, 5, 12, 97, 256])
 def test_logits_do_not_depend_on_what_follows(length):
     """Through gradients: d logits[t] / d position_embedding[s] is exactly 0 for s > t alone."""
@@ -153,6 +155,7 @@ def numpy_forward(params, tokens_BxL, config):
     return np.stack(result)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     "changes",
     [{}, {"use_bias": True, "qkv_bias": False, "tied_head": False}, {"use_bias": True, "heads": 4}],
@@ -280,6 +283,7 @@ def test_what_cannot_be_built_is_named(changes, message):
         gpt.build(dataclasses.replace(TINY, **changes), SYMBOLS)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("activation", sorted(gpt.ACTIVATIONS))
 def test_every_activation_is_the_one_used(activation):
     model, params = make(dataclasses.replace(TINY, activation=activation))

@@ -36,6 +36,7 @@ def half_mask(params):
     return masks.by_sparsity(scores, 0.5)
 
 
+@pytest.mark.quick(24)
 @pytest.mark.parametrize(("dtype", "shard_bytes"), [("float32", 10**9), ("bfloat16", 2500)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_out_and_in_again_is_bit_identical(tmp_path, name, shard_bytes, dtype):

@@ -267,6 +267,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_model_is_never_twice_in_memory(tmp_path):
     """At the peak there are the parameters, and the largest tensor as it is read and turned round.

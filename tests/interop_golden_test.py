@@ -35,6 +35,7 @@ def golden(name, case):
     return [arrays[f"{case}_{what}"] for what in ("tokens", "valid", "logits")]
 
 
+@pytest.mark.quick(18)
 @pytest.mark.parametrize("case", ["long", "padded", "short"])
 @pytest.mark.parametrize("name", NAMES)
 def test_logits(models, name, case):
@@ -43,6 +44,7 @@ def test_logits(models, name, case):
     assert_logits_close(found[valid_BxL], wanted_BxLxV[valid_BxL])
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in BY_LENGTH])
 def test_logits_of_a_padded_prompt_and_then_one_token_at_a_time(models, name):
     """Of scalings that do not follow the length, whose kept keys are those of the whole text."""

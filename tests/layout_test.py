@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiers
 from flax import linen as nn
 from flax import nnx
 from jax import lax
@@ -690,6 +689,7 @@ def bare(axes):
     return axes.inputs, axes.outputs, axes.copies, axes.kind
 
 
+@pytest.mark.quick(22)
 def test_axes_are_those_of_the_computation(name):
     case, found = CASES[name](), leaves(traced(name))
     for leaf, (axes, _) in case.want.items():
@@ -700,6 +700,7 @@ def test_axes_are_those_of_the_computation(name):
             assert not found[leaf].also
 
 
+@pytest.mark.quick(22)
 def test_every_weight_has_the_norms_and_the_hessian_of_what_it_is_multiplied_with(name):
     case = CASES[name]()
     wanted = {leaf: want for leaf, want in case.want.items() if want[1] is not None}
@@ -777,7 +778,8 @@ def lowest_removed(values, gone):
     return mask.reshape(values.shape)
 
 
-@pytest.mark.parametrize("rule", tiers.only(["row", "tensor", "2:4", "std", "column"], "row"))
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["row", "tensor", "2:4", "std", "column"])
 def test_every_rule_treats_each_copy_and_output_as_its_own(rule):
     scores, axes = everything()
     if rule == "std":

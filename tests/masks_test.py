@@ -48,6 +48,7 @@ def test_global_scope_removes_the_lowest_of_all_together(sparsity):
     np.testing.assert_array_equal(got, lowest_removed(flat, sparsity))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("sparsity", "most"), [(0.5, 0.6), (0.7, 0.7), (0.6, 1.0), (0.3, 0.9)])
 def test_no_tensor_loses_more_than_the_largest_sparsity(sparsity, most):
     given = scores()
@@ -139,6 +140,7 @@ def test_std_rule_in_units_of_the_threshold():
     assert mask["w"].tolist() == [False, True, True]
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("make", [
     lambda s: masks.by_std(s, 0.5),
     lambda s: masks.by_sparsity(s, 0.4, "tensor"),
@@ -237,6 +239,7 @@ def test_of_weights_that_are_all_dense_none_is_counted():
     assert int(masks.revived({"w": jnp.ones(3)}, {"w": None})) == 0
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("scope", ["tensor", "global", "row"])
 @pytest.mark.parametrize("rounding", masks.ROUNDINGS)
 def test_the_last_of_ties_are_the_first_of_what_is_reversed(scope, rounding):
@@ -344,6 +347,7 @@ def compiled_step(optimizer, **extra):
     return step
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_pruned_weights_and_moments_are_0_after_every_step(name):
     optimizer = OPTIMIZERS[name]

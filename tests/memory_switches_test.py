@@ -73,12 +73,14 @@ def assert_same(got, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, expected)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("changes", "accumulate"), SWITCHES)
 def test_loss_and_gradients_are_those_of_the_plain_run(changes, accumulate):
     got = loss_and_gradients(dataclasses.replace(CONFIG, **changes), accumulate)
     assert_same(got, plain())
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("changes", [REMAT, SCAN, BOTH])
 def test_in_bfloat16_they_are_those_of_the_plain_run_in_bfloat16(changes):
     got = loss_and_gradients(dataclasses.replace(CONFIG, dtype="bfloat16", **changes))
@@ -94,12 +96,14 @@ def test_bfloat16_stays_close_to_float32():
     assert 0 < error < 2**-6 * optax.tree.norm(exact_grads)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("changes", [REMAT, SCAN, BOTH])
 def test_the_parameters_keep_their_names_shapes_and_values(changes):
     switched = dataclasses.replace(CONFIG, **changes)
     jax.tree.map(np.testing.assert_array_equal, state_of(switched).params, state_of(CONFIG).params)
 
 
+@pytest.mark.slow
 def test_remat_draws_the_plain_runs_dropout_and_scan_its_own():
     dropout = dataclasses.replace(CONFIG, dropout=0.3)
     scanned = loss_and_gradients(dataclasses.replace(dropout, **SCAN))
@@ -110,6 +114,7 @@ def test_remat_draws_the_plain_runs_dropout_and_scan_its_own():
     assert scanned[0] != plain(dropout=0.3)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, SCAN, BOTH])
 def test_two_layers_of_equal_weights_drop_different_activations(changes):
     """Each block adds ones that dropout doubles or drops, and nothing else is there.
@@ -135,6 +140,7 @@ def test_two_layers_of_equal_weights_drop_different_activations(changes):
     assert np.mean(np.equal(counts, 3)) > 0.5
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("changes", [SCAN, BOTH])
 def test_scanned_layers_are_one_block_of_program(changes):
     three, six = (dataclasses.replace(CONFIG, layers=layers) for layers in (3, 6))
@@ -167,6 +173,7 @@ def bytes_of(values):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(values))
 
 
+@pytest.mark.slow
 def test_scan_with_remat_takes_less_memory():
     """Of the unscanned layers XLA on CPU runs all of them again at once, and saves nothing."""
     config = dataclasses.replace(CONFIG, layers=8, context=64, **SCAN)

@@ -124,6 +124,7 @@ def test_it_is_made_again_with_the_same_numbers(finished, work, capsys, damage, 
     assert rows(work) == rows(finished)
 
 
+@pytest.mark.slow
 def test_masks_that_only_evaluate_reads_are_made_again_as_it_says(finished, work, capsys):
     flip(work / CELL / "masks/0")
     capsys.readouterr()

@@ -72,6 +72,7 @@ def assert_held(model, optimizer, mask):
     assert moments >= 4
 
 
+@pytest.mark.quick(7)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("source", [*SOURCES, "prune"])
 def test_zeros_and_their_moments_stay_zero(name, source):

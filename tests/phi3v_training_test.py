@@ -87,6 +87,7 @@ def test_the_loss_is_the_mean_over_the_answers(model, params, batch):
     np.testing.assert_allclose(summed, wanted * batch["weights"].sum(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_in_parts_tracks_and_leaves_the_unused_weights_as_they_are(model, params, batch):
     still = frozen(CONFIG, params, PHASE)
     optimizer = optimizer_lib.build(PHASE, 4, frozen=still)
@@ -170,6 +171,7 @@ def test_the_traced_layout_knows_the_kernels_of_both_towers(model, params, batch
     )
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "request_",
     [

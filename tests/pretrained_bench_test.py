@@ -17,6 +17,7 @@ def place(tmp_path_factory):
     return pretrained_tiny.make(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.mark.slow
 def test_two_models_side_by_side_as_a_table_and_as_json(place, capsys):
     command = ["bench", f"--model={place.model}", f"--against={place.model}", *QUICK]
     assert cli.main(command) == 0

@@ -122,6 +122,7 @@ def pruned(folder):
     }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
 def test_prune_takes_from_the_chosen_weights_only_and_records_the_rules(
     place, tmp_path, capsys, criterion
@@ -216,6 +217,7 @@ def test_a_finetuning_tracks_the_chosen_weights_and_prune_takes_those(place, tmp
     assert "tracks none of the chosen weights, but those of blocks :1;" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_adapters_are_of_the_chosen_weights(place, tmp_path):
     out = tmp_path / "out"
     more = ["--lora-rank=2", "--steps=2", "--warmup=1", "--learning-rate=1e-2", "--blocks=1:"]

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pretrained_tiny
 import pytest
-import tiers
 
 from swe_prune import cli, interop, masks, tree
 from swe_prune.cli import parsing
@@ -56,22 +55,20 @@ def zeros(params, mask):
     return removed
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("criterion", "more", "share"),
-    tiers.first(
-        [
-            ("magnitude", ["--pattern=2:4"], 0.5),
-            ("wanda", ["--sparsity=0.5", "--allocation=owl"], 0.5),
-            ("sparsegpt", ["--sparsity=0.5", "--offload"], 0.5),
-            ("magnitude", ["--sparsity=0.5"], 0.5),
-            ("random", ["--sparsity=0.25", "--scope=global"], 0.25),
-            ("wanda", ["--sparsity=0.5"], 0.5),
-            ("wanda", ["--pattern=2:4"], 0.5),
-            ("wanda", ["--sparsity=0.5", "--at-once", "--scope=row"], 0.5),
-            ("taylor", ["--sparsity=0.5"], 0.5),
-        ],
-        3,
-    ),
+    [
+        ("magnitude", ["--sparsity=0.5"], 0.5),
+        ("magnitude", ["--pattern=2:4"], 0.5),
+        ("random", ["--sparsity=0.25", "--scope=global"], 0.25),
+        ("wanda", ["--sparsity=0.5"], 0.5),
+        ("wanda", ["--pattern=2:4"], 0.5),
+        ("wanda", ["--sparsity=0.5", "--at-once", "--scope=row"], 0.5),
+        ("wanda", ["--sparsity=0.5", "--allocation=owl"], 0.5),
+        ("sparsegpt", ["--sparsity=0.5", "--offload"], 0.5),
+        ("taylor", ["--sparsity=0.5"], 0.5),
+    ],
     ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else str(value),
 )
 def test_prune_writes_a_model_with_its_zeros_and_its_record(
@@ -121,6 +118,7 @@ def test_without_a_criterion_the_best_measured_is_done_and_said(place, tmp_path,
         assert "ADMM chooses the mask" in capsys.readouterr().out.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_swe_needs_the_trajectory_that_a_tracked_finetuning_leaves(place, tmp_path, capsys):
     assert prune(place, tmp_path / "no", "--criterion=swe", "--sparsity=0.5") == 2
     assert "finetune --track" in capsys.readouterr().err
@@ -139,11 +137,9 @@ def test_swe_needs_the_trajectory_that_a_tracked_finetuning_leaves(place, tmp_pa
             assert mean[~np.asarray(kept)].max() <= mean[np.asarray(kept)].min()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
-    "more",
-    tiers.first(
-        [["--lora-rank=2"], [], ["--teacher=MODEL", "--temperature=2"], ["--accumulate=2"]], 1
-    ),
+    "more", [[], ["--lora-rank=2"], ["--teacher=MODEL", "--temperature=2"], ["--accumulate=2"]]
 )
 def test_finetuning_a_pruned_model_keeps_its_zeros_and_lowers_its_loss(place, tmp_path, more):
     pruned, tuned = tmp_path / "pruned", tmp_path / "tuned"
@@ -159,6 +155,7 @@ def test_finetuning_a_pruned_model_keeps_its_zeros_and_lowers_its_loss(place, tm
     assert found["finetuned"]["nats_per_token"] < found["before"]["nats_per_token"]
 
 
+@pytest.mark.slow
 def test_a_finetuning_that_was_stopped_goes_on_to_the_same_weights(place, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     more = ["--steps=8", "--checkpoint-every=2", "--learning-rate=1e-3"]
@@ -407,6 +404,7 @@ def test_an_output_folder_that_cannot_be_made_is_said_before_work(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_finetuning_that_diverges_in_its_last_steps_exports_nothing(place, tmp_path, capsys):
     more = ["--steps=2", "--learning-rate=3e38", "--weight-decay=1e38", "--warmup=0"]
     assert finetune(place, tmp_path / "out", *more) == 1
@@ -434,6 +432,7 @@ def pruned(place, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_what_is_said_to_have_no_effect_has_none(place, pruned, tmp_path, capsys):
     assert prune(place, tmp_path / "a", "--criterion=magnitude", "--sparsity=0.5") == 0
     said = "".join(capsys.readouterr()).replace("\n", " ")

@@ -29,6 +29,7 @@ def cut(place, out, *more, model=None):
     )  # fmt: skip
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("units", "criterion", "more", "wanted"),
     [
@@ -98,6 +99,7 @@ def test_a_cut_model_is_tuned_pruned_evaluated_and_cut_again(place, tmp_path, ca
     assert np.isfinite(np.asarray(logits)).all()
 
 
+@pytest.mark.slow
 def test_a_model_without_some_layers_learns_the_outputs_of_its_teachers(place, tmp_path, capsys):
     short, tuned, second = tmp_path / "short", tmp_path / "tuned", tmp_path / "second.txt"
     second.write_text("Numbers: " + " ".join(map(str, range(900))))
@@ -120,6 +122,7 @@ def test_a_model_without_some_layers_learns_the_outputs_of_its_teachers(place, t
     assert "no kept_units.json says which" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("units", "criterion"),
     [
@@ -204,6 +207,7 @@ def test_bad_settings_get_one_sentence_before_a_weight_is_read(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_is_refused_before_work(place, tmp_path, capsys):
     path, _ = folder(tmp_path / "gpt2", "gpt2")
     heads = ["--units=heads", "--criterion=magnitude", "--sparsity=0.5"]

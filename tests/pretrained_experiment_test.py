@@ -56,6 +56,7 @@ def done(place, tmp_path_factory):
     return folder / "w", arguments
 
 
+@pytest.mark.slow
 def test_it_starts_from_the_checkpoint(place, done):
     workdir, _ = done
     result = json.loads((workdir / "seed_0" / "dense" / "result.json").read_text())
@@ -70,6 +71,7 @@ def test_it_starts_from_the_checkpoint(place, done):
     )
 
 
+@pytest.mark.slow
 def test_each_cell_says_what_it_wrote_and_how_far_it_is_from_the_dense_model(done):
     workdir, _ = done
     with (workdir / "results.csv").open() as file:
@@ -86,6 +88,7 @@ def test_each_cell_says_what_it_wrote_and_how_far_it_is_from_the_dense_model(don
         assert found["finetuned_samples"][0]["text"]
 
 
+@pytest.mark.slow
 def test_the_report_shows_them(done):
     workdir, _ = done
     page = (workdir / "report" / "report.html").read_text()

@@ -31,8 +31,15 @@ def sections(page):
             yield text.splitlines()[0], blocks
 
 
+SLOW = "docs/structured.md"  # trains models to cut them
+
 EXAMPLES = [
-    pytest.param(page, blocks, id=f"{page}: {heading}")
+    pytest.param(
+        page,
+        blocks,
+        id=f"{page}: {heading}",
+        marks=[pytest.mark.slow] * (page == SLOW),
+    )
     for page in PAGES
     for heading, blocks in sections(page)
 ]

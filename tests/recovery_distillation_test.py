@@ -281,6 +281,7 @@ def hidden_after(model, params, inputs, blocks):
     return np.asarray(seen[0], np.float64)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("remat", [False, True])
 def test_features_are_the_relative_distance_of_the_paired_blocks(remat):
     config = dataclasses.replace(SHALLOW.config, remat=remat)
@@ -352,6 +353,7 @@ def test_weights_of_one_are_the_plain_loss():
     assert_same(gradients(params, batch_of(0, weights=ones)), gradients(params, batch_of(0)))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("dtype", [np.float32, bool])
 def test_padding_does_not_count_whatever_it_is(accumulate, dtype):

@@ -68,6 +68,7 @@ def test_the_blocks_with_open_gates_are_the_dense_mlp_and_else_their_weighted_su
     )
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("tau", [0.0, 0.3, 0.5, 0.8, 0.999])
 def test_skipping_changes_nothing(arrays, tau):
     x, weights, q = arrays

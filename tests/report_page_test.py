@@ -84,12 +84,14 @@ def test_every_figure_has_its_own_words_and_every_table_its_caption(built):
             assert line.count("<td") == width - 1
 
 
+@pytest.mark.slow
 def test_building_again_gives_the_same_bytes(tmp_path):
     workdir = make(tmp_path, seeds=(0,), std_seeds=(), criteria=("swe",), details=False)
     first = {path: path.read_bytes() for path in report.build(workdir)}
     assert {path: path.read_bytes() for path in report.build(workdir)} == first
 
 
+@pytest.mark.slow
 def test_nothing_finetuned_yet(tmp_path):
     workdir = make(
         tmp_path,

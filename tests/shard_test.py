@@ -131,6 +131,7 @@ def test_who_comes_second_says_so_and_waits(tmp_path):
         assert said == []
 
 
+@pytest.mark.slow
 def test_what_another_process_finished_meanwhile_is_not_done_again(whole, monkeypatch):
     cells = [(0, grid.cells(whole.config))]
     monkeypatch.setattr(

@@ -58,11 +58,15 @@ def test_the_citation_has_the_version():
     assert citation["license"] == "Apache-2.0"
 
 
-def test_the_workflow_runs_what_ci_runs():
-    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+@pytest.mark.parametrize(
+    ("name", "command"), [("ci", "bash .ci/run"), ("all_tests", "make test-all")]
+)
+def test_the_workflows_run_what_ci_and_a_maintainer_run(name, command):
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())
     commands = [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step]
-    assert commands == ["bash .ci/run"]
+    assert commands == [command]
     assert (ROOT / ".ci" / "run").exists()
+    assert "\ntest-all:" in (ROOT / "Makefile").read_text()
 
 
 def test_doctests_and_lists_of_docstrings_become_code(monkeypatch):

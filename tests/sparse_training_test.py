@@ -80,6 +80,7 @@ def exchanges():
     }
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("regrown", sparse_training.REGROWN)
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.3, 0.5, 1.0])
@@ -278,6 +279,7 @@ TREES = {
 }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [("linen", "float32"), ("nnx", "bfloat16"), ("equinox", "float32"), ("tuples", "bfloat16")],
@@ -315,6 +317,7 @@ def test_every_tree_and_width_goes_through_every_function(kind, dtype):
     assert jax.tree.structure(moved) == jax.tree.structure(params)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("name", ["adam", "sgd", "adafactor", "lion", "MultiSteps", "chain"])
 def test_no_zero_comes_back_while_rigl_trains(name):
     optimizer, mask = OPTIMIZERS[name](), some_masks(3)
@@ -617,6 +620,7 @@ def lowest_removed(scores, gone):
     return kept
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(
     ("scope", "regrow"), [("tensor", False), ("global", False), ("global", True)]
 )

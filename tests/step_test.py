@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiers
 
 from swe_prune import importance, masks, recipe, trajectory, tree
 from swe_prune.config import ModelConfig, PhaseConfig
@@ -56,17 +55,15 @@ def half(params):
     return masks.by_sparsity(importance.score("magnitude", params), 0.5)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "optimizer",
-    tiers.first(
-        [
-            ADAMW,
-            optax.sgd(0.1, momentum=0.9),
-            optax.lion(1e-3, weight_decay=0.1),
-            optax.chain(optax.add_noise(0.1, 0.5, 0), optax.adam(1e-2)),
-        ],
-        2,
-    ),
+    [
+        ADAMW,
+        optax.sgd(0.1, momentum=0.9),
+        optax.lion(1e-3, weight_decay=0.1),
+        optax.chain(optax.add_noise(0.1, 0.5, 0), optax.adam(1e-2)),
+    ],
     ids=["adamw", "momentum", "lion", "noisy adam"],
 )
 def test_pruned_weights_are_zero_after_every_step_and_so_are_their_moments(params, optimizer):
@@ -114,6 +111,7 @@ WITHOUT_DROPOUT = gpt.build(ModelConfig(layers=1, heads=2, width=16, context=8),
 SGD = optax.sgd(0.1)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_batch_in_parts_is_the_same_step(params, parts):
     outcomes = []
@@ -248,6 +246,20 @@ def test_the_schedule_warms_up_and_ends_at_the_final_rate():
     assert float(rate(100)) == pytest.approx(1e-3)
     values = [float(rate(i)) for i in range(10, 101)]
     assert values == sorted(values, reverse=True)
+
+
+def test_a_rate_stays_at_its_peak_until_it_decays():
+    phase = PhaseConfig(learning_rate=1e-2, final_learning_rate=1e-3, warmup=10)
+    plain = optax.warmup_cosine_decay_schedule(1e-2 / 11, 1e-2, 10, 100, 1e-3)
+    found = optimizer_lib.schedule(phase, 100)
+    assert [float(found(i)) for i in range(101)] == [float(plain(i)) for i in range(101)]
+    late = optimizer_lib.schedule(dataclasses.replace(phase, decay_from=0.8), 100)
+    assert [float(late(i)) for i in range(10)] == [float(plain(i)) for i in range(10)]
+    assert [float(late(i)) for i in range(10, 81)] == pytest.approx([1e-2] * 71)
+    assert float(late(90)) == pytest.approx(5.5e-3)  # half of the way down a cosine
+    assert float(late(100)) == pytest.approx(1e-3)
+    constant = optimizer_lib.schedule(dataclasses.replace(phase, final_learning_rate=1e-2), 100)
+    assert [float(constant(i)) for i in range(10, 101)] == pytest.approx([1e-2] * 91)
 
 
 def test_a_recipe_gives_the_requested_sparsity_and_names_what_it_cannot(params):

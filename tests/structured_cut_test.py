@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiers
 from interop_tiny import CONFIGS, assert_same_params, logits, model
 
 from swe_prune import importance, interop, masks, structured, trajectory, tree
@@ -57,7 +56,8 @@ def masked(made, groups, keep):
     return dataclasses.replace(made, params=masks.apply(made.params, mask))
 
 
-@pytest.mark.parametrize("name", tiers.only(FAMILIES, "gpt2", "phi3", "mixtral window"))
+@pytest.mark.quick(3)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_cut_logits_are_masked_logits(name):
     made = model(name)
     groups = all_groups(made.config, attention_units(made.config))
@@ -106,7 +106,8 @@ def test_layers_of_their_own_widths_are_computed_and_not_exported(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", tiers.only(FAMILIES, "gpt2", "phi3", "mixtral window"))
+@pytest.mark.quick(3)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_export_and_import_again_is_bit_identical_or_refused(tmp_path, name):
     made = model(name)
     for units in ("neurons", attention_units(made.config), "layers"):

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiers
 
 from swe_prune import calibration, structured
 from swe_prune.blockwise import prune_blocks
@@ -155,7 +154,8 @@ def test_each_layer_of_a_stack_is_refitted_alone():
 CONFIG = ModelConfig(layers=2, heads=4, kv_heads=2, width=16, context=16, hidden=32)
 
 
-@pytest.mark.parametrize("units", tiers.first(["neurons", "heads"], 1))
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("units", ["neurons", "heads"])
 def test_a_cut_model_is_nearer_to_the_dense_one_with_the_refit(units):
     module = gpt.build(CONFIG, vocab_size=11)
     batches = RNG.integers(0, 11, (4, 4, 16)).astype(np.int32)

@@ -537,6 +537,7 @@ NAMES_OF_TWO = ["tensor-magnitude-0.5", "tensor-magnitude-0.6"]
 SWEEPS = sorted((Path(__file__).parents[1] / "configs" / "sweeps").glob("*.py"))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_the_sweeps_that_come_along_can_be_run(path, plays_dir, tmp_path):
     settings = load(path, [f"data.data_dir={plays_dir}"])

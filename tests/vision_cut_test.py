@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pretrained_tiny
 import pytest
-import tiers
 import tiny
 from image_text_test import encoded, picture, table
 from pretrained_commands_test import QUICK
@@ -79,7 +78,8 @@ def run():
     return jax.jit(phi3v.build(CONFIG, VOCAB).apply)
 
 
-@pytest.mark.parametrize("units", tiers.first(list(UNITS), 2))
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("units", UNITS)
 def test_cut_logits_are_masked_logits(params, inputs, run, units):
     groups = structured.groups(CONFIG, units)
     keep = half(groups)
@@ -119,6 +119,7 @@ def test_operations_of_a_token_are_those_of_the_decoder(params):
     assert structured.flops(CONFIG, params) == alone
 
 
+@pytest.mark.slow
 def test_latency_of_prompts_with_pictures(params):
     load = latency.Workload(batch=2, prompt=20, new=2, crops=2)
     model = phi3v.build(CONFIG, VOCAB)
@@ -173,7 +174,8 @@ def experiment(tmp_path_factory):
     return study.setup(settings(folder), folder / "work")
 
 
-@pytest.mark.parametrize("restore", tiers.only([False, True], True))
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("restore", [False, True])
 def test_neurons_of_the_tower_go_by_what_they_compute(experiment, restore):
     """Nothing is known of the last block, which is cut to the width of the others."""
     cut = CutConfig("vision_neurons", 0.5, restore=restore)
@@ -272,15 +274,13 @@ def folder(tmp_path_factory):
     return place
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("units", "criterion", "more"),
-    tiers.first(
-        [
-            ("layers", "block_influence", []),
-            ("neurons", "input_norm_product", ["--restore"]),
-        ],
-        1,
-    ),
+    [
+        ("neurons", "input_norm_product", ["--restore"]),
+        ("layers", "block_influence", []),
+    ],
 )
 def test_the_decoder_of_a_folder_is_cut(folder, tmp_path, capsys, units, criterion, more):
     out = tmp_path / "out"

@@ -13,7 +13,7 @@ from swe_prune.recipe import check as check_recipe
 PHASE: dict[str, Bound] = {
     **dict.fromkeys(("learning_rate", "clip"), POSITIVE),
     **dict.fromkeys(("final_learning_rate", "weight_decay"), NOT_NEGATIVE),
-    **dict.fromkeys(("b1", "b2"), SHARE),
+    **dict.fromkeys(("b1", "b2", "decay_from"), SHARE),
     **dict.fromkeys(("accumulate", "keep_latest", "stop_after_skipped"), COUNT),
 }
 """Range of each number of a phase."""

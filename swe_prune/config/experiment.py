@@ -52,6 +52,7 @@ class PhaseConfig:
     learning_rate: float = 1e-3  # peak learning rate
     final_learning_rate: float = 1e-4  # learning rate at the end of the cosine decay
     warmup: Duration = 100  # length of the linear warm-up
+    decay_from: float = 0.0  # share of the steps from which the rate decays; 0: from the warm-up
     weight_decay: float = 0.1  # weight decay of AdamW
     b1: float = 0.9  # decay rate of AdamW's first moment
     b2: float = 0.99  # decay rate of AdamW's second moment

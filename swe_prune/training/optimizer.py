@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and cosine decay, built from the settings of a phase."""
+"""AdamW with linear warm-up, a stable part if any and cosine decay, from the settings of a phase."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,23 +13,25 @@ from swe_prune.sparse_training import rewound_schedule
 
 
 def schedule(phase: PhaseConfig, steps: int) -> optax.Schedule:
-    """Returns the learning rate schedule: linear warm-up, then cosine decay.
+    """Returns the learning rate schedule: linear warm-up, a stable part if any, cosine decay.
 
     Step i of a warm-up of n steps has the rate peak · (i + 1) / (n + 1), as in nanoGPT, so that the
-    first step moves the weights too and step n is the first at the peak.
+    first step moves the weights too and step n is the first at the peak. The decay begins after the
+    share `decay_from` of the steps; a final rate equal to the peak gives a constant schedule.
 
     Args:
         phase: Settings of the phase; a warm-up longer than the phase is cut to its length.
         steps: Number of steps of the phase, at which the final learning rate is reached.
     """
     warmup = min(to_steps(phase.warmup, total=steps), steps)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=phase.learning_rate / (warmup + 1),
-        peak_value=phase.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=max(steps, warmup + 1),
-        end_value=phase.final_learning_rate,
-    )
+    stable = max(round(phase.decay_from * steps), warmup)
+    peak = phase.learning_rate
+    parts = [optax.linear_schedule(peak / (warmup + 1), peak, warmup)]
+    if stable > warmup:
+        parts.append(optax.constant_schedule(peak))
+    decay = max(steps, stable + 1) - stable
+    parts.append(optax.cosine_decay_schedule(peak, decay, phase.final_learning_rate / peak))
+    return optax.join_schedules(parts, [warmup, stable][: len(parts) - 1])
 
 
 def build(

@@ -196,6 +196,19 @@ def test_selections_of_each_array_over_shards_are_those_of_one_device(mesh, ties
             np.testing.assert_array_equal(a, select.top_k_mask(x, k, ties=ties))
 
 
+def test_a_smallest_share_of_each_array_takes_two_selections_over_shards(mesh, monkeypatch):
+    spread, alone = mixed(mesh)
+    least = [round(0.3 * x.size) for x in alone]
+    k = round(0.5 * sum(x.size for x in alone))
+    wanted = select.top_k_masks_of_each(alone, k, least)
+    made, compiled = [], radix.compiled
+    monkeypatch.setattr(radix, "compiled", lambda *a: made.append(a[1]) or compiled(*a))
+    got = select.top_k_masks_of_each(spread, k, least)
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert made == [(0, 1, 2, 3, 4), (0,) * 5]  # of five collectives at most, as counted below
+
+
 def test_infinities_zeros_and_nan_over_shards(mesh):
     x = np.array([np.inf, -np.inf, 0.0, -0.0, 1e-42, -1e-42, 3.0, -3.0], np.float32)
     spread = jax.device_put(x, NamedSharding(mesh, P(("x", "y"))))
