@@ -1,16 +1,18 @@
 """One-shot pruning of a pretrained model, from the bare checkpoint, in and out of its domain.
 
     python benchmarks/one_shot.py                      SmolLM2-135M, one seed
-    python benchmarks/one_shot.py --seeds 0 1 2 --scored=16384 --sparsities 0.5 0.6 0.7
+    python benchmarks/one_shot.py --seeds 0 1 2 --scored=16384 --sparsities 0.5 0.6 0.7 2:4
 
 Every method gets the same calibration windows of Shakespeare's plays, nothing else, and the model
 as it comes. `fisher-P` scores each weight by w² E[g²]^P, one gradient an example, and ranks all
-tensors together, none of which loses more than 95 %. `+admm` restores the weights that stay, block
-after block, judged on the last eighth of the windows; `+admm:TARGET` towards another target;
-`+admm:blind` without a judge. `sparsegpt@fisher-P` and `admm@fisher-P` prune to the sparsities per
-tensor that `fisher-P` gives. Perplexity is that of held-out plays, of Python source (the installed
-jax package) and of prose (the licences of the installed packages). "of SparseGPT" is the increase
-over the dense model's perplexity as a multiple of SparseGPT's, median over seeds.
+tensors together, none of which loses more than 95 %; with n:m it chooses within each group.
+`+admm` restores the weights that stay, block after block, judged on the last eighth of the windows;
+`+admm:TARGET` towards another target; `+admm:blind` without a judge; `+local` trains each block
+towards the dense model's activations, and `+admm+local` does one after the other.
+`sparsegpt@fisher-P` and `admm@fisher-P` prune to the sparsities per tensor that `fisher-P` gives.
+Perplexity is that of held-out plays, of Python source (the installed jax package) and of prose (the
+licences of the installed packages). "of SparseGPT" is the increase over the dense model's
+perplexity as a multiple of SparseGPT's, median over seeds.
 """
 
 import argparse
@@ -32,7 +34,17 @@ from accounts import accounted
 from rich.console import Console
 from rich.table import Table
 
-from swe_prune import allocation, blockwise, calibration, data, importance, interop, masks, tree
+from swe_prune import (
+    allocation,
+    blockwise,
+    calibration,
+    data,
+    importance,
+    interop,
+    masks,
+    patterns,
+    tree,
+)
 from swe_prune.evaluation import perplexity, protocols
 from swe_prune.models import gpt
 from swe_prune.training import step
@@ -52,16 +64,23 @@ MORE = (
     "fisher-0.5+admm:blind",
     "fisher-1+admm:blind",
     *(f"fisher-{p}+admm:{target}" for p in ("0.5", "1") for target in blockwise.TARGETS[1:]),
+    "fisher-0.5+local",
+    "fisher-0.5+admm+local",
 )
 """Methods and ablations that run only when they are asked for."""
 MAX_SPARSITY = 0.95
+
+
+def amount(given: str) -> float | str:
+    """Returns a share to remove, or a pattern n:m as it is."""
+    return given if ":" in given and patterns.parse_n_of_m(given) else float(given)
 
 
 def parse() -> argparse.Namespace:
     """Returns the options of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="a GGUF file or a Hugging Face folder")
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.6])
+    parser.add_argument("--sparsities", type=amount, nargs="+", default=[0.5, 0.6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--windows", type=int, default=80)
     parser.add_argument("--length", type=int, default=128, help="tokens of a calibration window")
@@ -117,7 +136,7 @@ def scored(model: Any, module: Any, params: Any, texts: dict[str, np.ndarray], n
     return found
 
 
-def prune(method: str, sparsity: float, given: dict[str, Any]) -> tuple[Any, Any]:
+def prune(method: str, sparsity: float | str, given: dict[str, Any]) -> tuple[Any, Any]:
     """Returns the pruned parameters and the masks of one method."""
     arguments: dict[str, Any] = {"blocks": gpt.BLOCKS}
     name, _, restore = method.partition("+")
@@ -130,22 +149,27 @@ def prune(method: str, sparsity: float, given: dict[str, Any]) -> tuple[Any, Any
             "fisher", given["params"], measured=given["measured"], power=power
         )
     if solver:
-        amount: Any = sparsity
-        if ranked:
-            amount = allocation.by_curvature(scores, sparsity, max_sparsity=MAX_SPARSITY)
+        how: dict[str, Any] = {"sparsity": sparsity}
+        if isinstance(sparsity, str):
+            how = {"pattern": sparsity}  # which fixes what each tensor loses
+        elif ranked:
+            how["sparsity"] = allocation.by_curvature(scores, sparsity, max_sparsity=MAX_SPARSITY)
         params, mask, _ = blockwise.prune_blocks(
-            given["module"], variables, given["batches"], method=solver, sparsity=amount,
-            **arguments,
-        )  # fmt: skip
+            given["module"], variables, given["batches"], method=solver, **how, **arguments
+        )
         return params, mask
-    mask = masks.by_sparsity(scores, sparsity, "global", max_sparsity=MAX_SPARSITY)
+    if isinstance(sparsity, str):
+        n, m = patterns.parse_n_of_m(sparsity)
+        mask = masks.by_sparsity(scores, 1 - n / m, pattern=sparsity)
+    else:
+        mask = masks.by_sparsity(scores, sparsity, "global", max_sparsity=MAX_SPARSITY)
     if not restore:
         return masks.apply(given["params"], mask), mask
-    restore, _, how = restore.partition(":")
-    if how == "blind":
+    restore, _, how_to = restore.partition(":")
+    if how_to == "blind":
         arguments["holdout"] = ()
-    elif how:
-        arguments["target"] = how
+    elif how_to:
+        arguments["target"] = how_to
     params, mask, reports = blockwise.prune_blocks(
         given["module"], variables, given["batches"], mask=mask, restore=restore, **arguments
     )
@@ -259,7 +283,8 @@ def show(dense: dict[str, float], rows: list[Any], options: argparse.Namespace, 
                     for n, d in dense.items()
                 ]
             seconds = f"{statistics.median(r['seconds'] for r in own):.0f}"
-            table.add_row(method, f"{sparsity:.0%}", *values, *shares, seconds)
+            shown = sparsity if isinstance(sparsity, str) else f"{sparsity:.0%}"
+            table.add_row(method, shown, *values, *shares, seconds)
     Console(width=140).print(table)
 
 

@@ -94,7 +94,7 @@ FOLLOWED = {
 }  # fmt: skip
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_the_option_that_a_message_names_works(place, tmp_path, fails, name):
     command, wrong, said, right = FOLLOWED[name]

@@ -311,6 +311,7 @@ def most_alive(layers, monkeypatch, **options):
     return max(seen) - before, size(block), hessians, activations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", [False, True])
 def test_one_block_its_hessians_and_the_activations_are_in_memory_at_a_time(monkeypatch, offload):
     alive, block, hessians, activations = most_alive(2, monkeypatch, offload=offload)
@@ -321,6 +322,7 @@ def test_one_block_its_hessians_and_the_activations_are_in_memory_at_a_time(monk
     assert deeper <= alive + 0.05 * block
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "rule"),
     [(Plain(4), BLOCKS), (Foreign(), r"layers_\d")],

@@ -183,7 +183,7 @@ def test_a_lease_is_one_processs_until_it_lets_go(objects):
         pass
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 def test_a_dead_holder_is_waited_out_by_the_longer_of_both_times(objects):
     written(objects, patience=4)
     began = time.monotonic()

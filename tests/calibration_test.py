@@ -159,6 +159,7 @@ GROUPED = {  # model and parameters, groups, and the axes (groups, members, in, 
 }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", GROUPED)
 def test_each_output_of_a_grouped_convolution_has_the_norms_of_its_group(name):
     make, groups, order = GROUPED[name]
@@ -220,6 +221,7 @@ def tokens(n=6, length=6, seed=0):
     return np.random.default_rng(seed).integers(0, 11, (n, length)).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_a_model_that_flattens_its_batch_is_divided_by_its_sequences():
     model = tiny_gpt()
     variables = jax.jit(model.init)(jax.random.key(0), tokens())

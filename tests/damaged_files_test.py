@@ -191,6 +191,7 @@ def test_tensors_of_a_gguf_file_that_share_bytes_are_refused(tmp_path, to):
         interop.load(path, tokenizer=False)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("make", [compressed, mask_file, saved], ids=lambda make: make.__name__)
 def test_no_damage_of_our_own_formats_is_taken_silently(tmp_path, make):
     path, read, folder = make(tmp_path)
@@ -327,6 +328,7 @@ FILES = (
 )  # fmt: skip
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("name", FILES)
 def test_damaged_files_of_a_run(finished, name):
     path = sorted(finished.glob(name))[0]

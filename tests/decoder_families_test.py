@@ -29,7 +29,7 @@ def models():
     return {name: model(name) for name in NEW}
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3_text", "smollm3", "opt", "mixtral"])
 def test_greedy_generation_is_that_of_the_whole_text(models, name):
     made, prompts = models[name], [[3, 1, 4, 1, 5, 9, 2], [2, 6, 5]]
@@ -41,7 +41,7 @@ def test_greedy_generation_is_that_of_the_whole_text(models, name):
         np.testing.assert_array_equal(likeliest[len(prompt) - 1 : -1], new)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3_text", "mixtral"])
 def test_remat_changes_no_loss_and_no_gradient(models, name):
     made, (tokens_BxL, _) = models[name], left_padded([9, 9], 9)

@@ -92,6 +92,7 @@ def numpy_logits(params, tokens_L, config):
     return dense(norm(x, p["final_norm"]), p["head"])
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("config", [LLAMA, NARROW, BIASED], ids=["llama", "window", "biases"])
 def test_logits_are_those_of_the_formulas(config):
     model, params = make(config)
@@ -124,6 +125,7 @@ def test_what_is_fed_in_parts_gives_what_is_fed_at_once(name, length):
     )
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["llama", "learned"])
 def test_the_logits_of_the_last_token_alone_are_the_last_of_all(name):
     model, params = make(ALL[name])

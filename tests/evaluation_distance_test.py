@@ -55,6 +55,7 @@ def scored(model, dense, pruned):
             return divergence, same
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("bytes_at_once", [losses.LOGITS_BYTES, 1])
 def test_the_divergence_is_that_of_float64(pair, bytes_at_once, monkeypatch):
     monkeypatch.setattr(losses, "LOGITS_BYTES", bytes_at_once)

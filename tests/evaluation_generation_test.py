@@ -59,6 +59,7 @@ def test_greedy_is_the_argmax_of_the_whole_text_each_time(config):
     assert found.ended == (False,) * 4
 
 
+@pytest.mark.slow
 def test_a_prompt_alone_is_answered_as_among_others(small):
     model, params = small
     together = generate(model, params, PROMPTS, 10, sampling=GREEDY, seed=0)
@@ -84,6 +85,7 @@ def test_what_is_drawn_depends_on_seed_and_place_alone(small):
     assert all(len({*tokens}) > 4 for tokens in even)  # each step draws anew
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [8, 12])  # 32 tokens are whole parts, and a rest with them
 def test_a_long_prompt_is_taken_in_parts(small, at_once, monkeypatch):
     model, params = small

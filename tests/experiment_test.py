@@ -104,6 +104,7 @@ def test_the_masks_on_disk_are_those_of_the_table(finished, plays_dir):
         assert float(row["sparsity_prunable"]) == summary.sparsity
 
 
+@pytest.mark.slow
 def test_running_again_changes_nothing(finished, plays_dir, capsys):
     before = (finished / "results.csv").read_bytes()
     stamps = {p: p.stat().st_mtime_ns for p in finished.glob("seed_*/**/result.json")}

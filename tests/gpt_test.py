@@ -75,7 +75,7 @@ def test_qkv_bias_follows_use_bias_unless_given():
     assert has(qkv_bias=True) == (True, False)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [0.02, 0.06])
 def test_residual_projections_start_smaller(given):
     config = ModelConfig(layers=8, heads=2, width=64, context=4, init_stddev=given)

@@ -85,6 +85,7 @@ def halved(name, dtype):
     )
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("name", "dtype", "most"), [("llama", "float32", 0.55),
                          ("phi3", "float32", 0.55), ("gpt2", "bfloat16", 0.5625 + 1e-3),
                          ("mixtral", "bfloat16", 0.5625 + 1e-3)])  # fmt: skip

@@ -35,7 +35,7 @@ def golden(name, case):
     return [arrays[f"{case}_{what}"] for what in ("tokens", "valid", "logits")]
 
 
-@pytest.mark.quick(18)
+@pytest.mark.quick(12)
 @pytest.mark.parametrize("case", ["long", "padded", "short"])
 @pytest.mark.parametrize("name", NAMES)
 def test_logits(models, name, case):

@@ -728,6 +728,7 @@ def test_every_weight_has_the_norms_and_the_hessian_of_what_it_is_multiplied_wit
         )
 
 
+@pytest.mark.quick(22)
 def test_defaults_are_the_kernels_of_the_computation(name):
     case = CASES[name]()
     if any(want is None for want, _ in case.want.values()):
@@ -817,6 +818,7 @@ BY_NUMPY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
 def test_a_criterion_scores_each_copy_by_itself(criterion):
     scores, axes = everything()

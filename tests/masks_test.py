@@ -104,6 +104,7 @@ def test_row_scope_follows_other_layouts():
         np.testing.assert_array_equal(kept, lowest_removed(row, 0.5))
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("1:4", 0.75), ("3:3", 0.0)])
 @pytest.mark.parametrize("ties", [False, True])
 def test_pattern_keeps_n_of_every_m_consecutive_inputs(pattern, sparsity, ties):
@@ -374,6 +375,7 @@ SEARCHES = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", SEARCHES)
 def test_line_searches_and_their_memory_are_held_too(name):
     kept = masks.keep(SEARCHES[name](), MASK)
@@ -519,6 +521,7 @@ def test_keep_without_parameters_holds_what_is_zero_already():
     assert_held(optax.apply_updates(params, updates), state)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "optimizer",
     [

@@ -40,6 +40,7 @@ def of_units(score, pattern, sparsity, reduce=np.sum):
     return mask
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("pattern", ["block:2x4", "block:3x1", "block:12x8", "row", "column"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.45])
 def test_units_go_whole_and_the_lowest_first(pattern, sparsity):

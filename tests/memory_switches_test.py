@@ -80,13 +80,14 @@ def test_loss_and_gradients_are_those_of_the_plain_run(changes, accumulate):
     assert_same(got, plain())
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [REMAT, SCAN, BOTH])
 def test_in_bfloat16_they_are_those_of_the_plain_run_in_bfloat16(changes):
     got = loss_and_gradients(dataclasses.replace(CONFIG, dtype="bfloat16", **changes))
     assert_same(got, plain(dtype="bfloat16"))
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close_to_float32():
     (loss, grads), (exact, exact_grads) = plain(dtype="bfloat16"), plain()
     # Through two layers and back a value is rounded some 50 times by up to 2**-9, and the errors
@@ -149,6 +150,7 @@ def test_scanned_layers_are_one_block_of_program(changes):
     assert products(six) > 1.8 * products(three) > 1.8 * scanned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [{}, SCAN])
 def test_with_remat_the_backward_pass_is_given_what_enters_each_block(scan):
     config = dataclasses.replace(CONFIG, layers=8, context=64, **scan)

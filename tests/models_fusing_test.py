@@ -21,7 +21,7 @@ def layers(params):
     return {part for name, _ in tree.named_leaves(params) for part in name.split("/")}
 
 
-@pytest.mark.quick(10)
+@pytest.mark.quick(6)
 @pytest.mark.parametrize(("name", "scan"), [*((name, False) for name in CONFIGS), ("qwen3", True)])
 def test_fused_projections_compute_the_same(name, scan):
     made = model(name)

@@ -121,6 +121,7 @@ def test_an_nnx_optimizer_is_read_for_its_second_moment():
         swe_prune.prune(optimizer, 0.5)
 
 
+@pytest.mark.slow
 def test_an_equinox_module_is_pruned_to_one():
     model = eqx.nn.MLP(8, 4, 8, 1, key=jax.random.key(0))
     pruned = swe_prune.prune(model, 0.5, verbose=False)

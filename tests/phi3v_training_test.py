@@ -142,6 +142,7 @@ def test_rules_choose_what_a_phase_trains(model, params, batch):
         frozen(CONFIG, params, dataclasses.replace(PHASE, trained=("nowhere",)))
 
 
+@pytest.mark.slow
 def test_adapters_of_a_pruned_model_are_tracked_in_the_same_step(model, params, batch):
     chosen = tree.prunable(params, phi3v.PRUNABLE)
     mask = masks.by_sparsity(importance.score("magnitude", params, prunable=chosen), 0.5)
@@ -217,6 +218,7 @@ def trained(model, params, split):
     return state.params
 
 
+@pytest.mark.slow
 def test_generation_shows_the_picture_once_and_goes_on_with_words(model, trained, split):
     data, _ = split
     prompts = [data.tokens[n][: data.starts[n]] for n in (0, 4)]

@@ -75,6 +75,7 @@ def test_a_compressed_model_is_smaller_and_is_read_as_any_other(place, tmp_path,
     assert "zeros save no time" in " ".join(found["notes"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "part"),
     [

@@ -122,7 +122,7 @@ def pruned(folder):
     }
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
 def test_prune_takes_from_the_chosen_weights_only_and_records_the_rules(
     place, tmp_path, capsys, criterion
@@ -227,6 +227,7 @@ def test_adapters_are_of_the_chosen_weights(place, tmp_path):
     assert changed == {name for name in of_blocks([1]) if "/mlp/" in name}
 
 
+@pytest.mark.slow
 def test_commands_take_a_prefix_and_a_tokenizer_and_say_what_is_not_read(place, tmp_path, capsys):
     path = tmp_path / "compiled"
     shutil.copytree(place.model, path)

@@ -55,7 +55,7 @@ def zeros(params, mask):
     return removed
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("criterion", "more", "share"),
     [
@@ -456,6 +456,7 @@ def test_a_mask_file_has_the_permissions_of_its_neighbours(pruned):
     assert len(modes) == 1
 
 
+@pytest.mark.slow
 def test_masks_that_would_zero_weights_are_refused_unless_asked_for(
     place, pruned, tmp_path, capsys
 ):

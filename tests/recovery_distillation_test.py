@@ -109,6 +109,7 @@ def test_bfloat16_logits_are_compared_in_float32():
     np.testing.assert_allclose(losses.divergence(s, t, 2.0), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [4, 10, 11])
 def test_a_few_positions_at_a_time_give_the_same(monkeypatch, length):
     rng = np.random.default_rng(0)
@@ -281,7 +282,7 @@ def hidden_after(model, params, inputs, blocks):
     return np.asarray(seen[0], np.float64)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 def test_features_are_the_relative_distance_of_the_paired_blocks(remat):
     config = dataclasses.replace(SHALLOW.config, remat=remat)

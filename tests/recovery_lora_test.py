@@ -104,6 +104,7 @@ def test_what_is_drawn_is_of_unit_variance_over_the_inputs_and_depends_on_the_na
     np.testing.assert_array_equal(alone.down["b"]["kernel"], b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
 def test_every_zero_stays_and_the_merged_model_is_the_adapted_one(sparsity):
     base, mask = pruned(sparsity=sparsity)
@@ -158,6 +159,7 @@ def test_without_masks_nothing_is_pruned():
     assert (np.asarray(made["block_0"]["mlp"]["up"]["kernel"]) != 0).all()
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_and_a_teacher_serve_adapters_too():
     base, mask = pruned()
     teacher, _ = pruned(seed=1)
@@ -173,6 +175,7 @@ def test_parts_of_a_batch_and_a_teacher_serve_adapters_too():
     assert losses_a[2] < losses_a[0]
 
 
+@pytest.mark.slow
 def test_kernels_of_more_than_two_axes_are_adapted_as_matrices():
     attention = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)
     x_BxLxD = np.random.default_rng(0).standard_normal((1, 3, 6)).astype(np.float32)

@@ -149,6 +149,7 @@ def mlp(down=(8, BLOCKS), bias=None):
     return {"up": up, "down": {"kernel": jnp.ones(down)}}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("blocks", [None, 2])
 def test_parameters_without_routers_of_the_blocks_are_refused(blocks):
     params = jax.jit(MODEL.init)(jax.random.key(0), TOKENS)["params"]
@@ -158,6 +159,7 @@ def test_parameters_without_routers_of_the_blocks_are_refused(blocks):
         dsmoe.Gated(MODEL, BLOCKS).apply({"params": params}, TOKENS)
 
 
+@pytest.mark.slow
 def test_whole_numbers_no_rows_and_nan_are_computed(arrays):
     x, weights, q = arrays
     whole = jnp.round(3 * x).astype(int)

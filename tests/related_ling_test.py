@@ -73,6 +73,7 @@ def test_the_warm_up_goes_from_noise_of_the_scores_size_to_the_scores(scores):
     np.testing.assert_allclose(half, 0.5 * np.float64(many) + 0.5 * noise, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_columns_of_the_head_have_norm_one(params):
     kernel = params["head"]["kernel"]
     exact = np.float64(kernel) / np.linalg.norm(np.float64(kernel), axis=0)

@@ -105,6 +105,7 @@ def test_a_model_trains_through_it_and_skipped_layers_stay_exact():
     assert int((jnp.abs(up).sum(0) > 0).sum()) == up.shape[1] // 4
 
 
+@pytest.mark.slow
 def test_convolutions_of_a_model_are_covered():
     class CNN(nn.Module):
         @nn.compact

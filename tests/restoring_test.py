@@ -77,6 +77,7 @@ def restored(given, restore="admm", **options):
     )
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("target", blockwise.TARGETS)
 def test_emptied_units_that_restoring_blindly_revives_are_left_alone(target):
     params, mask = emptied_units()
@@ -157,6 +158,7 @@ def test_a_block_is_trained_towards_the_dense_activations(restore):
     assert all(report.restored for report in reports)
 
 
+@pytest.mark.slow
 def test_one_call_takes_curvature_and_restores_with_what_it_is_given():
     params, _ = plain()
 

@@ -164,6 +164,7 @@ def test_training_goes_on_from_the_cut_state_as_from_the_masked_one():
         np.testing.assert_allclose(two, one, rtol=1e-4, atol=2e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_statistics_masks_and_the_state_of_a_held_optimizer_are_cut_alike():
     made = model("llama")
     groups = all_groups(made.config)

@@ -154,7 +154,7 @@ def test_each_layer_of_a_stack_is_refitted_alone():
 CONFIG = ModelConfig(layers=2, heads=4, kv_heads=2, width=16, context=16, hidden=32)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("units", ["neurons", "heads"])
 def test_a_cut_model_is_nearer_to_the_dense_one_with_the_refit(units):
     module = gpt.build(CONFIG, vocab_size=11)

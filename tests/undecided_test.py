@@ -51,6 +51,7 @@ def test_a_second_moment_that_is_all_zero_is_refused(tx):
             call()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "tx", [optax.adagrad(1.0), optax.yogi(1.0), optax.rmsprop(1.0, initial_scale=1.0)]
 )
@@ -261,6 +262,7 @@ def test_sparsegpt_keeps_zeros_that_are_there(sparsity, pattern):
     assert sparsity != 0.3 or int(mask.sum()) > 48
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("method", ["wanda", "wanda_variant", "magnitude", "sparsegpt"])
 def test_block_by_block_keeps_zeros_that_are_there(method):
     class Block(nn.Module):

@@ -174,7 +174,7 @@ def experiment(tmp_path_factory):
     return study.setup(settings(folder), folder / "work")
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("restore", [False, True])
 def test_neurons_of_the_tower_go_by_what_they_compute(experiment, restore):
     """Nothing is known of the last block, which is cut to the width of the others."""
@@ -274,7 +274,7 @@ def folder(tmp_path_factory):
     return place
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("units", "criterion", "more"),
     [

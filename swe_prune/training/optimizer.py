@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up, a stable part if any and cosine decay, from the settings of a phase."""
+"""AdamW with linear warm-up, a stable part if any, and cosine decay, built from a phase."""
 
 from collections.abc import Callable
 from typing import Any

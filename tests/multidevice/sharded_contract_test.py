@@ -122,7 +122,7 @@ def scored(spread):
 SUMS = {"swe_spread", "snip", "votes", "ria"}
 
 
-@pytest.mark.quick(18)
+@pytest.mark.quick(9)
 @pytest.mark.parametrize("name", importance.names())
 def test_every_criterion_scores_and_masks_as_on_one_device(expected_of, spread, name):
     compiled = jax.jit(lambda *given: score(name, *given)).lower(*spread).compile()
@@ -141,7 +141,7 @@ def test_every_criterion_scores_and_masks_as_on_one_device(expected_of, spread, 
         assert all(elements <= 64 for _, elements in found), found
 
 
-@pytest.mark.quick(15)
+@pytest.mark.quick(9)
 @pytest.mark.parametrize("rule", RULES)
 def test_every_pattern_and_allocation_masks_as_on_one_device(scored_alone, scored, rule):
     one, many = scored_alone, scored

@@ -51,6 +51,7 @@ MAKE = {
 }
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("rule", MAKE)
 def test_mask_is_that_of_one_device(mesh, rule, spec):
@@ -70,6 +71,7 @@ def test_masks_are_laid_out_as_the_scores(mesh, spec):
         assert mask["w"].sharding.is_equivalent_to(scores["w"].sharding, 2), rule
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("spec", SPECS)
 def test_statistics_are_laid_out_as_the_weights(mesh, spec):
     params = placed(weights(), mesh, SPECS[spec])
@@ -85,6 +87,7 @@ def test_statistics_are_laid_out_as_the_weights(mesh, spec):
                 assert buffered.sharding.is_equivalent_to(weight.sharding, 2), name
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("spec", SPECS)
 def test_statistics_are_those_of_one_device(mesh, spec):
     step, measures = jax.jit(trajectory.update), tuple(trajectory.BUFFERS)
@@ -125,6 +128,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize("spec", ["inputs", "outputs", "both", "one axis over all"])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_no_weight_leaves_its_device(mesh, name, spec):
