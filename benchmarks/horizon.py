@@ -77,7 +77,7 @@ def made(options: argparse.Namespace, schedule: str, steps: int, seed: int) -> s
     return experiment
 
 
-def late_mean(experiment: study.Experiment, seed: int, first: int) -> Any:
+def tracked(experiment: study.Experiment, seed: int, first: int) -> trajectory.TrajectoryStats:
     """Returns the late mean of the snapshots from number `first` on, at the end of training."""
     stats: Any = None
     for number in range(first, 21):
@@ -85,7 +85,7 @@ def late_mean(experiment: study.Experiment, seed: int, first: int) -> Any:
         if stats is None:
             stats = trajectory.init(params, ("late_mean",), experiment.prunable)
         stats = jax.jit(trajectory.update)(stats, params)
-    return trajectory.read(stats, "late_mean")
+    return stats
 
 
 def signs(state: Any, mean: Any, prunable: Any) -> dict[str, float]:
@@ -134,9 +134,10 @@ def rows_of(experiment: study.Experiment, seed: int, sparsity: float) -> Iterato
     state = load_dense(experiment, seed)
     recovered = recovering(experiment, seed)
     dense, control = experiment.validation_loss(state.params), recovered(state.params, None)
-    means = {name: late_mean(experiment, seed, first) for name, first in WINDOWS.items()}
+    stats = {name: tracked(experiment, seed, first) for name, first in WINDOWS.items()}
+    mean = trajectory.read(stats["all"], "late_mean")
     yield {"criterion": "dense", "dense": dense, "control": control,
-           **signs(state, means["all"], experiment.prunable)}  # fmt: skip
+           **signs(state, mean, experiment.prunable)}  # fmt: skip
     tried: list[tuple[str, str, dict[str, Any]]] = [
         ("forecast_curvature", window, {"horizon": horizon})
         for window, horizon in itertools.product(WINDOWS, HORIZONS)
@@ -146,7 +147,7 @@ def rows_of(experiment: study.Experiment, seed: int, sparsity: float) -> Iterato
     for criterion, window, given in tried:
         scores = importance.score(
             criterion, state.params, opt_state=state.opt_state, prunable=experiment.prunable,
-            measured={"late_mean": means[window]}, **given,
+            stats=stats[window], **given,
         )  # fmt: skip
         mask = masks.by_sparsity(scores, sparsity, "global")
         pruned = masks.apply(state.params, mask)

