@@ -109,7 +109,7 @@ def test_neighbors_far_from_the_origin_are_found(arrays):
         (lambda: retrikt.interpolated(QUERIES, -QUERIES / D, 0.5), "found must be distributions"),
         (lambda: retrikt.store(QUERIES, jnp.log(QUERIES / D)), "values must be distributions"),
         (lambda: retrikt.store(QUERIES, QUERIES * jnp.nan), "values must be distributions"),
-        (lambda: retrikt.store(QUERIES * jnp.nan, QUERIES / D), "keys have NaN"),
+        (lambda: retrikt.store(QUERIES * jnp.nan, QUERIES / D), "the array of keys has NaN"),
         (lambda: retrikt.store(QUERIES, QUERIES / D, D + 1), "symbols = 6 columns, got 5"),
         (lambda: retrikt.store(QUERIES, -jnp.ones(N, int), 3), "got -1 to -1"),
         (lambda: retrikt.store(QUERIES, jnp.ones(N, int), 10**10), "symbols must be between"),

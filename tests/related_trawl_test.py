@@ -160,7 +160,7 @@ def test_the_search_tries_each_on_the_parameters_as_they_came(params):
         (lambda p: trawl.stacked(p, dict.fromkeys(TWO_SHAPES, False)), "one shape"),
         (lambda p: trawl.stacked(p, {}), "at least one kernel"),
         (lambda p: trawl.cp(jnp.ones((3, 4, 5)).at[0, 0, 0].set(jnp.nan), 1), "NaN"),
-        (lambda p: trawl.tucker(jnp.full((3, 4, 5), jnp.inf), (1, 1, 1)), "infinite"),
+        (lambda p: trawl.tucker(jnp.full((3, 4, 5), jnp.inf), (1, 1, 1)), "has NaN or inf"),
         (lambda p: trawl.laser(jnp.full((3, 4), jnp.nan), 1), "NaN"),
         (lambda p: trawl.cp(jnp.ones((0, 4, 5)), 1), "must have numbers"),
         (lambda p: trawl.cp(low_rank(1), 1).product(jnp.ones(P), M), "between 0 and 2, got 3"),

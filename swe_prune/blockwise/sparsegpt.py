@@ -148,8 +148,7 @@ def check_kernel(
         )
     if n_of_m is not None:
         patterns.check_divides("weight", len(weight_RxC), n_of_m[1])
-    if not isinstance(weight_RxC, Tracer) and not bool(tree.all_finite(weight_RxC)):
-        raise InputError("the weight has NaN or inf; find out where the training diverged")
+    tree.check_finite("the weight", weight_RxC, "find out where the training diverged")
     return share, n_of_m
 
 

@@ -80,8 +80,7 @@ def store(
             f"a store must have one value for each key, and at least one, got {len(keys)} keys and "
             f"{len(values)} values"
         )
-    if not isinstance(keys, Tracer) and not bool(tree.all_finite(keys)):
-        raise InputError("keys have NaN or infinite numbers; check the model that they are from")
+    tree.check_finite("the array of keys", keys, "check the model that they are from")
     values = jnp.asarray(values)
     if symbols is not None and not 1 <= symbols <= MOST_SYMBOLS:
         raise InputError(f"symbols must be between 1 and {MOST_SYMBOLS}, got {symbols}")

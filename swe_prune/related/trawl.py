@@ -257,8 +257,7 @@ def _shape(tensor: Any) -> tuple[int, int, int]:
 def _check_finite(what: str, numbers_: Any) -> None:
     if not np.size(numbers_):
         raise InputError(f"{what} must have numbers to decompose, got shape {np.shape(numbers_)}")
-    if not isinstance(numbers_, Tracer) and not bool(tree.all_finite(numbers_)):
-        raise InputError(f"{what} has NaN or infinite numbers; check where it comes from")
+    tree.check_finite(what, numbers_, "check where it comes from")
 
 
 def _check_rank(what: str, rank: int, most: int) -> None:

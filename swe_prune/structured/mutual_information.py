@@ -201,6 +201,6 @@ def check_samples(samples: Any) -> Float[Array, "N F"]:
             f"of them, got shape {tuple(samples.shape)}; calibrate on more tokens"
         )
     samples_NxF = jnp.asarray(samples, jnp.float32)
-    if not isinstance(samples_NxF, Tracer) and not bool(tree.all_finite(samples_NxF)):
-        raise InputError("the samples have NaN or inf; find the batch or the weight that causes it")
+    fix = "find the batch or the weight that causes it"
+    tree.check_finite("the array of samples", samples_NxF, fix)
     return samples_NxF

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from swe_prune.annotations import has_shape
@@ -353,6 +354,18 @@ def described(values: PyTree) -> str:
 
     with pairing.keys_checked(values):
         return str(jax.tree.map(one, values))
+
+
+def check_finite(what: str, x: Float[Array, "..."], fix: str) -> None:
+    """Raises InputError if an array has NaN or inf, which is not known while tracing.
+
+    Args:
+        what: Name of the array in the message.
+        x: Array to check.
+        fix: End of the message, what to do about it.
+    """
+    if not isinstance(x, Tracer) and not bool(all_finite(x)):
+        raise InputError(f"{what} has NaN or inf; {fix}")
 
 
 @jax.jit  # one program compiles faster than its operations one by one
