@@ -5,7 +5,8 @@
 
 Every method gets the same calibration windows of Shakespeare's plays, nothing else, and the model
 as it comes. `fisher-P` scores each weight by w² E[g²]^P, one gradient an example, and ranks all
-tensors together, none of which loses more than 95 %; with n:m it chooses within each group.
+tensors together, none of which loses more than `--max-sparsity`, by default so much that it keeps
+half of what it would keep if all lost the same share; with n:m it chooses within each group.
 `+admm` restores the weights that stay, block after block, judged on the last eighth of the windows;
 `+admm:TARGET` towards another target; `+admm:blind` without a judge; `+local` trains each block
 towards the dense model's activations, and `+admm+local` does one after the other.
@@ -44,6 +45,7 @@ from swe_prune import (
     tree,
 )
 from swe_prune.models import gpt
+from swe_prune.recipe import default_max_sparsity
 from swe_prune.training import step
 
 METHODS = (
@@ -65,7 +67,6 @@ MORE = (
     "fisher-0.5+admm+local",
 )
 """Methods and ablations that run only when they are asked for."""
-MAX_SPARSITY = 0.95
 
 
 def amount(given: str) -> float | str:
@@ -81,6 +82,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--windows", type=int, default=80)
     parser.add_argument("--length", type=int, default=128, help="tokens of a calibration window")
+    parser.add_argument("--max-sparsity", type=float, help="largest share that a tensor loses")
     parser.add_argument("--scored", type=int, default=4096, help="tokens scored of each text")
     parser.add_argument("--methods", nargs="+", choices=(*METHODS, *MORE), default=METHODS)
     parser.add_argument("--gradients", type=Path, help="folder that keeps gradients for reruns")
@@ -111,6 +113,9 @@ def prune(method: str, sparsity: float | str, given: dict[str, Any]) -> tuple[An
     solver, _, ranked = name.rpartition("@") if "fisher" in name else (name, "", "")
     variables = {"params": given["params"]}
     scores: Any = None
+    most = given["max_sparsity"]
+    if most is None and not isinstance(sparsity, str):
+        most = default_max_sparsity("fisher", sparsity)
     if ranked:
         power = float(ranked.removeprefix("fisher-"))
         scores = importance.score(
@@ -121,7 +126,7 @@ def prune(method: str, sparsity: float | str, given: dict[str, Any]) -> tuple[An
         if isinstance(sparsity, str):
             how = {"pattern": sparsity}  # which fixes what each tensor loses
         elif ranked:
-            how["sparsity"] = allocation.by_curvature(scores, sparsity, max_sparsity=MAX_SPARSITY)
+            how["sparsity"] = allocation.by_curvature(scores, sparsity, max_sparsity=most)
         params, mask, _ = blockwise.prune_blocks(
             given["module"], variables, given["batches"], method=solver, **how, **arguments
         )
@@ -130,7 +135,7 @@ def prune(method: str, sparsity: float | str, given: dict[str, Any]) -> tuple[An
         n, m = patterns.parse_n_of_m(sparsity)
         mask = masks.by_sparsity(scores, 1 - n / m, pattern=sparsity)
     else:
-        mask = masks.by_sparsity(scores, sparsity, "global", max_sparsity=MAX_SPARSITY)
+        mask = masks.by_sparsity(scores, sparsity, "global", max_sparsity=most)
     if not restore:
         return masks.apply(given["params"], mask), mask
     restore, _, how_to = restore.partition(":")
@@ -174,7 +179,9 @@ def main() -> None:
     subject = pretrained(options, *TEXTS)
     settings = {
         "model": subject.name,
-        **{name: getattr(options, name) for name in ("windows", "length", "scored")},
+        **{
+            name: getattr(options, name) for name in ("windows", "length", "scored", "max_sparsity")
+        },
     }
     rows = kept_rows(options, settings)
     done = {(row["method"], row["sparsity"], row["seed"]) for row in rows}
@@ -195,6 +202,7 @@ def main() -> None:
             "module": subject.module,
             "batches": batches,
             "measured": measured,
+            "max_sparsity": options.max_sparsity,
         }
         for sparsity in options.sparsities:
             for method in options.methods:

@@ -14,7 +14,7 @@ from swe_prune import calibration, importance, masks, tree
 from swe_prune.errors import InputError
 from swe_prune.layout import layout as trace_layout
 from swe_prune.masks import Summary
-from swe_prune.recipe import MAX_SPARSITY, Evidence, Recipe, check
+from swe_prune.recipe import Evidence, Recipe, check, default_max_sparsity
 from swe_prune.recipe import prune as prune_by
 from swe_prune.recipe.evidence import Loss
 from swe_prune.trajectory import TrajectoryStats, restored
@@ -141,9 +141,10 @@ def prune(
     optimizer with a second moment are given; `magnitude_curvature` with the optimizer alone;
     `fisher` at power ½ with `loss` and `batches` in its place, one gradient an example; `magnitude`
     with nothing, since the trajectory alone does no better. Criteria with curvature rank all
-    tensors together, and then none loses more than 95 %; the others rank within each tensor. With a
-    Linen `model`, `batches` and `blocks` the weights that stay are restored by ADMM. Embeddings,
-    norms, biases and the output head stay dense.
+    tensors together, and then none loses more than 95 %; with `fisher` each keeps at least half of
+    what it would keep if all lost the same share. The others rank within each tensor. With a Linen
+    `model`, `batches` and `blocks` the weights that stay are restored by ADMM. Embeddings, norms,
+    biases and the output head stay dense.
 
     Where the optimizer has a second moment of some tensors only, such as Muon, `multi_transform` or
     frozen weights, the others rank by the same criterion with a constant in its place, which is
@@ -237,7 +238,7 @@ def prune(
         curved = "second_moment" in needs or (not named and "gradient_square" in needs)
         scope = "global" if curved and pattern is None and rate is None else "tensor"
     if scope == "global" and not named and pattern is None and max_sparsity is None:
-        max_sparsity = max(MAX_SPARSITY, sparsity or 0.0)
+        max_sparsity = default_max_sparsity(criterion, sparsity)
     if restore is None and not named and blocks is not None and len(batches):
         restore = "admm" if isinstance(model, nn.Module) and rate is None else None
     if restore is not None and not isinstance(model, nn.Module):

@@ -110,7 +110,7 @@ def test_without_a_criterion_the_best_measured_is_done_and_said(place, tmp_path,
     mask = interop.read_masks(out)
     assert zeros(interop.load(out).params, mask) == masks.summary(mask).pruned
     assert masks.summary(mask).sparsity == pytest.approx(0.5, abs=1e-4)
-    assert max(t.sparsity for t in masks.summary(mask).tensors.values()) <= 0.95
+    assert max(t.sparsity for t in masks.summary(mask).tensors.values()) <= 0.75
     # Groups of n:m, and models too large for a backward pass, go by ADMM alone.
     for more in (["--pattern=2:4"], ["--sparsity=0.5", "--offload"]):
         given = ["plan", f"--model={place.model}", *more]

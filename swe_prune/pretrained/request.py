@@ -10,7 +10,7 @@ from swe_prune.blockwise import METHODS
 from swe_prune.config import literal
 from swe_prune.errors import InputError
 from swe_prune.pretrained.settings import RequestSettings
-from swe_prune.recipe import MAX_SPARSITY, Recipe, check
+from swe_prune.recipe import Recipe, check, default_max_sparsity
 from swe_prune.trajectory import BUFFERS
 
 BLOCK_BY_BLOCK = tuple(method for method in METHODS if method != "magnitude")
@@ -78,7 +78,7 @@ def _filled(
     scope = settings.scope or ("global" if pattern is None and not settings.allocation else None)
     most = settings.max_sparsity
     if scope == "global" and most is None:
-        most = max(MAX_SPARSITY, settings.sparsity or 0.0)
+        most = default_max_sparsity("fisher", settings.sparsity)
     filled = dataclasses.replace(
         settings,
         criterion="fisher",

@@ -15,16 +15,16 @@ model, the parameters, the batches and the loss are arguments.
 from swe_prune.recipe.checks import check
 from swe_prune.recipe.evidence import Evidence, measure, measures
 from swe_prune.recipe.pruning import prune
-from swe_prune.recipe.request import MAX_SPARSITY, Recipe
+from swe_prune.recipe.request import Recipe, default_max_sparsity
 from swe_prune.recipe.scores import score
 from swe_prune.recipe.selection import allocate, select
 
 __all__ = [
-    "MAX_SPARSITY",
     "Evidence",
     "Recipe",
     "allocate",
     "check",
+    "default_max_sparsity",
     "measure",
     "measures",
     "prune",
