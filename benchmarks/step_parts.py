@@ -3,7 +3,8 @@
     python benchmarks/step_parts.py [--batch=8] [--repetitions=15] [--threads=1 --clock=cpu]
 
 Each part runs by itself on arrays of the step's shapes, ours as one compiled program and PyTorch's
-as its operations, in turns. "backward" gives the gradients of all that the part reads. A number in
+as its operations, in turns. "with backward" gives the value and the gradients of all that the part
+reads. A number in
 GFLOP/s counts the products; one in GB/s counts each array that the part must read or write once,
 so it says how far a part is from the speed of memory, not what is moved. The parts of a block are
 to be multiplied by six. Whole steps are compared by `vs_torch.py`.
@@ -116,14 +117,18 @@ def calls_of(part: Part, backward: bool) -> tuple[Callable[[], Any], Callable[[]
                 return part.theirs(*tensors)
 
         return lambda: jax.block_until_ready(run(*ours)), theirs, size
-    pull = jax.jit(lambda slope, *args: jax.vjp(part.ours, *args)[1](slope))
+
+    @jax.jit
+    def pull(slope: Any, *args: Any) -> Any:
+        value, gradients = jax.vjp(part.ours, *args)
+        return value, gradients(slope)  # the value too, or the forward product is left out
+
     our_slope, their_slope = jnp.asarray(slope), torch.tensor(slope)
     leaves = [x.requires_grad_() for x in tensors]
 
     def both() -> Any:
         return torch.autograd.grad(part.theirs(*leaves), leaves, their_slope)
 
-    # The forward pass is part of it, which both need for what they keep.
     return lambda: jax.block_until_ready(pull(our_slope, *ours)), both, 2.0 * size
 
 
