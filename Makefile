@@ -19,7 +19,7 @@ demo: $(call STAMP,demo)
 	$(if $(JAX),$(ONE),$(if $(shell launch/local.sh --help 2>/dev/null),$(TWO),$(ONE))) run --config=configs/shakespeare_char.py --workdir=runs/demo
 	$(BIN)/python -m swe_prune report --workdir=runs/demo
 
-# What every change must pass, in a quarter of an hour on two cores.
+# What every change must pass; it should take a quarter of an hour on two cores.
 test: $(call STAMP,test)
 	$(BIN)/python -m pytest $(XDIST) -m "not slow"
 

@@ -119,7 +119,7 @@ RUN = {
     "experts": lambda: (run_experts, ROWS),
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# Of every kind of tree and both precisions, but each with each only among the slow tests.
+# The other kinds of trees, and these in the other precision, are slow.
 QUICK = [("linen", "float32"), ("nnx", "float32"), ("equinox", "float32"), ("scanned", "bfloat16")]
 KINDS = [
     pytest.param(both, marks=[] if both in QUICK else pytest.mark.slow)
