@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sparsity", type=float, default=0.6)
-    parser.add_argument("--shard", default="0/1", help="part of the models that is made, K/N")
+    parser.add_argument("--shard", default="0/1", help="share of the models that is made, i/n")
     return parser.parse_args()
 
 
@@ -161,15 +161,16 @@ def rows_of(experiment: study.Experiment, seed: int, sparsity: float) -> Iterato
 def main() -> None:
     """Trains, prunes and recovers what is missing, and prints the tables."""
     options = parse()
-    part, parts = map(int, options.shard.split("/"))
+    shard = study.parse(options.shard)
     settings = list(itertools.product(options.schedules, options.steps, options.seeds))
     everything: dict[tuple[str, int, int], list[Row]] = {}
     # The longest first, so that two processes end at about the same time.
     order = sorted(settings, key=lambda one: -one[1])
-    for number, (schedule, steps, seed) in enumerate(order):
+    own = shard.part(order)
+    for schedule, steps, seed in order:
         name = f"{schedule.replace(' ', '_')}_{steps}_{seed}_{options.sparsity:g}.json"
         file = options.workdir / name
-        if not file.exists() and number % parts == part:
+        if not file.exists() and (schedule, steps, seed) in own:
             experiment = made(options, schedule, steps, seed)
             rows = list(rows_of(experiment, seed, options.sparsity))
             part_of = file.with_suffix(".part")

@@ -10,9 +10,7 @@ so it says how far a part is from the speed of memory, not what is moved. The pa
 to be multiplied by six. Whole steps are compared by `vs_torch.py`.
 """
 
-import argparse
 import dataclasses
-import os
 import platform
 import statistics
 import time
@@ -31,7 +29,7 @@ import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 from accounts import accounted
 from rich.console import Console
 from rich.table import Table
-from vs_torch import B1, B2, CLIP, CONFIG, DECAY, EPS, LEARNING_RATE, VOCABULARY
+from vs_torch import B1, B2, CLIP, CONFIG, DECAY, EPS, LEARNING_RATE, VOCABULARY, parse
 
 from swe_prune.models import attention
 from swe_prune.models.layers import ACTIVATIONS
@@ -169,22 +167,9 @@ def optimizers() -> tuple[Callable[[], Any], Callable[[], Any], float]:
     return ours, theirs, 7.0 * sum(x.nbytes for x in weights)
 
 
-def parse() -> argparse.Namespace:
-    """Returns the options of the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--batch", type=int, default=8, help="sequences of 256 tokens")
-    parser.add_argument("--repetitions", type=int, default=15, help="pairs of runs, at least 2")
-    parser.add_argument("--threads", type=int, default=0, help="of either; 0: every core (Linux)")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    return parser.parse_args()
-
-
 def main() -> None:
     """Prints the table."""
-    options = parse()
-    if options.threads:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
-        torch.set_num_threads(options.threads)
+    options = parse(__doc__, repetitions=15)
     table = Table(
         title=f"{options.batch} x {LENGTH} tokens; ms, medians; quartiles of the ratio",
         caption=f"jax {jax.__version__}, torch {torch.__version__}, {platform.machine()}, "

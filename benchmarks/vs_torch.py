@@ -158,23 +158,29 @@ def jax_stepper(model: gpt.GPT, params: Any, tokens: np.ndarray) -> Callable[[],
     return step
 
 
-def parse() -> argparse.Namespace:
-    """Returns the options of the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def parse(doc: str | None, repetitions: int) -> argparse.Namespace:
+    """Returns the options of the command line, with no more threads in use than they allow.
+
+    Args:
+        doc: Docstring of the script.
+        repetitions: Pairs of runs unless given.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--batch", type=int, default=8, help="sequences of 256 tokens")
-    parser.add_argument("--repetitions", type=int, default=9, help="pairs of steps, at least 2")
+    parser.add_argument("--repetitions", type=int, default=repetitions, help="pairs, at least 2")
     parser.add_argument("--threads", type=int, default=0, help="of either; 0: every core (Linux)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Checks that the models are one and the same, then prints the ratio."""
-    options = parse()
+    options = parser.parse_args()
     if options.threads:
         # jax sizes its thread pool by the cores it may use, when first asked for a device.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
         torch.set_num_threads(options.threads)
+    return options
+
+
+def main() -> None:
+    """Checks that the models are one and the same, then prints the ratio."""
+    options = parse(__doc__, repetitions=9)
     shape = (options.batch, CONFIG.context + 1)
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, shape).astype(np.int32)
     inputs = tokens[:, :-1]

@@ -76,10 +76,16 @@ def test_a_preempted_run_saves_once_more_says_so_and_ends_bit_identical(tmp_path
     assert outcome(preempted) == outcome(undisturbed)
 
 
-def test_a_run_killed_at_three_moments_ends_bit_identical(tmp_path, plays_dir):
+@pytest.mark.quick(1)
+@pytest.mark.parametrize(("std_criteria", "seeds"), [((), (0,)), (("swe",), (0, 1))])
+def test_a_run_killed_at_three_moments_ends_bit_identical(std_criteria, seeds, tmp_path, plays_dir):
     settings = tiny.config(plays_dir)
     study = dataclasses.replace(
-        settings.study, std_criteria=(), criteria=("swe", "random"), seeds=(0,), scopes=("global",)
+        settings.study,
+        std_criteria=std_criteria,
+        criteria=("swe", "random"),
+        seeds=seeds,
+        scopes=("global",),
     )
     config = tiny.config_file(tmp_path, dataclasses.replace(settings, study=study))
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
