@@ -20,7 +20,8 @@ Or step by step. Track what every weight did while it trained, score it, mask it
     optimizer = masks.keep(optimizer, mask)       # zeros stay zero
 """
 
-import swe_prune.early_signals  # noqa: F401, first, while the rest is imported
+import swe_prune.early_signals  # first, while the rest is imported
+import swe_prune.runtime.huge_pages  # noqa: F401, next, since it may start the program again
 from swe_prune import (
     allocation,
     blockwise,
