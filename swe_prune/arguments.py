@@ -161,7 +161,8 @@ def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
         _check_path(os.fspath(value), where)
     if name in RANGES:
         for one in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(one, numbers.Integral):
+            whole = isinstance(one, numbers.Integral) or _is_scalar(one, int)
+            if whole and not _is_tracer(one):
                 RANGES[name].check(one, where)
     return value
 

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 import swe_prune
-from swe_prune import allocation, annotations, importance, masks, recipe, select, trajectory, tree
+from swe_prune import (
+    allocation,
+    annotations,
+    blockwise,
+    importance,
+    masks,
+    recipe,
+    select,
+    trajectory,
+    tree,
+)
 from swe_prune.errors import InputError
 
 PARAMS = {"up": {"kernel": jnp.arange(16.0).reshape(4, 4) - 7.5, "bias": jnp.ones(4)}}
@@ -102,3 +112,9 @@ def test_options_of_a_criterion_are_numbers(value):
 )
 def test_nested_annotations_are_told_in_their_plurals(hint, words):
     assert annotations.in_words(hint) == words
+
+
+@pytest.mark.parametrize("zero", [0, np.int32(0), np.asarray(0), jnp.asarray(0)], ids=repr)
+def test_an_integer_keeps_its_range_as_an_array(zero):
+    with pytest.raises(InputError, match="iterations must be an integer of at least 1, got 0"):
+        blockwise.admm(jnp.ones((2, 2)), jnp.eye(2), 0.5, iterations=zero)

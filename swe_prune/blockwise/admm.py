@@ -75,7 +75,7 @@ def admm(
     >>> mask.tolist(), round(float(kernel[1, 0]), 1)
     ([[False], [True]], 2.9)
     """
-    share, n_of_m = _checked(weight_RxC, hessian_RxR, sparsity, pattern, mask, iterations, damping)
+    share, n_of_m = _checked(weight_RxC, hessian_RxR, sparsity, pattern, mask, damping)
     check_choice(zeros, importance.ZEROS, "zeros")
     if cross_RxR is not None and cross_RxR.shape != hessian_RxR.shape:
         raise InputError(
@@ -111,11 +111,8 @@ def _checked(
     sparsity: float | None,
     pattern: str | None,
     mask: Any,
-    iterations: int,
     damping: float,
 ) -> tuple[float, tuple[int, int] | None]:
-    if iterations < 1:
-        raise InputError(f"iterations must be 1 or more, got {iterations}")
     if not damping >= 0:
         raise InputError(f"damping must be 0 or more, got {damping}")
     if mask is None:

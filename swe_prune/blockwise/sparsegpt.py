@@ -156,8 +156,6 @@ def _checked(
     weight_RxC: Any, hessian_RxR: Any, sparsity: float | None, pattern: str | None, block: int
 ) -> tuple[float, tuple[int, int] | None]:
     share, n_of_m = check_kernel(weight_RxC, hessian_RxR, sparsity, pattern)
-    if block < 1:
-        raise InputError(f"block = {block} inputs cannot be taken; give 1 or more")
     if n_of_m is not None and block < len(weight_RxC) and block % n_of_m[1]:
         raise InputError(
             f"block = {block} would cut groups of {n_of_m[1]} inputs; give a multiple of it"

@@ -53,8 +53,6 @@ def gradients(
     >>> {name: leaf["w"].item() for name, leaf in measured.items()}
     {'gradient': 2.0, 'gradient_square': 5.0}
     """
-    if at_once is not None and at_once < 1:
-        raise InputError(f"at_once must be a number of examples of 1 or more, got {at_once}")
     flags = tree.prunable(params) if prunable is None else prunable
     names = wanted_shapes(params, flags)
     weights = {name: leaf for name, leaf in tree.named_leaves(params) if name in names}

@@ -118,7 +118,7 @@ def eval_batches(
         InputError: If there are fewer windows, or `windows` is not a multiple of `batch`.
     """
     _check_length(tokens, context)
-    if windows < 1 or batch < 1 or windows % batch:
+    if windows % batch:
         raise InputError(f"eval_windows must be a multiple of eval_batch = {batch}, got {windows}")
     last = len(tokens) - context - 1
     if windows > last + 1:
@@ -173,7 +173,7 @@ def _cut(tokens: Integer[np.ndarray, " N"], starts: Int[np.ndarray, " B"], conte
 
 
 def _check_length(tokens: Integer[np.ndarray, " N"], context: int) -> None:
-    if context < 1 or len(tokens) <= context:
+    if len(tokens) <= context:
         raise InputError(
             f"{len(tokens)} tokens are too few for a window with context = {context}, which needs "
             f"{context + 1}; lower the context or give more text"

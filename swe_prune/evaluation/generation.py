@@ -110,8 +110,6 @@ def check_prompts(model: Any, rows: list[np.ndarray], max_new_tokens: int) -> in
     """Checks the prompts and returns the length to pad them to."""
     if not rows:
         raise InputError("there is no prompt; give one or more")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
     for number, row in enumerate(rows):
         if not len(row):
             raise InputError(

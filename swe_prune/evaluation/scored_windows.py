@@ -65,16 +65,11 @@ def in_batches(
     Args:
         function: Function from tokens_BxL to a pytree of arrays whose first axis runs over windows.
         windows: The W windows.
-        batch: Number of windows B per batch.
+        batch: Number of windows B per batch, 1 or more.
 
     Returns:
         A pytree like the result of `function`, on the host, for all W windows.
-
-    Raises:
-        InputError: If `batch` is below 1.
     """
-    if batch < 1:
-        raise InputError(f"batch must be a number of windows of 1 or more, got {batch}")
     count = len(windows.tokens_WxL)
     batch = min(batch, count)
     fill = np.repeat(windows.tokens_WxL[-1:], -count % batch, axis=0)

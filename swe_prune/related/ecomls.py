@@ -103,8 +103,6 @@ class Switcher:
             raise InputError(f"start must be one of {', '.join(profiles)}, got {start!r}")
         if not 0 <= epsilon <= 1:
             raise InputError(f"epsilon must be between 0 and 1, got {epsilon}")
-        if window < 1:
-            raise InputError(f"window must be 1 or more requests, got {window}")
         self.current = next(iter(profiles)) if start is None else start
         self._profiles, self._epsilon = dict(profiles), epsilon
         self._confidence = {name: profile.confidence for name, profile in profiles.items()}

@@ -72,18 +72,11 @@ def spiked(
     Raises:
         InputError: If a setting is out of its range.
     """
-    fine = (
-        deviations > 0
-        and 0 <= decay < 1
-        and 0 <= warmup < 2**31
-        and patience >= 1
-        and 0 < backoff <= 1
-    )
+    fine = deviations > 0 and 0 <= decay < 1 and 0 <= warmup < 2**31 and 0 < backoff <= 1
     if not fine:
         raise InputError(
-            "spiked must have deviations above 0, decay in [0, 1), warmup 0 or more, patience 1 or "
-            f"more and backoff in (0, 1], got {deviations}, {decay}, {warmup}, {patience}, "
-            f"{backoff}"
+            "spiked must have deviations above 0, decay in [0, 1), warmup 0 or more and backoff in "
+            f"(0, 1], got {deviations}, {decay}, {warmup}, {backoff}"
         )
     loss = jnp.asarray(loss, jnp.float32)
     finite = jnp.isfinite(loss)

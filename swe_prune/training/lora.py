@@ -75,8 +75,6 @@ def init(
     >>> adapters.down["up"]["kernel"].shape, adapters.up["up"]["kernel"].shape, adapters.scale
     ((4, 2), (2, 6), 2.0)
     """
-    if rank < 1:
-        raise InputError(f"lora rank must be 1 or more, got {rank}")
     if not 0 < alpha < math.inf:
         raise InputError(f"lora alpha must be a finite number above 0, got {alpha}")
     # Check the rank against every adapted kernel before drawing.

@@ -52,7 +52,7 @@ def mode_vote(
     """
     if not rate >= 0:
         raise InputError(f"rate must be 0 or more, got {rate!r}")
-    if not 0 <= leave_out < len(snapshots):
+    if leave_out >= len(snapshots):
         raise InputError(
             f"leave_out must be from 0 to {len(snapshots) - 1}, since one of the {len(snapshots)} "
             f"snapshots must vote, got {leave_out}"
