@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from swe_prune import counting, radix, tree
 from swe_prune.arguments import checked
-from swe_prune.errors import InputError, did_you_mean, shown
+from swe_prune.errors import InputError, check_choice, shown
 from swe_prune.radix import sortable_bits as sortable_bits
 
 TIES = ("first", "last")
@@ -67,7 +67,7 @@ def top_k_mask(
     slice_size = tree.size(x) if axes is None else math.prod(x.shape[a] for a in axes)
     check_k(k, slice_size)
     # Traced values cannot be checked; concrete ones are checked in the same program.
-    check_ties(ties)
+    check_choice(ties, TIES, "ties")
     if is_traced(x, k):
         return _select([x], _count_of(k), axes, ties)[0]
     shards = radix.shards_of([x]) if axes is None else None
@@ -109,7 +109,7 @@ def top_k_mask_each(
             for x, k, name in zip(xs, ks, called, strict=True)
         ]
     check_floats(xs)
-    check_ties(ties)
+    check_choice(ties, TIES, "ties")
     for x, k in zip(xs, ks, strict=True):
         check_k(k, tree.size(x))
     return _over_shards(shards, _alike(xs), ks, tuple(range(len(xs))), ties, called)
@@ -140,7 +140,7 @@ def top_k_masks(
     xs = list(xs)  # of a stacked array its rows
     check_k(k, tree.size(list(xs)))
     check_floats(xs)
-    check_ties(ties)
+    check_choice(ties, TIES, "ties")
     if not xs:
         return []
     xs = _alike(xs)
@@ -247,14 +247,6 @@ def check_k(k: Any, size: int) -> None:
         raise InputError(f"k must be an integer number of elements to keep, got {shown(k)}")
     if not isinstance(k, Tracer) and not 0 <= int(k) <= size:
         raise InputError(f"k must be between 0 and the {size} elements of the scores, got {k}")
-
-
-def check_ties(ties: str) -> None:
-    """Raises InputError for an unknown way to break ties."""
-    if ties not in TIES:
-        raise InputError(
-            f"ties must be 'first' or 'last', got {ties!r}; {did_you_mean(ties, TIES)}"
-        )
 
 
 def check_floats(xs: Sequence[Any]) -> None:

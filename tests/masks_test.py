@@ -187,7 +187,10 @@ NAN = {"kernel": jnp.ones((4, 4)), "b": {"kernel": jnp.ones((4, 4)).at[1, 2].set
         (lambda: masks.by_sparsity(MATRIX, 0.5, max_sparsity=0.9), "is for scope 'global'"),
         (lambda: masks.by_sparsity(MATRIX, 0.5, "global", max_sparsity=0.4), "asks for 8; raise"),
         (lambda: masks.by_sparsity(MATRIX, 0.5, "global", max_sparsity=1.1), r"in \(0, 1\]"),
-        (lambda: masks.by_sparsity({"w": jnp.ones(3)}, 0.5, "layer"), "none of tensor, global"),
+        (
+            lambda: masks.by_sparsity({"w": jnp.ones(3)}, 0.5, "layer"),
+            "must be one of tensor, global",
+        ),
         (lambda: masks.by_sparsity({"kernel": jnp.ones((6, 2))}, 0.5, pattern="2:4"), "6 inputs"),
         (lambda: masks.by_sparsity({"w": jnp.ones((8, 2))}, 0.4, pattern="2:4"), "not 0.4"),
         (lambda: masks.by_sparsity({"w": jnp.ones((8, 2))}, 0.5, pattern="2-4"), "must be 'n:m'"),
@@ -272,7 +275,9 @@ def test_ties_within_a_pattern_are_broken_from_either_end():
 
 
 def test_an_unknown_way_to_break_ties_is_refused():
-    with pytest.raises(InputError, match="must be 'first' or 'last', got 'lats'; did you mean"):
+    with pytest.raises(
+        InputError, match="ties must be one of first, last, got 'lats'; did you mean"
+    ):
         masks.by_sparsity({"w": jnp.ones(3)}, 0.5, ties="lats")
 
 

@@ -810,7 +810,7 @@ def on_schedule(**options):
         (lambda: sparse_training.straight_through(W, W), "not bool"),
         (lambda: sparse_training.ste_magnitude(W, None, 1.0), "got 1.0"),
         (lambda: movement.forward(W, {"w": None}, M), "the score is none"),
-        (lambda: movement.penalty(W, "l2"), "unknown penalty 'l2'"),
+        (lambda: movement.penalty(W, "l2"), "kind must be one of l1, l0, got 'l2'"),
         (lambda: movement.penalty({"w": None}), "no scores to penalize"),
         (lambda: sparse_training.rewind(W, {"w": jnp.ones(3)}, M), r"has shape \(3,\) in the e"),
         (lambda: sparse_training.rewind(W, {"v": jnp.ones(3)}, M), "differ in structure"),

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from swe_prune import allocation, counting, patterns, select, tree
 from swe_prune.arguments import checked
 from swe_prune.bounds import NOT_NEGATIVE
-from swe_prune.errors import InputError, did_you_mean
+from swe_prune.errors import InputError, check_choice
 from swe_prune.layout import Axes, AxesOf, InputAxes, axes_of, copies_of, copy_labels
 from swe_prune.masks import removed
 from swe_prune.masks import ties as undecided
@@ -151,12 +151,9 @@ def by_sparsity(
     >>> by_sparsity({"w": jnp.array([3.0, 1.0, 2.0, 4.0])}, 0.5)["w"].tolist()
     [True, False, False, True]
     """
-    for kind, name, names in (("scope", scope, SCOPES), ("rounding", rounding, ROUNDINGS)):
-        if name not in names:
-            raise InputError(
-                f"{kind} {name!r} is none of {', '.join(names)}; {did_you_mean(name, names)}"
-            )
-    select.check_ties(ties)
+    check_choice(scope, SCOPES, "scope")
+    check_choice(rounding, ROUNDINGS, "rounding")
+    check_choice(ties, select.TIES, "ties")
     if max_sparsity is not None and scope != "global":
         raise InputError(
             f"max_sparsity is for scope 'global', where tensors lose different shares, got scope "

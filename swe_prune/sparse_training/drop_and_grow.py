@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt32
 
 from swe_prune import counting, masks, select, tree
 from swe_prune.arguments import checked
-from swe_prune.errors import InputError, did_you_mean
+from swe_prune.errors import InputError, check_choice
 from swe_prune.layout import copies_of
 from swe_prune.masks.fitting import check_fits, check_mask
 
@@ -180,10 +180,7 @@ def exchanged(active: UInt32[Array, ""], fraction: float | Float[Array, ""]) -> 
 
 
 def _check(params: PyTree, mask: PyTree, fraction: Any, scores: PyTree, regrown: str) -> None:
-    if regrown not in REGROWN:
-        raise InputError(
-            f"regrown {regrown!r} is none of {', '.join(REGROWN)}; {did_you_mean(regrown, REGROWN)}"
-        )
+    check_choice(regrown, REGROWN, "regrown")
     if not isinstance(fraction, Tracer) and not 0 <= float(fraction) <= 1:
         raise InputError(
             f"fraction = {fraction!r} is no share in [0, 1]; give that of the active weights to "

@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from swe_prune import counting, masks, select, tree
 from swe_prune.arguments import checked
-from swe_prune.errors import InputError, did_you_mean, shown
+from swe_prune.errors import InputError, check_choice, shown
 from swe_prune.masks.fitting import check_fits
 from swe_prune.sparse_training.masked import masked, stopped
 
@@ -188,8 +188,7 @@ def penalty(scores: PyTree, kind: str = "l1") -> Float[Array, ""]:
     >>> float(penalty({"w": jnp.zeros(3)}))
     0.5
     """
-    if kind not in PENALTIES:
-        raise InputError(f"unknown penalty {kind!r}; {did_you_mean(kind, PENALTIES)}")
+    check_choice(kind, PENALTIES, "kind")
     _check_scores(scores)
     leaves = jax.tree.leaves(scores)
     if not leaves:

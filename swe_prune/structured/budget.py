@@ -13,11 +13,12 @@ from jaxtyping import PyTree
 
 from swe_prune import tree
 from swe_prune.arguments import checked
+from swe_prune.bounds import COUNT
 from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError
 from swe_prune.structured.cutting import cut
 from swe_prune.structured.decoder import UNITS, cut_config
-from swe_prune.structured.group import Groups, check_count
+from swe_prune.structured.group import Groups
 
 Measure = Callable[[ModelConfig], float]
 """Function from the config of a candidate to its latency in seconds."""
@@ -70,7 +71,7 @@ class Budget:
                 "others do not; give both or neither"
             )
         if self.context is not None:
-            check_count("context of a budget", self.context)
+            COUNT.check(self.context, "context of a budget")
         return name, float(value)
 
     def cost(

@@ -9,11 +9,12 @@ from jaxtyping import PyTree
 
 from swe_prune.allocation.rounding import check_sparsity, removed_count
 from swe_prune.arguments import checked
+from swe_prune.bounds import COUNT
 from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError
 from swe_prune.masks.counts import Summary, Tally
 from swe_prune.structured.budget import Budget
-from swe_prune.structured.group import Group, Groups, check, check_count, check_keep
+from swe_prune.structured.group import Group, Groups, check, check_keep
 
 Keep = dict[str, np.ndarray]
 Counts = dict[str, int]
@@ -67,7 +68,7 @@ def choose(
         given = "neither was given" if sparsity is None else "both were given"
         raise InputError(f"choose must have a sparsity or a budget, {given}; give one of them")
     if multiple is not None:
-        check_count("multiple", multiple)
+        COUNT.check(multiple, "multiple")
     multiples = {name: multiple or group.multiple for name, group in groups.items()}
     for name, group in groups.items():
         if multiples[name] > group.units:

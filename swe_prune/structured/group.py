@@ -16,6 +16,7 @@ import optax
 from jaxtyping import PyTree
 
 from swe_prune import tree
+from swe_prune.bounds import COUNT
 from swe_prune.errors import InputError, suggestion
 
 Shape = tuple[int, ...]
@@ -168,9 +169,9 @@ def check(groups: Groups) -> None:
         if not isinstance(group, Group):
             raise InputError(f"group {name!r} must be a structured.Group, got {group!r}")
         for what in ("units", "multiple"):
-            check_count(f"{what} of group {name!r}", getattr(group, what))
+            COUNT.check(getattr(group, what), f"{what} of group {name!r}")
         if group.copies is not None:
-            check_count(f"copies of group {name!r}", group.copies)
+            COUNT.check(group.copies, f"copies of group {name!r}")
         if not group.axes:
             raise InputError(f"group {name!r} must have at least one rule in axes, got none")
         for rule, along in group.along.items():
@@ -179,7 +180,7 @@ def check(groups: Groups) -> None:
 
 def _check_along(rule: str, along: Along, group: Group, where: str) -> None:
     tree.rule_matches(rule, "")  # refuses what is not a regular expression
-    check_count(f"width in rule {rule!r} {where}", along.width)
+    COUNT.check(along.width, f"width in rule {rule!r} {where}")
     for axis in (along.axis, along.copies):
         if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
             raise InputError(f"an axis in rule {rule!r} {where} must be an integer, got {axis!r}")
@@ -256,12 +257,6 @@ def check_matched(rule: str, group: str, matched: list[str], leaves: Mapping[str
         f"rule {rule!r} of group {group!r} matches no weight; correct it. Weights are named as "
         f"{tree.short(next(iter(leaves)))!r}"
     )
-
-
-def check_count(what: str, value: Any) -> None:
-    """Raises InputError if a value is not an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise InputError(f"{what} must be an integer of at least 1, got {value!r}")
 
 
 def _has_axes(leaf: Any) -> bool:
