@@ -221,8 +221,7 @@ class Checkpoints:
                     self._set_aside(number)
                 if earlier is None:
                     raise
-                reason = str(error).partition("; ")[0]
-                warnings.warn(f"{reason}; continuing from {earlier}", stacklevel=2)
+                warnings.warn(f"{error.fault}; continuing from {earlier}", stacklevel=2)
         raise AssertionError
 
     def _restore(self, like: PyTree, step: int) -> tuple[PyTree, dict[str, Any]]:

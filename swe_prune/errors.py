@@ -28,6 +28,15 @@ class InputError(ValueError):
 class DamagedError(InputError):
     """A file from an earlier run differs from what was written."""
 
+    @property
+    def fault(self) -> str:
+        """What is wrong, without the advice after it.
+
+        >>> DamagedError("the file is empty; run it again").fault
+        'the file is empty'
+        """
+        return str(self).partition("; ")[0]
+
 
 class UndecidedWarning(UserWarning):
     """A mask that the scores do not decide: ties at the threshold, or a tensor that is emptied."""

@@ -260,7 +260,7 @@ def fails(capsys, arguments, code=2):
     [
         ("s3://bucket/run", "must be a folder or gs://BUCKET/..."),
         ("gs://", "names no bucket"),
-        ("gs://other/run", "cannot be written (NOT_FOUND"),
+        ("gs://other/run", "cannot be written (ValueError: NOT_FOUND"),
     ],
 )
 def test_an_address_that_is_none(address, said, names, plays_dir, tmp_path, capsys, monkeypatch):
@@ -362,7 +362,9 @@ def test_a_bucket_that_fails_in_the_midst_is_one_sentence(names, monkeypatch):
 
     monkeypatch.setattr(gcs_server.Bucket, "put", refused)
     with (
-        pytest.raises(RunError, match=r"^'gs://bucket/run/seed_0' cannot be locked \(PERMISSION_D"),
+        pytest.raises(
+            RunError, match=r"^.gs://bucket/run/seed_0. cannot be locked \(ValueError: PERM"
+        ),
         locks.lock(folder, "it", lambda _: None),
     ):
         pass

@@ -477,6 +477,10 @@ def test_gradients_of_bfloat16_weights_are_float32_and_only_of_the_prunable():
     np.testing.assert_allclose(got, expected, rtol=2**-5)  # of gradients in bfloat16
 
 
+def says_nothing():
+    raise ValueError
+
+
 @pytest.mark.parametrize(
     ("batches", "loss", "sentence"),
     [
@@ -486,6 +490,7 @@ def test_gradients_of_bfloat16_weights_are_float32_and_only_of_the_prunable():
         ([{"x": X}], squared_error, r"batch 0, {'x': 'float32\[2, 3\]'} \(TypeError"),
         ([{"x": X, "y": X[:1]}], squared_error, "share a leading axis"),
         ([regression()[1]], lambda p, b: b["x"] @ p["up"]["kernel"], "return a scalar"),
+        ([regression()[1]], lambda p, b: says_nothing(), r"\(ValueError\); it must"),
         ([regression()[1]], lambda p, b: jnp.inf * squared_error(p, b), "has NaN or inf"),
     ],
 )

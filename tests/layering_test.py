@@ -1,6 +1,7 @@
 """Imports point only upward in the list of the house (DESIGN), and every module is on it."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,10 @@ def test_orbax_is_imported_by_one_file():
         if any("orbax" in line for line in path.read_text().splitlines() if "import" in line)
     }
     assert importers <= {"checkpoint.py"}
+
+
+def test_an_error_without_a_message_has_a_first_line_too():
+    """What `errors.first_line` and `DamagedError.fault` read is read by nothing else."""
+    own = re.compile(r"str\(error\)[^\n]*(splitlines|partition)")
+    found = [str(path.relative_to(PACKAGE)) for path in modules() if own.search(path.read_text())]
+    assert found == ["errors.py"]

@@ -11,7 +11,7 @@ from swe_prune import tree
 from swe_prune.arguments import checked
 from swe_prune.calibration import batching
 from swe_prune.calibration.layer_inputs import wanted_shapes
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, first_line
 
 
 @checked
@@ -135,9 +135,8 @@ def _check(sums: Any, weights: Any, rest: Any, batch: Any, number: int) -> None:
     except (TypeError, ValueError, IndexError, KeyError) as error:
         raise InputError(
             f"the loss cannot be differentiated on calibration batch {number}, "
-            f"{tree.described(batch)} ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}); it must take (params, batch) with a batch of one and "
-            "return a scalar"
+            f"{tree.described(batch)} ({first_line(error)}); it must take (params, "
+            "batch) with a batch of one and return a scalar"
         ) from error
 
 

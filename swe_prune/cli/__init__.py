@@ -26,6 +26,7 @@ from swe_prune.errors import (
     InputError,
     Preempted,
     RunError,
+    first_line,
     visible,
     why_unwritten,
 )
@@ -100,10 +101,9 @@ def main(
             exit_on_signals(130)
             return _failed(RunError(STOPPED), 130, distributed)
         if storage.failed(error):
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             failed = RunError(
-                f"the bucket of --workdir cannot be read or written ({reason}); check that "
-                "this machine and its credentials can reach it, and run the same command again; "
+                f"the bucket of --workdir cannot be read or written ({first_line(error)}); check "
+                "that this machine and its credentials can reach it, and run the same command again; "
                 "finished phases are kept"
             )
             return _failed(failed, failed.exit_code, distributed)

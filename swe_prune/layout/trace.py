@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from swe_prune import tree
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, first_line
 from swe_prune.layout.notes import Cell
 from swe_prune.layout.views import of_leaf
 
@@ -137,10 +137,9 @@ def one_sentence(what: str, batch: PyTree) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # the function is the user's and may raise anything
-        said = (str(error).strip().splitlines() or ["no message"])[0][:200]
         raise InputError(
             f"{what}, {tree.described(batch)}, cannot be run through the function "
-            f"({type(error).__name__}: {said}); give a function of (params, batch) and a batch "
+            f"({first_line(error)}); give a function of (params, batch) and a batch "
             "with the shapes and dtypes that it takes"
         ) from error
 

@@ -84,8 +84,7 @@ def read(folder: Path, params: PyTree) -> TrajectoryStats | None:
         with contextlib.closing(Checkpoints(place, reading=True)) as store:
             return store.restore(like)[0]
     except DamagedError as error:
-        reason = str(error).partition("; ")[0]
-        raise DamagedError(f"{reason}; track the fine-tuning again") from None
+        raise DamagedError(f"{error.fault}; track the fine-tuning again") from None
 
 
 def _about(folder: Path) -> dict[str, Any]:

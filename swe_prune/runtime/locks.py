@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from swe_prune.errors import RunError
+from swe_prune.errors import RunError, first_line
 from swe_prune.runtime import lease, processes, storage
 
 
@@ -48,7 +48,7 @@ def lock(folder: epath.PathLike, what: str, say: Callable[[str], None]) -> Itera
                 stack.enter_context(lease.acquire(lease.store(folder), ".lock", what, on_wait=say))
             except (OSError, ValueError, RuntimeError) as error:
                 raise RunError(
-                    f"{str(folder)!r} cannot be locked ({str(error).splitlines()[0]}); check that "
+                    f"{str(folder)!r} cannot be locked ({first_line(error)}); check that "
                     "this machine can reach the bucket and run the same command again; finished "
                     "work is kept"
                 ) from error

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import jax
 
 from swe_prune.early_signals import SUPERVISED
-from swe_prune.errors import InputError, Preempted, RunError
+from swe_prune.errors import InputError, Preempted, RunError, first_line
 from swe_prune.runtime.supervisor import FIRST_GONE, say
 
 Value = TypeVar("Value")
@@ -137,7 +137,7 @@ def start(where: ProcessAddress, timeouts: Timeouts) -> None:
         )
     except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"--distributed detected no cluster ({str(error).splitlines()[0]}); on a cluster that "
+            f"--distributed detected no cluster ({first_line(error)}); on a cluster that "
             "JAX does not detect, give --coordinator=HOST:PORT and --process=I/N"
         ) from error
     _watch().begin(timeouts)

@@ -96,7 +96,7 @@ def _fault(folder: epath.Path, step: int | None) -> str | None:
         with contextlib.closing(Checkpoints(folder, reading=True)) as store:
             return store.fault(step)
     except DamagedError as error:
-        return str(error).partition("; ")[0]
+        return error.fault
 
 
 def _unreadable(path: epath.Path) -> bool:

@@ -118,7 +118,7 @@ def restored(
             return store.restore(like, step)[0]
     except DamagedError as error:
         advice = advice or f"remove {folder.parent} and run the command 'run' to make it again"
-        raise DamagedError(f"{str(error).partition('; ')[0]}; {advice}") from None
+        raise DamagedError(f"{error.fault}; {advice}") from None
 
 
 def finite(loss: float, name: str) -> float:

@@ -9,7 +9,7 @@ from typing import IO, Any
 from etils import epath
 
 from swe_prune.config import Config, flat, from_dict
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, first_line
 from swe_prune.runtime import lease, processes, storage
 from swe_prune.runtime.locks import lock
 from swe_prune.study.grid import Cell, Recovery, cells
@@ -127,10 +127,9 @@ def _leased(path: epath.Path, shard: Shard | None, say: Callable[[str], None]) -
         except InputError:
             raise
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
             raise InputError(
-                f"{what} cannot be written ({reason}); see that the bucket is there and that this "
-                "machine's credentials may write to it, or choose another --workdir"
+                f"{what} cannot be written ({first_line(error)}); see that the bucket is there "
+                "and that this machine's credentials may write to it, or choose another --workdir"
             ) from error
         if holder is not None:
             raise InputError(lease.in_use(what, holder))
