@@ -9,7 +9,8 @@ import difflib
 import errno
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 _LONGEST = 1200  # characters of a sentence, more than any list of known names makes it
 
@@ -117,6 +118,32 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     guess = suggestion(name, names).removeprefix("; ")
     return f"{guess}{' ' if guess else ''}Known: {', '.join(names)}"
+
+
+def listed(names: Iterable[str], most: int = 3, form: Callable[[str], object] = repr) -> str:
+    """Returns the first names for a sentence, and how many more there are.
+
+    >>> listed("abcde"), listed("ab", most=1, form=str)
+    ("'a', 'b', 'c' and 2 more", 'a and 1 more')
+    """
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(str(form(name)) for name in names[:most]) + more
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Returns which settings differ between a run that was begun and this one, "" if none does.
+
+    >>> differences({"seed": 0, "steps": 10}, {"seed": 1, "steps": 10})
+    'seed (0 there, 1 now)'
+    """
+    missing = object()
+    differing = [
+        key for key in {**there, **now} if there.get(key, missing) != now.get(key, missing)
+    ]
+    return listed(
+        differing, form=lambda key: f"{key} ({there.get(key)!r} there, {now.get(key)!r} now)"
+    )
 
 
 def suggestion(name: object, known: Iterable[str | None]) -> str:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from swe_prune import select
 from swe_prune.arguments import checked
-from swe_prune.errors import InputError, check_choice
+from swe_prune.errors import InputError, check_choice, listed
 from swe_prune.layout import Axes, AxesOf
 
 NAMES = ("n:m", "block:RxC", "row", "column", "neuron")
@@ -232,7 +232,7 @@ def couple(names: Iterable[str], rules: Mapping[str, str]) -> dict[str, list[tup
         if not found:
             raise InputError(
                 f"coupling {rule!r} matches no scored tensor; give couplings= of rules to 'in' or "
-                f"'out' for the kernels around the neurons. Tensors: {', '.join(list(names)[:8])}"
+                f"'out' for the kernels around the neurons. Tensors: {listed(names, 8, str)}"
             )
         # Tensors whose rules capture the same text share their neurons.
         for name, match in found:

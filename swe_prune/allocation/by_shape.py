@@ -12,7 +12,7 @@ from swe_prune.allocation import rounding
 from swe_prune.allocation.groups import Groups
 from swe_prune.allocation.rounding import Allocation
 from swe_prune.arguments import checked
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, listed
 
 
 @checked
@@ -182,7 +182,7 @@ def table(rules: Mapping[str, float], shapes: PyTree, sparsity: float | None = N
         if rule not in rule_of.values():
             raise InputError(
                 f"rule {rule!r} matches no tensor that no earlier rule matches; correct it or drop "
-                f"it. Tensors: {', '.join(list(sizes)[:12])}"
+                f"it. Tensors: {listed(sizes, 12, str)}"
             )
     given = {name: rules[rule] for name, rule in rule_of.items() if rule is not None}
     # Without a total, round each tensor separately.

@@ -15,7 +15,7 @@ from swe_prune import tree
 from swe_prune.arguments import checked
 from swe_prune.calibration import batching
 from swe_prune.calibration.products import input_sums
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, listed
 from swe_prune.layout import axes_by_name
 from swe_prune.layout.trace import (
     Traced,
@@ -356,9 +356,8 @@ def check_used(wanted: Mapping[str, Any], sums: Mapping[str, Any]) -> None:
     """Raises InputError if no product used a wanted weight."""
     missing = [name for name in wanted if name not in sums]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(
-            f"no product used {missing[0]!r}{more} on the calibration batches, or none that a "
+            f"no product used {listed(missing, most=1)} on the calibration batches, or none that a "
             "trace can follow; exclude it with prunable=, or give a function that runs all of the "
             "model"
         )

@@ -103,8 +103,8 @@ def main(
         if storage.failed(error):
             failed = RunError(
                 f"the bucket of --workdir cannot be read or written ({first_line(error)}); check "
-                "that this machine and its credentials can reach it, and run the same command again; "
-                "finished phases are kept"
+                "that this machine and its credentials can reach it, and run the same command "
+                "again; finished phases are kept"
             )
             return _failed(failed, failed.exit_code, distributed)
         if distributed:  # a bug; the other processes must not wait for this one

@@ -1,13 +1,14 @@
 """The best criterion that statistics and an optimizer's state allow, tensor by tensor."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from swe_prune import tree
+from swe_prune.errors import listed
 from swe_prune.importance.informative import Moments, moments
 from swe_prune.importance.second_moment import has_second_moment
 from swe_prune.trajectory import TrajectoryStats
@@ -71,7 +72,7 @@ def best(
     if not found.found:
         lacks = "an optimizer without a second moment"
         if has_second_moment(opt_state, params):
-            lacks += f" of the prunable weights ({_listed(found.lacking)})"
+            lacks += f" of the prunable weights ({listed(found.lacking, form=tree.short)})"
         else:
             lacks += ", or with one still the same for every weight"
         return _without_optimizer(lacks, scope, measured)
@@ -116,12 +117,8 @@ def tracked(params: PyTree, stats: TrajectoryStats) -> PyTree:
 def _told(found: Moments) -> str:
     told = []
     if found.lacking:
-        told.append(f"there is no second moment of {_listed(found.lacking)}")
+        told.append(f"there is no second moment of {listed(found.lacking, form=tree.short)}")
     if found.frozen:
-        told.append(f"that of {_listed(found.frozen)} is all 0, as of frozen weights")
+        frozen = listed(found.frozen, form=tree.short)
+        told.append(f"that of {frozen} is all 0, as of frozen weights")
     return " and ".join(told)
-
-
-def _listed(names: Sequence[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(tree.short, names[:most])) + more

@@ -5,10 +5,9 @@ What is in the folder but cannot be read is refused with what to do about it.
 
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
-from swe_prune.errors import InputError, reading
+from swe_prune.errors import InputError, listed, reading
 from swe_prune.interop.stranger_files import inside, read_json
 
 WEIGHTS = "model.safetensors"
@@ -48,7 +47,6 @@ OTHER_KINDS = (".h5", ".msgpack", ".onnx", ".tflite", ".npz")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]+)-of-(?P<count>[0-9]+)\.safetensors")
 _NO_MODEL = ("masks.safetensors", "optimizer.safetensors")  # safetensors without a model's weights
 _STATE = r"optimizer|scheduler|scaler|rng_state|training_args"  # of a training, not of its model
-_SHOWN = 3  # names in an error message
 
 
 def check_model_folder(path: Path) -> None:
@@ -160,8 +158,8 @@ def _no_weights(path: Path) -> str:
         return f"{path} has {others[0]} and neither {WEIGHTS} nor {INDEX}; rename it to {WEIGHTS}"
     if others:
         return (
-            f"{path} has {_listed(others)} and neither {WEIGHTS} nor {INDEX}; keep the file of one "
-            f"model and rename it to {WEIGHTS}, or get the index that lists them"
+            f"{path} has {listed(others, form=str)} and neither {WEIGHTS} nor {INDEX}; keep the "
+            f"file of one model and rename it to {WEIGHTS}, or get the index that lists them"
         )
     if pickles:
         return (
@@ -185,9 +183,3 @@ def _adapter(path: Path) -> str:
         "peft's AutoPeftModelForCausalLM.from_pretrained(PATH).merge_and_unload()"
         ".save_pretrained(OTHER), and give OTHER"
     )
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    shown = ", ".join(names[:_SHOWN])
-    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from swe_prune import tree
-from swe_prune.errors import InputError, check_choice
+from swe_prune.errors import InputError, check_choice, listed
 from swe_prune.interop.slices import ParamSlice, Shape, StoredTensor
 from swe_prune.interop.tensor_rows import Table
 
@@ -21,7 +21,6 @@ Shardings = Callable[[str, Shape], jax.sharding.Sharding] | PyTree | None
 """Shardings of parameters: function of name and shape, pytree, or None for the default device."""
 
 PARAM_DTYPES = ("float32", "bfloat16", "float16")
-_SHOWN = 3  # names in an error message
 _CHUNK = 1 << 22  # numbers to compare at a time
 
 
@@ -81,7 +80,7 @@ def match(
     missing = [name for name in names.values() if name not in entries]
     if missing:
         raise InputError(
-            f"{where} lacks {_listed(missing)} of this model's {len(bound)} tensors; download it "
+            f"{where} lacks {listed(missing)} of this model's {len(bound)} tensors; download it "
             "again, or correct its config"
         )
     # Other tensors are errors, except known copies and buffers without parameters.
@@ -94,7 +93,7 @@ def match(
     ]
     if unexpected:
         raise InputError(
-            f"{where} has {_listed(unexpected)}, which is not part of this model; "
+            f"{where} has {listed(unexpected)}, which is not part of this model; "
             "correct its config, or remove it"
         )
     # Shapes and dtypes come from the headers; only copies are compared by value.
@@ -225,8 +224,3 @@ def _check_equal(source: Source, copy: str, original: str, where: str) -> None:
             f"{where} has {copy!r} that differs from {original!r}, but its config says that they "
             "are tied; set tie_word_embeddings to false in its config"
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:_SHOWN])
-    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

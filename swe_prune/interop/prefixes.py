@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from swe_prune.errors import InputError
+from swe_prune.errors import InputError, listed
 from swe_prune.interop.load_params import Entry, Source
 from swe_prune.interop.tensor_rows import Table
 
@@ -23,8 +23,6 @@ WRAPPERS = (
     "module.",
 )
 """Prefixes that may also be inside of names, where a part of a model was wrapped."""
-
-_SHOWN = 3  # names in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +79,7 @@ def without(source: Source, prefix: str | None, table: Table, where: str) -> Sou
     if not theirs:
         raise InputError(
             f"prefix {prefix!r} begins none of the names in {where}, which are "
-            f"{_listed(list(source.entries))}; correct it or leave it out"
+            f"{listed(source.entries)}; correct it or leave it out"
         )
     tops = {row.stored for row in table.rows if not row.stored.startswith(table.prefix)}
     names = {name: name for name in tops if name in source.entries} | names
@@ -89,7 +87,7 @@ def without(source: Source, prefix: str | None, table: Table, where: str) -> Sou
     outside = [name for name in source.entries if name not in read]
     if outside:
         warnings.warn(
-            f"{where} has {_listed(outside)} outside of the prefix {prefix!r}; not read",
+            f"{where} has {listed(outside)} outside of the prefix {prefix!r}; not read",
             stacklevel=2,
         )
     entries = {name: source.entries[stored] for name, stored in names.items()}
@@ -133,7 +131,7 @@ def check(source: Source, needed: Sequence[str], table: Table, where: str) -> No
         if most < len(together) - 1:  # not even all but a head
             raise InputError(
                 f"{where} has names of this model's tensors after several prefixes, "
-                f"{_listed(sorted(found))} ('' is none), which one --prefix cannot read; save the "
+                f"{listed(sorted(found))} ('' is none), which one --prefix cannot read; save the "
                 "weights again under one"
             )
         if own in best:  # the names are as they should be
@@ -163,8 +161,3 @@ def _found(names: Mapping[str, Any], needed: set[str]) -> dict[str, set[str]]:
                 found.setdefault(name[:start], set()).add(name[start:])
                 break
     return found
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:_SHOWN])
-    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

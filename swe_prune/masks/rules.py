@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from swe_prune import allocation, counting, patterns, select, tree
 from swe_prune.arguments import checked
 from swe_prune.bounds import NOT_NEGATIVE
-from swe_prune.errors import InputError, check_choice
+from swe_prune.errors import InputError, check_choice, listed
 from swe_prune.layout import Axes, AxesOf, InputAxes, axes_of, copies_of, copy_labels
 from swe_prune.masks import removed
 from swe_prune.masks import ties as undecided
@@ -319,7 +319,7 @@ def _global(
 ) -> list[Array]:
     weights = {one.weights for one in units}
     if len(weights) > 1:
-        told = ", ".join(f"{one.name!r} of {one.weights}" for one in units[:6])
+        told = listed((f"{one.name!r} of {one.weights}" for one in units), 6, str)
         raise InputError(
             f"scope 'global' cannot rank units of different sizes ({told}): which share their "
             "weights make would be left to chance; give scope 'tensor' or an allocation"

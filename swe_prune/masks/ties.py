@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from swe_prune import tree
-from swe_prune.errors import UndecidedWarning
+from swe_prune.errors import UndecidedWarning, listed
 
 _SHARE = 0.01
 """Share of what goes that ties may decide without a warning."""
@@ -70,8 +70,8 @@ def warn(
     emptied = [name for name, one in facts.items() if not one.any_left]
     if emptied:
         warnings.warn(
-            f"every weight of {_listed(emptied)} is removed; exclude it, lower the sparsity, or "
-            "choose another criterion or scope",
+            f"every weight of {listed(map(tree.short, emptied))} is removed; exclude it, lower the "
+            "sparsity, or choose another criterion or scope",
             UndecidedWarning,
             stacklevel=4,
         )
@@ -81,7 +81,7 @@ def warn(
         names = [name for name, one in facts.items() if one.tied]
         warnings.warn(
             f"scores tie: the order of the weights decides {tied:,.0f} of the {removed:,.0f} that "
-            f"go, in {_listed(names)}; choose a criterion that tells them apart",
+            f"go, in {listed(map(tree.short, names))}; choose a criterion that tells them apart",
             UndecidedWarning,
             stacklevel=4,
         )
@@ -124,8 +124,3 @@ def _of_tensor(
 @functools.partial(jax.jit, static_argnames=("axes", "ranked"))
 def _compiled(score: Any, mask: Any, axes: Any, ranked: bool, top: Any, bottom: Any) -> _Facts:
     return _of_tensor(score.astype(jnp.float32), mask, axes, ranked, top, bottom, jnp)
-
-
-def _listed(names: list[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(repr(tree.short(name)) for name in names[:most]) + more

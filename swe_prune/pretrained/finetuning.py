@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 from swe_prune import data as data_lib
 from swe_prune import interop, parallel, resumable, trajectory, tree
 from swe_prune.config import ParallelConfig, PhaseConfig
-from swe_prune.errors import InputError, RunError, reading
+from swe_prune.errors import InputError, RunError, differences, reading
 from swe_prune.models import phi3v
 from swe_prune.pretrained import choice
 from swe_prune.pretrained.settings import FinetuneSettings
@@ -258,11 +258,9 @@ def _check_begun(settings: FinetuneSettings) -> None:
     with reading(work / BEGUN, f"remove {work} to start again"):
         before = storage.read_json(work / BEGUN)
     asked = _asked(settings)
-    differing = [key for key in asked if asked[key] != before.get(key)]
-    if differing:
-        shown = ", ".join(f"{k} ({before.get(k)!r} there, {asked[k]!r} now)" for k in differing[:3])
+    if differing := differences({key: before.get(key) for key in asked}, asked):
         raise InputError(
-            f"{work} was begun with other settings: {shown}; go back to those, or remove it"
+            f"{work} was begun with other settings: {differing}; go back to those, or remove it"
         )
 
 

@@ -9,7 +9,7 @@ from typing import IO, Any
 from etils import epath
 
 from swe_prune.config import Config, flat, from_dict
-from swe_prune.errors import InputError, first_line
+from swe_prune.errors import InputError, differences, first_line
 from swe_prune.runtime import lease, processes, storage
 from swe_prune.runtime.locks import lock
 from swe_prune.study.grid import Cell, Recovery, cells
@@ -205,17 +205,11 @@ def check_config(path: epath.Path, config: Config) -> None:
 def _check_same(path: epath.Path, config: Config, made_by: Config) -> None:
     # Compared as they are understood now, since a setting may be younger than the workdir.
     ours, theirs = (flat(one.without_switches()) for one in (config, made_by))
-    if ours == theirs:
-        return
-    differing = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
-    shown = ", ".join(
-        f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} now)" for key in differing[:3]
-    )
-    more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-    raise InputError(
-        f"workdir {str(path)!r} was made by another config: {shown}{more}; "
-        "choose another --workdir or go back to that config"
-    )
+    if differing := differences(theirs, ours):
+        raise InputError(
+            f"workdir {str(path)!r} was made by another config: {differing}; "
+            "choose another --workdir or go back to that config"
+        )
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from swe_prune.annotations import has_shape
 from swe_prune.arguments import checked
-from swe_prune.errors import InputError, check_texts, shown
+from swe_prune.errors import InputError, check_texts, listed, shown
 from swe_prune.tree import pairing
 from swe_prune.tree.dense_rules import DENSE_BY_DEFAULT as DENSE_BY_DEFAULT
 from swe_prune.tree.holders import Held as Held
@@ -179,7 +179,7 @@ def prunable(
         by_default = "" if exclude is not None else ", or give exclude=() to let all weights in"
         raise InputError(
             f"no weight is prunable under include={include!r}, exclude={exclude!r}; "
-            f"widen the rules{by_default}. Weights: {_abbreviated(told) or 'none'}"
+            f"widen the rules{by_default}. Weights: {listed(told, 12, str) or 'none'}"
         )
     return map_named(lambda name, _: chosen.get(name, False), params)
 
@@ -291,14 +291,9 @@ def matched(
         if not own:
             raise InputError(
                 f"{what} {rule!r} matches no {of}; correct the rule{instead}. "
-                f"Names: {_abbreviated(known) or 'none'}"
+                f"Names: {listed(known, 12, str) or 'none'}"
             )
     return found
-
-
-def _abbreviated(names: Sequence[str], most: int = 12) -> str:
-    more = f", … ({len(names) - most} more)" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def named_key(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
