@@ -33,7 +33,7 @@ class Entry:
 
 
 class Source(Protocol):
-    """StoredTensor tensors of a pretrained model by name."""
+    """Stored tensors of a pretrained model by name."""
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -55,8 +55,8 @@ def match(
     """Returns the name in the file of each stored tensor, checking all before any is read.
 
     Args:
-        source: StoredTensor tensors of the model.
-        bound: StoredTensor tensors that the model needs.
+        source: Stored tensors of the model.
+        bound: Stored tensors that the model needs.
         table: Table of names for this kind of file.
         duplicates: Allowed copies of tensors, as a mapping from the copy to the tensor it must
             equal.
@@ -115,8 +115,8 @@ def read_params(
     """Reads the parameters into a nested dict, with one stored tensor at a time in memory.
 
     Args:
-        source: StoredTensor tensors of the model.
-        bound: StoredTensor tensors that the model needs.
+        source: Stored tensors of the model.
+        bound: Stored tensors that the model needs.
         names: Name in the file of each stored tensor, from `match`.
         dtype: Dtype of the parameters. If None, as stored.
         shardings: Shardings of the parameters; of a sharded parameter only the devices' slices are
