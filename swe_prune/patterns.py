@@ -307,6 +307,16 @@ def n_of_m_mask(
     return mask.reshape(score_RxC.shape)
 
 
+def check_agrees(pattern: str, sparsity: float) -> None:
+    """Raises InputError if a sparsity is not that of a pattern n:m."""
+    n, m = parse_n_of_m(pattern)
+    if abs(1 - n / m - sparsity) > 1e-6:  # a float32 share has no more digits
+        raise InputError(
+            f"pattern {pattern!r} keeps {n} of {m}, a sparsity of {1 - n / m:g}, not {sparsity!r}; "
+            "make the two agree"
+        )
+
+
 def check_divides(name: str, inputs: int, m: int) -> None:
     """Raises InputError if the number of inputs of a kernel is not a multiple of m."""
     if m < 1 or inputs % m:

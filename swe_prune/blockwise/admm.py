@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from swe_prune import allocation, importance, patterns, select
 from swe_prune.arguments import checked
-from swe_prune.blockwise.sparsegpt import SolverReport, check_kernel
+from swe_prune.blockwise.sparsegpt import SolverReport, check_kernel, check_mask_alone
 from swe_prune.errors import InputError, check_choice
 from swe_prune.importance import hessian
 from swe_prune.masks.fitting import check_fits
@@ -117,10 +117,7 @@ def _checked(
         raise InputError(f"damping must be 0 or more, got {damping}")
     if mask is None:
         return check_kernel(weight_RxC, hessian_RxR, sparsity, pattern)
-    if sparsity is not None or pattern is not None:
-        raise InputError(
-            "a mask says itself what goes, so sparsity and pattern must be None; leave them out"
-        )
+    check_mask_alone(sparsity, pattern)
     check_fits("kernel", mask, weight_RxC)
     check_kernel(weight_RxC, hessian_RxR, 0.0, None)
     return 0.0, None

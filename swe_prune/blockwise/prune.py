@@ -31,7 +31,7 @@ from swe_prune.blockwise.kernels import (
     zeroed,
 )
 from swe_prune.blockwise.runner import Runner, captured, variables_with
-from swe_prune.blockwise.sparsegpt import BLOCK, check_sparsity
+from swe_prune.blockwise.sparsegpt import BLOCK, check_mask_alone, check_sparsity
 from swe_prune.blockwise.streams import TARGETS, Streams
 from swe_prune.calibration import layer_inputs as measuring
 from swe_prune.errors import InputError, check_choice, did_you_mean
@@ -202,10 +202,7 @@ def _given_masks(
     params: PyTree, mask: PyTree, sparsity: Any, pattern: str | None
 ) -> dict[str, Array]:
     """Returns the given masks by name."""
-    if sparsity is not None or pattern is not None:
-        raise InputError(
-            "a mask says itself what goes, so sparsity and pattern must be None; leave them out"
-        )
+    check_mask_alone(sparsity, pattern)
     check_mask(mask, params)
     found = {name: keep for name, keep in tree.named_leaves(mask) if keep is not None}
     if not found:

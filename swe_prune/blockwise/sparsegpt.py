@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from swe_prune import allocation, counting, importance, patterns, select, tree
 from swe_prune.arguments import checked
-from swe_prune.errors import InputError, check_choice
+from swe_prune.errors import InputError, check_choice, shown
 from swe_prune.importance import hessian
 
 BLOCK = 128
@@ -123,12 +123,18 @@ def check_sparsity(
             f"pattern {pattern!r} cannot be pruned by calibration; give None or n:m, as '2:4'"
         )
     n, m = patterns.parse_n_of_m(pattern)
-    if sparsity is not None and abs(1 - n / m - sparsity) > 1e-6:
-        raise InputError(
-            f"pattern {pattern!r} keeps {n} of {m}, a sparsity of {1 - n / m:g}, not {sparsity!r}; "
-            "make the two agree"
-        )
+    if sparsity is not None:
+        patterns.check_agrees(pattern, sparsity)
     return 1 - n / m, (n, m)
+
+
+def check_mask_alone(sparsity: Any, pattern: str | None) -> None:
+    """Raises InputError if a sparsity or a pattern is given with a mask, which decides both."""
+    if sparsity is not None or pattern is not None:
+        raise InputError(
+            f"sparsity and pattern must be None with mask=, got {shown(sparsity)} and "
+            f"{shown(pattern)}; leave them out"
+        )
 
 
 def check_kernel(

@@ -9,7 +9,6 @@
 The folder is written under a temporary name next to its final path, and renamed when complete.
 """
 
-import json
 import os
 import shutil
 import uuid
@@ -35,7 +34,7 @@ from swe_prune.interop.pretrained import Pretrained
 from swe_prune.interop.pruning_record import FILE as RECORD
 from swe_prune.interop.pruning_record import PruningRecord, record_file
 from swe_prune.interop.slices import StoredTensor, bind, param_shapes
-from swe_prune.interop.stranger_files import inside, read_json
+from swe_prune.interop.stranger_files import inside, read_json, write_json
 from swe_prune.interop.tensor_names import SAFETENSORS
 from swe_prune.interop.vision_settings import PREPROCESSOR
 from swe_prune.interop.weights_file import pieces_of, write_folder
@@ -109,7 +108,7 @@ def export(
             for name, content in files.items():
                 if name == PREPROCESSOR and (partial / name).exists():  # with more than the crops
                     content = read_json(partial / name) | content
-                _write_json(partial / name, content)
+                write_json(partial / name, content)
             if compress:
                 write_compressed(partial / COMPRESSED, pieces_of(bound, *_contents(leaves, mask)))
             else:
@@ -240,7 +239,7 @@ def _copy_or_write_tokenizer(model: Pretrained, folder: Path) -> None:
             "eos_token_id": list(eos) if len(eos) > 1 else words.eos_id,
         }
         said = {key: value for key, value in said.items() if value is not None}
-        _write_json(folder / "generation_config.json", said)
+        write_json(folder / "generation_config.json", said)
 
 
 def _copy(names: Sequence[str], source: Path, folder: Path) -> None:
@@ -255,7 +254,7 @@ def _copy(names: Sequence[str], source: Path, folder: Path) -> None:
             if clean != content:
                 if "tokenizer_class" in clean and (source / "tokenizer.json").is_file():
                     clean["tokenizer_class"] = "PreTrainedTokenizerFast"  # a class of their code
-                _write_json(folder / name, clean)
+                write_json(folder / name, clean)
                 continue
         shutil.copyfile(file, folder / name)
 
@@ -265,8 +264,3 @@ def _without_code(content: Any) -> Any:
     if isinstance(content, Mapping):
         return {k: _without_code(v) for k, v in content.items() if k not in CODE_KEYS}
     return [_without_code(one) for one in content] if isinstance(content, list) else content
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")

@@ -106,6 +106,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(raw, path)
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes the JSON object of a file of a model folder, as Hugging Face lays it out."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
 def parse_json(raw: bytes | str, where: object, advice: str = "get it again") -> dict[str, Any]:
     """Returns the object that a JSON text is: finite numbers, texts in UTF-8, each key once.
 

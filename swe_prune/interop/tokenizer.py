@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from swe_prune.errors import InputError, reading
-from swe_prune.interop.stranger_files import reading_in_rust
+from swe_prune.interop.stranger_files import reading_in_rust, write_json
 
 GROWTH = 100
 """Largest factor by which a normalizer or decoder may lengthen a text."""
@@ -110,8 +110,7 @@ class PretrainedTokenizer:
                 config[key] = self.backend.id_to_token(token)
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        text = json.dumps(config, indent=2, ensure_ascii=False)
-        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", config)
 
 
 def checked(made: PretrainedTokenizer, vocab_size: int, where: str) -> PretrainedTokenizer:

@@ -17,6 +17,7 @@ from swe_prune.errors import InputError
 from swe_prune.interop.folder_files import INDEX, WEIGHTS
 from swe_prune.interop.safetensors_header import DTYPES
 from swe_prune.interop.slices import Shape, StoredTensor
+from swe_prune.interop.stranger_files import write_json
 
 METADATA = {"format": "pt"}
 _ALIGNED = 8  # the length of the header is a multiple of this
@@ -52,7 +53,7 @@ def write_folder(
         write_file(folder / name, shard, METADATA)
         listed |= {one.name: name for one in shard}
     index = {"metadata": {"total_size": sum(one.size for one in pieces)}, "weight_map": listed}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, index)
 
 
 def pieces_of(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from swe_prune import tree
@@ -221,11 +222,7 @@ def copy_labels(
         raise InputError(f"copies of {name!r} must be axes of its shape {shape}, got {copies}")
     sizes = [shape[axis] for axis in copies]
     labels = []
-    for flat in range(math.prod(sizes)):
-        at, rest = [], flat
-        for size in reversed(sizes):
-            at.insert(0, rest % size)
-            rest //= size
+    for at in np.ndindex(*sizes):
         index: list[Any] = [slice(None)] * len(shape)
         for axis, position in zip(copies, at, strict=True):
             index[axis] = position

@@ -36,6 +36,12 @@ class Summary(Tally):
 
     tensors: dict[str, Tally] = dataclasses.field(default_factory=dict)
 
+    @classmethod
+    def of(cls, tensors: dict[str, Tally]) -> "Summary":
+        """Returns the tallies with their sum."""
+        kept, total = (sum(getattr(one, n) for one in tensors.values()) for n in ("kept", "total"))
+        return cls(kept, total, tensors)
+
 
 def summary(mask: PyTree) -> Summary:
     """Returns exact counts per tensor and in all.
@@ -53,11 +59,8 @@ def summary(mask: PyTree) -> Summary:
     check_mask(mask)
     named = {name: leaf for name, leaf in tree.named_leaves(mask) if leaf is not None}
     counts = jax.device_get(kept_counts(named))
-    tensors = {name: Tally(int(counts[name]), tree.size(leaf)) for name, leaf in named.items()}
-    return Summary(
-        kept=sum(tally.kept for tally in tensors.values()),
-        total=sum(tally.total for tally in tensors.values()),
-        tensors=tensors,
+    return Summary.of(
+        {name: Tally(int(counts[name]), tree.size(leaf)) for name, leaf in named.items()}
     )
 
 

@@ -1,5 +1,6 @@
 """Weights that were removed before: their score is −inf, and no rule may bring them back."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,14 +45,7 @@ def units_with_removed_last(
     counting = {**options, "reduce": "sum", "across": "sum"}
     left = patterns.units(pattern, there, *args, **counting)
     return [
-        patterns.Units(
-            one.name,
-            jnp.where(number.score > 0, one.score, -jnp.inf),
-            one.weights,
-            one.tensors,
-            one.spread,
-            one.copies,
-        )
+        dataclasses.replace(one, score=jnp.where(number.score > 0, one.score, -jnp.inf))
         for one, number in zip(units, left, strict=True)
     ]
 

@@ -380,11 +380,7 @@ def _n_of_m(
             f"pattern {pattern!r} fixes the sparsity at {1 - n / m:g}, which {what} cannot change; "
             "give that number"
         )
-    if abs(1 - n / m - sparsity) > 1e-6:  # a float32 share has no more digits
-        raise InputError(
-            f"pattern {pattern!r} keeps {n} of {m}, a sparsity of {1 - n / m:g}, not {sparsity!r}; "
-            "make the two agree"
-        )
+    patterns.check_agrees(pattern, sparsity)
     matrices, axes = {}, {}
     for name, score in named.items():
         axes[name] = axes_of(name, score.shape)

@@ -24,7 +24,7 @@ from swe_prune.arguments import checked
 from swe_prune.errors import InputError, reading, why_unwritten
 from swe_prune.masks.fitting import check_mask
 from swe_prune.runtime.storage import checksum_of, each_once
-from swe_prune.trajectory import TrajectoryStats, encoded, from_dict, restored
+from swe_prune.trajectory import SETTINGS, TrajectoryStats, encoded, from_dict, restored
 
 FORMAT = "swe_prune.state.1"
 
@@ -82,13 +82,8 @@ def save(
         stats = restored(stats)
         parts |= {f"buffers/{name}": buffer for name, buffer in stats.buffers.items()}
         parts |= {f"stats/{field}": getattr(stats, field) for field in _FIELDS}
-        about["settings"] = {
-            "measures": list(stats.measures),
-            "power": stats.power,
-            "window_start": stats.window_start,
-            "vote_rate": stats.vote_rate,
-            "index": stats.index,
-        }
+        settings = {name: getattr(stats, name) for name in SETTINGS}
+        about["settings"] = {"measures": list(stats.measures), **settings}
     # The header has every place of a leaf, so that names may have any characters.
     arrays: dict[str, Any] = {}
     about["places"] = {}

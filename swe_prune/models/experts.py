@@ -5,8 +5,28 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from swe_prune.arguments import checked
 from swe_prune.config import ModelConfig
+from swe_prune.errors import InputError
 from swe_prune.models.layers import ACTIVATIONS, dense, init_stddev
+
+
+@checked
+def routed(scores: Float[Array, "N E"], per_token: int) -> Float[Array, "N E"]:
+    """Returns the weight of each expert for each token, 0 for those that are not chosen.
+
+    Args:
+        scores: Scores of the router.
+        per_token: Number k of experts of a token.
+
+    Raises:
+        InputError: If k is no number of experts.
+    """
+    experts = scores.shape[-1]
+    if not 1 <= per_token <= experts:
+        raise InputError(f"per_token must be between 1 and {experts} experts, got {per_token}")
+    top, chosen = jax.lax.top_k(jax.nn.softmax(scores), per_token)
+    return (jax.nn.one_hot(chosen, experts) * (top / top.sum(-1, keepdims=True))[..., None]).sum(-2)
 
 
 class Experts(nn.Module):
@@ -26,11 +46,7 @@ class Experts(nn.Module):
         assert cfg.experts is not None
         # 1. Choose the experts of each token, and their weights.
         scores_NxE = dense(cfg, cfg.experts, "router", use_bias=False)(x_NxD)
-        shares_NxE = jax.nn.softmax(scores_NxE.astype(jnp.float32))
-        top_NxP, chosen_NxP = jax.lax.top_k(shares_NxE, cfg.experts_per_token)
-        top_NxP = top_NxP / top_NxP.sum(-1, keepdims=True)
-        weights_NxPxE = jax.nn.one_hot(chosen_NxP, cfg.experts) * top_NxP[..., None]
-        weights_ExN = weights_NxPxE.sum(1).T
+        weights_ExN = routed(scores_NxE.astype(jnp.float32), cfg.experts_per_token).T
         # 2. Compute the experts on their tokens, zeros for the others.
         x_ExNxD = jnp.where(weights_ExN[..., None] > 0, x_NxD, jnp.zeros((), x_NxD.dtype))
         gate_ExNxF = ExpertDense(cfg, cfg.hidden_size, name="gate")(x_ExNxD)

@@ -17,7 +17,7 @@ from swe_prune.config import literal
 from swe_prune.errors import InputError, shown
 from swe_prune.evaluation import gate
 from swe_prune.evaluation.latency import Workload, decode_seconds
-from swe_prune.interop.stranger_files import inside, read_json
+from swe_prune.interop.stranger_files import inside, read_json, write_json
 from swe_prune.models import phi3v
 from swe_prune.pretrained import judge, texts, tracked, unit_criteria
 from swe_prune.pretrained.opening import has_masks, opened, record_of, said
@@ -144,12 +144,8 @@ def carry_on(source: Path, folder: Path, evaluation: Mapping[str, Any]) -> None:
     said = interop.read_record(source)
     before = said.get("evaluation")
     said["evaluation"] = {**(before if isinstance(before, dict) else {}), **evaluation}
-    _write_json(folder / interop.RECORD, said)
+    write_json(folder / interop.RECORD, said)
     shutil.copyfile(inside(source, KEPT), folder / KEPT)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check_amount(given: CutSettings) -> None:
@@ -258,7 +254,7 @@ def _write(
                 "commit": commit,
                 "version": __version__,
             }
-            _write_json(folder / interop.RECORD, said)
+            write_json(folder / interop.RECORD, said)
 
     return interop.export(
         given.out, small, mask=mask, record=record, also=also, compress=given.compress

@@ -1,7 +1,6 @@
 """The trajectory of a tracked fine-tuning, kept beside the model for the criteria that read it."""
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from jaxtyping import PyTree
 from swe_prune import trajectory
 from swe_prune.checkpoint import Checkpoints
 from swe_prune.errors import DamagedError, InputError, shown
-from swe_prune.interop.stranger_files import inside, read_json
+from swe_prune.interop.stranger_files import inside, read_json, write_json
 from swe_prune.pretrained import choice
 from swe_prune.trajectory import TrajectoryStats
 
@@ -33,8 +32,7 @@ def write(folder: Path, stats: TrajectoryStats, about: Mapping[str, Any]) -> Non
     place = folder / FOLDER
     with contextlib.closing(Checkpoints(place, keep=1)) as store:
         store.save(0, stats, {})
-    described = {"measures": list(stats.measures), **about}
-    (place / ABOUT).write_text(json.dumps(described, indent=2) + "\n")
+    write_json(place / ABOUT, {"measures": list(stats.measures), **about})
 
 
 def there(folder: Path) -> bool:

@@ -21,9 +21,8 @@ from swe_prune.structured import Group, activations, depth, refit
 from swe_prune.training import step
 from swe_prune.trajectory import BUFFERS
 
-OF_ACTIVATIONS = tuple(kind for kind in activations.KINDS if kind != "random")
 REDUNDANT = "mutual_information"
-CRITERIA = (*importance.names(), *OF_ACTIVATIONS, *depth.DEPTH, REDUNDANT)
+CRITERIA = (*importance.names(), *activations.OF_UNITS, *depth.DEPTH, REDUNDANT)
 """Names of all criteria: those of the registry, whose scores are of weights, and of units."""
 
 Partners = dict[str, list[dict[str, Any]]]

@@ -35,30 +35,12 @@ from swe_prune.config import ModelConfig
 from swe_prune.errors import InputError
 from swe_prune.models import gpt
 from swe_prune.models.block import MLP
-from swe_prune.models.experts import ExpertDense, Experts
+from swe_prune.models.experts import ExpertDense, Experts, routed
 from swe_prune.structured import Group
 from swe_prune.training import losses
 
 BALANCE, Z = 0.015, 1e-4
 """Coefficients of the two losses in the paper."""
-
-
-@checked
-def routed(scores: Float[Array, "N E"], per_token: int) -> Float[Array, "N E"]:
-    """Returns the weight of each expert for each token, 0 for those that are not chosen.
-
-    Args:
-        scores: Scores of the router.
-        per_token: Number k of experts of a token.
-
-    Raises:
-        InputError: If k is no number of experts.
-    """
-    experts = scores.shape[-1]
-    if not 1 <= per_token <= experts:
-        raise InputError(f"per_token must be between 1 and {experts} experts, got {per_token}")
-    top, chosen = jax.lax.top_k(jax.nn.softmax(scores), per_token)
-    return (jax.nn.one_hot(chosen, experts) * (top / top.sum(-1, keepdims=True))[..., None]).sum(-2)
 
 
 @checked

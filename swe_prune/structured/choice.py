@@ -102,14 +102,11 @@ def summary(groups: Groups, keep: Mapping[str, Any]) -> Summary:
     0.5
     """
     kept = check_keep(groups, keep)
-    tallies = {
-        name: Tally(kept[name].shape[-1] if name in kept else group.units, group.units)
-        for name, group in groups.items()
-    }
-    return Summary(
-        kept=sum(one.kept for one in tallies.values()),
-        total=sum(one.total for one in tallies.values()),
-        tensors=tallies,
+    return Summary.of(
+        {
+            name: Tally(kept[name].shape[-1] if name in kept else group.units, group.units)
+            for name, group in groups.items()
+        }
     )
 
 

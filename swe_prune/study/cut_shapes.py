@@ -13,9 +13,8 @@ from swe_prune.evaluation.latency import Workload
 from swe_prune.models import phi3v
 from swe_prune.runtime import processes
 from swe_prune.structured import Group
+from swe_prune.structured.activations import OF_UNITS
 from swe_prune.study import grid
-
-OF_UNITS = tuple(kind for kind in structured.KINDS if kind != "random")
 
 
 def check(config: Config) -> None:
