@@ -7,10 +7,9 @@ from typing import Any
 import jax
 from flax import linen as nn
 from flax import nnx
-from jax.core import Tracer
 from jaxtyping import PyTree
 
-from swe_prune import calibration, importance, masks, tree
+from swe_prune import calibration, importance, masks, select, tree
 from swe_prune.errors import InputError
 from swe_prune.layout import layout as trace_layout
 from swe_prune.masks import Summary
@@ -201,7 +200,7 @@ def prune(
     """
     holder = tree.held(params)
     weights = holder.weights
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(weights)):
+    if select.is_traced(weights):
         raise InputError(
             "swe_prune.prune counts and reports, which a traced program cannot; call it outside "
             "of jit, or use importance.score and masks.by_sparsity inside"

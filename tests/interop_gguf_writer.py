@@ -1,6 +1,7 @@
 """Writes GGUF files of tiny models, as llama.cpp's converter does."""
 
 import gguf
+import interop_tiny
 import numpy as np
 
 from swe_prune import tree
@@ -52,7 +53,7 @@ def write(path, made, kind=Q.F32, quantized=("ffn_up",), **changes):
             add.get(type(value), writer.add_array)(key, value)
     params = dict(tree.named_leaves(made.params))
     for one in bind(GGUF[name], config, made.vocab_size):
-        values = one.write(params).astype(np.float32)
+        values = interop_tiny.stored(one, params).astype(np.float32)
         if any(part in one.name for part in quantized) and values.ndim == 2 and kind != Q.F32:
             if kind == Q.F16:
                 writer.add_tensor(one.name, values.astype(np.float16))

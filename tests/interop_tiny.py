@@ -201,6 +201,11 @@ def random_params(config, vocab_size=VOCAB, dtype="float32", seed=0):
     return tree.nested(made)
 
 
+def stored(tensor, params):
+    """A stored tensor, joined of the parameters given by name."""
+    return tensor.join([part.of(params[part.name]) for part in tensor.parts])
+
+
 def model(name, dtype="float32", **changes):
     """A Pretrained with random parameters, as if it had been loaded."""
     hf = CONFIGS[name] | changes

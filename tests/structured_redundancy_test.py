@@ -45,7 +45,7 @@ def test_functions_of_other_units_go_first_and_name_their_partner(kind, method):
 def test_greedy_takes_the_closest_remaining_pair_each_time():
     values = RNG.random((9, 9)).astype(np.float32)
     values = (values + values.T) / 2
-    given = redundancy.Similarity(values, "correlation", np.zeros(9, bool), None, 6.0, None, None)
+    given = redundancy.Similarity(values, "correlation", np.zeros(9, bool), None, 6.0)
     importance = RNG.random(9)
     found = rank(given, importance)
     alive = set(range(9))
@@ -185,7 +185,7 @@ def test_each_copy_has_an_order_of_its_own():
     assert (scores[0].argmin(), scores[1].argmin()) == (7, 0)
 
 
-GIVEN = redundancy.Similarity(np.eye(3), "correlation", np.zeros(3, bool), None, 5.0, None, None)
+GIVEN = redundancy.Similarity(np.eye(3), "correlation", np.zeros(3, bool), None, 5.0)
 
 
 @pytest.mark.parametrize(

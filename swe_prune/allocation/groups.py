@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-from jax.core import Tracer
 from jaxtyping import PyTree
 
 from swe_prune import select, tree
@@ -71,7 +70,7 @@ def scored(scores: PyTree) -> dict[str, jax.Array]:
     select.check_floats(list(named.values()))
     if not tree.size(named):
         raise InputError("no scores were given: every leaf is None, so dense; widen the rules")
-    if any(isinstance(leaf, Tracer) for leaf in named.values()):
+    if select.is_traced(named):
         raise InputError(
             "an allocation consists of Python integers, so it cannot be computed from traced "
             "scores; allocate outside jax.jit"

@@ -13,13 +13,14 @@ from jaxtyping import Array
 from swe_prune import counting, patterns, select
 from swe_prune.blockwise import wanda
 from swe_prune.blockwise.admm import admm
+from swe_prune.blockwise.least_squares import DAMPING as REFIT_DAMPING
 from swe_prune.blockwise.least_squares import least_squares
 from swe_prune.blockwise.sparsegpt import SolverReport, sparsegpt
 from swe_prune.layout import Axes
 
 METHODS = ("wanda", "wanda_variant", "sparsegpt", "admm", "magnitude")
 RESTORES = (None, "admm", "local", "admm+local", "least_squares")
-DAMPING: Mapping[str, float] = {"sparsegpt": 0.01, "admm": 0.1, "least_squares": 0.3}
+DAMPING: Mapping[str, float] = {"sparsegpt": 0.01, "admm": 0.1, "least_squares": REFIT_DAMPING}
 """Default share of the Hessian's mean diagonal that is added to it, by method."""
 
 

@@ -17,12 +17,15 @@ from swe_prune.blockwise.sparsegpt import SolverReport, check_kernel
 from swe_prune.errors import InputError
 from swe_prune.importance import hessian
 
+DAMPING = 0.3
+"""Best on held-out text for SmolLM2-135M and 7,680 tokens; less fits the calibration text alone."""
+
 
 def least_squares(
     weight_RxC: Float[Array, "R C"],
     hessian_RxR: Float[Array, "R R"],
     keep_R: Bool[Any, " R"],
-    damping: float = 0.3,
+    damping: float = DAMPING,
 ) -> tuple[Float[Array, "R C"], SolverReport]:
     """Returns a kernel of whose inputs some are removed, the others refitted, and a report.
 

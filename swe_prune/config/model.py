@@ -39,6 +39,10 @@ PER_LAYER = ("sliding", "rotary", "layer_hidden", "layer_heads", "layer_kv_heads
 """Fields of `ModelConfig` with an entry for each layer, or none."""
 
 
+IMAGE_TOKEN = -1
+"""Token in whose place an embedding of an image is put."""
+
+
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
     """The vision tower of a model of images and text; see `models/vision.py`.

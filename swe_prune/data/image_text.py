@@ -18,18 +18,18 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from swe_prune.config import DataConfig, ModelConfig, VisionConfig
+from swe_prune.config.model import IMAGE_TOKEN
 from swe_prune.data import images, price_rows
 from swe_prune.data.char_tokenizer import CharTokenizer
 from swe_prune.data.dataset import Tokenizer
 from swe_prune.data.price_rows import Row
-from swe_prune.data.windows import checked_order
+from swe_prune.data.windows import checked_order, evenly_spaced
 from swe_prune.errors import InputError
 
 if TYPE_CHECKING:
     import grain
 
 PLACEHOLDER = "<|image_1|>"
-IMAGE_TOKEN = -1  # as in `models.phi3v`
 _ROUND = 8  # lengths are padded to a multiple of this
 
 Batch = dict[str, Any]
@@ -269,7 +269,7 @@ def chosen(split: Split, count: int) -> np.ndarray:
             f"data.eval_windows or calibration.windows = {count} must be 1 to the {len(split)} "
             "examples that there are"
         )
-    return np.arange(count, dtype=np.int64) * (len(split) - 1) // max(1, count - 1)
+    return evenly_spaced(count, len(split) - 1)
 
 
 def fixed_batches(split: Split, numbers: np.ndarray, batch: int) -> list[Batch]:

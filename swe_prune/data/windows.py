@@ -126,9 +126,17 @@ def eval_batches(
             f"eval_windows = {windows} is more than the {last + 1} windows of {context} tokens in "
             "the text; lower it or give more text"
         )
-    # Evenly spaced starts, in exact integer arithmetic.
-    starts = np.arange(windows, dtype=np.int64) * last // max(1, windows - 1)
+    starts = evenly_spaced(windows, last)
     return [_cut(tokens, chunk, context) for chunk in starts.reshape(-1, batch)]
+
+
+def evenly_spaced(count: int, last: int) -> Int[np.ndarray, " count"]:
+    """Returns evenly spaced integers from 0 to the last one, in exact integer arithmetic.
+
+    >>> evenly_spaced(4, 10).tolist()
+    [0, 3, 6, 10]
+    """
+    return np.arange(count, dtype=np.int64) * last // max(1, count - 1)
 
 
 @checked

@@ -5,7 +5,7 @@ tenth may repeat one sentence forever (Holtzman et al. 2020, arXiv 1904.09751).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -54,6 +54,11 @@ def repetition(tokens: Sequence[int] | np.ndarray, *, longest: int = 4) -> Repet
     _LENGTHS.check(longest, "longest")
     shares = tuple(_repeated(row, n) for n in range(1, longest + 1))
     return Repetition(shares, *_longest_loop(row))
+
+
+def mean_repetition(sequences: Iterable[Sequence[int] | np.ndarray]) -> float:
+    """Returns the mean fraction of repeated 3-grams of sequences, the number that reports show."""
+    return float(np.mean([repetition(tokens).shares[2] for tokens in sequences]))
 
 
 def _repeated(row: np.ndarray, n: int) -> float:

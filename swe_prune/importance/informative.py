@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from swe_prune import tree
+from swe_prune import select, tree
 from swe_prune.errors import InputError
 from swe_prune.importance.registry import Criterion
 from swe_prune.importance.second_moment import moments_by_name
@@ -41,7 +41,7 @@ def check_informative(
         check_snapshots(stats, criterion.measures)
     if second_moment is not None and "second_moment" in criterion.needs:
         found = [leaf for _, leaf in tree.named_leaves(second_moment) if leaf is not None]
-        if not any(isinstance(leaf, Tracer) for leaf in found) and not any(map(says, found)):
+        if not select.is_traced(found) and not any(map(says, found)):
             raise InputError(_NEVER_UPDATED)
 
 

@@ -103,12 +103,8 @@ class StoredTensor:
         """Returns an open tensor in the shape that its parts are read from."""
         return stored if self.unfolded is None else stored[...].reshape(self.unfolded)
 
-    def write(self, params: Mapping[str, Any]) -> np.ndarray:
-        """Joins parameters, given by name, to the stored tensor; preserves the dtype."""
-        return self.join([part.of(params[part.name]) for part in self.parts])
-
     def join(self, values: Sequence[Any]) -> np.ndarray:
-        """Joins the values of the parts, in their order, to the stored tensor."""
+        """Joins the values of the parts, in their order, to the stored tensor, in their dtype."""
         pieces = []
         for part, value in zip(self.parts, values, strict=True):
             piece = np.asarray(value)

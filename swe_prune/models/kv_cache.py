@@ -30,14 +30,13 @@ class Cache:
     length: Int[Array, ""]
 
 
-def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: str | None = None) -> Cache:
-    """Returns a cache with room for `capacity` tokens of each of `batch` sequences.
+def empty_cache(config: ModelConfig, batch: int, capacity: int) -> Cache:
+    """Returns a cache in the computation dtype, for `capacity` tokens of each of `batch` sequences.
 
     Args:
         config: Config of the model.
         batch: Number of sequences B.
         capacity: Number of tokens T, prompt and new tokens together.
-        dtype: Dtype of keys and values. If None, the computation dtype of the config.
 
     Raises:
         InputError: If the capacity exceeds the model's context.
@@ -51,7 +50,7 @@ def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: str | Non
     def room() -> tuple[Array, ...]:
         layers = [config.of_layer(layer) for layer in range(config.layers)]
         shapes = [(batch, capacity, own.key_heads, own.head_size) for own in layers]
-        return tuple(jnp.zeros(shape, dtype or config.dtype) for shape in shapes)
+        return tuple(jnp.zeros(shape, config.dtype) for shape in shapes)
 
     return Cache(room(), room(), jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
 

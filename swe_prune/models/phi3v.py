@@ -22,15 +22,13 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from swe_prune.config import ModelConfig
+from swe_prune.config.model import IMAGE_TOKEN as IMAGE_TOKEN
 from swe_prune.models import gpt
 from swe_prune.models.checks import check
 from swe_prune.models.kv_cache import Cache
 from swe_prune.models.layers import dense
 from swe_prune.models.vision import VisionTower, encoder
 from swe_prune.models.vision import check as check_vision
-
-IMAGE_TOKEN = -1
-"""Token in whose place an embedding of the image is put."""
 
 Inputs = Array | Mapping[str, Array]
 """Tokens alone, int32 B x L, or {"tokens": int32 B x L, "pixels": B x N x Y x X x 3, "grid": int32

@@ -24,9 +24,9 @@ from swe_prune.evaluation import (
     kl_to_dense,
     perplexity,
     protocols,
-    repetition,
     scored_windows,
 )
+from swe_prune.evaluation.repetition import mean_repetition
 from swe_prune.models import phi3v
 from swe_prune.pretrained.settings import JudgingSettings
 from swe_prune.pretrained.texts import Text
@@ -150,7 +150,7 @@ def judge(
     return Verdict(
         found,
         tuple(model.tokenizer.decode(np.asarray(tokens, np.int32)) for tokens in made.tokens),
-        float(np.mean([repetition(tokens).shares[2] for tokens in made.tokens])),
+        mean_repetition(made.tokens),
         distance,
     )
 

@@ -33,10 +33,9 @@ def signed(value: float, digits: int = 4) -> str:
     return f"+{text}" if math.isfinite(value) and float(f"{value:.{digits}f}") > 0 else text
 
 
-def percent(fraction: float, digits: int = 1) -> str:
+def percent(fraction: float) -> str:
     """Returns a fraction as a percentage with a no-break space before the sign; whole ones bare."""
-    text = f"{100 * fraction:.{digits}f}"
-    return f"{text.removesuffix('.' + '0' * digits) if digits else text}{NBSP}%"
+    return f"{f'{100 * fraction:.1f}'.removesuffix('.0')}{NBSP}%"
 
 
 def mean_sd(value: Spread | None, digits: int = 4, sign: bool = False) -> str:
@@ -49,12 +48,12 @@ def mean_sd(value: Spread | None, digits: int = 4, sign: bool = False) -> str:
     return mean if value.sd is None else f"{mean}{NBSP}±{NBSP}{number(value.sd, digits)}"
 
 
-def percent_sd(value: Spread, digits: int = 1) -> str:
+def percent_sd(value: Spread) -> str:
     """Returns a fraction as `mean ± sd %`; an sd too small to print is left out."""
-    mean = f"{100 * value.mean:.{digits}f}"
-    if value.sd is None or round(100 * value.sd, digits) == 0:
+    mean = f"{100 * value.mean:.1f}"
+    if value.sd is None or round(100 * value.sd, 1) == 0:
         return f"{mean}{NBSP}%"
-    return f"{mean}{NBSP}±{NBSP}{100 * value.sd:.{digits}f}{NBSP}%"
+    return f"{mean}{NBSP}±{NBSP}{100 * value.sd:.1f}{NBSP}%"
 
 
 def count(value: float) -> str:

@@ -16,6 +16,7 @@ from etils import epath
 from swe_prune import ledger
 from swe_prune.config import Config, LedgerConfig, from_dict
 from swe_prune.errors import InputError, shown
+from swe_prune.evaluation.prices import PICTURES
 from swe_prune.report.files import fits, malformed, read_lines, read_object, there
 from swe_prune.report.records import (
     IDENTITY,
@@ -38,7 +39,7 @@ _FORMS: dict[str, Any] = {
     "samples": [{"prompt": str, "text": str}],
     "answers": [{"number": int, "text": str, "price": float}],
     "prices": {
-        "generated": dict.fromkeys(("own", "blank", "shuffled"), (float, types.NoneType)),
+        "generated": dict.fromkeys(PICTURES, (float, types.NoneType)),
         "teacher_forced": float,
         "unparsable": {"own": int},
     },

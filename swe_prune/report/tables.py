@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from swe_prune import ledger
+from swe_prune.evaluation.prices import PICTURES
 from swe_prune.ledger import second_source
 from swe_prune.report import stats
 from swe_prune.report.comparison import Comparison
@@ -143,9 +144,6 @@ def _cell(cell: Cell) -> list[str]:
     ]
 
 
-_PICTURES = ("own", "blank", "shuffled")
-
-
 def seeds(results: Results) -> Table:
     """Returns the dense and the control loss of each seed."""
     dense = stats.per_seed(results.rows, "dense_loss")
@@ -279,7 +277,7 @@ def _cut_prices(cuts: Sequence[CutModel]) -> list[list[str]]:
 
 
 def _price_cells(errors: Sequence[dict[str, Any]]) -> list[str]:
-    values = [[one["generated"][shown] for one in errors] for shown in _PICTURES]
+    values = [[one["generated"][shown] for one in errors] for shown in PICTURES]
     values.append([one["teacher_forced"] for one in errors])
     missing = spread(one["unparsable"]["own"] for one in errors)
     cells = [_number(spread(known)) for known in values]

@@ -193,13 +193,13 @@ def _histogram(counts: Histogram, cell: Cell, detail: Detail) -> Picture:
     return Picture(f"histogram_{slug(cell.name)}", f"{alt}.", figure)
 
 
-def _middle(edges: np.ndarray, counts: np.ndarray, fraction: float = 0.995) -> tuple[float, float]:
-    """Returns the symmetric range that holds a fraction of the counts, without the long tails."""
+def _middle(edges: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """Returns the symmetric range that holds 99.5 % of the counts, without the long tails."""
     centres = (edges[1:] + edges[:-1]) / 2
     ranks = np.argsort(np.abs(centres))
     cumulated = np.cumsum(counts[ranks]) / max(counts.sum(), 1)
     reach = float(
-        np.abs(centres[ranks][np.searchsorted(cumulated, fraction).clip(max=len(ranks) - 1)])
+        np.abs(centres[ranks][np.searchsorted(cumulated, 0.995).clip(max=len(ranks) - 1)])
     )
     width = float(edges[1] - edges[0])
     return -reach - width, reach + width

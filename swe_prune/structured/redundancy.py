@@ -38,8 +38,6 @@ class Similarity:
         constant_F: Whether each unit had one value on all samples, which tells nothing.
         mean_entropy: Mean S₂ of the units in bits, None for a correlation.
         largest_entropy: log₂ N.
-        width: Rule for the kernel width.
-        mean_width: Mean kernel width, in standard deviations of a unit.
     """
 
     values_FxF: Float[np.ndarray, "F F"]
@@ -47,8 +45,6 @@ class Similarity:
     constant_F: Any
     mean_entropy: float | None
     largest_entropy: float
-    width: str | None
-    mean_width: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +151,7 @@ def similarity(
     if kind == "correlation":
         standard = np.asarray(standard_NxF)
         values_FxF = np.abs(standard.T @ standard / len(standard))
-        return Similarity(values_FxF, kind, constant_F, None, largest, None, None)
+        return Similarity(values_FxF, kind, constant_F, None, largest)
     widths_F = kernel_width.widths(standard_NxF, width, reference=reference, **options)
     values_FxF, entropy_F = pairwise(standard_NxF, widths_F)
     mean = float(entropy_F[~constant_F].mean())
@@ -172,9 +168,7 @@ def similarity(
         floor_F = np.maximum(entropy_F, 1e-6)
         for row, own in zip(values_FxF, floor_F, strict=True):
             row /= np.minimum(own, floor_F)
-    return Similarity(
-        values_FxF, kind, constant_F, mean, largest, width, float(np.mean(widths_F[~constant_F]))
-    )
+    return Similarity(values_FxF, kind, constant_F, mean, largest)
 
 
 def rank(

@@ -13,6 +13,7 @@ from swe_prune import parallel, trajectory, tree
 from swe_prune.models import phi3v
 from swe_prune.study import grid
 from swe_prune.study.experiment import Experiment, prune_rules
+from swe_prune.training.progress import duration
 
 TIMED_STEPS = 3
 TIMED_TOKENS = 2048
@@ -119,7 +120,7 @@ def _estimate(experiment: Experiment) -> str:
     """Returns a sentence on the time."""
     steps, per_step, batch = _timed(experiment)
     return (
-        f"About {_duration(per_step * steps)} on this machine for {steps:,} steps, evaluations and "
+        f"About {duration(per_step * steps)} on this machine for {steps:,} steps, evaluations and "
         f"compilation apart: {TIMED_STEPS} steps timed at batch {batch}, scaled to "
         f"{experiment.config.data.batch}; a full batch is often faster per token."
     )
@@ -160,11 +161,3 @@ def _bytes(size: int) -> str:
             return f"{value:.4g} {unit}"
         value /= 1000
     return f"{value:.4g} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -11,8 +11,9 @@ from jaxtyping import PyTree
 from swe_prune import data as data_lib
 from swe_prune.data import images
 from swe_prune.data.image_text import ImageTextData, chosen
-from swe_prune.evaluation import GREEDY, Protocol, generate, kl_to_dense, repetition
+from swe_prune.evaluation import GREEDY, Protocol, generate, kl_to_dense
 from swe_prune.evaluation.prices import price_errors
+from swe_prune.evaluation.repetition import mean_repetition
 from swe_prune.study.experiment import Experiment
 
 THUMBNAIL = 160  # pixels of the longer side of a picture in a result
@@ -49,9 +50,7 @@ def sampled(
             {"prompt": prompt, "text": tokenizer.decode(np.asarray(tokens, np.int32))}
             for prompt, tokens in zip(settings.prompts, found.tokens, strict=True)
         ],
-        f"{name}_repetition": float(
-            np.mean([repetition(tokens).shares[2] for tokens in found.tokens])
-        ),
+        f"{name}_repetition": mean_repetition(found.tokens),
     }
     if dense is not None:
         config = experiment.config
