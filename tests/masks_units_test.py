@@ -225,7 +225,7 @@ FF = {"up": {"kernel": kernel(4, 6)}, "down": {"kernel": kernel(6, 4)}}
         (lambda: masks.by_sparsity(W, 0.5, pattern="row", reduce="l3"), "reduce must be .*'l3'"),
         (lambda: masks.by_sparsity(W, 0.5, pattern="row", across="su"), "across must be .*'su'"),
         (lambda: masks.by_sparsity(W, 0.5, "row", pattern="column"), "scope 'row' ranks"),
-        (lambda: masks.by_sparsity(W, 0.5, rounding="up"), "rounding 'up' is none of"),
+        (lambda: masks.by_sparsity(W, 0.5, rounding="up"), "rounding must be one of"),
         (lambda: masks.by_sparsity(W, 0.99, pattern="row"), "6 units of 8 weights, all of which"),
         (lambda: masks.by_sparsity({**W, "b/kernel": kernel(4, 4)}, 0.5, "global", pattern="row"),
          "cannot rank units of different sizes"),

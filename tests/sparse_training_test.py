@@ -823,7 +823,7 @@ def on_schedule(**options):
         (lambda: on_schedule()(0, W, W), "mask of 'w' is of float32, not bool"),
         (lambda: on_schedule(score=lambda: {"w": None})(0, M), "the score is none"),
         (lambda: on_schedule()(0, M, params=W), "give the parameters after the mask"),
-        (lambda: on_schedule(scope="tensr")(0, M, W), "scope 'tensr'"),
+        (lambda: on_schedule(scope="tensr")(0, M, W), "scope must be one of .* 'tensr'"),
         (lambda: jax.jit(on_schedule(pattern="2:4"))(0, M, W), "which a traced share cannot"),
     ],
 )  # fmt: skip
