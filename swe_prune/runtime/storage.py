@@ -232,6 +232,27 @@ def parse_json(text: str) -> dict[str, Any]:
     return value
 
 
+def read_log(path: epath.PathLike) -> Iterator[dict[str, Any]]:
+    """Yields the JSON objects of a log's lines, each of which has a `step`; skips blank lines.
+
+    A last line without its newline is incomplete and left out: a run was killed as it wrote it.
+
+    Raises:
+        ValueError: As `read_text`, or a line is not in its form, which is named by its number.
+        OSError: The file cannot be read.
+    """
+    for number, line in enumerate(read_text(path, log=True).split("\n")[:-1], start=1):
+        if not line.strip():
+            continue
+        try:
+            value = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+        if type(value.get("step")) is not int or not 0 <= value["step"] < 1 << 63:
+            raise ValueError(f"line {number} has no whole number 'step'")
+        yield value
+
+
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Returns the pairs of a JSON object as a dict.
 
