@@ -6,13 +6,12 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from swe_prune import parallel, trajectory, tree
 from swe_prune.models import phi3v
 from swe_prune.study import grid
 from swe_prune.study.experiment import Experiment, prune_rules
+from swe_prune.training.progress import tensor_table
 
 TIMED_STEPS = 3
 TIMED_TOKENS = 2048
@@ -22,7 +21,11 @@ def plan(experiment: Experiment, console: Console) -> None:
     """Prints the tensors and why they stay dense, the memory, the cells and an estimate of time."""
     config = experiment.config
     params = experiment.abstract_params
-    console.print(_tensors(experiment, params))
+    tensors = [
+        (name, leaf, _dense_reason(experiment, name, leaf))
+        for name, leaf in tree.named_leaves(params)
+    ]
+    console.print(tensor_table(config.name, tensors))
     total = tree.size(params)
     prunable = experiment.prunable_weights()
     cells = grid.cells(config)
@@ -91,20 +94,6 @@ def memory_line(experiment: Experiment) -> str:
     return (
         f"Tracking {', '.join(experiment.measures)} takes {_bytes(sum(memory.values()))}: {parts}"
     )
-
-
-def _tensors(experiment: Experiment, params: Any) -> Table:
-    table = Table(title=experiment.config.name)
-    for heading in ("tensor", "shape", "weights", "prunable?"):
-        table.add_column(
-            heading, overflow="fold", justify="right" if heading == "weights" else "left"
-        )
-    for name, leaf in tree.named_leaves(params):
-        reason = _dense_reason(experiment, name, leaf)
-        verdict = f"dense: {reason}" if reason else "prunable"
-        row = (name, str(leaf.shape), f"{tree.size(leaf):,}", verdict)
-        table.add_row(*map(escape, row))  # a rule may look like rich's markup
-    return table
 
 
 def _dense_reason(experiment: Experiment, name: str, leaf: Any) -> str:

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from swe_prune import parallel, tree
-from swe_prune.errors import RunError
+from swe_prune.errors import RunError, visible
 from swe_prune.study.experiment import Experiment
 
 COLLECTIVES = (
@@ -196,7 +197,8 @@ def _group_size(rest: str, devices: int) -> int:
 def table(experiment: Experiment, found: Cost) -> Table:
     """Returns a table of what one device holds and receives."""
     axes = ", ".join(f"{axis} {n}" for axis, n in experiment.mesh.shape.items())
-    shown = Table(title=f"{experiment.config.name} on {axes}: per device", title_justify="left")
+    title = f"{visible(experiment.config.name)} on {axes}: per device"
+    shown = Table(title=escape(title), title_justify="left")
     shown.add_column("what")
     shown.add_column("bytes", justify="right")
     where = "host memory" if found.statistics_on_host else "device memory"

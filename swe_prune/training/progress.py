@@ -2,12 +2,16 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.table import Table
 
+from swe_prune import tree
 from swe_prune.errors import visible
 
 Advance = Callable[[int, dict[str, float]], None]
@@ -68,6 +72,24 @@ class Progress:
                 self.say(f"{name}: {', '.join(filter(None, parts))}")
 
         return advance
+
+
+def tensor_table(title: str, rows: Iterable[tuple[str, Any, str]]) -> Table:
+    """Returns a table of tensors, whose names and rules may look like rich's markup.
+
+    Args:
+        title: Title of the table.
+        rows: Name, leaf, which may be abstract, and why it stays dense, "" where it is prunable.
+    """
+    table = Table(title=escape(visible(title)))
+    for heading in ("tensor", "shape", "weights", "prunable?"):
+        table.add_column(
+            heading, overflow="fold", justify="right" if heading == "weights" else "left"
+        )
+    for name, leaf, reason in rows:
+        verdict = f"dense: {reason}" if reason else "prunable"
+        table.add_row(*map(escape, (name, str(leaf.shape), f"{tree.size(leaf):,}", verdict)))
+    return table
 
 
 def duration(seconds: float) -> str:
