@@ -4,17 +4,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 from rich.console import Console
-from rich.markup import escape
 
 from swe_prune import interop, recipe, tree
-from swe_prune.errors import visible
 from swe_prune.layout import layout as trace_layout
 from swe_prune.models import phi3v
 from swe_prune.pretrained import choice, tracked
 from swe_prune.pretrained.opening import opened
 from swe_prune.pretrained.request import check_trajectory, reasons, recipe_of
 from swe_prune.pretrained.settings import RequestSettings
-from swe_prune.training.progress import Progress, tensor_table
+from swe_prune.training.progress import Progress, print_line, tensor_table
 from swe_prune.trajectory import BUFFERS
 
 WHAT_A_MASK_GIVES = (
@@ -77,4 +75,4 @@ def plan(given: RequestSettings, progress: Progress, console: Console) -> None:
         f"at sparsity {request.target:g} about {amount:,} would go ({amount / total:.1%} of all).",
         WHAT_A_MASK_GIVES,
     ):
-        console.print(escape(visible(line)), highlight=False, soft_wrap=True)
+        print_line(console, line)

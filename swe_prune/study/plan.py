@@ -11,7 +11,7 @@ from swe_prune import parallel, trajectory, tree
 from swe_prune.models import phi3v
 from swe_prune.study import grid
 from swe_prune.study.experiment import Experiment, prune_rules
-from swe_prune.training.progress import tensor_table
+from swe_prune.training.progress import print_line, tensor_table
 
 TIMED_STEPS = 3
 TIMED_TOKENS = 2048
@@ -47,8 +47,8 @@ def plan(experiment: Experiment, console: Console) -> None:
         "whole rows, columns or neurons must be cut out.",
     ]
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(_estimate(experiment), highlight=False, soft_wrap=True)
+        print_line(console, line)
+    print_line(console, _estimate(experiment))
 
 
 def as_json(experiment: Experiment) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from rich.table import Table
 from swe_prune import parallel, tree
 from swe_prune.errors import RunError, visible
 from swe_prune.study.experiment import Experiment
+from swe_prune.training.progress import print_line
 
 COLLECTIVES = (
     "all-gather",
@@ -218,7 +219,7 @@ def table(experiment: Experiment, found: Cost) -> Table:
 def plan_at_scale(experiment: Experiment, console: Console) -> None:
     """Compiles the train step and prints what one device holds and receives."""
     for sentence in experiment.undivided:
-        console.print(sentence, highlight=False, soft_wrap=True)
+        print_line(console, sentence)
     console.print(table(experiment, cost(experiment)))
 
 

@@ -34,8 +34,9 @@ class Progress:
         self.clock = clock
 
     def say(self, text: str) -> None:
-        """Prints a line."""
-        self.console.print(visible(text, "\n"), highlight=False, soft_wrap=True)
+        """Prints one or more lines."""
+        for line in text.split("\n"):
+            print_line(self.console, line)
 
     @contextlib.contextmanager
     def phase(self, name: str, steps: int) -> Iterator[Advance]:
@@ -44,7 +45,7 @@ class Progress:
             yield self._lines(name, steps)
             return
         bars = Bars(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[shown]}"),
@@ -72,6 +73,11 @@ class Progress:
                 self.say(f"{name}: {', '.join(filter(None, parts))}")
 
         return advance
+
+
+def print_line(console: Console, text: str) -> None:
+    """Prints a line as it is: in no colors, not wrapped, and brackets are no markup of rich."""
+    console.print(visible(text), highlight=False, soft_wrap=True, markup=False)
 
 
 def tensor_table(title: str, rows: Iterable[tuple[str, Any, str]]) -> Table:
