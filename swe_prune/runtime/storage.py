@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from swe_prune.errors import InputError, RunError
+from swe_prune.runtime.packages import missing
 
 SCHEME = "gs://"
 
@@ -56,9 +57,7 @@ def parse_path(path: epath.PathLike, name: str = "workdir") -> epath.Path:
     if not text.removeprefix(SCHEME).strip("/"):
         raise InputError(f"{name} must be gs://BUCKET/FOLDER, got {text!r}, which names no bucket")
     if importlib.util.find_spec("gcsfs") is None:
-        raise InputError(
-            f"{name} {text!r} needs gcsfs, which is not installed; pip install 'swe-prune[gcs]'"
-        )
+        raise missing("gcsfs", f"{name} {text!r}", "gcs")
     _prepare()
     return epath.Path(text)
 
