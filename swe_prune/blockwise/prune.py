@@ -207,7 +207,7 @@ def _given_masks(
             "a mask says itself what goes, so sparsity and pattern must be None; leave them out"
         )
     check_mask(mask, params)
-    found = {name: keep for name, keep in tree.named_leaves(mask) if keep is not None}
+    found = tree.present(mask)
     if not found:
         raise InputError("every mask is None, that is dense, so there is nothing to prune")
     return found

@@ -55,8 +55,7 @@ def gradients(
     """
     if at_once is not None and at_once < 1:
         raise InputError(f"at_once must be a number of examples of 1 or more, got {at_once}")
-    flags = tree.prunable(params) if prunable is None else prunable
-    names = wanted_shapes(params, flags)
+    names = wanted_shapes(params, prunable)
     weights = {name: leaf for name, leaf in tree.named_leaves(params) if name in names}
 
     def sums(weights: Any, params: Any, batch: Any) -> Any:
