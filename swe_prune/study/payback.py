@@ -98,7 +98,7 @@ def paybacks(workdir: epath.Path, config: Config, entries: Sequence[Entry]) -> l
     """
     found = []
     for cut in config.cuts:
-        for seed in config.study.seeds if cut.seeds is None else cut.seeds:
+        for seed in config.study.seeds_of(cut):
             folder = workdir / f"seed_{seed}" / "cuts" / cut.name
             if (folder / "result.json").exists() and (folder / "serving.json").exists():
                 result, served = (read_json(folder / f"{n}.json") for n in ("result", "serving"))

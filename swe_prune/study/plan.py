@@ -135,9 +135,8 @@ def _timed(experiment: Experiment) -> tuple[int, float, int]:
     jax.block_until_ready(state)
     per_step = (time.perf_counter() - begun) / TIMED_STEPS * config.data.batch / batch
     cells = experiment.cells
-    seeds = {cell.seed for cell in cells}
     controls = {(c.seed, c.recovery): experiment.tuning_steps(c) for c in cells}
-    steps = len(seeds) * experiment.train_steps + sum(controls.values())
+    steps = len(experiment.seeds) * experiment.train_steps + sum(controls.values())
     steps += sum(map(experiment.tuning_steps, cells))
     return steps, per_step, batch
 

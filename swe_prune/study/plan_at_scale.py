@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from swe_prune import parallel, tree
+from swe_prune import parallel
 from swe_prune.errors import RunError, visible
 from swe_prune.study.experiment import Experiment
 from swe_prune.training.progress import print_line
@@ -74,13 +74,7 @@ def cost(experiment: Experiment) -> Cost:
     """Returns what the dense phase's step takes on the experiment's mesh."""
     state = jax.eval_shape(lambda p: experiment.dense_state(p, 0), experiment.abstract_params)
     state = experiment.place(state)
-    masks = tree.map_named(
-        lambda _, leaf, chosen: (
-            jax.ShapeDtypeStruct(leaf.shape, jnp.bool_, sharding=leaf.sharding) if chosen else None
-        ),
-        experiment.abstract_params,
-        experiment.prunable,
-    )
+    masks = experiment.abstract_prunable(jnp.bool_)
     statistics = state.stats
     if experiment.host_statistics:
         state = dataclasses.replace(state, stats=None)
