@@ -2,6 +2,8 @@
 
 import math
 import numbers
+import operator
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from swe_prune.errors import InputError, shown
@@ -61,6 +63,24 @@ class Bound(NamedTuple):
         elif maximum or self.most not in (COUNT.most, _LARGEST):
             words.append(f"at most {self.most if self.whole else format(self.most, 'g')}")
         return f"{'an integer' if self.whole else 'a finite number'} {' and '.join(words)}"
+
+
+def check_each(settings: Any, ranges: Mapping[str, Bound], where: str) -> None:
+    """Checks numbers of settings, or the members of tuples; None is left to a setting's type.
+
+    Args:
+        settings: Dataclass with the settings.
+        ranges: Range of each by its name, such as "rope.theta".
+        where: Name of the settings, for the sentence.
+
+    Raises:
+        InputError: One is out of its range.
+    """
+    for name, bound in ranges.items():
+        value = operator.attrgetter(name)(settings)
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is not None:
+                bound.check(one, f"{where}.{name}")
 
 
 COUNT = Bound(1, 2**31 - 1, whole=True)

@@ -363,7 +363,7 @@ def _pruned_output(mask: PyTree, layout: PyTree | None) -> str | None:
 
 def _dense(params: PyTree, mask: PyTree, layout: PyTree | None) -> dict[str, int]:
     axes = {} if layout is None else dict(tree.named_leaves(layout))
-    pruned = {name for name, leaf in tree.named_leaves(mask) if leaf is not None}
+    pruned = tree.present(mask)
     counts: dict[str, int] = {}
     for name, leaf in tree.named_leaves(params):
         if tree.is_weight(leaf) and name not in pruned:

@@ -173,7 +173,7 @@ def test_what_is_said_of_a_run_works(tmp_path, plays_dir, fails):
         (next((folder / "ledger").glob("*.json")), "move it away", lambda path: path.unlink()),
         (folder / "seed_0/dense/metrics.jsonl", "remove it", lambda path: path.unlink()),
     ):
-        path.write_text("damaged")
+        path.write_text("damaged\n")
         fails(["report", work], path.name, said)
         does(path)
         for command in ("prune", "finetune") if "command again" in said else ():

@@ -278,7 +278,7 @@ def test_without_the_extra_one_sentence_says_what_to_install(capsys, monkeypatch
         "importlib.util.find_spec", lambda name, *a: None if name == "gcsfs" else found(name, *a)
     )
     message = fails(capsys, ["report", "--workdir=gs://bucket/run"])
-    assert message.endswith("needs gcsfs, which is not installed; pip install 'swe-prune[gcs]'")
+    assert message.endswith("package 'gcsfs', which is not installed; pip install 'swe-prune[gcs]'")
 
 
 def settings(plays_dir):

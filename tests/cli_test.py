@@ -337,10 +337,11 @@ def test_a_run_without_the_extra_for_its_report_says_so_first(
 def test_plan_trains_nothing_and_names_every_tensor(tmp_path, plays_dir, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
-    config = tiny.config_file(tmp_path, tiny.config(plays_dir))
+    named = dataclasses.replace(tiny.config(plays_dir), name="tiny[red]")
+    config = tiny.config_file(tmp_path, named)
     assert cli.main(["plan", f"--config={config}"]) == 0
     shown = capsys.readouterr().out
-    parts = ["block_0/mlp/up/kernel", "dense: embedding", "dense: fewer than two axes"]
+    parts = ["tiny[red]", "block_0/mlp/up/kernel", "dense: embedding", "dense: fewer than two axes"]
     parts += ["16 cells over seeds 0, 1", "Tracking late_mean takes 12.29 kB", "About "]
     for part in parts:
         assert part in shown

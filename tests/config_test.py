@@ -111,8 +111,13 @@ def test_unknown_keys_and_wrong_types_are_refused_by_their_path(values, sentence
             {"model": {"width": 100, "heads": 6}},
             "model.width must be a multiple of model.heads = 6, got 100",
         ),
-        ({"model": {"layers": 0}}, "model.layers must be an integer of at least 1, got 0"),
+        (
+            {"model": {"layers": 0}},
+            "model.layers must be an integer of at least 1 and at most 10000, got 0",
+        ),
         ({"model": {"kv_heads": 0}}, "model.kv_heads must be an integer of at least 1, got 0"),
+        ({"model": {"layers": 10_001}}, "model.layers must be .* and at most 10000, got 10001"),
+        ({"model": {"rope": {"theta": -1.0}}}, "model.rope.theta must be .* above 0, got -1.0"),
         ({"model": {"dropout": 1.0}}, r"model.dropout must be .* at least 0 and below 1, got 1.0"),
         (
             {"model": {"dropout": float("nan")}},
@@ -299,7 +304,10 @@ def test_load_reads_a_file_and_applies_overrides_over_it(write):
         ("model=3", "config.model is a group of settings"),
         ("=3", "config has no setting ''"),
         ("study.seeds={[]: 1}", "config.study.seeds must be a list, got"),
-        ("model.layers=0", "model.layers must be an integer of at least 1, got 0"),
+        (
+            "model.layers=0",
+            "model.layers must be an integer of at least 1 and at most 10000, got 0",
+        ),
     ],
 )
 def test_overrides_are_checked_as_the_file_is(write, override, sentence):

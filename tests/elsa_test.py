@@ -108,3 +108,11 @@ def test_it_needs_the_parameters():
 def test_the_sparsity_is_checked_before_training(sparsity):
     with pytest.raises(InputError, match="sparsity"):
         sparse_training.elsa(optax.sgd(0.1), sparsity).init({"kernel": jnp.ones((2, 2))})
+
+
+def test_what_is_prunable_must_be_said_by_true_and_false():
+    start = {name: jnp.asarray(value, jnp.float32) for name, value in START.items()}
+    marks = {"kernel": np.ones((4, 3), bool), "bias": False}  # a mask
+    optimizer = sparse_training.elsa(optax.sgd(RATE), 0.5, prunable=marks)
+    with pytest.raises(InputError, match="prunable of 'kernel' must be True or False"):
+        optimizer.init(start)

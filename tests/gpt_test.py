@@ -275,7 +275,7 @@ def test_too_many_tokens_are_refused_while_tracing():
             "model.activation must be one of .*, got 'gellu'; did you mean 'gelu'",
         ),
         ({"dtype": "float16"}, "model.dtype must be one of float32, bfloat16, got 'float16'"),
-        ({"heads": 3}, "multiple of heads = 3"),
+        ({"heads": 3}, "multiple of model.heads = 3"),
     ],
 )
 def test_what_cannot_be_built_is_named(changes, message):

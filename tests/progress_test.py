@@ -46,6 +46,17 @@ def test_what_is_not_known_is_left_out_and_long_lines_are_not_wrapped():
     assert line == f"training, seed 0: 3 of 5000, {shown}, 2 h 1 min"
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_names_in_a_line_are_no_markup_and_no_control_characters(terminal):
+    file = io.StringIO()
+    progress = Progress(Console(file=file, force_terminal=terminal, width=20))
+    progress.say("cell a[red]-2:4[/red] of seed 0: \x1b[2Jdone\nagain")
+    assert file.getvalue() == "cell a[red]-2:4[/red] of seed 0: \\x1b[2Jdone\nagain\n"
+    with progress.phase("cut [b]", 3):  # which ends before its bar is drawn again
+        pass
+    assert ("cut [b]" in file.getvalue()) == terminal
+
+
 def test_a_short_phase_prints_nothing_and_a_terminal_no_plain_lines():
     assert lines_of([(EVERY - 1, 5000, {"loss": 1.0})]) == ""
     assert "5000, loss 1.000, 40 s" not in lines_of([(40, 3, {"loss": 1.0})], terminal=True)

@@ -4,13 +4,15 @@ import json
 import typing
 
 import pytest
+from etils import epath
 from report_synthetic import make, row, write_rows
 
 from swe_prune.errors import InputError
-from swe_prune.report import read
+from swe_prune.report import files, read
 from swe_prune.report.records import key_of
 from swe_prune.report.sections import missing
 from swe_prune.study.results import COLUMNS
+from swe_prune.training import metrics
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +101,7 @@ def test_a_short_row_is_refused(tmp_path):
         ("config.json", b"{"),
         ("config.json", b"[]"),
         ("config.json", b'{"config": 3}'),
-        ("seed_0/dense/metrics.jsonl", b'{"step": 1}\n{"step": '),
+        ("seed_0/dense/metrics.jsonl", b'{"step": 1}\n{"step": \n{"step": 3}\n'),
         ("seed_0/dense/metrics.jsonl", b'{"loss": 1}\n'),
         ("seed_0/dense/trajectory.jsonl", b'{"step": 0}\n'),
         ("seed_0/dense/trajectory.jsonl", b'{"step": 0, "values": {"a": 1}}\n'),
@@ -125,6 +127,25 @@ def test_a_malformed_file_is_named(tmp_path, name, text):
     path.write_bytes(text)
     with pytest.raises(InputError, match=path.name):
         read.load(tmp_path)
+
+
+@pytest.mark.parametrize("cut", ['{"step": 9, "lo', '{"step": 9}', "\0\0"])
+def test_both_readers_of_a_log_leave_out_an_incomplete_last_line(tmp_path, cut):
+    write_rows(tmp_path, [row()])
+    path = epath.Path(tmp_path / "seed_0/dense/metrics.jsonl")
+    path.parent.mkdir(parents=True)
+    path.write_text('{"step": 1, "loss": 2.5}\n' + cut)
+    assert read.load(tmp_path).training == {0: [{"step": 1, "loss": 2.5}]}
+    assert metrics.read_lines(path) == [{"step": 1, "loss": 2.5}]
+
+
+def test_both_readers_of_a_log_name_its_broken_line(tmp_path):
+    path = epath.Path(tmp_path / "metrics.jsonl")
+    for broken in ('{"step": ', '{"loss": 1}', '{"step": -1}', "[]"):
+        path.write_text(f'{{"step": 1}}\n\n{broken}\n{{"step": 3}}\n')
+        for lines in (metrics.read_lines, files.read_lines):
+            with pytest.raises(InputError, match=r"metrics\.jsonl.*line 3"):
+                list(lines(path))
 
 
 def test_what_is_missing_is_said(tmp_path):

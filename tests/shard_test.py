@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,10 +17,21 @@ from swe_prune import cli, study
 from swe_prune.config import StudyConfig
 from swe_prune.errors import InputError
 from swe_prune.recipe import Recipe
+from swe_prune.runtime import processes, supervisor
 from swe_prune.runtime.locks import lock_for_run
 from swe_prune.study import grid, phases, prune_phase
 from swe_prune.study.shard import Shard
 from swe_prune.training.progress import Progress
+
+
+@pytest.mark.parametrize("text", ["1/3", "01/03", " 1 / 3 "])
+def test_a_number_of_many_is_read_alike_by_a_process_a_shard_and_the_parent(tmp_path, text):
+    where = processes.process_address("host:1234", text)
+    assert (where.index, where.count) == (1, 3)
+    assert study.parse(text) == Shard(1, 3)
+    sign = supervisor._sign(epath.Path(tmp_path), processes.numbered(text))
+    missing = supervisor._absent(epath.Path(tmp_path), sign, processes.numbered(text), 60)
+    assert missing.startswith("process 0, 2 of 3 did not come up")
 
 
 @given(st.integers(1, 9), st.integers(0, 40))

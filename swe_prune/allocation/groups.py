@@ -66,7 +66,7 @@ def scored(scores: PyTree) -> dict[str, jax.Array]:
     Raises:
         InputError: If there are no scores, or scores are not floating-point or are traced.
     """
-    named = {name: leaf for name, leaf in tree.named_leaves(scores) if leaf is not None}
+    named = tree.present(scores)
     select.check_floats(list(named.values()))
     if not tree.size(named):
         raise InputError("no scores were given: every leaf is None, so dense; widen the rules")

@@ -162,7 +162,7 @@ def allocate(
         if "input_axes" in rule.options:
             options.setdefault("input_axes", _inputs_of_copies(layout))
         if curvature is not None:
-            named = {name: leaf for name, leaf in tree.named_leaves(curvature) if leaf is not None}
+            named = tree.present(curvature)
             curvature = split(named, layout)
         scores, params, prunable, loss = _in_copies(scores, params, prunable, loss, layout)
     given = {"scores": scores, "curvature": curvature, "params": params, "loss": loss,
@@ -218,7 +218,7 @@ def _in_copies(
         }
     split_scores = None
     if scores is not None:
-        named = {name: leaf for name, leaf in tree.named_leaves(scores) if leaf is not None}
+        named = tree.present(scores)
         split_scores = split(named, layout)
         if parts is not None:
             split_scores = {label: split_scores.get(label) for label in parts}

@@ -204,7 +204,7 @@ def _given_masks(
     """Returns the given masks by name."""
     check_mask_alone(sparsity, pattern)
     check_mask(mask, params)
-    found = {name: keep for name, keep in tree.named_leaves(mask) if keep is not None}
+    found = tree.present(mask)
     if not found:
         raise InputError("every mask is None, that is dense, so there is nothing to prune")
     return found

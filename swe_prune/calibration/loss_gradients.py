@@ -53,8 +53,7 @@ def gradients(
     >>> {name: leaf["w"].item() for name, leaf in measured.items()}
     {'gradient': 2.0, 'gradient_square': 5.0}
     """
-    flags = tree.prunable(params) if prunable is None else prunable
-    names = wanted_shapes(params, flags)
+    names = wanted_shapes(params, prunable)
     weights = {name: leaf for name, leaf in tree.named_leaves(params) if name in names}
 
     def sums(weights: Any, params: Any, batch: Any) -> Any:

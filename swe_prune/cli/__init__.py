@@ -139,12 +139,13 @@ def _failed(error: Exception, code: int, distributed: bool) -> int:
 def _supervise(given: DistributedSettings, arguments: Sequence[str]) -> int:
     from swe_prune.runtime import processes, supervisor
 
-    processes.process_address(given.coordinator, given.process)
+    where = processes.process_address(given.coordinator, given.process)
     if given.distributed and given.coordinator is not None:
         raise InputError("--distributed and --coordinator were both given; give one")
     join = processes.Timeouts.of_environment().join
     workdir = storage.parse_path(given.workdir, "--workdir")
-    return supervisor.supervise(arguments, workdir, given.process, join)
+    process = None if where.index is None or where.count is None else (where.index, where.count)
+    return supervisor.supervise(arguments, workdir, process, join)
 
 
 def _forced(devices: int, arguments: Sequence[str]) -> int:

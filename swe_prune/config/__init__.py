@@ -45,18 +45,21 @@ from swe_prune.config.experiment import (
 from swe_prune.config.files import load, read
 from swe_prune.config.model import (
     PER_LAYER,
+    RANGES,
     Activation,
     ComputeDtype,
     ModelConfig,
     Norm,
     RopeConfig,
     VisionConfig,
+    check_width,
 )
 
 __all__ = [
     "ONE_SHOT",
     "PER_LAYER",
     "PHASE",
+    "RANGES",
     "Activation",
     "CalibrationConfig",
     "CellConfig",
@@ -81,6 +84,7 @@ __all__ = [
     "TrajectoryConfig",
     "VisionConfig",
     "check_choices",
+    "check_width",
     "convert",
     "flat",
     "from_dict",

@@ -1,12 +1,12 @@
 """What settings must be, each by itself and in pairs, before any work is done."""
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
-from swe_prune.bounds import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Bound
+from swe_prune.bounds import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Bound, check_each
 from swe_prune.config.conversion import check_choices
 from swe_prune.config.experiment import ONE_SHOT, CellConfig, Config
+from swe_prune.config.model import RANGES, check_width
 from swe_prune.errors import InputError, check_choice
 from swe_prune.masks import SCOPES
 from swe_prune.recipe import check as check_recipe
@@ -20,17 +20,15 @@ PHASE: dict[str, Bound] = {
 """Range of each number of a phase."""
 
 _COUNTS = """
-model.layers model.heads model.width model.context model.hidden_ratio model.hidden model.kv_heads
-model.head_width model.window data.batch data.eval_windows data.eval_batch data.window
-trajectory.window_start calibration.windows calibration.batch samples.tokens parallel.data
-parallel.fsdp parallel.tensor log_every ledger.windows ledger.batch ledger.prompt ledger.new_tokens
+data.batch data.eval_windows data.eval_batch data.window trajectory.window_start calibration.windows
+calibration.batch samples.tokens parallel.data parallel.fsdp parallel.tensor log_every
+ledger.windows ledger.batch ledger.prompt ledger.new_tokens
 """
 
 _BOUNDS: dict[str, Bound] = {
+    **{f"model.{key}": one for key, one in RANGES.items()},
     **dict.fromkeys(_COUNTS.split(), COUNT),
     **{f"{phase}.{key}": one for phase in ("train", "finetune") for key, one in PHASE.items()},
-    "model.dropout": SHARE,
-    "model.init_stddev": POSITIVE,
     "trajectory.power": NOT_NEGATIVE,
     "trajectory.vote_rate": NOT_NEGATIVE,
     "calibration.seed": SEED,
@@ -57,12 +55,8 @@ def validate(config: Config) -> None:
 
     # Each setting by itself.
     check_choices(config)
-    for key, bound in _BOUNDS.items():
-        value = operator.attrgetter(key)(config)
-        for one in value if isinstance(value, tuple) else (value,):
-            if one is not None:
-                bound.check(one, f"config.{key}")
-    model, data, study = config.model, config.data, config.study
+    check_each(config, _BOUNDS, "config")
+    data, study = config.data, config.study
     fraction = data.validation_fraction
     must(0 < fraction < 1, "data.validation_fraction", "between 0 and 1", fraction)
     cadence = config.train.checkpoint_every
@@ -70,8 +64,7 @@ def validate(config: Config) -> None:
     must(cadence != 0, "train.checkpoint_every", rule, cadence)
 
     # Settings that depend on others.
-    divided = model.head_width is not None or model.width % model.heads == 0
-    must(divided, "model.width", f"a multiple of model.heads = {model.heads}", model.width)
+    check_width(config.model)
     rule = f"a multiple of data.eval_batch = {data.eval_batch}"
     must(data.eval_windows % data.eval_batch == 0, "data.eval_windows", rule, data.eval_windows)
     for name, phase in (("train", config.train), ("finetune", config.finetune)):

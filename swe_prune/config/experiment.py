@@ -210,6 +210,10 @@ class StudyConfig:
     seeds: tuple[int, ...] = (0, 1)  # seeds of the dense models pruned to equal sparsity
     cells: tuple[CellConfig, ...] = ()  # further cells, as `sweep` lists them
 
+    def seeds_of(self, one: "CellConfig | CutConfig") -> tuple[int, ...]:
+        """Returns the seeds of a cell or a cut: its own, or those of the study."""
+        return self.seeds if one.seeds is None else one.seeds
+
 
 @dataclasses.dataclass(frozen=True)
 class CutConfig:

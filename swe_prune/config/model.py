@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any, Literal
 
+from swe_prune.bounds import COUNT, FRACTION, INDEX, NOT_NEGATIVE, POSITIVE, SHARE, Bound
+from swe_prune.errors import InputError
+
 Activation = Literal["gelu", "gelu_exact", "quick_gelu", "relu", "silu", "tanh"]
 Norm = Literal["layer", "rms"]
 Norms = Literal["pre", "post", "sandwich"]
@@ -180,3 +183,38 @@ class ModelConfig:
         if self.rotary and not self.rotary[layer]:
             changes["positions"] = "none"
         return dataclasses.replace(self, **changes)
+
+
+RANGES: dict[str, Bound] = {
+    "layers": COUNT._replace(most=10_000),
+    **dict.fromkeys(
+        ("heads", "width", "context", "vocab_size", "hidden_ratio", "hidden", "kv_heads",
+         "head_width", "window", "experts", "experts_per_token", "rope.original_context"), COUNT
+    ),
+    "position_offset": INDEX,
+    "dropout": SHARE,
+    **dict.fromkeys(
+        ("init_stddev", "norm_epsilon", "embedding_scale", "residual_scale", "attention_scale",
+         "attention_cap", "logit_divisor", "logit_cap", "sliding_theta", "rope.theta",
+         "rope.factor", "rope.low_frequency", "rope.high_frequency", "rope.beta_fast",
+         "rope.beta_slow", "rope.attention_factor", "rope.short_factors",
+         "rope.long_factors"), POSITIVE
+    ),
+    "rope.share": FRACTION,
+    "rope.mscale": NOT_NEGATIVE,
+    "rope.mscale_all": NOT_NEGATIVE,
+}  # fmt: skip
+"""Range of each number in a `ModelConfig`."""
+
+
+def check_width(config: ModelConfig) -> None:
+    """Checks that the heads divide the width, unless theirs is given.
+
+    Raises:
+        InputError: They do not.
+    """
+    if config.head_width is None and config.width % config.heads:
+        raise InputError(
+            f"config.model.width must be a multiple of model.heads = {config.heads}, "
+            f"got {config.width}"
+        )

@@ -19,6 +19,7 @@ from jaxtyping import Float, UInt8
 
 from swe_prune.config import VisionConfig
 from swe_prune.errors import InputError, first_line
+from swe_prune.runtime.packages import require
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -76,13 +77,9 @@ def _too_large(where: str) -> InputError:
 
 
 def _pillow() -> tuple[Any, Any]:
-    try:
-        from PIL import Image, ImageOps
-    except ModuleNotFoundError:
-        raise InputError(
-            "reading images needs the package Pillow, which is not installed; "
-            "pip install 'swe-prune[images]'"
-        ) from None
+    require("PIL", "reading images", "images")
+    from PIL import Image, ImageOps
+
     return Image, ImageOps
 
 

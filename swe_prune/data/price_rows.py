@@ -18,6 +18,7 @@ from typing import Any
 from swe_prune.config import DataConfig
 from swe_prune.data.sources import open_builder, reading_prepared
 from swe_prune.errors import InputError, first_line, reading
+from swe_prune.runtime.packages import require
 
 END = "<|end|>"
 PROMPT = f"<|user|>\n<|image_1|>What is shown in this image?{END}<|assistant|>"
@@ -140,14 +141,9 @@ def _picture(value: Any, path: Path, where: str) -> bytes | str:
 
 
 def _table(path: Path) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError:
-        raise InputError(
-            "reading a parquet file needs the package pyarrow, which is not installed; "
-            "pip install 'swe-prune[images]'"
-        ) from None
+    require("pyarrow.parquet", "reading a parquet file", "images")
+    import pyarrow.parquet
+
     if path.is_dir():
         files = sorted(path.rglob("*.arrow")) or sorted(path.rglob("*.parquet"))
     else:

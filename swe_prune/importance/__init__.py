@@ -112,9 +112,9 @@ def score(
     check_choice(zeros, ZEROS, "zeros")
     stats = None if stats is None else restored(stats)
     needed = _gather(criterion, params, stats, opt_state, measured or {})
-    if prunable is not None and not any(jax.tree.leaves(tree.check_marks(prunable))):
-        raise InputError("no weight is prunable, so there is nothing to score; widen the rules")
-    if prunable is None:
+    if prunable is not None:
+        tree.check_marks(prunable, "score")
+    else:
         prunable = (
             tracked(params, stats) if stats is not None else tree.prunable(params, layout=layout)
         )

@@ -10,14 +10,14 @@ from typing import Any
 
 from swe_prune.arguments import checked
 from swe_prune.bounds import COUNT, POSITIVE
-from swe_prune.config import ComputeDtype, ModelConfig, VisionConfig
+from swe_prune.config import RANGES, ComputeDtype, ModelConfig, VisionConfig
 from swe_prune.errors import InputError, check_choice, shown
 from swe_prune.interop.families import ACTIVATIONS, FAMILIES
 from swe_prune.interop.family import NEEDED, Family, Key
 from swe_prune.interop.layer_kinds import read_layers, simplified, write_layers
 from swe_prune.interop.rope_settings import read_rope, read_sliding_theta, write_rope
 from swe_prune.interop.vision_settings import read_vision, write_vision
-from swe_prune.models.checks import RANGES, check
+from swe_prune.models.checks import check
 
 _KINDS = {bool: "true or false", str: "a name"}
 # Fields whose None has a meaning in `ModelConfig`.

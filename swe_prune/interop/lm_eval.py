@@ -10,7 +10,6 @@ Source: https://github.com/EleutherAI/lm-evaluation-harness, 0.4.13, api/model.p
 utils.py (get_rolling_token_windows), models/huggingface.py.
 """
 
-import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -24,6 +23,7 @@ from swe_prune.errors import InputError
 from swe_prune.evaluation.generation import generate
 from swe_prune.evaluation.sampling import GREEDY, Sampling
 from swe_prune.evaluation.token_losses import bucket, context_of, token_losses
+from swe_prune.runtime.packages import require
 
 LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names that tasks give to the number of new tokens; the first that is given counts."""
@@ -50,15 +50,7 @@ def harness(model: Any, params: PyTree, tokenizer: HarnessTokenizer, **settings:
     Raises:
         InputError: lm_eval is not installed, or as `Answers`.
     """
-    try:
-        base = importlib.import_module("lm_eval.api.model").LM
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "lm_eval":
-            raise
-        raise InputError(
-            "evaluating with lm_eval needs the package 'lm_eval', which is not installed; "
-            "install it with: pip install 'swe-prune[lm-eval]'"
-        ) from None
+    base = require("lm_eval.api.model", "evaluating with lm_eval", "lm-eval").LM
     kind = type("SwePruneLM", (Answers, base), {"__doc__": Answers.__doc__})
     return kind(model, params, tokenizer, **settings)
 

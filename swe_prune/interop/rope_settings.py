@@ -11,11 +11,10 @@ models/phi3/configuration_phi3.py.
 from collections.abc import Mapping
 from typing import Any
 
-from swe_prune.config import ModelConfig, RopeConfig
+from swe_prune.config import RANGES, ModelConfig, RopeConfig
 from swe_prune.errors import InputError, shown
 from swe_prune.interop.families import FAMILIES
 from swe_prune.interop.family import Family
-from swe_prune.models.checks import RANGES
 
 SCALINGS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 """Supported values of `rope_type`."""

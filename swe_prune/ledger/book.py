@@ -9,6 +9,7 @@ import contextvars
 import dataclasses
 import json
 import math
+import operator
 import os
 import platform
 import threading
@@ -22,8 +23,8 @@ from etils import epath
 from swe_prune.arguments import checked
 from swe_prune.bounds import NOT_NEGATIVE
 from swe_prune.errors import InputError, RunError, check_choice, why_unwritten
-from swe_prune.ledger.interval import Interval
-from swe_prune.ledger.meters import ZERO, Meter, of_this_machine, processor_seconds
+from swe_prune.ledger.interval import ZERO, Interval
+from swe_prune.ledger.meters import Meter, of_this_machine, processor_seconds
 from swe_prune.runtime import storage
 
 EVERY = 10.0
@@ -158,10 +159,7 @@ class Ledger:
         for entry, begun, busy, start in self._running:
             entry.seconds = time.monotonic() - begun
             entry.processor_seconds = max(0.0, processor_seconds() - busy)
-            spent = [
-                Interval(a.low - b.low, a.value - b.value, a.high - b.high)
-                for a, b in zip(totals, start, strict=True)
-            ]
+            spent = (a.map(operator.sub, b) for a, b in zip(totals, start, strict=True))
             entry.joules = sum(spent, ZERO)
 
     def _write(self, quiet: bool = False) -> None:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from swe_prune.arguments import checked
 from swe_prune.errors import InputError
-from swe_prune.ledger.interval import Interval, Operand, interval, of_samples, text
+from swe_prune.ledger.interval import ENDS, Interval, Operand, interval, of_samples, text
 
-ENDS = ("low", "value", "high")
 MILLION = 1e6
 
 

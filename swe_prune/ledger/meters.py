@@ -12,9 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from swe_prune.ledger.interval import Interval
-
-ZERO = Interval(0.0, 0.0, 0.0)
+from swe_prune.ledger.interval import ZERO, Interval
 
 
 class Meter(Protocol):

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from swe_prune.arguments import checked
 from swe_prune.bounds import DAY, TURNS
 from swe_prune.errors import InputError, shown
-from swe_prune.ledger.interval import Interval, of_samples
-from swe_prune.ledger.meters import ZERO, Meter
+from swe_prune.ledger.interval import ENDS, ZERO, Interval, of_samples
+from swe_prune.ledger.meters import Meter
 
 WINDOWS, SECONDS = 20, 5.0
 """Windows of each model, and the least seconds of one: NVML refreshes its counter every 0.1 s."""
@@ -86,7 +86,7 @@ def windows(
             if tokens < 1:
                 raise InputError(f"work {name!r} must work through tokens, got {tokens}")
             if number >= 0:
-                spent = Interval(*(max(0.0, b - a) for a, b in zip(before, after, strict=True)))
+                spent = after.map(lambda b, a: max(0.0, b - a), before)
                 found[name].append(Window(spent, length, tokens))
     return found
 
@@ -114,9 +114,7 @@ def per_token(found: Sequence[Window]) -> Interval:
         raise InputError("found must have one window or more, got none")
     if len(each) == 1:
         return each[0]
-    low, value, high = (
-        of_samples([getattr(one, end) for one in each]) for end in ("low", "value", "high")
-    )
+    low, value, high = (of_samples([getattr(one, end) for one in each]) for end in ENDS)
     return Interval(low.low, value.value, high.high)
 
 
@@ -137,9 +135,8 @@ def idle_watts(meters: Sequence[Meter], seconds: float = SECONDS) -> Interval:
     begun, before = time.monotonic(), _polled(meters)
     time.sleep(float(seconds))
     after, length = _polled(meters), time.monotonic() - begun
-    return Interval(*((b - a) / length for a, b in zip(before, after, strict=True)))
+    return after.map(lambda b, a: (b - a) / length, before)
 
 
-def _polled(meters: Sequence[Meter]) -> tuple[float, float, float]:
-    total = sum((meter.poll() for meter in meters), ZERO)
-    return total.low, total.value, total.high
+def _polled(meters: Sequence[Meter]) -> Interval:
+    return sum((meter.poll() for meter in meters), ZERO)

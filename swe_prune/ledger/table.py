@@ -10,15 +10,15 @@ from etils import epath
 from swe_prune.arguments import checked
 from swe_prune.ledger.book import KILLED, Entry
 from swe_prune.ledger.factors import Factors, footprint, pictured
-from swe_prune.ledger.interval import text
-from swe_prune.ledger.meters import ZERO
+from swe_prune.ledger.interval import ENDS, ZERO, text
 from swe_prune.runtime import storage
 
 MEASURED = ("phase", "cell", "attempt", "process", "status", "seconds", "processor_seconds")
 INTERVALS = ("joules", "kwh", "kg_co2e", "litres")
+_SUFFIXES = dict(zip(ENDS, ("_low", "", "_high"), strict=True))
 COLUMNS = (
     *MEASURED,
-    *(f"{name}{end}" for name in INTERVALS for end in ("_low", "", "_high")),
+    *(f"{name}{suffix}" for name in INTERVALS for suffix in _SUFFIXES.values()),
     "source",
     "tokens",
 )
@@ -32,9 +32,9 @@ def row(entry: Entry, factors: Factors) -> dict[str, Any]:
     return {
         **{name: getattr(entry, name) for name in (*MEASURED, "source", "tokens")},
         **{
-            f"{name}{end}": f"{getattr(amount, part):.6g}"
+            f"{name}{suffix}": f"{getattr(amount, end):.6g}"
             for name, amount in amounts.items()
-            for end, part in (("_low", "low"), ("", "value"), ("_high", "high"))
+            for end, suffix in _SUFFIXES.items()
         },
     }
 

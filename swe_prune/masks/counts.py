@@ -57,7 +57,7 @@ def summary(mask: PyTree) -> Summary:
     1
     """
     check_mask(mask)
-    named = {name: leaf for name, leaf in tree.named_leaves(mask) if leaf is not None}
+    named = tree.present(mask)
     counts = jax.device_get(kept_counts(named))
     return Summary.of(
         {name: Tally(int(counts[name]), tree.size(leaf)) for name, leaf in named.items()}

@@ -60,5 +60,4 @@ def of_zeros(params: PyTree, prunable: PyTree | None = None) -> PyTree:
     >>> of_zeros({"up": {"kernel": jnp.array([[0.0, 2.0]])}})["up"]["kernel"].tolist()
     [[False, True]]
     """
-    prunable = tree.prunable(params) if prunable is None else tree.check_marks(prunable)
-    return tree.map_named(lambda _, w, chosen: w != 0 if chosen else None, params, prunable)
+    return tree.map_prunable(lambda _, w: w != 0, params, prunable)

@@ -426,7 +426,7 @@ def _concrete(sparsity: Any) -> Any:
 
 
 def _scored(scores: PyTree) -> dict[str, Array]:
-    named = {name: leaf for name, leaf in tree.named_leaves(scores) if leaf is not None}
+    named = tree.present(scores)
     if not named:
         raise InputError("no scores were given: every leaf is None, that is dense; widen the rules")
     select.check_floats(list(named.values()))

@@ -1,31 +1,9 @@
 """Checks of the decoder's config, each with a sentence that says what to change."""
 
-import operator
-
-from swe_prune.bounds import COUNT, FRACTION, INDEX, NOT_NEGATIVE, POSITIVE, SHARE, Bound
-from swe_prune.config import PER_LAYER, ModelConfig, check_choices
+from swe_prune.bounds import check_each
+from swe_prune.config import PER_LAYER, RANGES, ModelConfig, check_choices, check_width
 from swe_prune.errors import InputError
 from swe_prune.models import rope
-
-RANGES: dict[str, Bound] = {
-    "layers": COUNT._replace(most=10_000),
-    **dict.fromkeys(
-        ("heads", "width", "context", "vocab_size", "hidden_ratio", "hidden", "kv_heads",
-         "head_width", "window", "experts", "experts_per_token", "rope.original_context"), COUNT
-    ),
-    "position_offset": INDEX,
-    "dropout": SHARE,
-    **dict.fromkeys(
-        ("norm_epsilon", "embedding_scale", "residual_scale", "attention_scale", "attention_cap",
-         "logit_divisor", "logit_cap", "sliding_theta", "rope.theta", "rope.factor",
-         "rope.low_frequency", "rope.high_frequency", "rope.beta_fast", "rope.beta_slow",
-         "rope.attention_factor", "rope.short_factors", "rope.long_factors"), POSITIVE
-    ),
-    "rope.share": FRACTION,
-    "rope.mscale": NOT_NEGATIVE,
-    "rope.mscale_all": NOT_NEGATIVE,
-}  # fmt: skip
-"""Range of each number in a `ModelConfig`."""
 
 
 def check(config: ModelConfig) -> None:
@@ -35,15 +13,8 @@ def check(config: ModelConfig) -> None:
         InputError: If a setting is unknown, or settings do not fit together.
     """
     check_choices(config, "config.model")
-    for field in RANGES:
-        value = operator.attrgetter(field)(config)
-        for one in value if isinstance(value, tuple) else (value,):
-            if one is not None:
-                RANGES[field].check(one, f"config.model.{field}")
-    if config.head_width is None and config.width % config.heads:
-        raise InputError(
-            f"config.model.width must be a multiple of heads = {config.heads}, got {config.width}"
-        )
+    check_each(config, RANGES, "config.model")
+    check_width(config)
     _check_widths(config, "config.model")
     if config.positions == "rope":
         rope.check(config, config.head_size)

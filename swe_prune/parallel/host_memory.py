@@ -88,10 +88,7 @@ def snapshot(stats: TrajectoryStats, params: PyTree) -> TrajectoryStats:
         params: Parameters on the devices.
     """
     weights = dict(tree.named_leaves(params))
-    leaves = {
-        name: {path: leaf for path, leaf in tree.named_leaves(buffer) if leaf is not None}
-        for name, buffer in stats.buffers.items()
-    }
+    leaves = {name: tree.present(buffer) for name, buffer in stats.buffers.items()}
     scalars = dataclasses.replace(stats, buffers={})
     updated: dict[str, dict[str, Any]] = {name: {} for name in leaves}
     for path in next(iter(leaves.values())):

@@ -19,7 +19,7 @@ from swe_prune.evaluation.latency import Times, Workload
 from swe_prune.models import gpt, phi3v
 from swe_prune.pretrained.opening import opened
 from swe_prune.pretrained.settings import BenchSettings
-from swe_prune.training.progress import Progress
+from swe_prune.training.progress import Progress, print_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ def bench(given: BenchSettings, progress: Progress, console: Console) -> dict[st
         return results
     console.print(table(results, given))
     for line in notes:
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        print_line(console, line)
     return results
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 from rich.console import Console
-from rich.markup import escape
 
 from swe_prune import interop, masks, recipe, tree
 from swe_prune.errors import InputError
@@ -27,7 +26,7 @@ from swe_prune.pretrained.settings import (
 )
 from swe_prune.runtime.preemption import PREEMPTION
 from swe_prune.training import step
-from swe_prune.training.progress import Progress
+from swe_prune.training.progress import Progress, print_line
 from swe_prune.trajectory import BUFFERS
 
 WIDTH = 110
@@ -67,7 +66,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     request = recipe_of(given)
     interop.check_free(given.out)
     for line in reasons(given, request):
-        progress.say(escape(line))
+        progress.say(line)
     checkpoint = opened(given, progress)
     check_trajectory(request, tracked.there(checkpoint.path), given.model)
     chosen, layout = dry_run.chosen_weights(request, checkpoint, given)
@@ -87,7 +86,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     begun = time.perf_counter()
     kernels = sum(jax.tree.leaves(chosen))
     if choice.rules(given):
-        progress.say(escape(choice.sentence(given, chosen)))
+        progress.say(choice.sentence(given, chosen))
     with progress.phase(f"pruning by {request.name}", kernels) as advance:
         done = iter(range(1, kernels + 1))
         loss = step.loss_fn(module)
@@ -129,12 +128,11 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
         given.out, model, params, mask=mask, record=record, compress=given.compress
     )
     judge.show(console, {"dense": dense, "pruned": found}, given.prompts, text.name)
-    console.print(
+    print_line(
+        console,
         f"Removed {counted.pruned:,} of {counted.total:,} prunable weights "
         f"({counted.sparsity:.2%}; {counted.pruned / tree.size(params):.2%} of all) "
         f"in {seconds:.1f} s. {dry_run.WHAT_A_MASK_GIVES}",
-        highlight=False,
-        soft_wrap=True,
     )
     judge.show_folder(console, folder, given.compress)
     return folder
@@ -278,11 +276,10 @@ def _held_zeros(
     found = None if mask is None else masks.summary(mask)
     if found is None or not found.pruned:
         return None
-    console.print(
+    print_line(
+        console,
         f"{found.pruned:,} of {found.total:,} prunable weights ({100 * found.sparsity:.1f} %) are "
         "0 and stay so; --zeros=free lets them train.",
-        highlight=False,
-        soft_wrap=True,
     )
     return mask
 

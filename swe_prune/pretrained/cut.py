@@ -25,7 +25,7 @@ from swe_prune.pretrained.request import check_trajectory
 from swe_prune.pretrained.settings import CutSettings
 from swe_prune.structured import Budget, Group
 from swe_prune.structured.decoder import LAYERS
-from swe_prune.training.progress import Progress
+from swe_prune.training.progress import Progress, print_line
 from swe_prune.version import __version__
 
 KEPT = "kept_units.json"
@@ -108,7 +108,7 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
     folder = _write(given, model, small, mask, kept, about, judged, calibration)
     judge.show(console, {"dense": dense, "cut": found}, given.prompts, text.name)
     for line in _lines(about):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        print_line(console, line)
     judge.show_folder(console, folder, given.compress)
     return folder
 

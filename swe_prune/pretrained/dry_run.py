@@ -4,18 +4,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from swe_prune import interop, recipe, tree
-from swe_prune.errors import visible
 from swe_prune.layout import layout as trace_layout
 from swe_prune.models import phi3v
 from swe_prune.pretrained import choice, tracked
 from swe_prune.pretrained.opening import opened
 from swe_prune.pretrained.request import check_trajectory, reasons, recipe_of
 from swe_prune.pretrained.settings import RequestSettings
-from swe_prune.training.progress import Progress
+from swe_prune.training.progress import Progress, print_line, tensor_table
 from swe_prune.trajectory import BUFFERS
 
 WHAT_A_MASK_GIVES = (
@@ -62,17 +59,12 @@ def plan(given: RequestSettings, progress: Progress, console: Console) -> None:
     check_trajectory(request, tracked.there(checkpoint.path), given.model)
     chosen, _ = chosen_weights(request, checkpoint, given)
     params = choice.abstract_params(checkpoint)
-    table = Table(title=escape(visible(str(checkpoint.path))))
-    for heading in ("tensor", "shape", "weights", "prunable?"):
-        table.add_column(
-            heading, overflow="fold", justify="right" if heading == "weights" else "left"
-        )
     marks = dict(tree.named_leaves(chosen))
-    for name, leaf in tree.named_leaves(params):
-        reason = tree.dense_reason(name, leaf) or "not chosen"
-        verdict = "prunable" if marks[name] else f"dense: {reason}"
-        table.add_row(*map(escape, (name, str(leaf.shape), f"{tree.size(leaf):,}", verdict)))
-    console.print(table)
+    tensors = [
+        (name, leaf, "" if marks[name] else tree.dense_reason(name, leaf) or "not chosen")
+        for name, leaf in tree.named_leaves(params)
+    ]
+    console.print(tensor_table(str(checkpoint.path), tensors))
     total = tree.size(params)
     count = sum(tree.size(leaf) for name, leaf in tree.named_leaves(params) if marks[name])
     amount = round(count * (request.target or 0.0))
@@ -83,4 +75,4 @@ def plan(given: RequestSettings, progress: Progress, console: Console) -> None:
         f"at sparsity {request.target:g} about {amount:,} would go ({amount / total:.1%} of all).",
         WHAT_A_MASK_GIVES,
     ):
-        console.print(escape(visible(line)), highlight=False, soft_wrap=True)
+        print_line(console, line)

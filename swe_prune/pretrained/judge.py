@@ -30,6 +30,7 @@ from swe_prune.evaluation.repetition import mean_repetition
 from swe_prune.models import phi3v
 from swe_prune.pretrained.settings import JudgingSettings
 from swe_prune.pretrained.texts import Text
+from swe_prune.training.progress import print_line
 
 WORSE = 0.005
 """Nats per token by which a text must get worse to be called so, 0.5 % of its perplexity."""
@@ -178,29 +179,26 @@ def perplexity_of(
 
 def show_folder(console: Console, folder: Path, compressed: bool) -> None:
     """Prints where a model was written, and who can read it."""
-    lines = [visible(str(folder))]
+    print_line(console, str(folder))
     if compressed:
-        lines.append(
+        print_line(
+            console,
             f"transformers cannot read its {interop.COMPRESSED}; interop.load and --model=PATH "
-            "can, and interop.export(DIR, interop.load(PATH)) writes an ordinary folder."
+            "can, and interop.export(DIR, interop.load(PATH)) writes an ordinary folder.",
         )
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def show_second(
     console: Console, name: str, before: PerplexityResult, after: PerplexityResult
 ) -> None:
     """Prints the perplexity of a second text before and after training, and whether it is worse."""
-    line = (
-        f"{visible(name)}: perplexity {before.perplexity:.2f} before, {after.perplexity:.2f} after"
-    )
+    line = f"{name}: perplexity {before.perplexity:.2f} before, {after.perplexity:.2f} after"
     if after.nats_per_token > before.nats_per_token + WORSE:
         line += (
             ". Training made the model worse on this text: train on text of its kind too, for "
             "fewer steps, or at a lower --learning-rate"
         )
-    console.print(f"{line}.", highlight=False, soft_wrap=True, markup=False)
+    print_line(console, f"{line}.")
 
 
 def table(rows: dict[str, Verdict], prompts: tuple[str, ...], text: str) -> list[Any]:
@@ -237,5 +235,7 @@ def table(rows: dict[str, Verdict], prompts: tuple[str, ...], text: str) -> list
 
 def show(console: Console, rows: dict[str, Verdict], prompts: tuple[str, ...], text: str) -> None:
     """Prints the table of `table`, and what each model wrote."""
-    for line in table(rows, prompts, visible(text)):
-        console.print(line, highlight=False, soft_wrap=isinstance(line, str), markup=False)
+    numbers, *written = table(rows, prompts, visible(text))
+    console.print(numbers, highlight=False, markup=False)
+    for one in written:
+        print_line(console, one)

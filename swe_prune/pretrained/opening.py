@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.markup import escape
-
 from swe_prune import interop
 from swe_prune.errors import InputError
 from swe_prune.pretrained.settings import ModelSettings, WeightsSettings
@@ -40,14 +38,14 @@ def said(progress: Progress, run: Callable[[], T]) -> T:
         result = run()
     for at, one in enumerate(caught):
         if one.category is UserWarning:
-            progress.say(escape(f"Note: {one.message}."))
+            progress.say(f"Note: {one.message}.")
         elif issubclass(one.category, UserWarning):
             alike = [
                 number for number, other in enumerate(caught) if other.category is one.category
             ]
             more = f" ({len(alike) - 1} more such warnings)" if len(alike) > 1 else ""
             if at == alike[0]:
-                progress.say(escape(f"Note: {one.message}{more}."))
+                progress.say(f"Note: {one.message}{more}.")
         else:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     return result

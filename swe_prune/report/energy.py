@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 
 from swe_prune import ledger
 from swe_prune.ledger import BreakEven, Interval
+from swe_prune.ledger.interval import ENDS, ZERO
 from swe_prune.report.look import INK, KEPT, PRUNED, QUIET, Picture, legend, panel
 from swe_prune.report.records import Results
 from swe_prune.report.tables import Table
@@ -26,13 +27,12 @@ def _picture(one: Payback) -> Picture:
     figure, axes = panel(5.2)
     reach = _reach(one.dense)
     x = np.linspace(0.0, reach, POINTS)
-    nothing = Interval(0.0, 0.0, 0.0)
     unit, scale = _unit(one.dense, reach)
-    _band(axes, x, nothing, one.dense.dense, scale, "dense", INK)
+    _band(axes, x, ZERO, one.dense.dense, scale, "dense", INK)
     _band(axes, x, one.dense.spent, one.dense.pruned, scale, "cut, its making included", PRUNED)
     if one.smaller is not None:
         name = f"{one.rival}, from random weights"
-        _band(axes, x, nothing, one.smaller.dense, scale, name, KEPT)
+        _band(axes, x, ZERO, one.smaller.dense, scale, name, KEPT)
     met = one.dense.tokens
     if met is not None:
         axes.axvspan(met.low, met.high, color=QUIET, alpha=0.15, linewidth=0)
@@ -68,9 +68,7 @@ def _band(
     name: str,
     color: str,
 ) -> None:
-    low, value, high = (
-        scale * (getattr(start, end) + getattr(slope, end) * x) for end in ("low", "value", "high")
-    )
+    low, value, high = (scale * (getattr(start, end) + getattr(slope, end) * x) for end in ENDS)
     axes.fill_between(x, low, high, color=color, alpha=0.1, linewidth=0)
     axes.plot(x, value, color=color, label=name, linewidth=1.6)
 

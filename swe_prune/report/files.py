@@ -42,16 +42,10 @@ def read_object(path: epath.Path) -> dict[str, Any]:
 
 def read_lines(path: epath.Path) -> Iterable[dict[str, Any]]:
     """Yields the JSON objects of a log's lines, each of which has a step."""
-    for number, line in enumerate(text_of(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = storage.parse_json(line)
-        except ValueError as error:
-            raise malformed(path, f"line {number}: {error}") from None
-        if not fits(value.get("step"), int) or not 0 <= value["step"] < 1 << 63:
-            raise malformed(path, f"line {number} has no whole number 'step'")
-        yield value
+    try:
+        yield from storage.read_log(path)
+    except (ValueError, OSError) as error:
+        raise malformed(path, str(error)) from None
 
 
 def fits(value: Any, form: Any) -> bool:

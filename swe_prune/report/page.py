@@ -1,7 +1,6 @@
 """Writes the page and its figures; each file appears whole or not at all."""
 
 import base64
-import importlib
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from swe_prune.arguments import checked
-from swe_prune.errors import InputError, visible
+from swe_prune.errors import visible
 from swe_prune.report import markdown, read
 from swe_prune.report.tables import Bold
 from swe_prune.runtime import storage
+from swe_prune.runtime.packages import require
 from swe_prune.version import __version__
 
 if TYPE_CHECKING:
@@ -65,12 +65,7 @@ def build(workdir: epath.PathLike) -> list[epath.Path]:
 def need_extra() -> None:
     """Raises InputError when the extra `report` is not installed."""
     for name in ("matplotlib", "jinja2"):
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            raise InputError(
-                f"a report needs {name}, which is not installed; pip install 'swe-prune[report]'"
-            ) from None
+        require(name, "a report", "report")
 
 
 def _svg(picture: "Picture") -> str:

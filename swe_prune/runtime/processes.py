@@ -109,10 +109,20 @@ def process_address(coordinator: str | None, process: str | None) -> ProcessAddr
             "--coordinator must be HOST:PORT of process 0, with a port up to 65535, got "
             f"{coordinator!r}"
         )
-    match = re.fullmatch(r"([0-9]+)/([0-9]+)", process)
-    if not match or int(match[1]) >= int(match[2]):
+    if (which := numbered(process)) is None:
         raise InputError(f"--process must be I/N with I from 0 to N - 1, got {process!r}")
-    return ProcessAddress(coordinator, int(match[1]), int(match[2]))
+    return ProcessAddress(coordinator, *which)
+
+
+def numbered(text: str) -> tuple[int, int] | None:
+    """Returns (I, N) of `I/N`, or None for what is none, I from 0 to N - 1.
+
+    >>> numbered("1/4"), numbered("4/4")
+    ((1, 4), None)
+    """
+    match = re.fullmatch(r"\s*([0-9]+)\s*/\s*([0-9]+)\s*", text)
+    which = (int(match[1]), int(match[2])) if match else (0, 0)
+    return which if which[0] < which[1] else None
 
 
 def start(where: ProcessAddress, timeouts: Timeouts) -> None:

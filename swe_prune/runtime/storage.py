@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from swe_prune.errors import InputError, RunError
+from swe_prune.runtime.packages import missing
 
 SCHEME = "gs://"
 
@@ -56,9 +57,7 @@ def parse_path(path: epath.PathLike, name: str = "workdir") -> epath.Path:
     if not text.removeprefix(SCHEME).strip("/"):
         raise InputError(f"{name} must be gs://BUCKET/FOLDER, got {text!r}, which names no bucket")
     if importlib.util.find_spec("gcsfs") is None:
-        raise InputError(
-            f"{name} {text!r} needs gcsfs, which is not installed; pip install 'swe-prune[gcs]'"
-        )
+        raise missing("gcsfs", f"{name} {text!r}", "gcs")
     _prepare()
     return epath.Path(text)
 
@@ -230,6 +229,27 @@ def parse_json(text: str) -> dict[str, Any]:
     if wanted is not None and wanted != checksum(json.dumps(value)):
         raise ValueError("it was changed after it was written")
     return value
+
+
+def read_log(path: epath.PathLike) -> Iterator[dict[str, Any]]:
+    """Yields the JSON objects of a log's lines, each of which has a `step`; skips blank lines.
+
+    A last line without its newline is incomplete and left out: a run was killed as it wrote it.
+
+    Raises:
+        ValueError: As `read_text`, or a line is not in its form, which is named by its number.
+        OSError: The file cannot be read.
+    """
+    for number, line in enumerate(read_text(path, log=True).split("\n")[:-1], start=1):
+        if not line.strip():
+            continue
+        try:
+            value = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+        if type(value.get("step")) is not int or not 0 <= value["step"] < 1 << 63:
+            raise ValueError(f"line {number} has no whole number 'step'")
+        yield value
 
 
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -32,14 +32,14 @@ ABORTED = "Terminating process because the JAX distributed service detected fata
 
 
 def supervise(
-    arguments: Sequence[str], workdir: epath.Path, process: str | None, join: float
+    arguments: Sequence[str], workdir: epath.Path, process: tuple[int, int] | None, join: float
 ) -> int:
     """Runs the command in a child and returns the exit code for this process.
 
     Args:
         arguments: Arguments of the command line.
         workdir: Folder shared by all processes, in which each leaves a file when it comes up.
-        process: Process index and count as I/N, or None if the cluster provides them.
+        process: Process index and count, or None if the cluster provides them.
         join: Seconds that the processes wait for each other.
     """
     sign = _sign(workdir, process)
@@ -83,9 +83,9 @@ def _signs(workdir: epath.Path) -> epath.Path:
     return workdir / ".processes"
 
 
-def _sign(workdir: epath.Path, process: str | None) -> epath.Path | None:
+def _sign(workdir: epath.Path, process: tuple[int, int] | None) -> epath.Path | None:
     """Writes a file that says that this process came up; None if it cannot be written."""
-    name = f"{socket.gethostname()}-{os.getpid()}" if process is None else process.split("/")[0]
+    name = f"{socket.gethostname()}-{os.getpid()}" if process is None else str(process[0])
     try:
         storage.write(
             _signs(workdir) / name, json.dumps({"host": socket.gethostname(), "time": time.time()})
@@ -97,7 +97,9 @@ def _sign(workdir: epath.Path, process: str | None) -> epath.Path | None:
     return _signs(workdir) / name
 
 
-def _absent(workdir: epath.Path, sign: epath.Path | None, process: str | None, join: float) -> str:
+def _absent(
+    workdir: epath.Path, sign: epath.Path | None, process: tuple[int, int] | None, join: float
+) -> str:
     """Returns a message that names the processes that did not come up."""
     fix = "start it, or correct N or HOST:PORT, and run the same command again"
     # Files older than this are from earlier runs.
@@ -114,7 +116,7 @@ def _absent(workdir: epath.Path, sign: epath.Path | None, process: str | None, j
     if process is None:
         return f"not all processes came up within {join:g} s; those that did: {here}; {fix}"
     # The number of processes is known, so name those that are missing.
-    count = int(process.split("/")[1])
+    count = process[1]
     missing = [str(number) for number in range(count) if str(number) not in came]
     if not missing:
         return (

@@ -77,9 +77,7 @@ def elsa(
 
     def init(params: PyTree) -> ElsaState:
         chosen = tree.prunable(params, layout=layout) if prunable is None else prunable
-        dual = tree.map_named(
-            lambda _, w, take: jnp.zeros_like(w, jnp.float32) if take else None, params, chosen
-        )
+        dual = tree.map_prunable(lambda _, w: jnp.zeros_like(w, jnp.float32), params, chosen)
         sparse = _projected(_shifted(params, dual), sparsity, scope, layout)
         return ElsaState(optimizer.init(params), sparse, dual, jnp.zeros((), jnp.int32))
 

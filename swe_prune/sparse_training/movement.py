@@ -53,12 +53,7 @@ def init(params: PyTree, prunable: PyTree | None = None, value: float = 0.0) -> 
     >>> init({"kernel": jnp.ones((1, 2))})["kernel"].tolist()
     [[0.0, 0.0]]
     """
-    prunable = tree.prunable(params) if prunable is None else tree.check_marks(prunable)
-    return tree.map_named(
-        lambda _, w, chosen: jnp.full_like(w, value, jnp.float32) if chosen else None,
-        params,
-        prunable,
-    )
+    return tree.map_prunable(lambda _, w: jnp.full_like(w, value, jnp.float32), params, prunable)
 
 
 def forward(params: PyTree, scores: PyTree, mask: PyTree) -> PyTree:

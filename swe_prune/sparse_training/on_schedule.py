@@ -30,12 +30,7 @@ def all_kept(params: PyTree, prunable: PyTree | None = None) -> PyTree:
     >>> all_kept({"up": {"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)}})
     {'up': {'bias': None, 'kernel': Array([[ True,  True]], dtype=bool)}}
     """
-    prunable = tree.prunable(params) if prunable is None else tree.check_marks(prunable)
-    return tree.map_named(
-        lambda _, weight, chosen: jnp.ones_like(weight, dtype=bool) if chosen else None,
-        params,
-        prunable,
-    )
+    return tree.map_prunable(lambda _, weight: jnp.ones_like(weight, dtype=bool), params, prunable)
 
 
 @checked

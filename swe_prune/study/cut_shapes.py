@@ -44,7 +44,7 @@ def check(config: Config) -> None:
             )
         if cut.recipe is not None and cut.recipe.needs & {"learned"}:
             raise InputError(f"{path}.criterion = {cut.criterion!r}: {grid.UNAVAILABLE['learned']}")
-        wanted = config.study.seeds if cut.seeds is None else cut.seeds
+        wanted = config.study.seeds_of(cut)
         missing = sorted(set(wanted) - set(trained))
         if missing and (cut.seeds is not None or len(missing) == len(set(wanted))):
             raise InputError(

@@ -46,11 +46,10 @@ def folder_of(experiment: Experiment, seed: int, cut: CutConfig) -> epath.Path:
 
 def cuts(experiment: Experiment, progress: Progress) -> None:
     """Makes and judges every cut of this process's seeds, and measures what serving them takes."""
-    own = sorted({cell.seed for cell in experiment.cells})
     for cut in experiment.config.cuts:
-        wanted = experiment.config.study.seeds if cut.seeds is None else cut.seeds
+        wanted = experiment.config.study.seeds_of(cut)
         for seed in wanted:
-            if seed not in own:
+            if seed not in experiment.seeds:
                 continue
             folder = folder_of(experiment, seed, cut)
             with lock_for_run(folder, f"cut {cut.name} of seed {seed}", progress.say):

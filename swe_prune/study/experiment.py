@@ -110,6 +110,19 @@ class Experiment:
             state = dataclasses.replace(state, stats=parallel.to_host(state.stats))
         return state
 
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of this process's cells, each once, sorted."""
+        return sorted({cell.seed for cell in self.cells})
+
+    def abstract_prunable(self, dtype: Any) -> PyTree:
+        """Returns arrays of a dtype like the prunable weights, abstract; None where dense."""
+        return tree.map_prunable(
+            lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding),
+            self.abstract_params,
+            self.prunable,
+        )
+
     @functools.cached_property
     def loss(self) -> Callable[[PyTree, Any], Any]:
         """The function of (params, batch) to nats per token, which calibration reads."""

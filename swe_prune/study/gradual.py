@@ -18,7 +18,7 @@ import optax
 from jaxtyping import PyTree
 
 from swe_prune import masks as masks_lib
-from swe_prune import parallel, recipe, schedules, sparse_training, tree
+from swe_prune import parallel, recipe, schedules, sparse_training
 from swe_prune.sparse_training import movement
 from swe_prune.study import prune_phase
 from swe_prune.study.experiment import Experiment
@@ -261,15 +261,7 @@ def _movement(experiment: Experiment, cell: Cell, tuning: Tuning, start: PyTree)
         {"weights": tuning.optimizer, "scores": optax.adam(SCORE_RATE)},
         {"weights": "weights", "scores": "scores"},
     )
-    scores = tree.map_named(
-        lambda _, leaf, chosen: (
-            jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
-            if chosen
-            else None
-        ),
-        experiment.abstract_params,
-        prunable,
-    )
+    scores = experiment.abstract_prunable(jnp.float32)
     abstract = {"weights": experiment.abstract_params, "scores": scores}
     place = functools.partial(parallel.shard_state, params=abstract)
 

@@ -162,7 +162,7 @@ def _listed(config: Config, settings: CellConfig) -> Iterator[Cell]:
     steps = settings.recovery_steps
     if settings.recovery == "none" or steps == config.finetune.steps:
         steps = None
-    for seed in config.study.seeds if settings.seeds is None else settings.seeds:
+    for seed in config.study.seeds_of(settings):
         recovery = Recovery(settings.recovery, steps)
         yield Cell(settings.recipe(seed), settings.schedule, recovery, settings.include)
 

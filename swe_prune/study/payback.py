@@ -10,6 +10,7 @@ from etils import epath
 from swe_prune import ledger, recipe
 from swe_prune.config import Config, CutConfig
 from swe_prune.ledger import BreakEven, Entry, Interval
+from swe_prune.ledger.interval import ZERO
 from swe_prune.study.workdir import Workdir, read_json
 
 PHASES = {"cut": "score, cut and restore", "recover": "recover"}
@@ -98,7 +99,7 @@ def paybacks(workdir: epath.Path, config: Config, entries: Sequence[Entry]) -> l
     """
     found = []
     for cut in config.cuts:
-        for seed in config.study.seeds if cut.seeds is None else cut.seeds:
+        for seed in config.study.seeds_of(cut):
             folder = workdir / f"seed_{seed}" / "cuts" / cut.name
             if (folder / "result.json").exists() and (folder / "serving.json").exists():
                 result, served = (read_json(folder / f"{n}.json") for n in ("result", "serving"))
@@ -125,7 +126,7 @@ def _payback(
     tracking = None
     if served.get("tracking"):
         more = ledger.of_samples(served["tracking"]) - 1
-        tracking = Interval(*(max(0.0, getattr(more, end)) for end in ("low", "value", "high")))
+        tracking = more.map(lambda end: max(0.0, end))
         if cut.recipe is not None and recipe.measures([cut.recipe]):
             training = _joules(
                 [e for e in entries if (e.phase, e.cell) == ("train", f"seed_{seed}")]
@@ -136,7 +137,7 @@ def _payback(
         name: [Interval(**one["joules"]) * (1 / one["tokens"]) for one in some]
         for name, some in served["windows"].items()
     }
-    total = sum(spent.values(), Interval(0.0, 0.0, 0.0))
+    total = sum(spent.values(), ZERO)
     losses, margin = result["losses"], config.ledger.margin
     dense = ledger.break_even(
         total, windows["dense"], windows["cut"], worse=_worse(losses, "dense"), margin=margin

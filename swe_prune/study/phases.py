@@ -44,7 +44,7 @@ def run(experiment: Experiment, progress: Progress) -> None:
 
 def mend(experiment: Experiment, progress: Progress) -> None:
     """Clears what was damaged after it had finished, and makes the dense models of it again."""
-    for seed in sorted({cell.seed for cell in experiment.cells}):
+    for seed in experiment.seeds:
         folder = experiment.workdir.dense(seed)
         with lock_for_run(folder, f"dense model of seed {seed}", progress.say):
             if not exists(folder / "result.json"):
@@ -57,7 +57,7 @@ def mend(experiment: Experiment, progress: Progress) -> None:
 
 def train(experiment: Experiment, progress: Progress) -> None:
     """Trains the dense model of every seed while tracking its weights."""
-    for seed in sorted({cell.seed for cell in experiment.cells}):
+    for seed in experiment.seeds:
         folder = experiment.workdir.dense(seed)
         with lock_for_run(folder, f"dense model of seed {seed}", progress.say):
             mend_dense(experiment, seed, progress)

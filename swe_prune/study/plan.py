@@ -6,14 +6,12 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from swe_prune import parallel, trajectory, tree
 from swe_prune.models import phi3v
 from swe_prune.study import grid
 from swe_prune.study.experiment import Experiment, prune_rules
-from swe_prune.training.progress import duration
+from swe_prune.training.progress import duration, print_line, tensor_table
 
 TIMED_STEPS = 3
 TIMED_TOKENS = 2048
@@ -23,7 +21,11 @@ def plan(experiment: Experiment, console: Console) -> None:
     """Prints the tensors and why they stay dense, the memory, the cells and an estimate of time."""
     config = experiment.config
     params = experiment.abstract_params
-    console.print(_tensors(experiment, params))
+    tensors = [
+        (name, leaf, _dense_reason(experiment, name, leaf))
+        for name, leaf in tree.named_leaves(params)
+    ]
+    console.print(tensor_table(config.name, tensors))
     total = tree.size(params)
     prunable = experiment.prunable_weights()
     cells = grid.cells(config)
@@ -45,8 +47,8 @@ def plan(experiment: Experiment, console: Console) -> None:
         "whole rows, columns or neurons must be cut out.",
     ]
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(_estimate(experiment), highlight=False, soft_wrap=True)
+        print_line(console, line)
+    print_line(console, _estimate(experiment))
 
 
 def as_json(experiment: Experiment) -> dict[str, Any]:
@@ -94,20 +96,6 @@ def memory_line(experiment: Experiment) -> str:
     )
 
 
-def _tensors(experiment: Experiment, params: Any) -> Table:
-    table = Table(title=experiment.config.name)
-    for heading in ("tensor", "shape", "weights", "prunable?"):
-        table.add_column(
-            heading, overflow="fold", justify="right" if heading == "weights" else "left"
-        )
-    for name, leaf in tree.named_leaves(params):
-        reason = _dense_reason(experiment, name, leaf)
-        verdict = f"dense: {reason}" if reason else "prunable"
-        row = (name, str(leaf.shape), f"{tree.size(leaf):,}", verdict)
-        table.add_row(*map(escape, row))  # a rule may look like rich's markup
-    return table
-
-
 def _dense_reason(experiment: Experiment, name: str, leaf: Any) -> str:
     """Returns why a weight stays dense in every cell, or "" where it may be pruned."""
     reason = tree.dense_reason(name, leaf, *prune_rules(experiment.config))
@@ -147,9 +135,8 @@ def _timed(experiment: Experiment) -> tuple[int, float, int]:
     jax.block_until_ready(state)
     per_step = (time.perf_counter() - begun) / TIMED_STEPS * config.data.batch / batch
     cells = experiment.cells
-    seeds = {cell.seed for cell in cells}
     controls = {(c.seed, c.recovery): experiment.tuning_steps(c) for c in cells}
-    steps = len(seeds) * experiment.train_steps + sum(controls.values())
+    steps = len(experiment.seeds) * experiment.train_steps + sum(controls.values())
     steps += sum(map(experiment.tuning_steps, cells))
     return steps, per_step, batch
 

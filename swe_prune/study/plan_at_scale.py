@@ -18,11 +18,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from swe_prune import parallel, tree
-from swe_prune.errors import RunError
+from swe_prune import parallel
+from swe_prune.errors import RunError, visible
 from swe_prune.study.experiment import Experiment
+from swe_prune.training.progress import print_line
 
 COLLECTIVES = (
     "all-gather",
@@ -72,13 +74,7 @@ def cost(experiment: Experiment) -> Cost:
     """Returns what the dense phase's step takes on the experiment's mesh."""
     state = jax.eval_shape(lambda p: experiment.dense_state(p, 0), experiment.abstract_params)
     state = experiment.place(state)
-    masks = tree.map_named(
-        lambda _, leaf, chosen: (
-            jax.ShapeDtypeStruct(leaf.shape, jnp.bool_, sharding=leaf.sharding) if chosen else None
-        ),
-        experiment.abstract_params,
-        experiment.prunable,
-    )
+    masks = experiment.abstract_prunable(jnp.bool_)
     statistics = state.stats
     if experiment.host_statistics:
         state = dataclasses.replace(state, stats=None)
@@ -196,7 +192,8 @@ def _group_size(rest: str, devices: int) -> int:
 def table(experiment: Experiment, found: Cost) -> Table:
     """Returns a table of what one device holds and receives."""
     axes = ", ".join(f"{axis} {n}" for axis, n in experiment.mesh.shape.items())
-    shown = Table(title=f"{experiment.config.name} on {axes}: per device", title_justify="left")
+    title = f"{visible(experiment.config.name)} on {axes}: per device"
+    shown = Table(title=escape(title), title_justify="left")
     shown.add_column("what")
     shown.add_column("bytes", justify="right")
     where = "host memory" if found.statistics_on_host else "device memory"
@@ -216,7 +213,7 @@ def table(experiment: Experiment, found: Cost) -> Table:
 def plan_at_scale(experiment: Experiment, console: Console) -> None:
     """Compiles the train step and prints what one device holds and receives."""
     for sentence in experiment.undivided:
-        console.print(sentence, highlight=False, soft_wrap=True)
+        print_line(console, sentence)
     console.print(table(experiment, cost(experiment)))
 
 

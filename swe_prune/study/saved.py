@@ -56,13 +56,7 @@ def recovery_start(experiment: Experiment, seed: int, recovery: Recovery, params
 
 def load_masks(experiment: Experiment, cell: Cell) -> PyTree:
     """Returns the masks of a pruned cell."""
-    like = tree.map_named(
-        lambda _, leaf, chosen: (
-            jax.ShapeDtypeStruct(leaf.shape, jnp.bool_, sharding=leaf.sharding) if chosen else None
-        ),
-        experiment.abstract_params,
-        experiment.prunable,
-    )
+    like = experiment.abstract_prunable(jnp.bool_)
     return restored(experiment.workdir.cell(cell) / "masks", like)
 
 

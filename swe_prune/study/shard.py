@@ -1,11 +1,11 @@
 """Several processes share one study: which cells each of them takes."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import TypeVar
 
 from swe_prune.errors import InputError
+from swe_prune.runtime import processes
 
 Item = TypeVar("Item")
 
@@ -40,9 +40,8 @@ def parse(text: str) -> Shard:
     >>> parse("0/4")
     Shard(index=0, count=4)
     """
-    match = re.fullmatch(r"\s*([0-9]+)\s*/\s*([0-9]+)\s*", text)
-    if not match or int(match[1]) >= int(match[2]):
+    if (which := processes.numbered(text)) is None:
         raise InputError(
             f"--shard={text} is no share of the work; give i/n with i from 0 to n - 1, such as 0/2"
         )
-    return Shard(int(match[1]), int(match[2]))
+    return Shard(*which)

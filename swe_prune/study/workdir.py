@@ -12,7 +12,7 @@ from swe_prune.config import Config, flat, from_dict
 from swe_prune.errors import InputError, differences, first_line
 from swe_prune.runtime import lease, processes, storage
 from swe_prune.runtime.locks import lock
-from swe_prune.study.grid import Cell, Recovery, cells
+from swe_prune.study.grid import Cell, Recovery, seeds
 from swe_prune.study.shard import Shard
 from swe_prune.training.metrics import write_json
 
@@ -160,8 +160,7 @@ def _settle(workdir: Workdir, config: Config) -> None:
         )
     # A copy beside the results of every seed, so that they are known when the first is lost.
     values = {"fingerprint": config.fingerprint(), "config": dataclasses.asdict(config)}
-    seeds = sorted({cell.seed for cell in cells(config)})
-    for path in (workdir.path, *(workdir.path / f"seed_{seed}" for seed in seeds)):
+    for path in (workdir.path, *(workdir.path / f"seed_{seed}" for seed in seeds(config))):
         if _stored(path / CONFIG) is None:
             write_json(path / CONFIG, stored or values)
 

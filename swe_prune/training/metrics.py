@@ -86,18 +86,13 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    found: list[dict[str, Any]] = []
     try:
-        for line in storage.read_text(path, log=True).split("\n")[:-1]:
-            found.append(storage.parse_json(line))
-            if type(found[-1].get("step")) is not int:
-                raise ValueError("without a step")
+        return list(storage.read_log(path))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path} is damaged (after line {len(found)}: {first_line(error)}); remove it and run "
-            "the same command again, which goes on without the lines of earlier steps"
+            f"{path} is damaged ({first_line(error)}); remove it and run the same command again, "
+            "which goes on without the lines of earlier steps"
         ) from None
-    return found
 
 
 def write_json(path: epath.Path, value: dict[str, Any]) -> None:

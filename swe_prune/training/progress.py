@@ -2,12 +2,16 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.table import Table
 
+from swe_prune import tree
 from swe_prune.errors import visible
 
 Advance = Callable[[int, dict[str, float]], None]
@@ -30,8 +34,9 @@ class Progress:
         self.clock = clock
 
     def say(self, text: str) -> None:
-        """Prints a line."""
-        self.console.print(visible(text, "\n"), highlight=False, soft_wrap=True)
+        """Prints one or more lines."""
+        for line in text.split("\n"):
+            print_line(self.console, line)
 
     @contextlib.contextmanager
     def phase(self, name: str, steps: int) -> Iterator[Advance]:
@@ -40,7 +45,7 @@ class Progress:
             yield self._lines(name, steps)
             return
         bars = Bars(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[shown]}"),
@@ -68,6 +73,29 @@ class Progress:
                 self.say(f"{name}: {', '.join(filter(None, parts))}")
 
         return advance
+
+
+def print_line(console: Console, text: str) -> None:
+    """Prints a line as it is: in no colors, not wrapped, and brackets are no markup of rich."""
+    console.print(visible(text), highlight=False, soft_wrap=True, markup=False)
+
+
+def tensor_table(title: str, rows: Iterable[tuple[str, Any, str]]) -> Table:
+    """Returns a table of tensors, whose names and rules may look like rich's markup.
+
+    Args:
+        title: Title of the table.
+        rows: Name, leaf, which may be abstract, and why it stays dense, "" where it is prunable.
+    """
+    table = Table(title=escape(visible(title)))
+    for heading in ("tensor", "shape", "weights", "prunable?"):
+        table.add_column(
+            heading, overflow="fold", justify="right" if heading == "weights" else "left"
+        )
+    for name, leaf, reason in rows:
+        verdict = f"dense: {reason}" if reason else "prunable"
+        table.add_row(*map(escape, (name, str(leaf.shape), f"{tree.size(leaf):,}", verdict)))
+    return table
 
 
 def duration(seconds: float) -> str:

@@ -127,9 +127,7 @@ def init(
     _POWER.check(power, "power")
     NOT_NEGATIVE.check(vote_rate, "vote_rate")
     INDEX.check(start, "start")
-    prunable = tree.prunable(params) if prunable is None else tree.check_marks(prunable)
-    if not any(jax.tree.leaves(prunable)):
-        raise InputError("no weight is prunable, so there is nothing to track; widen the rules")
+    prunable = tree.check_marks(tree.prunable(params) if prunable is None else prunable, "track")
 
     def buffer(name: str) -> PyTree:
         def leaf(path: str, weight: Any, tracked: bool) -> Any:

@@ -58,11 +58,8 @@ def mode_vote(
             f"snapshots must vote, got {leave_out}"
         )
     voting = snapshots[: len(snapshots) - leave_out]
-    chosen = tree.prunable(final) if prunable is None else tree.check_marks(prunable)
 
-    def vote(_: str, final: Any, marked: bool, *thetas: Any) -> Any:
-        if not marked:
-            return None
+    def vote(_: str, final: Any, *thetas: Any) -> Any:
         size = jnp.abs(final.astype(jnp.float32))
         threshold = jnp.std(size, ddof=min(1, size.size - 1)) * rate
         votes = sum(
@@ -70,4 +67,4 @@ def mode_vote(
         )
         return 2 * votes > len(thetas)
 
-    return tree.map_named(vote, final, chosen, *voting)
+    return tree.map_prunable(vote, final, prunable, *voting)

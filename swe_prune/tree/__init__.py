@@ -53,6 +53,15 @@ def named_leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:
             yield name, leaf
 
 
+def present(tree: PyTree) -> dict[str, Any]:
+    """Returns the leaves that are not None by name.
+
+    >>> present({"a": {"kernel": 1}, "b": None})
+    {'a/kernel': 1}
+    """
+    return {name: leaf for name, leaf in named_leaves(tree) if leaf is not None}
+
+
 def map_named(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """Returns the tree of `f(name, leaf, *leaves of rest)`; None leaves of `tree` stay None.
 
@@ -184,11 +193,17 @@ def prunable(
     return map_named(lambda name, _: chosen.get(name, False), params)
 
 
-def check_marks(marks: PyTree) -> PyTree:
+def check_marks(marks: PyTree, what: str = "") -> PyTree:
     """Returns a tree that says which weights are prunable.
 
+    Args:
+        marks: Bool pytree.
+        what: What is to be done with the prunable weights, of which there must be one; for the
+            error. If empty, none is needed.
+
     Raises:
-        InputError: A leaf is neither True, False nor None, as of a mask or of strings.
+        InputError: A leaf is neither True, False nor None, as of a mask or of strings, or no
+            weight is prunable.
     """
     for name, leaf in named_leaves(marks):
         if leaf is not None and not isinstance(leaf, bool | np.bool_):
@@ -197,7 +212,38 @@ def check_marks(marks: PyTree) -> PyTree:
                 f"prunable{where} must be True or False, got {shown(leaf)}; give the tree that "
                 "tree.prunable returns"
             )
+    if what and not any(present(marks).values()):
+        raise _none_prunable(what)
     return marks
+
+
+def _none_prunable(what: str) -> InputError:
+    return InputError(f"no weight is prunable, so there is nothing to {what}; widen the rules")
+
+
+def map_prunable(
+    f: Callable[..., Any], params: PyTree, prunable_tree: PyTree | None, *rest: PyTree
+) -> PyTree:
+    """Returns the tree of `f(name, weight, *leaves of rest)`, None where dense.
+
+    Args:
+        f: Function of a name, a prunable weight, and the matching leaf of each tree in `rest`.
+        params: Pytree of weights.
+        prunable_tree: Bool pytree like `params`. If None, `prunable(params)`.
+        *rest: Pytrees like `params`.
+
+    Raises:
+        InputError: As `check_marks` and `map_named`.
+
+    >>> map_prunable(lambda name, w: w.shape, {"kernel": jnp.ones((1, 2)), "bias": 0}, None)
+    {'bias': None, 'kernel': (1, 2)}
+    """
+    marks = prunable(params) if prunable_tree is None else check_marks(prunable_tree)
+
+    def chosen(name: str, weight: Any, mark: Any, *others: Any) -> Any:
+        return f(name, weight, *others) if mark else None
+
+    return map_named(chosen, params, marks, *rest)
 
 
 def prunable_leaves(params: PyTree, prunable_tree: PyTree | None, what: str) -> dict[str, Any]:
@@ -211,11 +257,9 @@ def prunable_leaves(params: PyTree, prunable_tree: PyTree | None, what: str) -> 
     Raises:
         InputError: If no weight is prunable.
     """
-    marks = prunable(params) if prunable_tree is None else check_marks(prunable_tree)
-    kept = map_named(lambda _, weight, mark: weight if mark else None, params, marks)
-    found = {name: leaf for name, leaf in named_leaves(kept) if leaf is not None}
+    found = present(map_prunable(lambda _, weight: weight, params, prunable_tree))
     if not found:
-        raise InputError(f"no weight is prunable, so there is nothing to {what}; widen the rules")
+        raise _none_prunable(what)
     return found
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from swe_prune.errors import InputError
+from swe_prune.runtime.packages import files_of
 
 WIDTH, HEIGHT = 96, 32  # pixels of a tag
 SCANS = 1797
@@ -29,13 +30,7 @@ def scans() -> tuple[UInt8[np.ndarray, "S 8 8"], Int[np.ndarray, " S"]]:
     Raises:
         InputError: If scikit-learn is not installed, or has other scans.
     """
-    try:
-        files = importlib.metadata.files("scikit-learn") or []
-    except importlib.metadata.PackageNotFoundError:
-        raise InputError(
-            "dataset 'digit_prices' needs the package scikit-learn, which is not installed; "
-            "pip install 'swe-prune[images]'"
-        ) from None
+    files = files_of("scikit-learn", "dataset 'digit_prices'", "images")
     file = next((one for one in files if one.match("sklearn/datasets/data/digits.csv.gz")), None)
     content = b"" if file is None else gzip.decompress(file.read_binary())
     table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.int64, ndmin=2)

