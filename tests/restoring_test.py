@@ -193,7 +193,7 @@ def mean_square(params, batch):
         {"scope": "tensor", "options": {"power": 1.0}},
         {"scope": "global", "max_sparsity": 0.7, "seed": 1, "zeros": "free"},
         {"pattern": "row"},
-        {"pattern": "row", "scope": "global"},
+        {"pattern": "block:2x2", "scope": "global"},
         {"criterion": "magnitude"},
         {"criterion": "fisher", "restore": "admm"},
     ],

@@ -234,7 +234,10 @@ def _joined(given: Sequence[SolverReport | None]) -> SolverReport | None:
 
 @functools.partial(jax.jit, static_argnames=("criterion", "zeros"))
 def _score(criterion: str, weight_RxC: Array, square: Array | None, n: int, zeros: str) -> Array:
-    """Returns a criterion's scores of a matrix whose inputs are squared and summed over n."""
+    """Returns a criterion's scores of a matrix whose inputs are squared and summed over n.
+
+    Subnormal weights, below 1.2e-38, count as 0 in bfloat16 too, as in a ranking of all at once.
+    """
     norm = None if square is None else jnp.sqrt(square / n)
     return importance.score(
         criterion,
