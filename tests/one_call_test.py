@@ -131,5 +131,9 @@ def test_a_request_that_cannot_work_is_refused_before_anything_is_measured():
     def loss(params, batch):
         raise AssertionError("measured")
 
-    with pytest.raises(InputError, match="must be a number in"):
-        swe_prune.prune(PARAMS, 1.5, **GRADIENTS | {"loss": loss})
+    for sparsity, said in (
+        (1.5, r"^sparsity must be a number in"),
+        ("x", "^sparsity must be a nu"),
+    ):
+        with pytest.raises(InputError, match=said):
+            swe_prune.prune(PARAMS, sparsity, **GRADIENTS | {"loss": loss})

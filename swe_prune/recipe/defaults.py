@@ -5,6 +5,7 @@ available, so that they do the same. `importance.best` chooses the criterion.
 """
 
 import dataclasses
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -57,19 +58,15 @@ def complete(
         methods: Whether a method may take the place of a criterion.
 
     Raises:
-        InputError: All second moments of the prunable weights are 0.
+        InputError: An unknown criterion, or all second moments of the prunable weights are 0.
 
     >>> complete({"sparsity": 0.6}, measurable=("gradient_square",)).recipe.max_sparsity
     0.8
     """
     evidence = Evidence() if evidence is None else evidence
-    given: dict[str, Any] = {
-        "criterion": None,
-        "method": None,
-        "scope": None,
-        "pattern": None,
-        **asked,
-    }
+    given = dict(asked)
+    for field in ("criterion", "method", "allocation", "sparsity", "rate", "scope", "pattern"):
+        given.setdefault(field, None)
     pattern = given["pattern"]
     n_of_m = pattern is not None and patterns.is_n_of_m(pattern)
     why, chosen = "it was asked for", given["criterion"] is None and given["method"] is None
@@ -88,20 +85,27 @@ def complete(
             measured = {**evidence.measured, **best.measured}
             evidence = dataclasses.replace(evidence, measured=measured)
     # 2. Where the sparsity is met: curvature has one unit in all tensors.
-    ranked = given["method"] is None and given.get("rate") is None
+    name = given["criterion"]
+    other = isinstance(name, str) and name.startswith("blockwise:")  # which `check` answers
+    needs = () if name is None or other else importance.get(name).needs
+    ranked = given["method"] is None and given["rate"] is None
     if given["scope"] is None:
-        known = given["criterion"] in importance.names()
-        needs = importance.get(given["criterion"]).needs if known else ()
         curved = "second_moment" in needs or (chosen and "gradient_square" in needs)
-        alone = pattern is None and given.get("allocation") is None
+        alone = pattern is None and given["allocation"] is None
         given["scope"] = "global" if curved and ranked and alone else "tensor"
     # 3. What bounds and follows a ranking that was chosen here.
     if chosen and ranked:
-        if given["scope"] == "global" and not n_of_m and given.get("max_sparsity") is None:
-            given["max_sparsity"] = default_max_sparsity(given["criterion"], given.get("sparsity"))
+        bounded = n_of_m or given.get("max_sparsity") is not None
+        if given["scope"] == "global" and not bounded and _sound(given["sparsity"]):
+            given["max_sparsity"] = default_max_sparsity(str(name), given["sparsity"])
         if restorable:
             given.setdefault("restore", "admm")
     return Completed(Recipe(**given), evidence, why)
+
+
+def _sound(sparsity: Any) -> bool:
+    """Returns whether a sparsity is one; `check` refuses others, by its own name."""
+    return sparsity is None or (isinstance(sparsity, numbers.Real) and 0 <= float(sparsity) < 1)
 
 
 def default_max_sparsity(criterion: str, sparsity: float | None) -> float:
