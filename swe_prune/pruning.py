@@ -9,12 +9,14 @@ from flax import linen as nn
 from flax import nnx
 from jaxtyping import PyTree
 
-from swe_prune import calibration, importance, masks, select, tree
+from swe_prune import importance, masks, patterns, select, tree
+from swe_prune.calibration.measures import OF_GRADIENTS
 from swe_prune.errors import InputError
 from swe_prune.layout import layout as trace_layout
 from swe_prune.masks import Summary
-from swe_prune.recipe import Evidence, Recipe, check, default_max_sparsity
+from swe_prune.recipe import Evidence, Recipe, check, measure
 from swe_prune.recipe import prune as prune_by
+from swe_prune.recipe.defaults import complete
 from swe_prune.recipe.evidence import Loss
 from swe_prune.trajectory import TrajectoryStats, restored
 
@@ -198,79 +200,72 @@ def prune(
     >>> prune({"up": {"kernel": jnp.array([[1.0, -3.0, 2.0, 0.5]])}}, verbose=False).summary.kept
     2
     """
+    # 1. Take the weights out of what holds them, and the rest as pytrees like the weights.
     holder = tree.held(params)
     weights = holder.weights
-    if select.is_traced(weights):
-        raise InputError(
-            "swe_prune.prune counts and reports, which a traced program cannot; call it outside "
-            "of jit, or use importance.score and masks.by_sparsity inside"
-        )
-    for name, leaf in tree.named_leaves(weights):
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise InputError(
-                f"{tree.short(name)!r} is abstract, a shape without numbers; give the weights "
-                "themselves"
-            )
+    _check_concrete(weights)
     evidence, prunable = _given(holder, stats, opt_state, measured, prunable)
+    # 2. Trace the layout, and choose the weights by it.
     if batch is None and model is not None and len(batches):
         batch = batches[0]
     layout = _layout(params, holder, layout, model, batch)
     if prunable is None and evidence.stats is None:
         prunable = tree.prunable(weights, layout=layout)
-    why = "it was asked for"
-    named = criterion is not None
-    evidence = _measured(criterion, evidence, weights, prunable, loss, batches)
-    if criterion is None:
-        best = importance.best(
-            weights,
-            evidence.opt_state,
-            evidence.stats,
-            prunable,
-            scope=scope,
-            measured=evidence.measured,
-        )
-        criterion, why, scope = best.criterion, best.why, best.scope
-        options = {**best.options, **options}
-        evidence = dataclasses.replace(evidence, measured={**evidence.measured, **best.measured})
-    if scope is None:
-        needs = importance.get(criterion).needs
-        curved = "second_moment" in needs or (not named and "gradient_square" in needs)
-        scope = "global" if curved and pattern is None and rate is None else "tensor"
-    if scope == "global" and not named and pattern is None and max_sparsity is None:
-        max_sparsity = default_max_sparsity(criterion, sparsity)
-    if restore is None and not named and blocks is not None and len(batches):
-        restore = "admm" if isinstance(model, nn.Module) and rate is None else None
-    if restore is not None and not isinstance(model, nn.Module):
+    # 3. Complete the request by what is available, and check it.
+    has_loss = loss is not None and len(batches) > 0
+    asked = {
+        "criterion": criterion,
+        "options": options,
+        "sparsity": _default_sparsity(sparsity, pattern, rate),
+        "rate": rate,
+        "scope": scope,
+        "pattern": pattern,
+        "seed": seed,
+        "zeros": zeros,
+        "max_sparsity": max_sparsity,
+        **({} if restore is None else {"restore": restore}),
+    }
+    recipe, evidence, why = complete(
+        asked,
+        weights,
+        evidence,
+        prunable,
+        measurable=OF_GRADIENTS if has_loss else (),
+        restorable=isinstance(model, nn.Module) and blocks is not None and len(batches) > 0,
+    )
+    if recipe.restore is not None and not isinstance(model, nn.Module):
         raise InputError(
-            f"restore={restore!r} runs the blocks of a Linen module, got a model of type "
+            f"restore={recipe.restore!r} runs the blocks of a Linen module, got a model of type "
             f"{type(model).__name__}; give one, with batches= and blocks=, or call "
             "blockwise.prune_blocks(mask=, restore=)"
         )
-    recipe = Recipe(
-        criterion,
-        options,
-        sparsity=sparsity,
-        rate=rate,
-        scope=scope,
-        pattern=pattern,
-        seed=seed,
-        zeros=zeros,
-        restore=restore,
-        max_sparsity=max_sparsity,
-    )
-    if sparsity is None and rate is None and not recipe.n_of_m:
-        recipe = dataclasses.replace(recipe, sparsity=0.5)
     check(recipe)
+    # 4. Measure what the criterion reads of the loss and was not given.
+    if loss is not None and has_loss and (recipe.needs & OF_GRADIENTS) - set(evidence.measured):
+        evidence = measure(
+            [recipe],
+            model,
+            weights,
+            batches,
+            loss=loss,
+            prunable=prunable,
+            stats=evidence.stats,
+            opt_state=evidence.opt_state,
+            measured=evidence.measured,
+            at_once=1,
+        )
+    # 5. Prune, and put the weights back.
     new, mask = prune_by(
         recipe,
         weights,
         evidence,
         prunable=prunable,
         layout=layout,
-        model=model if restore is not None else None,
+        model=model if recipe.restore is not None else None,
         blocks=blocks,
         batches=batches,
         loss=loss,
+        accepted=True,
     )
     pruned = Pruned(
         holder.put_back(new),
@@ -288,24 +283,27 @@ def prune(
     return pruned
 
 
-def _measured(
-    criterion: str | None,
-    evidence: Evidence,
-    weights: PyTree,
-    prunable: PyTree | None,
-    loss: Loss | None,
-    batches: Sequence[PyTree],
-) -> Evidence:
-    """Returns the evidence with the gradients of the loss, where they are given and asked for."""
-    needs = {"gradient_square"} if criterion is None else set(importance.get(criterion).needs)
-    wanted = needs & {"gradient", "gradient_square"}
-    has_moment = criterion is None and evidence.opt_state is not None
-    if has_moment and importance.has_second_moment(evidence.opt_state, weights):
-        return evidence
-    if loss is None or not len(batches) or wanted <= set(evidence.measured):
-        return evidence
-    found = calibration.gradients(loss, weights, batches, prunable=prunable, at_once=1)
-    return dataclasses.replace(evidence, measured={**found, **evidence.measured})
+def _check_concrete(weights: PyTree) -> None:
+    """Raises InputError for weights that are traced or abstract."""
+    if select.is_traced(weights):
+        raise InputError(
+            "swe_prune.prune counts and reports, which a traced program cannot; call it outside "
+            "of jit, or use importance.score and masks.by_sparsity inside"
+        )
+    for name, leaf in tree.named_leaves(weights):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise InputError(
+                f"{tree.short(name)!r} is abstract, a shape without numbers; give the weights "
+                "themselves"
+            )
+
+
+def _default_sparsity(
+    sparsity: float | None, pattern: str | None, rate: float | None
+) -> float | None:
+    """Returns 0.5 where neither a sparsity nor what takes its place was asked for."""
+    fixed = rate is not None or (pattern is not None and patterns.is_n_of_m(pattern))
+    return 0.5 if sparsity is None and not fixed else sparsity
 
 
 def _given(

@@ -104,3 +104,36 @@ def test_zeros_stay_through_fine_tuning():
 def test_what_it_cannot_do_is_refused_in_a_sentence(call, sentence):
     with pytest.raises(InputError, match=sentence):
         call()
+
+
+def square(params, batch):
+    return jnp.sum((batch @ params["up"]["kernel"] @ params["down"]["kernel"].astype(float)) ** 2)
+
+
+GRADIENTS = {"loss": square, "batches": [np.ones((2, 8), np.float32)], "verbose": False}
+
+
+def test_half_goes_unless_said_and_the_bound_of_a_tensor_is_above_that():
+    pruned = swe_prune.prune(PARAMS, **GRADIENTS)
+    assert (pruned.criterion, pruned.recipe.sparsity) == ("fisher", 0.5)
+    assert pruned.recipe.max_sparsity == 0.75
+
+
+def test_gradients_take_the_place_of_an_optimizer_that_knows_no_prunable_weight():
+    biases = jax.tree.map(lambda leaf: leaf.ndim == 1, PARAMS)
+    _, state = trained(optax.masked(ADAM, biases))
+    pruned = swe_prune.prune(PARAMS, 0.5, opt_state=state, **GRADIENTS)
+    assert pruned.criterion == "fisher"
+    assert "without a second moment of the prunable weights" in pruned.why
+
+
+def test_a_request_that_cannot_work_is_refused_before_anything_is_measured():
+    def loss(params, batch):
+        raise AssertionError("measured")
+
+    for sparsity, said in (
+        (1.5, r"^sparsity must be a number in"),
+        ("x", "^sparsity must be a nu"),
+    ):
+        with pytest.raises(InputError, match=said):
+            swe_prune.prune(PARAMS, sparsity, **GRADIENTS | {"loss": loss})

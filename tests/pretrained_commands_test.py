@@ -15,6 +15,7 @@ from swe_prune.cli import parsing
 from swe_prune.errors import InputError
 from swe_prune.interop import hf_config
 from swe_prune.pretrained import tracked
+from swe_prune.recipe import checks
 
 QUICK = [
     "--calibration-windows=8", "--calibration-window=32", "--window=32", "--eval-windows=8",
@@ -93,9 +94,13 @@ def test_prune_writes_a_model_with_its_zeros_and_its_record(
     assert "After 'You may':" in printed
 
 
-def test_without_a_criterion_the_best_measured_is_done_and_said(place, tmp_path, capsys):
-    out = tmp_path / "pruned"
+def test_without_a_criterion_the_best_measured_is_done_and_said(
+    place, tmp_path, capsys, monkeypatch
+):
+    out, checked, check = tmp_path / "pruned", [], checks._check_ranking
+    monkeypatch.setattr(checks, "_check_ranking", lambda one: (checked.append(one), check(one)))
     assert prune(place, out, "--sparsity=0.5") == 0
+    assert len(checked) == 1
     said = capsys.readouterr()
     lines = [
         line

@@ -12,6 +12,8 @@ import swe_prune
 from swe_prune import blockwise, masks, tree
 from swe_prune.blockwise import guard
 from swe_prune.errors import InputError
+from swe_prune.pretrained.request import recipe_of
+from swe_prune.pretrained.settings import RequestSettings
 
 BLOCKS = r"block_\d"
 
@@ -178,3 +180,33 @@ def test_one_call_takes_curvature_and_restores_with_what_it_is_given():
     assert apart[1] < apart[0]
     with pytest.raises(InputError, match="restore='admm' runs the blocks of a Linen module"):
         swe_prune.prune(params, 0.6, restore="admm", **given)
+
+
+def mean_square(params, batch):
+    return jnp.mean(Model().apply({"params": params}, batch) ** 2)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"scope": "tensor", "options": {"power": 1.0}},
+        {"scope": "global", "max_sparsity": 0.7, "seed": 1, "zeros": "free"},
+        {"pattern": "row"},
+        {"pattern": "block:2x2", "scope": "global"},
+        {"criterion": "magnitude"},
+        {"criterion": "fisher", "restore": "admm"},
+    ],
+    ids=str,
+)
+def test_one_call_and_the_command_choose_the_same_of_the_same_evidence(asked):
+    params, _ = plain()
+    texts = tuple(f"{name}={value}" for name, value in asked.get("options", {}).items())
+    command = recipe_of(RequestSettings(sparsity=0.5, **asked | {"options": texts}))
+    given = {key: value for key, value in asked.items() if key != "options"}
+    given |= asked.get("options", {}) | {"loss": mean_square, "batches": BATCHES[:2]}
+    call = swe_prune.prune(params, 0.5, model=Model(), blocks=BLOCKS, verbose=False, **given)
+    assert call.recipe == command
+    # What the best of what can be measured is.
+    if "criterion" not in asked:
+        assert (command.criterion, command.restore) == ("fisher", "admm")

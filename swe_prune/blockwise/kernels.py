@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from swe_prune import counting, patterns, select
+from swe_prune import counting, importance, masks, patterns
 from swe_prune.blockwise import wanda
 from swe_prune.blockwise.admm import admm
 from swe_prune.blockwise.least_squares import DAMPING as REFIT_DAMPING
@@ -19,6 +19,8 @@ from swe_prune.blockwise.sparsegpt import SolverReport, sparsegpt
 from swe_prune.layout import Axes
 
 METHODS = ("wanda", "wanda_variant", "sparsegpt", "admm", "magnitude")
+CRITERIA = {"wanda": "wanda", "wanda_variant": "wanda", "magnitude": "magnitude"}
+"""Criterion that a method ranks by, where no solver chooses the mask."""
 RESTORES = (None, "admm", "local", "admm+local", "least_squares")
 DAMPING: Mapping[str, float] = {"sparsegpt": 0.01, "admm": 0.1, "least_squares": REFIT_DAMPING}
 """Default share of the Hessian's mean diagonal that is added to it, by method."""
@@ -200,11 +202,8 @@ def _matrix(
             weight_RxC, hessian, own, plan.pattern, damping=damping, zeros=zeros
         )
     else:
-        by_input, n = (None, 1) if sums is None else (sums.of["square"], sums.n)
-        by_input = None if plan.method == "magnitude" else by_input
-        score_RxC = _scores(weight_RxC, by_input, n)
-        if plan.keep_zeros:
-            score_RxC = _zeros_last(score_RxC, weight_RxC)
+        square, n = (None, 1) if sums is None else (sums.of["square"], sums.n)
+        score_RxC = _score(CRITERIA[plan.method], weight_RxC, square, n, zeros)
         keep_RxC = _ranked(name, score_RxC, share, plan)
         pruned_RxC = zeroed(weight_RxC, keep_RxC)
     if plan.solver is None or (plan.method == "admm" and plan.masks is None):
@@ -234,15 +233,20 @@ def _joined(given: Sequence[SolverReport | None]) -> SolverReport | None:
     return SolverReport(max(report.damping for report in reports), dead, removed, error)
 
 
-@jax.jit
-def _scores(weight_RxC: Array, square: Array | None, n: int) -> Array:
-    score_RxC = jnp.abs(weight_RxC.astype(jnp.float32))
-    return score_RxC if square is None else score_RxC * jnp.sqrt(square / n)
+@functools.partial(jax.jit, static_argnames=("criterion", "zeros"))
+def _score(criterion: str, weight_RxC: Array, square: Array | None, n: int, zeros: str) -> Array:
+    """Returns a criterion's scores of a matrix whose inputs are squared and summed over n.
 
-
-@jax.jit
-def _zeros_last(score_RxC: Array, weight_RxC: Array) -> Array:
-    return jnp.where((weight_RxC == 0) & ~jnp.isnan(score_RxC), -jnp.inf, score_RxC)
+    Subnormal weights, below 1.2e-38, count as 0 in bfloat16 too, as in a ranking of all at once.
+    """
+    norm = None if square is None else jnp.sqrt(square / n)
+    return importance.score(
+        criterion,
+        {"kernel": weight_RxC},
+        measured={"input_norm": {"kernel": norm}},
+        prunable={"kernel": True},
+        zeros=zeros,
+    )["kernel"]
 
 
 @jax.jit
@@ -262,14 +266,19 @@ def _scaled(sum_RxR: Array, factor: float) -> Array:
 
 
 def _ranked(name: str, score_RxC: Array, share: float, plan: Plan) -> Array:
-    there_RxC = score_RxC != -jnp.inf  # what was 0 before
-    if plan.pattern is not None:
-        n, m = patterns.parse_n_of_m(plan.pattern)
-        return patterns.n_of_m_mask(score_RxC, n, m, name) & there_RxC
-    if plan.method == "magnitude":
-        keep = score_RxC.size - int(score_RxC.size * share)
-        return select.top_k_mask(score_RxC, keep, name=name) & there_RxC
-    if plan.method == "wanda":  # rounded and with its ties broken as in the reference
-        return wanda.wanda_mask(score_RxC, share, rounding="down", ties="last")
-    # The variant adds scores up, to which a weight that is gone adds nothing.
-    return wanda.wanda_variant_mask(jnp.where(there_RxC, score_RxC, 0), share) & there_RxC
+    """Returns the mask of a matrix by its scores, counted as the method's reference does."""
+    if plan.method == "wanda_variant" and plan.pattern is None:
+        # Its count is not fixed, so `masks.by_sparsity` has no such rule. It adds scores up, to
+        # which a weight that is gone (−inf) adds nothing.
+        there_RxC = score_RxC != -jnp.inf
+        return wanda.wanda_variant_mask(jnp.where(there_RxC, score_RxC, 0), share) & there_RxC
+    by_output = plan.pattern is None and plan.method == "wanda"
+    return masks.by_sparsity(
+        {name: score_RxC},
+        share,
+        "row" if by_output else "tensor",
+        pattern=plan.pattern,
+        rounding="down",
+        ties="last" if by_output else "first",
+        input_axes=lambda name, shape: (0,),
+    )[name]

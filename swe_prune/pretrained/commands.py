@@ -112,6 +112,7 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
             loss=loss,
             offload=given.offload,
             progress=lambda report: advance(next(done), {}),
+            accepted=True,
         )
         jax.block_until_ready(params)
     seconds = time.perf_counter() - begun

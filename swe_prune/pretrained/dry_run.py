@@ -12,6 +12,7 @@ from swe_prune.pretrained import choice, tracked
 from swe_prune.pretrained.opening import opened
 from swe_prune.pretrained.request import check_trajectory, reasons, recipe_of
 from swe_prune.pretrained.settings import RequestSettings
+from swe_prune.recipe.checks import check_shapes
 from swe_prune.training.progress import Progress, print_line, tensor_table
 from swe_prune.trajectory import BUFFERS
 
@@ -44,7 +45,7 @@ def chosen_weights(
         chosen = tracked.narrowed(checkpoint.path, params, chosen)
     module = phi3v.build(checkpoint.config, checkpoint.vocab_size)
     layout = trace_layout(module, params, jax.ShapeDtypeStruct((1, 2), jnp.int32))
-    recipe.check(request, params, chosen, layout=layout)
+    check_shapes(request, params, chosen, layout)
     return chosen, layout
 
 

@@ -1,20 +1,23 @@
 """From the settings of `prune --model` to the recipe that they ask for."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from swe_prune import importance
-from swe_prune import patterns as pattern_lib
 from swe_prune.blockwise import METHODS
 from swe_prune.config import literal
 from swe_prune.errors import InputError
 from swe_prune.pretrained.settings import RequestSettings
-from swe_prune.recipe import Recipe, check, default_max_sparsity
+from swe_prune.recipe import Recipe, check
+from swe_prune.recipe.checks import check_available
+from swe_prune.recipe.defaults import complete
 from swe_prune.trajectory import BUFFERS
 
 BLOCK_BY_BLOCK = tuple(method for method in METHODS if method != "magnitude")
 """Names that prune block by block, as their references do, unless `--at-once` is given."""
+
+ASKED = ("allocation", "sparsity", "scope", "pattern", "max_sparsity", "seed", "zeros")
+"""Settings that are fields of a recipe, by the same name."""
 
 NO_OPTIMIZER = {
     "second_moment": "the optimizer's second moment, which a pretrained model does not come with; "
@@ -29,25 +32,21 @@ def recipe_of(settings: RequestSettings) -> Recipe:
     Raises:
         InputError: A name, a number or a combination that cannot work.
     """
-    options = options_of(settings.options)
-    if settings.criterion is None:
-        settings, options = _filled(settings, options)
-    name: str | None = settings.criterion
+    name, restore = settings.criterion, settings.restore
     at_once = settings.at_once and name in importance.names()
-    method = name if name in BLOCK_BY_BLOCK and not at_once else None
-    request = Recipe(
-        criterion=name if method is None else None,
-        options=options,
-        allocation=settings.allocation,
-        sparsity=settings.sparsity,
-        scope=settings.scope or "tensor",
-        pattern=settings.pattern,
-        restore=None if settings.restore == "none" else settings.restore,
-        max_sparsity=settings.max_sparsity,
-        method=method,
-        seed=settings.seed,
-        zeros=settings.zeros,
-    )
+    by_block = name in BLOCK_BY_BLOCK and not at_once
+    asked = {
+        "criterion": None if by_block else name,
+        "method": name if by_block else None,
+        "options": options_of(settings.options),
+        **{field: getattr(settings, field) for field in ASKED},
+    }
+    if restore is not None:
+        asked["restore"] = None if restore == "none" else restore
+    # A gradient of the loss holds the whole model, which --offload has no room for.
+    measurable = () if settings.offload else ("gradient_square",)
+    request = complete(asked, measurable=measurable, restorable=True, methods=True).recipe
+    method = request.method
     try:
         check(request, unavailable=NO_OPTIMIZER)
     except InputError as error:
@@ -66,27 +65,6 @@ def recipe_of(settings: RequestSettings) -> Recipe:
             "out, or give a criterion that goes block by block, such as --criterion=sparsegpt"
         )
     return request
-
-
-def _filled(
-    settings: RequestSettings, options: dict[str, Any]
-) -> tuple[RequestSettings, dict[str, Any]]:
-    """Returns the settings and options with what a request without a criterion does."""
-    pattern = settings.pattern
-    if settings.offload or (pattern is not None and pattern_lib.is_n_of_m(pattern)):
-        return dataclasses.replace(settings, criterion="admm"), options
-    scope = settings.scope or ("global" if pattern is None and not settings.allocation else None)
-    most = settings.max_sparsity
-    if scope == "global" and most is None:
-        most = default_max_sparsity("fisher", settings.sparsity)
-    filled = dataclasses.replace(
-        settings,
-        criterion="fisher",
-        scope=scope,
-        max_sparsity=most,
-        restore=settings.restore or "admm",
-    )
-    return filled, {"power": 0.5} | options
 
 
 def reasons(settings: RequestSettings, request: Recipe) -> list[str]:
@@ -136,4 +114,4 @@ def check_trajectory(request: Recipe, tracked: bool, model: str) -> None:
         "finetune --track --model=… --out=DIR' and give --model=DIR"
     )
     missing: Mapping[str, str] = {} if tracked else dict.fromkeys(BUFFERS, advice)
-    check(request, unavailable=missing)
+    check_available(request, missing)

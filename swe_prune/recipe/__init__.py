@@ -4,6 +4,7 @@
     checks     `check`: refuses what cannot work before any work is done
     evidence   `Evidence`, what the criterion may read besides the weights, and `measure`, which
                makes it of calibration data, once for any number of recipes
+    defaults   `complete`: what a request leaves out, decided by what is available
     scores     `score`: the scores of the criterion, compiled once
     selection  `allocate` and `select`: scores to masks
     pruning    `prune`: scores -> allocation -> masks, or one block of the model after the other
@@ -13,9 +14,10 @@ model, the parameters, the batches and the loss are arguments.
 """
 
 from swe_prune.recipe.checks import check
+from swe_prune.recipe.defaults import default_max_sparsity
 from swe_prune.recipe.evidence import Evidence, measure, measures
 from swe_prune.recipe.pruning import prune
-from swe_prune.recipe.request import Recipe, default_max_sparsity
+from swe_prune.recipe.request import Recipe
 from swe_prune.recipe.scores import score
 from swe_prune.recipe.selection import allocate, select
 

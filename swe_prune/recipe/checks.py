@@ -45,12 +45,17 @@ def check(
     _check_ranking(recipe)
     _check_amount(recipe)
     _check_options(recipe)
-    for need, reason in (unavailable or {}).items():
+    check_available(recipe, unavailable or {})
+    if params is not None:
+        prunable = tree.prunable(params, layout=layout) if prunable is None else prunable
+        check_shapes(recipe, params, prunable, layout)
+
+
+def check_available(recipe: Recipe, unavailable: Mapping[str, str]) -> None:
+    """The part of `check` on what the scores need."""
+    for need, reason in unavailable.items():
         if need in recipe.needs:
             raise InputError(f"criterion {recipe.name!r} needs {need!r}, {reason}")
-    if params is not None and recipe.rate is None:
-        prunable = tree.prunable(params, layout=layout) if prunable is None else prunable
-        _check_shapes(recipe, params, prunable, layout)
 
 
 def _check_ranking(recipe: Recipe) -> None:
@@ -193,8 +198,10 @@ def _trace(recipe: Recipe) -> None:
     jax.eval_shape(lambda arrays: criterion.function(**arrays, **static, **recipe.options), arrays)
 
 
-def _check_shapes(recipe: Recipe, params: PyTree, prunable: PyTree, layout: PyTree) -> None:
-    """Traces the selection, which refuses what the shapes and the sparsity do not admit."""
+def check_shapes(recipe: Recipe, params: PyTree, prunable: PyTree, layout: PyTree) -> None:
+    """The part of `check` on shapes: traces the selection, which refuses what they do not admit."""
+    if recipe.rate is not None:
+        return
     if not any(jax.tree.leaves(tree.check_marks(prunable))):
         raise InputError("no weight is prunable, so there is nothing to prune; widen the rules")
     scores = tree.map_named(

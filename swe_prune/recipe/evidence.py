@@ -43,6 +43,7 @@ def measure(
     prunable: PyTree | None = None,
     stats: TrajectoryStats | None = None,
     opt_state: PyTree | None = None,
+    measured: Mapping[str, PyTree] | None = None,
     at_once: int | None = None,
 ) -> Evidence:
     """Returns everything that the recipes read, measured in as few passes as possible.
@@ -57,14 +58,17 @@ def measure(
         prunable: Bool pytree like the parameters. None: `tree.prunable(params)`.
         stats: Trajectory statistics, passed on.
         opt_state: Optimizer state, passed on.
+        measured: Pytrees by need that are there already: passed on and not measured again.
         at_once: Sequences per gradient; see `calibration.gradients`.
 
     Raises:
         InputError: Batches or parameters that cannot be measured, as in `calibration.inputs` and
             `calibration.gradients`.
     """
-    measured = calibration.measure(
-        frozenset().union(*(recipe.needs for recipe in _recipes(recipes))) & MEASURES,
+    known = {} if measured is None else measured
+    needs = frozenset().union(*(recipe.needs for recipe in _recipes(recipes)))
+    found = calibration.measure(
+        (needs & MEASURES) - set(known),
         model,
         params,
         batches,
@@ -72,7 +76,7 @@ def measure(
         prunable=prunable,
         at_once=at_once,
     )
-    return Evidence(stats, opt_state, measured)
+    return Evidence(stats, opt_state, {**found, **known})
 
 
 def _recipes(given: Iterable[Any]) -> list[Recipe]:

@@ -34,6 +34,7 @@ def prune(
     loss: Loss | None = None,
     offload: bool = False,
     progress: Callable[[KernelReport], None] | None = None,
+    accepted: bool = False,
 ) -> tuple[PyTree, PyTree]:
     """Returns the parameters with exact zeros, and the masks.
 
@@ -52,6 +53,7 @@ def prune(
         loss: Function of (params, batch), for allocations that read it.
         offload: Whether a method keeps weights and activations in host memory.
         progress: Function called with the report of each kernel that a method has pruned.
+        accepted: Whether `check` has accepted the recipe already; it is not called again.
 
     Returns:
         Parameters of the same dtypes; bool masks like them, None where dense.
@@ -66,7 +68,8 @@ def prune(
     >>> pruned["up"]["kernel"].tolist()
     [[0.0, -3.0, 2.0, 0.0]]
     """
-    check(recipe)
+    if not accepted:
+        check(recipe)
     evidence = Evidence() if evidence is None else evidence
     values = params if values is None else values
     context: dict[str, Any] = {"params": values, "loss": loss, "batches": batches}
@@ -129,6 +132,9 @@ def _curvature(
     layout: PyTree | None,
 ) -> PyTree:
     """Returns scores that say what a weight costs the loss, for the allocation by curvature."""
-    name = "fisher" if "gradient_square" in recipe.needs else "magnitude_curvature"
-    ranked = Recipe(name, {"power": 0.5}, sparsity=recipe.target, zeros=recipe.zeros)
+    name, options = "magnitude_curvature", {}
+    if "gradient_square" in recipe.needs:  # the measured one, as without a criterion
+        best = importance.best(values, None, None, measured=("gradient_square",))
+        name, options = best.criterion, best.options
+    ranked = Recipe(name, options, sparsity=recipe.target, zeros=recipe.zeros)
     return score(ranked, values, evidence, prunable, layout)

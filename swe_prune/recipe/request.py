@@ -12,22 +12,6 @@ METHOD_OPTIONS: Mapping[str, Any] = {"block": BLOCK, "damping": 0.01}
 """Options of the block-by-block methods, with their defaults; see `blockwise.prune_blocks`."""
 
 
-def default_max_sparsity(criterion: str, sparsity: float | None) -> float:
-    """Returns the largest share that a tensor loses in a global ranking without another bound.
-
-    With `fisher`, whose curvature is that of a few calibration examples, every tensor keeps at
-    least half of what it would keep if all lost the same share. With the curvature that an
-    optimizer has of a whole training none loses more than 95 %.
-
-    Source: this project; measured in docs/results.md.
-
-    >>> default_max_sparsity("fisher", 0.7), default_max_sparsity("forecast_curvature", 0.7)
-    (0.85, 0.95)
-    """
-    share = sparsity or 0.0
-    return (1 + share) / 2 if criterion == "fisher" else max(0.95, share)
-
-
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """A pruning request.
