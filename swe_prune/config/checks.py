@@ -7,7 +7,7 @@ from typing import Any
 from swe_prune.bounds import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Bound
 from swe_prune.config.conversion import check_choices
 from swe_prune.config.experiment import ONE_SHOT, CellConfig, Config
-from swe_prune.errors import InputError, check_choice
+from swe_prune.errors import InputError
 from swe_prune.recipe import check as check_recipe
 
 PHASE: dict[str, Bound] = {
@@ -79,8 +79,6 @@ def validate(config: Config) -> None:
         must(divides, f"{name}.accumulate", rule, phase.accumulate)
 
     # The study.
-    for scope in study.scopes:
-        check_choice(scope, ("tensor", "global", "row"), "config.study.scopes")
     for number, cell in enumerate(study.cells):
         _validate_cell(cell, f"study.cells[{number}]", must)
     windows = config.ledger.windows

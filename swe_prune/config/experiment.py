@@ -6,6 +6,7 @@ import json
 from typing import Any, Literal
 
 from swe_prune import importance
+from swe_prune.choices import Scope
 from swe_prune.config.model import ModelConfig
 from swe_prune.ledger import Factors, of_country
 from swe_prune.recipe import Recipe
@@ -206,7 +207,7 @@ class StudyConfig:
     std_seeds: tuple[int, ...] = (0,)  # seeds of the dense models pruned by a rate
     criteria: tuple[str, ...] = ("swe", "magnitude", "random")  # criteria pruned to equal sparsity
     sparsities: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)  # sparsities for each of them
-    scopes: tuple[str, ...] = ("tensor", "global")  # scopes for each of them
+    scopes: tuple[Scope, ...] = ("tensor", "global")  # scopes for each of them
     seeds: tuple[int, ...] = (0, 1)  # seeds of the dense models pruned to equal sparsity
     cells: tuple[CellConfig, ...] = ()  # further cells, as `sweep` lists them
 
