@@ -406,6 +406,34 @@ def test_cells_may_be_dicts_or_dataclasses_and_come_back_from_json():
             {"schedule": "cubic", "recovery": "none"},
             r"cells\[1\].recovery must be other than 'none'",
         ),
+        (
+            {"schedule": "rigl", "schedule_options": {"drop_fractoin": 0.1}},
+            r"cells\[1\].schedule_options has no setting .*did you mean 'drop_fraction'",
+        ),
+        (
+            {"schedule": "rigl", "schedule_options": {"penalty": 0.1}},
+            r"cells\[1\].schedule_options.penalty must be left at its default with schedule "
+            r"'rigl'; it is for elsa, got 0.1",
+        ),
+        (
+            {"schedule_options": {"updates": 3}},
+            r"schedule_options.updates must be left .* 'one_shot'; it is for cubic, rigl, set",
+        ),
+        *(
+            (
+                {"schedule": schedule, "schedule_options": {name: value}} | more,
+                rf"config.study.cells\[1\].schedule_options.{name} must be .*{rule}, got {value}",
+            )
+            for schedule, name, value, rule, more in (
+                ("cubic", "ramp_end", 1.5, "above 0 and at most 1", {}),
+                ("iterative", "rounds", 0, "of at least 1", {}),
+                ("cubic", "updates", 0, "of at least 1", {}),
+                ("set", "exchange_end", 0.0, "above 0 and at most 1", {}),
+                ("rigl", "drop_fraction", 1.5, "of at least 0 and at most 1", {}),
+                ("elsa", "penalty", -1.0, "of at least 0", {}),
+                ("movement", "score_learning_rate", 0.0, "above 0", {"criterion": "movement"}),
+            )
+        ),
         ({"seeds": []}, r"cells\[1\].seeds must be at least one seed"),
     ],
 )

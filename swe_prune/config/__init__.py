@@ -39,6 +39,7 @@ from swe_prune.config.experiment import (
     RuleConfig,
     SamplesConfig,
     Schedule,
+    ScheduleConfig,
     StudyConfig,
     TrajectoryConfig,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "RuleConfig",
     "SamplesConfig",
     "Schedule",
+    "ScheduleConfig",
     "StudyConfig",
     "Text",
     "TrajectoryConfig",
