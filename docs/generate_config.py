@@ -97,13 +97,27 @@ def anchor(path: str) -> str:
 
 
 def annotations(cls: type) -> dict[str, str]:
-    """Returns the types of the fields as the source has them, those of base classes too."""
+    """Returns the types of the fields as the source has them, those of base classes too.
+
+    A name of a Literal is replaced by the values that it stands for.
+    """
     return {
-        typing.cast(ast.Name, one.target).id: ast.unparse(one.annotation)
+        typing.cast(ast.Name, one.target).id: spelled(ast.unparse(one.annotation), base)
         for base in bases(cls)
         for one in typing.cast(ast.ClassDef, tree_of(base).body[0]).body
         if isinstance(one, ast.AnnAssign)
     }
+
+
+def spelled(annotation: str, cls: type) -> str:
+    """Returns an annotation with the values of a Literal in place of the name it has."""
+
+    def values(name: re.Match[str]) -> str:
+        known = getattr(sys.modules[cls.__module__], name[0], None)
+        is_choice = typing.get_origin(known) is typing.Literal
+        return " | ".join(map(repr, typing.get_args(known))) if is_choice else name[0]
+
+    return re.sub(r"\w+", values, annotation)
 
 
 def bases(cls: type) -> list[type]:

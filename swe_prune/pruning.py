@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from swe_prune import importance, masks, patterns, select, tree
 from swe_prune.calibration.measures import OF_GRADIENTS
+from swe_prune.choices import Restore, Scope, Zeros
 from swe_prune.errors import InputError
 from swe_prune.layout import layout as trace_layout
 from swe_prune.masks import Summary
@@ -119,19 +120,19 @@ def prune(
     opt_state: PyTree | None = None,
     measured: Mapping[str, PyTree] | None = None,
     criterion: str | None = None,
-    scope: str | None = None,
+    scope: Scope | None = None,
     pattern: str | None = None,
     rate: float | None = None,
     prunable: PyTree | None = None,
     seed: int = 0,
-    zeros: str = "keep",
+    zeros: Zeros = "keep",
     layout: PyTree | None = None,
     model: Any = None,
     batch: PyTree | None = None,
     loss: Loss | None = None,
     batches: Sequence[PyTree] = (),
     blocks: str | Sequence[str] | None = None,
-    restore: str | None = None,
+    restore: Restore | None = None,
     max_sparsity: float | None = None,
     verbose: bool = True,
     **options: Any,

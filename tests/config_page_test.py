@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import typing
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,28 @@ def test_every_setting_is_on_it_with_a_meaning(generator):
             ]
             meaning = line.rstrip(" |").rpartition("| ")[2]
             assert meaning.endswith("."), line
+
+
+def test_every_choice_is_on_it_with_the_values_it_may_have(generator):
+    lines = generator.page().splitlines()
+    found = 0
+    for cls, _ in generator.groups():
+        rows = section_of(lines, f"`{cls.__name__}`: ")
+        for name, hint in typing.get_type_hints(cls).items():
+            (row,) = [line for line in rows if line.startswith(f"| `{name}` |")]
+            for literal in literals(hint):
+                values = typing.get_args(literal)
+                assert " \\| ".join(map(repr, values)) in row, row
+                found += 1
+    assert found >= 15
+    assert "'quick_gelu'" in generator.page().partition("## `model`")[2].partition("## ")[0]
+
+
+def literals(hint):
+    """The Literals of a type, wherever in it they are."""
+    if typing.get_origin(hint) is typing.Literal:
+        return [hint]
+    return [one for inside in typing.get_args(hint) for one in literals(inside)]
 
 
 def section_of(lines, start):

@@ -3,6 +3,7 @@ import json
 import os
 import sys
 import typing
+from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
@@ -10,6 +11,8 @@ from ml_collections import ConfigDict
 from swe_prune import config
 from swe_prune.errors import InputError
 from swe_prune.models import block
+from swe_prune.pretrained import settings
+from swe_prune.recipe import Recipe
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,10 @@ def test_unknown_keys_and_wrong_types_are_refused_by_their_path(values, sentence
             {"study": {"sparsities": [1.0]}},
             r"study.sparsities must be .* at least 0 and below 1, got 1.0",
         ),
-        ({"study": {"scopes": ["layer"]}}, "study.scopes must be one of .*, got 'layer'"),
+        (
+            {"study": {"scopes": ["row", "layer"]}},
+            r"study.scopes\[1\] must be one of tensor, global, row, got 'layer'",
+        ),
         ({"log_every": 0}, "log_every must be an integer of at least 1, got 0"),
     ],
 )
@@ -381,8 +387,11 @@ def test_cells_may_be_dicts_or_dataclasses_and_come_back_from_json():
         ({"options": 3}, r"config.study.cells\[1\].options must be"),
         (
             {"scope": "layer"},
-            r"cells\[1\]: scope must be one of tensor, global, row, got 'layer'",
+            r"config.study.cells\[1\].scope must be one of tensor, global, row, got 'layer'",
         ),
+        ({"zeros": "fre"}, r"cells\[1\].zeros must be one of keep, free, .*mean 'free'"),
+        ({"restore": "adm"}, r"cells\[1\].restore must be .*least_squares, None, .*mean 'admm'"),
+        ({"method": "wandb"}, r"cells\[1\].method must be one of .*; did you mean 'wanda'"),
         ({"schedule": "cubical"}, r"cells\[1\].schedule must be .*'cubical'; did you mean 'cubic'"),
         ({"recovery": "rewnd"}, r"cells\[1\].recovery must be .*'rewnd'; did you mean 'rewind'"),
         ({"sparsity": 1.0}, r"cells\[1\]: sparsity must be .* in \[0, 1\), .* got 1.0"),
@@ -405,6 +414,34 @@ def test_cells_may_be_dicts_or_dataclasses_and_come_back_from_json():
             {"schedule": "cubic", "recovery": "none"},
             r"cells\[1\].recovery must be other than 'none'",
         ),
+        (
+            {"schedule": "rigl", "schedule_options": {"drop_fractoin": 0.1}},
+            r"cells\[1\].schedule_options has no setting .*did you mean 'drop_fraction'",
+        ),
+        (
+            {"schedule": "rigl", "schedule_options": {"penalty": 0.1}},
+            r"cells\[1\].schedule_options.penalty must be left at its default with schedule "
+            r"'rigl'; it is for elsa, got 0.1",
+        ),
+        (
+            {"schedule_options": {"updates": 3}},
+            r"schedule_options.updates must be left .* 'one_shot'; it is for cubic, rigl, set",
+        ),
+        *(
+            (
+                {"schedule": schedule, "schedule_options": {name: value}} | more,
+                rf"config.study.cells\[1\].schedule_options.{name} must be .*{rule}, got {value}",
+            )
+            for schedule, name, value, rule, more in (
+                ("cubic", "ramp_end", 1.5, "above 0 and at most 1", {}),
+                ("iterative", "rounds", 0, "of at least 1", {}),
+                ("cubic", "updates", 0, "of at least 1", {}),
+                ("set", "exchange_end", 0.0, "above 0 and at most 1", {}),
+                ("rigl", "drop_fraction", 1.5, "of at least 0 and at most 1", {}),
+                ("elsa", "penalty", -1.0, "of at least 0", {}),
+                ("movement", "score_learning_rate", 0.0, "above 0", {"criterion": "movement"}),
+            )
+        ),
         ({"seeds": []}, r"cells\[1\].seeds must be at least one seed"),
     ],
 )
@@ -413,6 +450,32 @@ def test_cells_that_cannot_work_are_named_with_their_number(cell, sentence):
     base = {"criterion": "magnitude"} if "rate" in cell else usual
     with pytest.raises(InputError, match=sentence):
         config.validate(config.from_dict({"study": {"cells": [usual, base | cell]}}))
+
+
+@pytest.mark.parametrize(
+    ("study", "sentence"),
+    [
+        ({"scopes": ("row", "layer")}, r"config.study.scopes\[1\] must be one of .*, got 'layer'"),
+        (
+            {"cells": (config.CellConfig("swe", sparsity=0.5, zeros=typing.cast(Any, "fre")),)},
+            r"config.study.cells\[0\].zeros must be one of keep, free, got 'fre'",
+        ),
+    ],
+)
+def test_choices_of_a_study_made_without_a_file_are_checked_too(study, sentence):
+    with pytest.raises(InputError, match=sentence):
+        config.validate(config.Config(study=config.StudyConfig(**study)))
+
+
+def test_a_choice_has_the_same_values_wherever_it_can_be_made():
+    classes = (Recipe, config.StudyConfig, settings.RequestSettings)
+    recipe, study, command = map(typing.get_type_hints, classes)
+    assert typing.get_args(study["scopes"]) == (recipe["scope"], ...)
+    assert command["scope"] == recipe["scope"] | None
+    assert command["zeros"] == recipe["zeros"]
+    of_recipe, of_command = (typing.get_args(one["restore"])[0] for one in (recipe, command))
+    fitting_any_mask = set(typing.get_args(of_recipe)) - {"least_squares"}
+    assert set(typing.get_args(of_command)) == {"none", *fitting_any_mask}
 
 
 @pytest.mark.parametrize("key", ["windows", "batch"])

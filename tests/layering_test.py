@@ -10,7 +10,8 @@ import swe_prune
 
 PACKAGE = Path(swe_prune.__file__).parent
 HOUSE = [
-    "version", "early_signals", "errors", "bounds", "annotations", "arguments", "runtime", "ledger",
+    "version", "early_signals", "errors", "bounds", "choices", "annotations", "arguments",
+    "runtime", "ledger",
     "tree", "counting", "trajectory", "layout", "radix", "select", "schedules", "importance",
     "allocation", "patterns", "masks", "sparse_training", "calibration", "blockwise", "recipe",
     "pruning",

@@ -13,7 +13,14 @@ import pytest
 import tiny
 
 from swe_prune import schedules, study, sweep, tree
-from swe_prune.config import CalibrationConfig, StudyConfig, from_dict, load, validate
+from swe_prune.config import (
+    CalibrationConfig,
+    ScheduleConfig,
+    StudyConfig,
+    from_dict,
+    load,
+    validate,
+)
 from swe_prune.errors import InputError
 from swe_prune.recipe import Recipe, score
 from swe_prune.runtime import storage
@@ -391,6 +398,47 @@ def test_a_gradual_schedule_ends_with_its_sparsity_before_the_recovery_does(kind
     assert shares[-1] == 0.8
     assert shares == sorted(shares)
     assert len(due) <= 12
+
+
+def test_the_settings_of_a_schedule_say_when_and_how_often_masks_change():
+    def due(kind, **options):
+        cell = grid.Cell(Recipe("magnitude", sparsity=0.8), kind)
+        cell = dataclasses.replace(cell, schedule_options=ScheduleConfig(**options))
+        return gradual.ramp(cell, 80).due_steps()
+
+    assert due("cubic") == (0, 5, 10, 15, 20, 25, 30, 35, 40, 45, 48)
+    assert due("cubic", updates=2, ramp_end=0.5) == (0, 20, 40)
+    assert due("cubic", ramp_end=1.0)[-1] == 79
+    assert due("iterative") == (0, 12, 24, 36, 48)
+    assert due("iterative", rounds=3, ramp_end=0.5) == (0, 20, 40)
+    assert due("iterative", rounds=1) == (0,)
+
+
+@pytest.mark.parametrize("schedule", ["rigl", "set"])
+def test_without_a_drop_fraction_or_after_the_end_nothing_is_exchanged(done, schedule):
+    cell = next(cell for cell in done.cells if cell.schedule == schedule)
+    state = dataclasses.replace(saved.load_dense(done, 0), masks=saved.load_masks(done, cell))
+
+    def unchanged(step, **options):
+        options = ScheduleConfig(updates=20, **options)
+        update = gradual._exchange(done, dataclasses.replace(cell, schedule_options=options), 20)
+        return update(step, state, next(iter(done.calibration))) is state
+
+    assert not unchanged(4)
+    assert unchanged(4, drop_fraction=0.0)
+    assert unchanged(4, exchange_end=0.2)
+    assert unchanged(16)
+    assert not unchanged(16, exchange_end=1.0)
+
+
+def test_a_sweep_over_the_settings_of_a_schedule_has_a_name_for_each(plays_dir):
+    options = [{}, {"drop_fraction": 0.1}, {"drop_fraction": 0.1, "updates": 3}]
+    cells = sweep.product({"schedule": ["rigl"], "schedule_options": options})
+    made = grid.cells(config(plays_dir, cells))
+    usual = "tensor-magnitude-0.5-rigl"
+    more = ("", "-drop_fraction=0.1", "-updates=3-drop_fraction=0.1")
+    assert [cell.name for cell in made] == [usual + one for one in more]
+    assert made[2].schedule_text == "rigl updates=3 drop_fraction=0.1"
 
 
 def test_a_pruning_step_prunes_when_due_and_goes_on_where_a_phase_resumes():

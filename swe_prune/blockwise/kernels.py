@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,12 +17,13 @@ from swe_prune.blockwise.admm import admm
 from swe_prune.blockwise.least_squares import DAMPING as REFIT_DAMPING
 from swe_prune.blockwise.least_squares import least_squares
 from swe_prune.blockwise.sparsegpt import SolverReport, sparsegpt
+from swe_prune.choices import Method, Restore
 from swe_prune.layout import Axes
 
-METHODS = ("wanda", "wanda_variant", "sparsegpt", "admm", "magnitude")
+METHODS = typing.get_args(Method)
 CRITERIA = {"wanda": "wanda", "wanda_variant": "wanda", "magnitude": "magnitude"}
 """Criterion that a method ranks by, where no solver chooses the mask."""
-RESTORES = (None, "admm", "local", "admm+local", "least_squares")
+RESTORES = (None, *typing.get_args(Restore))
 DAMPING: Mapping[str, float] = {"sparsegpt": 0.01, "admm": 0.1, "least_squares": REFIT_DAMPING}
 """Default share of the Hessian's mean diagonal that is added to it, by method."""
 

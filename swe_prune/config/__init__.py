@@ -39,6 +39,7 @@ from swe_prune.config.experiment import (
     RuleConfig,
     SamplesConfig,
     Schedule,
+    ScheduleConfig,
     StudyConfig,
     TrajectoryConfig,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "RuleConfig",
     "SamplesConfig",
     "Schedule",
+    "ScheduleConfig",
     "StudyConfig",
     "Text",
     "TrajectoryConfig",

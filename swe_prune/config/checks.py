@@ -3,12 +3,21 @@
 from collections.abc import Callable
 from typing import Any
 
-from swe_prune.bounds import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Bound, check_each
+from swe_prune.bounds import (
+    COUNT,
+    FRACTION,
+    NOT_NEGATIVE,
+    PART,
+    POSITIVE,
+    SEED,
+    SHARE,
+    Bound,
+    check_each,
+)
 from swe_prune.config.conversion import check_choices
 from swe_prune.config.experiment import ONE_SHOT, CellConfig, Config
 from swe_prune.config.model import RANGES, check_width
-from swe_prune.errors import InputError, check_choice
-from swe_prune.masks import SCOPES
+from swe_prune.errors import InputError
 from swe_prune.recipe import check as check_recipe
 
 PHASE: dict[str, Bound] = {
@@ -40,6 +49,17 @@ _BOUNDS: dict[str, Bound] = {
     "ledger.margin": NOT_NEGATIVE,
 }
 """Range of each number, or of each member of a list; None is left to the setting's type."""
+
+_SCHEDULES: dict[str, tuple[Bound, tuple[str, ...]]] = {
+    "ramp_end": (FRACTION, ("cubic", "iterative", "movement")),
+    "rounds": (COUNT, ("iterative",)),
+    "updates": (COUNT, ("cubic", "rigl", "set")),
+    "exchange_end": (FRACTION, ("rigl", "set")),
+    "drop_fraction": (PART, ("rigl", "set")),
+    "penalty": (NOT_NEGATIVE, ("elsa",)),
+    "score_learning_rate": (POSITIVE, ("movement",)),
+}
+"""Range of each setting of a schedule, and the schedules that read it."""
 
 
 def validate(config: Config) -> None:
@@ -73,8 +93,6 @@ def validate(config: Config) -> None:
         must(divides, f"{name}.accumulate", rule, phase.accumulate)
 
     # The study.
-    for scope in study.scopes:
-        check_choice(scope, SCOPES, "config.study.scopes")
     for number, cell in enumerate(study.cells):
         _validate_cell(cell, f"study.cells[{number}]", must)
     windows = config.ledger.windows
@@ -101,6 +119,13 @@ def _validate_cell(cell: CellConfig, path: str, must: Callable[..., None]) -> No
     must(cell.seeds is None or len(cell.seeds) > 0, f"{path}.seeds", rule, cell.seeds)
     rule = "at least one rule, or None for all prunable weights"
     must(cell.include is None or len(cell.include) > 0, f"{path}.include", rule, cell.include)
+    for name, value in cell.schedule_options.changed.items():
+        bound, schedules = _SCHEDULES[name]
+        rule = f"left at its default with schedule {cell.schedule!r}; it is for " + ", ".join(
+            schedules
+        )
+        must(cell.schedule in schedules, f"{path}.schedule_options.{name}", rule, value)
+        bound.check(value, f"config.{path}.schedule_options.{name}")
     if cell.schedule == ONE_SHOT:
         return
     # All other schedules prune during the recovery.

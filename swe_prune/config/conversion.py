@@ -195,9 +195,11 @@ def check_choices(settings: Any, path: str = "config") -> None:
     """
     for name, hint in typing.get_type_hints(type(settings)).items():
         value = getattr(settings, name)
-        if choices := _choices(hint):
-            check_choice(value, choices, f"{path}.{name}")
         members = enumerate(value) if isinstance(value, tuple) else ()
-        for suffix, one in (("", value), *((f"[{i}]", member) for i, member in members)):
+        kind = next(iter(typing.get_args(hint)), None)  # of the members, if it is a tuple
+        within = [(f"[{i}]", member, kind) for i, member in members]
+        for suffix, one, wanted in (("", value, hint), *within):
+            if choices := _choices(wanted):
+                check_choice(one, choices, f"{path}.{name}{suffix}")
             if dataclasses.is_dataclass(one):
                 check_choices(one, f"{path}.{name}{suffix}")

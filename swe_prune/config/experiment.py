@@ -6,6 +6,7 @@ import json
 from typing import Any, Literal
 
 from swe_prune import importance
+from swe_prune.choices import Scope
 from swe_prune.config.model import ModelConfig
 from swe_prune.ledger import Factors, of_country
 from swe_prune.recipe import Recipe
@@ -154,6 +155,30 @@ class LedgerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """How a schedule prunes during the recovery; each setting is of the schedules that it names.
+
+    The defaults of exchange_end, drop_fraction (RigL's alpha) and score_learning_rate are those of
+    the papers; that of penalty was the best of 0.01, 0.1 and 1 on one seed of the demo's model.
+    """
+
+    ramp_end: float = 0.6  # share of the recovery at which the sparsity is reached (cubic,
+    # iterative, movement)
+    rounds: int = 5  # largest number of rounds of pruning (iterative)
+    updates: int = 10  # largest number of mask updates (cubic, rigl, set)
+    exchange_end: float = 0.75  # share of the recovery at which exchanges end (rigl, set)
+    drop_fraction: float = 0.3  # share of the active weights exchanged at first (rigl, set)
+    penalty: float = 1.0  # weight of the distance from sparse weights, lambda (elsa)
+    score_learning_rate: float = 1e-2  # learning rate of Adam for the scores (movement)
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """Settings that are not at their defaults, by name."""
+        values = dataclasses.asdict(self)
+        return {name: one for name, one in values.items() if one != getattr(ScheduleConfig, name)}
+
+
+@dataclasses.dataclass(frozen=True)
 class CellConfig(Recipe):
     """One cell of a study, for each of its seeds: a recipe, its schedule and the recovery.
 
@@ -185,6 +210,7 @@ class CellConfig(Recipe):
     recovery_steps: Duration | None = None  # length of the recovery; None: `finetune.steps`
     seeds: tuple[int, ...] | None = None  # seeds of the dense models; None: those of the study
     include: tuple[str, ...] | None = None  # rules of the prunable weights to prune; None: all
+    schedule_options: ScheduleConfig = ScheduleConfig()  # settings of the schedule
 
     def recipe(self, seed: int) -> Recipe:
         """Returns how the model of a seed is pruned."""
@@ -206,7 +232,7 @@ class StudyConfig:
     std_seeds: tuple[int, ...] = (0,)  # seeds of the dense models pruned by a rate
     criteria: tuple[str, ...] = ("swe", "magnitude", "random")  # criteria pruned to equal sparsity
     sparsities: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)  # sparsities for each of them
-    scopes: tuple[str, ...] = ("tensor", "global")  # scopes for each of them
+    scopes: tuple[Scope, ...] = ("tensor", "global")  # scopes for each of them
     seeds: tuple[int, ...] = (0, 1)  # seeds of the dense models pruned to equal sparsity
     cells: tuple[CellConfig, ...] = ()  # further cells, as `sweep` lists them
 

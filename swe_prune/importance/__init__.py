@@ -4,6 +4,7 @@ One module per family; importing them here fills the registry.
 """
 
 import math
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from jaxtyping import Array, PyTree
 
 from swe_prune import tree
 from swe_prune.arguments import checked
+from swe_prune.choices import Zeros
 from swe_prune.errors import InputError, check_choice
 from swe_prune.importance import (
     activation,
@@ -56,7 +58,7 @@ __all__ = [
 ]
 
 
-ZEROS = ("keep", "free")
+ZEROS = typing.get_args(Zeros)
 """What becomes of weights that are 0 before pruning; see `score`."""
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from swe_prune import tree
+from swe_prune.choices import Scope
 from swe_prune.errors import listed
 from swe_prune.importance.informative import Moments, moments
 from swe_prune.importance.second_moment import has_second_moment
@@ -30,7 +31,7 @@ class Best:
 
     criterion: str
     why: str
-    scope: str | None
+    scope: Scope | None
     measured: Mapping[str, PyTree] = dataclasses.field(default_factory=dict)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -41,7 +42,7 @@ def best(
     stats: TrajectoryStats | None,
     prunable: PyTree | None = None,
     *,
-    scope: str | None = None,
+    scope: Scope | None = None,
     measured: Iterable[str] = (),
 ) -> Best:
     """Returns the criterion for what is given.
@@ -100,7 +101,7 @@ def best(
     return Best(criterion, why, scope or "tensor", {"second_moment": filled})
 
 
-def _without_optimizer(lacks: str, scope: str | None, measured: Iterable[str]) -> Best:
+def _without_optimizer(lacks: str, scope: Scope | None, measured: Iterable[str]) -> Best:
     """Returns the criterion where no optimizer has the curvature."""
     if "gradient_square" not in measured:
         return Best("magnitude", f"it has {lacks}, {_NO_BETTER}", scope)

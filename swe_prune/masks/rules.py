@@ -1,6 +1,7 @@
 """Masks from scores: the paper's rule, and an exact sparsity by scope and pattern."""
 
 import math
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from swe_prune import allocation, counting, patterns, select, tree
 from swe_prune.arguments import checked
 from swe_prune.bounds import NOT_NEGATIVE
+from swe_prune.choices import Scope
 from swe_prune.errors import InputError, check_choice, listed
 from swe_prune.layout import Axes, AxesOf, InputAxes, axes_of, copies_of, copy_labels
 from swe_prune.masks import removed
@@ -19,7 +21,7 @@ from swe_prune.masks import ties as undecided
 from swe_prune.masks.counts import kept_counts
 
 CopiesOf = Callable[[str, tuple[int, ...]], tuple[int, ...]]
-SCOPES = ("tensor", "global", "row")
+SCOPES = typing.get_args(Scope)
 ROUNDINGS = ("nearest", "down")
 
 

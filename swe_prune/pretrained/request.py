@@ -5,6 +5,7 @@ from typing import Any
 
 from swe_prune import importance
 from swe_prune.blockwise import METHODS
+from swe_prune.choices import Method
 from swe_prune.config import literal
 from swe_prune.errors import InputError
 from swe_prune.pretrained.settings import RequestSettings
@@ -13,7 +14,7 @@ from swe_prune.recipe.checks import check_available
 from swe_prune.recipe.defaults import complete
 from swe_prune.trajectory import BUFFERS
 
-BLOCK_BY_BLOCK = tuple(method for method in METHODS if method != "magnitude")
+BLOCK_BY_BLOCK: tuple[Method, ...] = tuple(method for method in METHODS if method != "magnitude")
 """Names that prune block by block, as their references do, unless `--at-once` is given."""
 
 ASKED = ("allocation", "sparsity", "scope", "pattern", "max_sparsity", "seed", "zeros")

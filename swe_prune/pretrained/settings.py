@@ -4,7 +4,9 @@ import dataclasses
 from typing import Any, Literal
 
 from swe_prune.bounds import COUNT, DAY, INDEX, NOT_NEGATIVE, PART, POSITIVE, SEED, TURNS
-from swe_prune.config import PHASE
+from swe_prune.choices import BlockRestore, Scope, Zeros
+from swe_prune.config import PHASE, ComputeDtype
+from swe_prune.structured.unit_scores import Reduce
 
 CALIBRATION = "shakespeare_plays:train"
 EVALUATION = "shakespeare_plays:validation[:2]"
@@ -42,7 +44,7 @@ class WeightsSettings:
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None, "dtype of the weights; default: as stored"
     )
-    compute_dtype: Literal["float32", "bfloat16"] = option("float32", "dtype of the computation")
+    compute_dtype: ComputeDtype = option("float32", "dtype of the computation")
     prefix: str | None = option(
         None, "prefix of the names of the tensors, such as _orig_mod., which is removed"
     )
@@ -125,14 +127,14 @@ class RequestSettings(ModelSettings, ChoiceSettings, CalibrationSettings):
     )
     sparsity: float | None = option(None, "fraction of the prunable weights to remove, in [0, 1)")
     pattern: str | None = option(None, "shape of what is removed, such as 2:4 or row")
-    scope: Literal["tensor", "global", "row"] | None = option(
+    scope: Scope | None = option(
         None, "where the sparsity is met; default: tensor, without a criterion global"
     )
     max_sparsity: float | None = option(
         None, "largest fraction that any tensor loses, with scope global"
     )
-    zeros: Literal["keep", "free"] = option("keep", "weights that are 0 already: removed, or free")
-    restore: Literal["none", "admm", "local", "admm+local"] | None = option(
+    zeros: Zeros = option("keep", "weights that are 0 already: removed, or free")
+    restore: Literal["none", BlockRestore] | None = option(
         None, "update of the weights that stay; default: none, without a criterion admm"
     )
     allocation: str | None = option(None, "rule for the sparsity of each tensor, such as owl")
@@ -177,9 +179,7 @@ class CutSettings(OutSettings, ModelSettings, CalibrationSettings, JudgingSettin
         "latency=SECONDS of decoding one token",
         metavar="NAME=NUMBER",
     )
-    reduce: Literal["sum", "mean", "l2", "max"] = option(
-        "l2", "how the scores of the weights of a unit become one"
-    )
+    reduce: Reduce = option("l2", "how the scores of the weights of a unit become one")
     restore: bool = option(
         False, "least-squares refit of the projections that read what goes, to make up for it"
     )
@@ -217,9 +217,7 @@ class FinetuneSettings(OutSettings, ModelSettings, ChoiceSettings, JudgingSettin
         50, "steps between checkpoints; a killed run resumes from one", bound=COUNT
     )
     remat: bool = option(False, "rematerialization of activations: less memory, more time")
-    zeros: Literal["keep", "free"] = option(
-        "keep", "zeros of a model without a mask file: held at 0, or free"
-    )
+    zeros: Zeros = option("keep", "zeros of a model without a mask file: held at 0, or free")
     masks: Literal["check", "apply", "ignore"] = option(
         "check",
         "mask file of the model: refused where its weights are not 0 already, applied to them, or "

@@ -7,6 +7,7 @@ from typing import Any
 from swe_prune import allocation, importance, patterns
 from swe_prune.blockwise.sparsegpt import BLOCK, check_sparsity
 from swe_prune.calibration.measures import MEASURES
+from swe_prune.choices import Method, Restore, Scope, Zeros
 
 METHOD_OPTIONS: Mapping[str, Any] = {"block": BLOCK, "damping": 0.01}
 """Options of the block-by-block methods, with their defaults; see `blockwise.prune_blocks`."""
@@ -46,12 +47,12 @@ class Recipe:
     allocation: str | None = None
     sparsity: float | None = None
     rate: float | None = None
-    scope: str = "tensor"
+    scope: Scope = "tensor"
     pattern: str | None = None
-    method: str | None = None
+    method: Method | None = None
     seed: int = 0
-    zeros: str = "keep"
-    restore: str | None = None
+    zeros: Zeros = "keep"
+    restore: Restore | None = None
     max_sparsity: float | None = None
 
     @property

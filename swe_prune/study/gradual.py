@@ -28,14 +28,6 @@ from swe_prune.study.recovery import Tuning, check_long_enough
 from swe_prune.training import state as state_lib
 from swe_prune.training.state import TrainState
 
-RAMP = 0.6  # share of the recovery in which the sparsity rises; the rest has fixed masks
-UPDATES = 10  # largest number of mask updates
-ROUNDS = 5  # largest number of rounds of iterative pruning
-EXCHANGE = 0.75  # share of the recovery in which RigL and SET exchange weights, as in the paper
-DROP_FRACTION = 0.3  # share of the active weights exchanged at first, RigL's alpha
-PENALTY = 1.0  # ELSA's; the best of 0.01, 0.1 and 1 on one seed of the demo's model
-SCORE_RATE = 1e-2  # learning rate of movement pruning's scores, as in the paper
-
 _rigl = jax.jit(sparse_training.rigl_update)
 _set = jax.jit(sparse_training.set_update)
 
@@ -117,20 +109,21 @@ def updating_step(step: Callable[..., Any], update: Update) -> Callable[..., Any
 def ramp(cell: Cell, steps: int) -> schedules.Schedule:
     """Returns the schedule by which the sparsity of a cell rises within the steps of its recovery.
 
-    Cubic: from nothing at step 0 to the sparsity at 60 % of the recovery, in ten updates.
-    Iterative: five rounds in the same time, the first at step 0, each removing the same share of
-    what is left. Shorter recoveries have fewer updates.
+    Cubic: from nothing at step 0 to the sparsity at the end of the ramp, in `updates` updates.
+    Iterative: `rounds` rounds in the same time, the first at step 0, each removing the same share
+    of what is left. Shorter recoveries have fewer updates.
 
     Raises:
         InputError: The recovery has fewer than two steps.
     """
     check_long_enough(cell.schedule, steps)
-    target = cell.sparsity
-    end = max(1, min(steps - 1, round(RAMP * steps)))
+    target, options = cell.sparsity, cell.schedule_options
+    end = max(1, min(steps - 1, round(options.ramp_end * steps)))
     if cell.schedule == "iterative":
-        every = max(1, end // (ROUNDS - 1))
-        return schedules.Iterative(target, rounds=min(ROUNDS, 1 + end // every), every=every)
-    return schedules.Cubic(target, begin=0, end=end, every=-(-end // UPDATES))
+        every = max(1, end // max(1, options.rounds - 1))
+        rounds = min(options.rounds, 1 + end // every)
+        return schedules.Iterative(target, rounds=rounds, every=every)
+    return schedules.Cubic(target, begin=0, end=end, every=-(-end // options.updates))
 
 
 def _further(
@@ -183,12 +176,13 @@ def _further(
 def _exchange(experiment: Experiment, cell: Cell, steps: int) -> Update:
     """Returns the update of RigL, which grows where the gradient is large, or of SET, at random."""
     check_long_enough(cell.schedule, steps)
-    end = max(1, round(EXCHANGE * steps))
-    plan = schedules.Constant(cell.sparsity, begin=0, end=end, every=-(-end // UPDATES))
+    options = cell.schedule_options
+    end = max(1, round(options.exchange_end * steps))
+    plan = schedules.Constant(cell.sparsity, begin=0, end=end, every=-(-end // options.updates))
     key = jax.random.key(cell.seed)
 
     def update(number: int, state: TrainState, batch: Any) -> TrainState:
-        fraction = schedules.cosine_drop_fraction(number, DROP_FRACTION, end)
+        fraction = schedules.cosine_drop_fraction(number, options.drop_fraction, end)
         # At step 0 the masks are new and the moments empty, so there is nothing to exchange by.
         if number == 0 or not plan.is_due(number) or fraction == 0:
             return state
@@ -233,7 +227,7 @@ def _elsa(experiment: Experiment, cell: Cell, tuning: Tuning, start: PyTree) -> 
     optimizer = sparse_training.elsa(
         tuning.optimizer,
         cell.sparsity,
-        penalty=PENALTY,
+        penalty=cell.schedule_options.penalty,
         prunable=experiment.prunable,
         **where,
     )
@@ -257,8 +251,9 @@ def _elsa(experiment: Experiment, cell: Cell, tuning: Tuning, start: PyTree) -> 
 def _movement(experiment: Experiment, cell: Cell, tuning: Tuning, start: PyTree) -> Regime:
     request, prunable = cell.recipe, experiment.prunable
     plan = ramp(cell, tuning.steps)
+    score_rate = cell.schedule_options.score_learning_rate
     optimizer = optax.multi_transform(
-        {"weights": tuning.optimizer, "scores": optax.adam(SCORE_RATE)},
+        {"weights": tuning.optimizer, "scores": optax.adam(score_rate)},
         {"weights": "weights", "scores": "scores"},
     )
     scores = experiment.abstract_prunable(jnp.float32)

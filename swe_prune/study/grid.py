@@ -10,7 +10,7 @@ from typing import Any
 from jaxtyping import PyTree
 
 from swe_prune import recipe, trajectory, tree
-from swe_prune.config import ONE_SHOT, CellConfig, Config, Duration
+from swe_prune.config import ONE_SHOT, CellConfig, Config, Duration, ScheduleConfig
 from swe_prune.errors import InputError
 from swe_prune.recipe import Recipe
 
@@ -53,12 +53,14 @@ class Cell:
         schedule: "one_shot", or another of `config.Schedule` during the recovery.
         recovery: Training that follows.
         include: Rules of the prunable weights that are pruned; None: all.
+        schedule_options: Settings of the schedule.
     """
 
     recipe: Recipe
     schedule: str = ONE_SHOT
     recovery: Recovery = Recovery()
     include: tuple[str, ...] | None = None
+    schedule_options: ScheduleConfig = ScheduleConfig()
 
     @property
     def seed(self) -> int:
@@ -90,9 +92,16 @@ class Cell:
     def settings(self) -> list[str]:
         """What differs from a one-shot, unstructured cell that is fine-tuned, one word each."""
         words = [self.recipe.option_text, self.recipe.allocation, self.recipe.pattern]
-        words += [self.schedule if self.gradual else "", self.recovery.name]
+        words += [self.schedule_text if self.gradual else "", self.recovery.name]
         words += [f"of {self.include_text}" if self.include else ""]
         return [word for word in words if word]
+
+    @property
+    def schedule_text(self) -> str:
+        """The schedule, and its settings as `name=value` where they are not the usual ones."""
+        changed = self.schedule_options.changed.items()
+        shown = [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in changed]
+        return " ".join([self.schedule, *shown])
 
     @property
     def include_text(self) -> str:
@@ -164,7 +173,13 @@ def _listed(config: Config, settings: CellConfig) -> Iterator[Cell]:
         steps = None
     for seed in config.study.seeds_of(settings):
         recovery = Recovery(settings.recovery, steps)
-        yield Cell(settings.recipe(seed), settings.schedule, recovery, settings.include)
+        yield Cell(
+            settings.recipe(seed),
+            settings.schedule,
+            recovery,
+            settings.include,
+            settings.schedule_options,
+        )
 
 
 def check(config: Config, abstract_params: PyTree, prunable: PyTree, layout: PyTree) -> None:

@@ -188,7 +188,7 @@ def _asked(experiment: Experiment, cell: Cell) -> dict[str, Any]:
         "pattern": request.pattern or "",
         "restore": request.restore or "",
         "include": cell.include_text,
-        "schedule": cell.schedule,
+        "schedule": cell.schedule_text,
         "recovery": cell.recovery.label,
     }
     if request.reads_batches:
