@@ -48,18 +48,18 @@ def ecoflap(
 
     Args:
         loss: (params, batch) → scalar; compiled once for each shape of batch.
-        params: pytree of weights.
-        batches: pytrees of arrays, streamed; each draws its own perturbations. The paper takes
+        params: Pytree of weights.
+        batches: Pytrees of arrays, streamed; each draws its own perturbations. The paper takes
             batches of 8, 128 examples in all.
-        sparsity: share to remove of all the prunable weights, in [0, 1).
-        max_sparsity: the largest share that a group may lose; None: sparsity + 0.1, at most 1.
-        groups: which tensors share a sparsity; see `grouped`.
+        sparsity: Share to remove of all the prunable weights, in [0, 1).
+        max_sparsity: Largest share that a group may lose; None: sparsity + 0.1, at most 1.
+        groups: Which tensors share a sparsity; see `grouped`.
         reduce: "sum" of the importances of a group's tensors, as the paper mostly does; "mean"
             divides it by the group's weights.
-        measure: as in `zeroth_order_importance`.
-        epsilon: as in `zeroth_order_importance`.
-        seed: of the perturbations.
-        prunable: bool pytree; None: `tree.prunable(params)`.
+        measure: Measure of importance, one of `MEASURES`; see `zeroth_order_importance`.
+        epsilon: Size ε of the perturbations, positive.
+        seed: Seed of the perturbations.
+        prunable: Bool pytree; None: `tree.prunable(params)`.
 
     Raises:
         InputError: an unknown name, a sparsity out of range or reach, groups that do not cover the
@@ -107,12 +107,12 @@ def zeroth_order_importance(
 
     Args:
         loss: (params, batch) → scalar.
-        params: pytree of weights, any floating dtype; the perturbed tensor keeps its own.
-        batches: pytrees of arrays, streamed.
-        measure: one of `MEASURES`.
-        epsilon: how far to perturb, positive.
-        seed: of the perturbations.
-        prunable: bool pytree; None: `tree.prunable(params)`.
+        params: Pytree of weights, any floating dtype; the perturbed tensor keeps its own.
+        batches: Pytrees of arrays, streamed.
+        measure: Measure of importance, one of `MEASURES`.
+        epsilon: Size ε of the perturbations, positive.
+        seed: Seed of the perturbations.
+        prunable: Bool pytree; None: `tree.prunable(params)`.
 
     Raises:
         InputError: an unknown measure, an epsilon that is not positive, no batches, or a loss that

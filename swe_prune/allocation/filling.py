@@ -28,11 +28,11 @@ def water_fill(
     ECoFLaP (Sung, Yoon and Bansal, ICLR 2024), its coarse step.
 
     Args:
-        scores: importance of each group, not negative.
-        sizes: weights of each group.
-        sparsity: share to remove of all the weights, in [0, 1); met exactly.
-        max_sparsity: the largest share that a group may lose, in [sparsity, 1]; None:
-            sparsity + 0.1, at most 1.
+        scores: Importance of each group, not negative.
+        sizes: Number of weights of each group.
+        sparsity: Share to remove of all the weights, in [0, 1); met exactly.
+        max_sparsity: Largest share that a group may lose, in [sparsity, 1]; None: sparsity + 0.1,
+            at most 1.
 
     Raises:
         InputError: a sparsity outside its range or out of reach of the groups, or scores that are

@@ -38,11 +38,11 @@ def owl(
     tensor of a block loses the same share.
 
     Args:
-        scores: float32 pytree, None where dense; not negative, such as Wanda's.
-        sparsity: share to remove of all the scored weights, in [0, 1).
-        lam: half the spread of the blocks' sparsities.
-        m: how many times the mean of its block an outlier exceeds.
-        groups: which tensors share a sparsity; see `grouped`.
+        scores: Float32 pytree, None where dense; not negative, such as Wanda's.
+        sparsity: Share to remove of all the scored weights, in [0, 1).
+        lam: Half the spread of the blocks' sparsities.
+        m: Multiple of the mean of its block that an outlier exceeds.
+        groups: Which tensors share a sparsity; see `grouped`.
 
     Raises:
         InputError: sparsity outside [0, 1), lam or m negative or not finite, groups that do not
@@ -65,8 +65,8 @@ def owl_sparsities(outliers: Sequence[float], sparsity: float, lam: float = 0.08
 
     Args:
         outliers: D of each block, in any unit.
-        sparsity: the mean of the result.
-        lam: half of the spread.
+        sparsity: Mean of the result.
+        lam: Half the spread of the result.
 
     >>> [round(s, 6) for s in owl_sparsities([1, 2, 4], 0.7)]
     [0.771111, 0.717778, 0.611111]

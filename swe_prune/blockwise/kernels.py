@@ -28,11 +28,11 @@ class KernelReport:
     """What was done to a kernel.
 
     Attributes:
-        name: of the kernel.
-        removed: weights that its mask removes.
-        total: weights that it has.
-        solver: of SparseGPT and ADMM, else None.
-        restored: whether the weights that stay were restored and are kept so.
+        name: Name of the kernel.
+        removed: Number of weights that the mask removes.
+        total: Number of weights.
+        solver: Report of SparseGPT's or ADMM's solver; None for other methods.
+        restored: Whether the remaining weights were restored and the restored values retained.
         held_out: How far the block's outputs on the held-out batches are from the dense model's
             with the masks alone, with every kernel restored, and with what was kept; a mean over
             tokens of squared distances relative to the dense outputs. None: nothing was judged.

@@ -27,11 +27,11 @@ class Overlap:
 
     Attributes:
         unit: "characters" or "tokens".
-        length: of the passage, runs of white space counted as one character.
+        length: Length of the passage, runs of white space counted as one character.
         first: (number of the text, from 0, position in it) where it starts.
-        second: where it starts in the other.
-        passage: its beginning, as characters or token ids.
-        share: of all n-grams of `second`, the part that `first` has too.
+        second: (number of the text, from 0, position in it) where it starts in the other.
+        passage: Beginning of the passage, as characters or token ids.
+        share: Share of all n-grams of `second` that `first` has too.
     """
 
     unit: str
@@ -52,10 +52,10 @@ def overlap(first: Text, second: Text, *, n: int | None = None) -> Overlap | Non
     whole. The time is linear in the texts but for one sort of the n-grams of the shorter side.
 
     Args:
-        first: a string, token ids in one row, or several of either: a list of strings, a list of
+        first: String, token ids in one row, or several of either: a list of strings, a list of
             rows, a 2-dimensional array of windows.
-        second: the same kind.
-        n: how many in a row; None: 200 characters or 50 tokens.
+        second: Text of the same kind.
+        n: Minimum number of characters or tokens in a row; None: 200 characters or 50 tokens.
 
     Raises:
         InputError: one is text and the other tokens, or n is below 1.

@@ -35,11 +35,11 @@ def sparsegpt(
         one-shot", ICML 2023.
 
     Args:
-        weight: a kernel.
+        weight: Kernel.
         hessian: (2/n) Σ x xᵀ over its R inputs.
-        inputs: the axes of the kernel along which its inputs run.
-        damping: of `inverse_factor`; eager code warns when it takes more. In a jit that finds no
-            damping that does, all scores are NaN.
+        inputs: Axes of the kernel along which its inputs run.
+        damping: Damping of `inverse_factor`; eager code warns when it takes more. In a jit that
+            finds no damping that does, all scores are NaN.
     """
     rows = math.prod(weight.shape[axis] for axis in inputs)
     if hessian.shape != (rows, rows):
@@ -77,8 +77,8 @@ def inverse_factor(
     not positive definite; the inverse of its factor always serves.
 
     Args:
-        hessian_RxR: symmetric, positive semi-definite, floating; the result has its dtype.
-        damping: share of the mean of the diagonal, positive or 0.
+        hessian_RxR: Symmetric, positive semi-definite, floating; the result has its dtype.
+        damping: Share of the mean of the diagonal, positive or 0.
 
     Raises:
         InputError: no square matrix, a negative damping, or a Hessian with NaN or inf.

@@ -42,7 +42,7 @@ def main(command: str, given: Any) -> None:
         given: Settings of the command.
 
     Raises:
-        InputError: As each command.
+        InputError: Errors of each command.
     """
     run = {
         "plan": dry_run.plan,
@@ -145,7 +145,7 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
 
     Raises:
         InputError: anything that is wrong with the settings, the model or the texts.
-        Preempted, RunError: as `training.loop.fit`; the same command goes on.
+        Preempted, RunError: Errors of `training.loop.fit`; the same command resumes.
     """
     finetuning.checked(given)
     interop.check_free(given.out)

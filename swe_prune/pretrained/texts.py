@@ -18,10 +18,10 @@ class Text:
     """A text and its tokens.
 
     Attributes:
-        name: as it was given.
-        tokens: int32 (N,), without special tokens.
-        size: bytes of its UTF-8.
-        content: itself.
+        name: Name of the text as given.
+        tokens: Token ids, int32 (N,), without special tokens.
+        size: Number of bytes of its UTF-8.
+        content: Text as a string.
     """
 
     name: str

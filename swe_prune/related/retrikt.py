@@ -162,7 +162,7 @@ def interpolated(
 
     Args:
         logits: Logits of the student.
-        found: p_kNN, from `retrieved`.
+        found: Probabilities p_kNN, from `retrieved`.
         share: λ, in [0, 1]. With 0 it is the student's.
 
     Raises:

@@ -64,7 +64,7 @@ def spiked(
         watch: State.
         loss: Loss of the batch, before its update.
         deviations: Number of standard deviations.
-        decay: Of the running mean and variance, in [0, 1).
+        decay: Decay of the running mean and variance, in [0, 1).
         warmup: Number of losses before the first spike.
         patience: Number of spikes in a row, 1 or more.
         backoff: Factor of the learning rate, in (0, 1].

@@ -77,11 +77,11 @@ def conv(
         x: Images, channels last.
         kernel: Kernel (height, width, input channels, output channels).
         bias: Bias (O,).
-        keep: As in `dense`.
+        keep: Share of the output channels that gradients pass through, in (0, 1]; static.
         strides: Strides.
         padding: "SAME", "VALID" or pairs.
-        key: As in `dense`.
-        only_weights: As in `dense`.
+        key: Random key, for random channels in place of the largest.
+        only_weights: Whether the gradient of x is exact all the same.
 
     Raises:
         InputError: If `keep`, the strides or the padding are out of their range.

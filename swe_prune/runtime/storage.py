@@ -254,7 +254,7 @@ def read_json(path: epath.PathLike, *, sealed: bool = False) -> dict[str, Any]:
         sealed: Whether it must have its checksum.
 
     Raises:
-        ValueError: As `read_text` and `parse_json`, or the checksum is missing.
+        ValueError: Errors of `read_text` and `parse_json`, or the checksum is missing.
         OSError: The file cannot be read.
     """
     text = read_text(path)

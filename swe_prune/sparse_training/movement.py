@@ -46,9 +46,9 @@ def init(params: PyTree, prunable: PyTree | None = None, value: float = 0.0) -> 
     """Returns scores to begin with: float32, one constant, None where dense.
 
     Args:
-        params: pytree of weights.
-        prunable: bool pytree; None: `tree.prunable(params)`.
-        value: the constant.
+        params: Pytree of weights.
+        prunable: Bool pytree; None: `tree.prunable(params)`.
+        value: Initial value of every score.
 
     >>> init({"kernel": jnp.ones((1, 2))})["kernel"].tolist()
     [[0.0, 0.0]]
@@ -65,7 +65,7 @@ def forward(params: PyTree, scores: PyTree, mask: PyTree) -> PyTree:
     """Returns the masked weights, whose gradient reaches the scores straight through the mask.
 
     Args:
-        params: pytree of weights W.
+        params: Pytree of weights W.
         scores: S, float32, None where dense.
         mask: M, bool, made from the scores by `hard_masks` or `soft_masks`.
 
@@ -101,11 +101,11 @@ def hard_masks(
     Args:
         scores: S, None where dense.
         sparsity: 1 − v, as `MovementSchedule.sparsity` gives; may be traced.
-        scope: of `masks.by_sparsity`; "global" ranks all tensors together.
-        layout: of `masks.by_sparsity`.
+        scope: Scope of `masks.by_sparsity`; "global" ranks all tensors together.
+        layout: Pytree of `layout.Axes` like the scores; see `masks.by_sparsity`.
 
     Raises:
-        InputError: as `masks.by_sparsity`.
+        InputError: Errors of `masks.by_sparsity`.
     """
     return masks.by_sparsity(stopped(scores), sparsity, scope, layout=layout)
 
@@ -147,7 +147,7 @@ def l0_gates(scores: PyTree, key: PRNGKeyArray | None = None) -> PyTree:
 
     Args:
         scores: S, None where dense.
-        key: for training, a new one in every step; None: to evaluate.
+        key: Random key for training, a new one in every step; None: to evaluate.
     """
     _check_scores(scores)
 

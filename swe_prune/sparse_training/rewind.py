@@ -27,9 +27,9 @@ def rewind(params: PyTree, early_params: PyTree, mask: PyTree) -> PyTree:
     train again by a schedule that starts at the early step, `rewound_schedule`.
 
     Args:
-        params: the late weights, for their structure, shapes, dtypes and places on devices.
-        early_params: of an early checkpoint; arrays of numpy will do.
-        mask: bool pytree, None where dense.
+        params: Late weights, which give structure, shapes, dtypes and shardings.
+        early_params: Parameters of an early checkpoint; arrays of numpy will do.
+        mask: Bool pytree, None where dense.
 
     Raises:
         InputError: the trees differ in structure or a tensor in shape.
@@ -59,10 +59,10 @@ def rewound_schedule(schedule: optax.Schedule, to: int, *, at: int = 0) -> optax
     """Returns an optax schedule that goes on from an early step: t ↦ schedule(t − at + to).
 
     Args:
-        schedule: of the learning rate, from a step count to a rate.
-        to: the step to go back to.
-        at: the optimizer's own count when it goes back; before that the schedule is as it was. 0
-            for an optimizer that is started anew.
+        schedule: Schedule of the learning rate, from a step count to a rate.
+        to: Step to go back to.
+        at: Step count of the optimizer when it goes back; before that the schedule is as it was. 0
+            for an optimizer that is reinitialized.
 
     Raises:
         InputError: a negative or fractional step.

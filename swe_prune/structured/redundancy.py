@@ -37,7 +37,7 @@ class Similarity:
         kind: One of `SIMILARITIES`.
         constant_F: Whether each unit had one value on all samples, which tells nothing.
         mean_entropy: Mean S₂ of the units in bits, None for a correlation.
-        largest_entropy: log₂ N.
+        largest_entropy: Upper bound log₂ N of the entropy, in bits.
         width: Rule for the kernel width.
         mean_width: Mean kernel width, in standard deviations of a unit.
     """
@@ -80,7 +80,7 @@ class Redundancy:
         last_threshold: That at the end, lowered when pairs above it were no longer found.
         seed: Seed of "pairs".
         mean_entropy: Mean entropy of the units in bits, None for a correlation.
-        largest_entropy: log₂ of the number of samples.
+        largest_entropy: Upper bound of the entropy in bits, log₂ of the number of samples.
         distance: Distance of the pruned model from the dense one, where seeds were compared by it.
     """
 

@@ -71,8 +71,8 @@ def redundant_units(
         Redundancies by group; of a group with copies by "group[copy]".
 
     Raises:
-        InputError: As `readers`, `similarity` and `rank`, samples that are missing or do not fit,
-            or several seeds without a distance.
+        InputError: Errors of `readers`, `similarity` and `rank`, samples that are missing or do not
+            fit, or several seeds without a distance.
     """
     if not seeds or (len(seeds) > 1 and distance is None):
         raise InputError(

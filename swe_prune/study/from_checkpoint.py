@@ -72,8 +72,8 @@ def weights(checkpoint: interop.PretrainedSource, abstract_params: PyTree) -> Py
     """Returns the checkpoint's weights as float32, each born on its devices.
 
     Args:
-        checkpoint: opened.
-        abstract_params: with the shardings.
+        checkpoint: Opened pretrained model.
+        abstract_params: Abstract parameters, with their shardings.
     """
     shardings = {name: leaf.sharding for name, leaf in tree.named_leaves(abstract_params)}
     read = checkpoint.read(dtype="float32", shardings=lambda name, shape: shardings[name])

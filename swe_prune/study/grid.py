@@ -27,7 +27,7 @@ class Recovery:
 
     Attributes:
         kind: One of `config.Recovery`; see `config.CellConfig`.
-        steps: how long, None for the length of fine-tuning.
+        steps: Number of steps; None: the length of fine-tuning.
     """
 
     kind: str = "finetune"

@@ -15,8 +15,8 @@ class Shard:
     """One of several processes that share a study.
 
     Attributes:
-        index: which one, from 0.
-        count: how many there are.
+        index: Number of this process, from 0.
+        count: Number of processes.
     """
 
     index: int = 0

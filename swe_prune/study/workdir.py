@@ -25,7 +25,7 @@ class Workdir:
     """Paths of one experiment.
 
     Attributes:
-        path: the folder, or an address in a bucket.
+        path: Folder, or an address in a bucket.
     """
 
     path: epath.Path
@@ -67,10 +67,10 @@ def claim(
     which that of a process that was killed outlives by SWE_PRUNE_LOST_TIMEOUT seconds.
 
     Args:
-        workdir: which.
-        config: settings.
-        shard: of a process that shares the work; None: the whole.
-        say: told where it must be watched for a while whether the holder of a lease lives.
+        workdir: Workdir to hold.
+        config: Settings of the experiment.
+        shard: Shard of a process that shares the work; None: the whole.
+        say: Callback for a message while waiting to see whether a lease holder is alive.
 
     Raises:
         InputError: it cannot be written, belongs to another config, or another run is using it.
