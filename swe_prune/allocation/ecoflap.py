@@ -63,7 +63,7 @@ def ecoflap(
 
     Raises:
         InputError: an unknown name, a sparsity out of range or reach, groups that do not cover the
-            tensors, no batches, or a loss that is no finite scalar.
+            tensors, no batches, or a loss that is not a finite scalar.
     """
     rounding.check_sparsity(sparsity)
     check_choice(reduce, REDUCTIONS, "reduce")
@@ -116,7 +116,7 @@ def zeroth_order_importance(
 
     Raises:
         InputError: an unknown measure, an epsilon that is not positive, no batches, or a loss that
-            is no finite scalar.
+            is not a finite scalar.
     """
     check_choice(measure, MEASURES, "measure")
     if not 0 < epsilon < math.inf:
@@ -176,7 +176,7 @@ def _named_sharding(weight: Any) -> NamedSharding | None:
 def _scalar(value: Any, name: str, number: int) -> float:
     if jnp.shape(value) != ():
         raise InputError(
-            f"the loss has shape {jnp.shape(value)}, which is no scalar; return its mean"
+            f"loss must return a scalar, got shape {jnp.shape(value)}; return its mean"
         )
     if not math.isfinite(value):
         raise InputError(

@@ -59,7 +59,7 @@ def water_fill(
                 "loss diverged"
             )
     total = sum(sizes) - rounding.removed_count(sum(sizes), sparsity)
-    # The small number makes good what floats lose, as 0.7 · 10 may fall below 7.
+    # The epsilon compensates for rounding: 0.7 · 10 may fall below 7.
     least = [size - math.floor(most * size + 1e-9) for size in sizes]
     if sum(least) > total:
         raise InputError(

@@ -115,7 +115,7 @@ def _outlier_ratios(
 def _outliers(
     scores: list[Array], m: float
 ) -> tuple[counting.Count, Array, list[Array], list[Array]]:
-    """Returns of one group how many outliers, the mean, and how many negative and NaN scores."""
+    """Returns a group's number of outliers, mean, and numbers of negative and NaN scores."""
     # The score of a weight that was removed before is −inf; it counts as 0, as Wanda's would be.
     scores = [score.astype(jnp.float32) for score in scores]
     scores = [jnp.where(score == -jnp.inf, 0, score) for score in scores]

@@ -106,13 +106,13 @@ class Activations:
 
 
 def as_second(first: Wire, second: Wire) -> tuple[Wire, dict[int, int]]:
-    """Returns the first block asking of a block before it what the second one does, if it can.
+    """Returns the first block with the second block's input signature, if they are compatible.
 
-    Where the second is called with what the first returned, the first was called with what came
-    before the blocks. Asked for by the same name, the two are alike and are compiled once.
+    The second block reads leaves that the first returned; the first read leaves from before the
+    blocks. With the same signature the two are compiled once.
 
     Returns:
-        The wire, and the number in `made` of what is to be moved there, to its number in `given`.
+        Wire, and a map from indices in `made` to the indices in `given` of the leaves to move.
     """
     moved: dict[int, int] = {}
     if first.treedef != second.treedef:
@@ -176,7 +176,7 @@ def trace(run: Callable[[], Any], paths: Sequence[str]) -> list[Wire]:
 
 
 def into_first(run: Callable[[], Any], paths: Sequence[str]) -> list[Any]:
-    """Returns the leaves that the first block is called with, those that are no constants.
+    """Returns the leaves that the first block is called with, except constants.
 
     The model is run up to there and no further. The others are None.
     """

@@ -62,7 +62,7 @@ class Sums:
     n: int
 
     def taken(self, kind: str, weight_RxC: Array) -> Array | None:
-        """Returns 2/n of an R x R sum, which is given up for it, or None if it is not there."""
+        """Pops an R x R sum and returns it scaled by 2/n; None if absent."""
         if kind not in self.of:
             return None
         return _scaled(self.of.pop(kind).reshape([len(weight_RxC)] * 2), 2 / self.n)

@@ -106,8 +106,8 @@ def prune_blocks(
         offload: Whether the activations stay in host memory, with one batch of them on the device.
         donate: Whether to give up each kernel that is pruned, so that the weights are in memory
             once (those of a block twice where they are restored): jax arrays are deleted, and numpy
-            arrays that can be written hold the result. An error half-way leaves some of them so,
-            and the whole cannot go back to the masks alone any more.
+            arrays that can be written hold the result. After an error
+            some of them are lost. The model as a whole cannot return to the masks alone.
         zeros: What becomes of weights that are 0 already: "keep", removed first and counted in the
             sparsity; or "free".
         progress: Function called with the report of every kernel as soon as it is pruned.
@@ -334,7 +334,7 @@ def _shares(
     for name in named:
         if name not in shapes:
             raise InputError(
-                f"a sparsity is given for {name!r}, which is no prunable weight of the blocks; "
+                f"a sparsity is given for {name!r}, which is not a prunable weight of the blocks; "
                 f"{did_you_mean(name, shapes)}"
             )
     for name in shapes:

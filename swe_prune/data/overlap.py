@@ -11,9 +11,9 @@ from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 
 CHARACTERS = 200
-"""So many in a row that two texts share are a passage: two or three sentences, and no phrase."""
+"""Minimum length of a shared passage: a few sentences, not a phrase."""
 TOKENS = 50
-"""As CHARACTERS, for token ids."""
+"""Minimum length of a shared passage in token ids."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2^64
 _INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 2**64))
 _SHOWN = 60  # characters or, a fifth as many, tokens of a passage that the error quotes

@@ -81,7 +81,7 @@ def inverse_factor(
         damping: Share of the mean of the diagonal, positive or 0.
 
     Raises:
-        InputError: no square matrix, a negative damping, or a Hessian with NaN or inf.
+        InputError: a matrix that is not square, a negative damping, or NaN or inf in the Hessian.
         RunError: not positive definite at the last try. In a jit there is no error, but U is NaN.
 
     >>> factor, damping = inverse_factor(jnp.diag(jnp.array([4.0, 0.25])), 0.0)
@@ -89,7 +89,7 @@ def inverse_factor(
     ([[0.5, 0.0], [0.0, 2.0]], 0.0)
     """
     if hessian_RxR.ndim != 2 or hessian_RxR.shape[0] != hessian_RxR.shape[1]:
-        raise InputError(f"a hessian of shape {hessian_RxR.shape} is no square matrix; give R x R")
+        raise InputError(f"hessian must be square, R x R, got shape {hessian_RxR.shape}")
     if not isinstance(damping, Tracer) and not 0 <= float(damping) < math.inf:
         raise InputError(f"damping = {damping} cannot be used; give 0 or a little more, as 0.01")
     factor_RxR, used = _factored(hessian_RxR, jnp.asarray(damping, hessian_RxR.dtype))

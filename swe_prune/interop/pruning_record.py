@@ -70,7 +70,7 @@ def record_file(record: PruningRecord, mask: PyTree) -> dict[str, Any]:
     try:
         json.dumps(content, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise InputError(f"the PruningRecord is no JSON: {error}; give plain values") from None
+        raise InputError(f"the PruningRecord is not JSON: {error}; give plain values") from None
     return content
 
 

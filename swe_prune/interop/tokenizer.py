@@ -62,7 +62,7 @@ class PretrainedTokenizer:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the ids."""
+        """Dtype of the token ids."""
         return np.dtype(np.int32)
 
     def encode(

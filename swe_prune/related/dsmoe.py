@@ -46,7 +46,7 @@ Weights = Mapping[str, Mapping[str, Array]]
 def thresholded(q: Float[Array, "..."], tau: float) -> Float[Array, "..."]:
     """Returns G(q): q where it is above tau, else 0."""
     q = jnp.asarray(q, jnp.float32)
-    return jnp.where(q <= tau, 0.0, q)  # what is NaN is no closed gate
+    return jnp.where(q <= tau, 0.0, q)  # a NaN is not a closed gate
 
 
 @checked

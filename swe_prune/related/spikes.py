@@ -24,7 +24,7 @@ class Watch(NamedTuple):
     """Running mean and variance of the loss, and what came of its spikes.
 
     Attributes:
-        mean: Mean of the losses that were no spikes.
+        mean: Mean of the losses that were not spikes.
         variance: Their variance.
         seen: Number of them.
         in_row: Number of spikes since the last one of them.

@@ -115,7 +115,7 @@ def channels(keep: float, count: int) -> int:
     """Returns the number of channels that gradients pass through.
 
     Raises:
-        InputError: If `keep` is no number in (0, 1].
+        InputError: If `keep` is not a number in (0, 1].
 
     >>> channels(0.2, 64), channels(0.01, 64), channels(1.0, 64), channels(0.29, 100)
     (12, 1, 64, 29)
@@ -295,7 +295,7 @@ class Schedule:
         """Returns the share of a step or epoch, counted from 0.
 
         Raises:
-            InputError: If it is no number of a step.
+            InputError: If it is not a step number.
         """
         if at < self.warmup:
             return 1.0

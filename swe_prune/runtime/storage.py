@@ -87,7 +87,7 @@ _HELD: dict[str, tuple[int, int]] = {}
 
 @contextlib.contextmanager
 def held(folder: epath.PathLike, marker: str = "") -> Iterator[None]:
-    """Watches that a local folder of a run stays where it is; `check_held` says so if not.
+    """Detects whether a run's local folder is moved or replaced; see `check_held`.
 
     Args:
         folder: Folder of the run.
@@ -218,7 +218,7 @@ def parse_json(text: str) -> dict[str, Any]:
     """Returns the object that a JSON text is, without its checksum, which is held against it.
 
     Raises:
-        ValueError: The text is no JSON object, has a key twice, or was changed since it was made.
+        ValueError: The text is not a JSON object, has a key twice, or was changed since.
     """
     try:
         value = json.loads(text, object_pairs_hook=each_once)

@@ -186,7 +186,7 @@ def _check(params: PyTree, mask: PyTree, fraction: Any, scores: PyTree, regrown:
         )
     if not isinstance(fraction, Tracer) and not 0 <= float(fraction) <= 1:
         raise InputError(
-            f"fraction = {fraction!r} is no share in [0, 1]; give that of the active weights to "
+            f"fraction = {fraction!r} is not a share in [0, 1]; give that of the active weights to "
             "exchange"
         )
     if not jax.tree.leaves(mask):

@@ -171,7 +171,7 @@ def _levels(schedule: schedules.Schedule) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ranked_together(scores: PyTree, scope: str, options: dict[str, Any]) -> Sequence[int]:
-    """Returns of how many scores each a share is taken; nothing for units and rows."""
+    """Returns the group sizes that the sparsity applies to; none for units and rows."""
     if scope == "row" or options.get("pattern") is not None:
         return ()
     if scope == "global":

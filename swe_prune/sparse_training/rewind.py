@@ -23,8 +23,8 @@ from swe_prune.errors import InputError
 def rewind(params: PyTree, early_params: PyTree, mask: PyTree) -> PyTree:
     """Returns the early values under the late mask, dense tensors' early values too.
 
-    Start the optimizer anew with them, or give it an early state through `masks.hold_moments`, and
-    train again by a schedule that starts at the early step, `rewound_schedule`.
+    Reinitialize the optimizer with them, or give it an early state through `masks.hold_moments`,
+    and train again by a schedule that starts at the early step, `rewound_schedule`.
 
     Args:
         params: Late weights, which give structure, shapes, dtypes and shardings.

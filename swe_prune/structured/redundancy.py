@@ -1,4 +1,4 @@
-"""Redundant units: which of two that tell the same goes, and the partner that makes it redundant.
+"""Redundant units: which unit of a similar pair is removed, and its partner.
 
 Unsupervised and without retraining. Source: Huang, Song and Pao, arXiv 2406.00030, and its journal
 version, Entropy 2025, 27(12), 1224. What these leave open (threshold, kernel width, which of a pair

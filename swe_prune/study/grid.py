@@ -103,7 +103,7 @@ class Cell:
         """Returns which of the prunable weights the cell prunes, a bool pytree like `prunable`.
 
         Raises:
-            InputError: A rule is no regular expression or matches no prunable weight.
+            InputError: A rule is not a regular expression or matches no prunable weight.
         """
         if self.include is None:
             return prunable

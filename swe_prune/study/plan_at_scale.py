@@ -41,7 +41,7 @@ _TRIPS = re.compile(r'known_trip_count\\?"?:\{\\?"n\\?":\\?"(\d+)')
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one compiled train step, per device, in bytes.
+    """Memory and traffic of one compiled train step, per device, in bytes.
 
     Attributes:
         parameters: Bytes of the weights, float32.

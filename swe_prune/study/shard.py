@@ -43,6 +43,6 @@ def parse(text: str) -> Shard:
     match = re.fullmatch(r"\s*([0-9]+)\s*/\s*([0-9]+)\s*", text)
     if not match or int(match[1]) >= int(match[2]):
         raise InputError(
-            f"--shard={text} is no share of the work; give i/n with i from 0 to n - 1, such as 0/2"
+            f"--shard={text} is not a share of the work; give i/n with i from 0 to n - 1, as in 0/2"
         )
     return Shard(int(match[1]), int(match[2]))

@@ -59,12 +59,11 @@ def claim(
     shard: Shard | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[None]:
-    """Makes or reopens the workdir for this config, and holds it against other runs.
+    """Creates or reopens the workdir for this config, and locks it against other runs.
 
-    The processes of one run hold it together, by the first of them. Shards share it among
-    themselves; a run of the whole study has it alone. The lock is the
-    operating system's: it is gone with the process, however that ends. In a bucket it is a lease,
-    which that of a process that was killed outlives by SWE_PRUNE_LOST_TIMEOUT seconds.
+    The processes of one run share the lock of the first of them, and so do shards; a run of the
+    whole study has it alone. The lock is the operating system's and ends with the process. In a
+    bucket it is a lease, which expires SWE_PRUNE_LOST_TIMEOUT seconds after its holder dies.
 
     Args:
         workdir: Workdir to hold.
@@ -185,7 +184,7 @@ def config_of(path: epath.Path) -> Config:
     """Returns the config that a workdir was made by.
 
     Raises:
-        InputError: it is no workdir of ours, or its config is damaged.
+        InputError: it is not a workdir of ours, or its config is damaged.
     """
     stored = _made_by(path)
     if stored is None:

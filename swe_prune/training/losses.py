@@ -133,7 +133,7 @@ def weighted_mean(
     weights_BxL: Float[Array, "B L"] | None,
     total: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """Returns the mean loss over tokens by their weights; None: of all alike.
+    """Weighted mean loss; None weights all tokens equally.
 
         Σ weight · loss / total
 

@@ -73,7 +73,7 @@ def train_step(
     fixed = Frozen() if fixed is None else fixed
     _check_teacher(fixed, distillation)
     dropout = jax.random.fold_in(state.rng, state.step)
-    # A part's share of the tokens that count may be another than its share of the tokens.
+    # Microbatches may hold different numbers of unmasked tokens.
     total = jnp.sum(batch["weights"]) / accumulate if "weights" in batch else None
 
     def loss_of(params: PyTree, part: Batch, key: Array) -> Array:
