@@ -8,11 +8,10 @@ from collections.abc import Iterator
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "swe_prune"
-VALUES = ("Args", "Attributes")
-SECTIONS = (*VALUES, "Raises", "Returns", "Yields", "Example", "Examples", "Note", "Notes")
-LEANING = re.compile(r"[a-z]|(Of|As in|As for|Like) ")
-"""A value that starts in lower case or leans on the line above."""
-LEANING_ERROR = re.compile(r"([Oo]f|[Tt]hat|[Aa]s|[Ll]ike) ")
+CHECKED = ("Args", "Attributes", "Raises")
+SECTIONS = (*CHECKED, "Returns", "Yields", "Example", "Examples", "Note", "Notes")
+LEANING = re.compile(r"[a-z]|(Of|As|That|Like) ")
+"""An entry that starts in lower case or leans on the line above."""
 
 
 def entries(docstring: str) -> Iterator[tuple[str, str, str]]:
@@ -26,7 +25,7 @@ def entries(docstring: str) -> Iterator[tuple[str, str, str]]:
         if line.strip() and len(line) - len(line.lstrip()) < indent:
             section = None
         entry = re.match(r"( *)([*\w.`,/ ]+?)(?: \([^)]*\))?: +(.*)", line)
-        if section in (*VALUES, "Raises") and entry and len(entry[1]) == indent:
+        if section in CHECKED and entry and len(entry[1]) == indent:
             yield section, entry[2], entry[3]
 
 
@@ -36,8 +35,7 @@ def leaning(source: str) -> Iterator[str]:
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             continue
         for section, name, explanation in entries(ast.get_docstring(node) or ""):
-            rule = LEANING if section in VALUES else LEANING_ERROR
-            if rule.match(explanation):
+            if LEANING.match(explanation):
                 yield f"{getattr(node, 'name', 'module')}, {section}: {name}: {explanation}"
 
 
@@ -51,7 +49,7 @@ def leaning(source: str) -> Iterator[str]:
         ("Args:\n    x: weights, (R, C).", 1),
         ("Args:\n    x, y: Of the model.", 1),
         ("Attributes:\n    x: As in `train_step`.\n    y: Number.\n\n    z: told.", 2),
-        ("Raises:\n    InputError: x is negative.", 0),
+        ("Raises:\n    InputError: If x is negative.", 0),
         ("Raises:\n    InputError: of `prune`.", 1),
         ("Raises:\n    InputError: that x is negative.", 1),
     ],

@@ -34,7 +34,7 @@ def by_scores(scores: PyTree, sparsity: float, *, max_sparsity: float | None = N
         max_sparsity: Largest share that any tensor loses, in (0, 1]; None: everything.
 
     Raises:
-        InputError: sparsity outside [0, 1), a largest one below it, no scores, or NaN among them.
+        InputError: Sparsity outside [0, 1), a largest one below it, no scores, or NaN among them.
 
     >>> by_scores({"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, 0.0])}, 0.5).removed
     {'a': 1, 'b': 1}

@@ -62,7 +62,7 @@ def ecoflap(
         prunable: Bool pytree; None: `tree.prunable(params)`.
 
     Raises:
-        InputError: an unknown name, a sparsity out of range or reach, groups that do not cover the
+        InputError: An unknown name, a sparsity out of range or reach, groups that do not cover the
             tensors, no batches, or a loss that is not a finite scalar.
     """
     rounding.check_sparsity(sparsity)
@@ -115,7 +115,7 @@ def zeroth_order_importance(
         prunable: Bool pytree; None: `tree.prunable(params)`.
 
     Raises:
-        InputError: an unknown measure, an epsilon that is not positive, no batches, or a loss that
+        InputError: An unknown measure, an epsilon that is not positive, no batches, or a loss that
             is not a finite scalar.
     """
     check_choice(measure, MEASURES, "measure")

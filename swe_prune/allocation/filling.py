@@ -35,7 +35,7 @@ def water_fill(
             at most 1.
 
     Raises:
-        InputError: a sparsity outside its range or out of reach of the groups, or scores that are
+        InputError: A sparsity outside its range or out of reach of the groups, or scores that are
             negative or not finite.
 
     >>> water_fill([1, 1, 8], [1000] * 3, 0.5, 0.6)

@@ -45,7 +45,7 @@ def owl(
         groups: Which tensors share a sparsity; see `grouped`.
 
     Raises:
-        InputError: sparsity outside [0, 1), lam or m negative or not finite, groups that do not
+        InputError: Sparsity outside [0, 1), lam or m negative or not finite, groups that do not
             cover the tensors, no scores, or NaN, infinite or negative ones.
     """
     rounding.check_sparsity(sparsity)

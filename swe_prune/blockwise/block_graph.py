@@ -140,7 +140,7 @@ def trace(run: Callable[[], Any], paths: Sequence[str]) -> list[Wire]:
         paths: Paths of the blocks.
 
     Raises:
-        InputError: a block that is not called, or twice, or is given what cannot be wired.
+        InputError: A block that is not called, or twice, or is given what cannot be wired.
     """
     wires: list[Wire] = []
     given: list[Any] = []
@@ -272,7 +272,7 @@ def find(names: Sequence[str], blocks: str | Sequence[str]) -> list[str]:
         blocks: Regular expression that matches whole paths, or the paths themselves.
 
     Raises:
-        InputError: nothing matches, a path under which there is no weight, or one inside another.
+        InputError: Nothing matches, a path under which there is no weight, or one inside another.
 
     >>> find(["head/kernel", "block_0/up/kernel", "block_1/up/kernel"], r"block_[0-9]+")
     ['block_0', 'block_1']

@@ -118,7 +118,7 @@ def prune_blocks(
     Raises:
         InputError: Errors of `calibration.inputs`, blocks that cannot be run alone, an unknown
             method, or a sparsity that is missing for a kernel or named for none.
-        RunError: a Hessian that no damping makes positive definite.
+        RunError: A Hessian that no damping makes positive definite.
 
     Sources: those of `sparsegpt`, `admm` and `wanda`, whose references all go block after block.
     """

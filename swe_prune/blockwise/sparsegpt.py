@@ -73,8 +73,8 @@ def sparsegpt(
             sparsity; or "free".
 
     Raises:
-        InputError: shapes, sparsity, pattern or block that do not fit, or NaN in what is given.
-        RunError: no damping makes the Hessian positive definite.
+        InputError: Shapes, sparsity, pattern or block that do not fit, or NaN in what is given.
+        RunError: No damping makes the Hessian positive definite.
 
     >>> kernel, mask, report = sparsegpt(jnp.array([[1.0], [2.0]]), jnp.eye(2), 0.5)
     >>> kernel.tolist(), mask.tolist(), report.removed
@@ -112,7 +112,7 @@ def check_sparsity(
     """Returns the sparsity as a number, and (n, m) when the pattern is one.
 
     Raises:
-        InputError: no sparsity in [0, 1), a pattern other than n:m, or two that disagree.
+        InputError: No sparsity in [0, 1), a pattern other than n:m, or two that disagree.
     """
     if pattern is None:
         if sparsity is None:

@@ -65,7 +65,7 @@ def load(config: DataConfig, context: int, tokenizer: Tokenizer | None = None) -
         tokenizer: Tokenizer of a pretrained model; None: one of the text's own characters.
 
     Raises:
-        InputError: the text cannot be found, read or prepared, or is too short.
+        InputError: The text cannot be found, read or prepared, or is too short.
     """
     texts = sources.read(config)
     unit, setting = "tokens", "data.window"

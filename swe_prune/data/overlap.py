@@ -58,7 +58,7 @@ def overlap(first: Text, second: Text, *, n: int | None = None) -> Overlap | Non
         n: Minimum number of characters or tokens in a row; None: 200 characters or 50 tokens.
 
     Raises:
-        InputError: one is text and the other tokens, or n is below 1.
+        InputError: One is text and the other tokens, or n is below 1.
 
     >>> overlap("to be or not to be", ["I said: or  not to be."], n=8).passage
     ' or not to be'
@@ -94,7 +94,7 @@ def check_disjoint(calibration: Text, evaluation: Text, *, n: int | None = None)
     """Refuses to calibrate and to evaluate on texts that share a passage; see `overlap`.
 
     Raises:
-        InputError: they do; the sentence says what and where. Or they cannot be compared.
+        InputError: They do; the sentence says what and where. Or they cannot be compared.
     """
     found = overlap(calibration, evaluation, n=n)
     if found is None:

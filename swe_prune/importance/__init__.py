@@ -101,7 +101,7 @@ def score(
         **options: Options of the criterion, such as `power`.
 
     Raises:
-        InputError: unknown name or option, a need that was not given, or one of another shape, or
+        InputError: Unknown name or option, a need that was not given, or one of another shape, or
             that says nothing: statistics without a snapshot, second moments that are all 0.
 
     >>> score("magnitude", {"up": {"kernel": jnp.array([[1.0, -2.0]])}})["up"]["kernel"].tolist()

@@ -81,8 +81,8 @@ def inverse_factor(
         damping: Share of the mean of the diagonal, positive or 0.
 
     Raises:
-        InputError: a matrix that is not square, a negative damping, or NaN or inf in the Hessian.
-        RunError: not positive definite at the last try. In a jit there is no error, but U is NaN.
+        InputError: A matrix that is not square, a negative damping, or NaN or inf in the Hessian.
+        RunError: Not positive definite at the last try. In a jit there is no error, but U is NaN.
 
     >>> factor, damping = inverse_factor(jnp.diag(jnp.array([4.0, 0.25])), 0.0)
     >>> factor.tolist(), float(damping)

@@ -42,7 +42,7 @@ def second_moment(opt_state: PyTree, params: PyTree) -> PyTree:
         params: Pytree of weights.
 
     Raises:
-        InputError: the state holds no second moment at all (SGD, Lion, Adafactor's not yet made).
+        InputError: The state holds no second moment at all (SGD, Lion, Adafactor's not yet made).
     """
     found = moments_by_name(opt_state, params)
     if not found:

@@ -48,7 +48,7 @@ def harness(model: Any, params: PyTree, tokenizer: HarnessTokenizer, **settings:
     """Returns an `lm_eval.api.model.LM`; the arguments are those of `Answers`.
 
     Raises:
-        InputError: lm_eval is not installed, or as `Answers`.
+        InputError: `lm_eval` is not installed, or as `Answers`.
     """
     try:
         base = importlib.import_module("lm_eval.api.model").LM
@@ -130,7 +130,7 @@ class Answers:
             disable_tqdm: Ignored; part of lm_eval's interface. No progress is shown.
 
         Raises:
-            InputError: a continuation without tokens or longer than the context of the model.
+            InputError: A continuation without tokens or longer than the context of the model.
         """
         pairs = [self._pair(*request.args) for request in requests]
         answers = self._scored(pairs)
@@ -169,7 +169,7 @@ class Answers:
             disable_tqdm: Ignored; part of lm_eval's interface. No progress is shown.
 
         Raises:
-            InputError: a setting that is not supported, or more new tokens than the context.
+            InputError: A setting that is not supported, or more new tokens than the context.
         """
         alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):

@@ -90,7 +90,7 @@ class PretrainedTokenizer:
             special: Whether special tokens are written by their names; False: left out.
 
         Raises:
-            InputError: an id outside [0, vocab_size).
+            InputError: An id outside [0, vocab_size).
         """
         ids = np.asarray(ids, np.int64)
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
@@ -119,7 +119,7 @@ def checked(made: PretrainedTokenizer, vocab_size: int, where: str) -> Pretraine
     """Returns a tokenizer after checking that its ids are in the model's vocabulary.
 
     Raises:
-        InputError: an id is beyond it.
+        InputError: An id is beyond it.
     """
     if made.vocab_size > vocab_size:
         last = made.backend.id_to_token(made.vocab_size - 1)

@@ -61,8 +61,8 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     """Prunes a pretrained model, judges it beside the dense one, and writes it; returns its folder.
 
     Raises:
-        InputError: anything that is wrong with the settings, the model or the texts.
-        RunError: a Hessian that no damping helps.
+        InputError: Anything that is wrong with the settings, the model or the texts.
+        RunError: A Hessian that no damping helps.
     """
     request = recipe_of(given)
     interop.check_free(given.out)
@@ -144,7 +144,7 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     """Fine-tunes a pretrained or a pruned model, judges it, and writes it; returns its folder.
 
     Raises:
-        InputError: anything that is wrong with the settings, the model or the texts.
+        InputError: Anything that is wrong with the settings, the model or the texts.
         Preempted, RunError: Errors of `training.loop.fit`; the same command resumes.
     """
     finetuning.checked(given)
@@ -228,7 +228,7 @@ def evaluate(given: EvaluateSettings, progress: Progress, console: Console) -> d
     """Judges a model, beside the dense one where that is named; returns the verdicts by name.
 
     Raises:
-        InputError: anything that is wrong with the settings, the models or the text.
+        InputError: Anything that is wrong with the settings, the models or the text.
     """
     checkpoint = opened(given, progress)
     text = texts.read(given.evaluation, checkpoint)

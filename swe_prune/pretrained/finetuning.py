@@ -46,7 +46,7 @@ def checked(settings: FinetuneSettings) -> None:
     """Refuses what cannot be done, before anything is read.
 
     Raises:
-        InputError: a number out of range, or settings that exclude each other.
+        InputError: A number out of range, or settings that exclude each other.
     """
     if settings.batch % settings.accumulate:
         raise InputError(
@@ -139,7 +139,7 @@ def tuned(
         kept_layers: Layers of the teacher that the model has; None: all, or it is not known.
 
     Raises:
-        InputError: the text is too short, or OUT.work is of other settings.
+        InputError: The text is too short, or OUT.work is of other settings.
         Preempted, RunError: Errors of `training.loop.fit`.
     """
     work = _settle(settings)

@@ -76,7 +76,7 @@ def protocol_of(
     """Returns the protocol, its window no longer than the model's context; its name says so.
 
     Raises:
-        InputError: an unknown name, or a window that cannot be.
+        InputError: An unknown name, or a window that cannot be.
     """
     known = protocols.get(settings.protocol)
     window = settings.window or min(known.window, model.config.context)

@@ -34,7 +34,7 @@ def read(name: str, model: interop.Pretrained | interop.PretrainedSource) -> Tex
     """Returns a text in a model's tokens.
 
     Raises:
-        InputError: no such text, or the model has no tokenizer.
+        InputError: No such text, or the model has no tokenizer.
     """
     if model.tokenizer is None:
         raise InputError(

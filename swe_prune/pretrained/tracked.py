@@ -51,7 +51,7 @@ def narrowed(folder: Path, params: PyTree, chosen: PyTree) -> PyTree:
         chosen: Bool pytree, as `choice.prunable` returns it.
 
     Raises:
-        InputError: it tracks none of them.
+        InputError: It tracks none of them.
     """
     rules = _about(folder)["rules"]
     both = jax.tree.map(lambda one, two: one and two, chosen, choice.prunable(params, **rules))
@@ -71,7 +71,7 @@ def read(folder: Path, params: PyTree) -> TrajectoryStats | None:
         params: Parameters of the model, for the shapes.
 
     Raises:
-        InputError: they are damaged, or of another model.
+        InputError: They are damaged, or of another model.
     """
     if not there(folder):
         return None

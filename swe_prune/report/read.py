@@ -52,7 +52,7 @@ def load(workdir: epath.PathLike) -> Results:
     """Returns everything the working directory holds by now.
 
     Raises:
-        InputError: there is no finished cell, or a file is malformed; the file is named.
+        InputError: There is no finished cell, or a file is malformed; the file is named.
     """
     workdir = storage.parse_path(workdir, "working directory")
     rows, repeated = read_rows(workdir / "results.csv")

@@ -70,7 +70,7 @@ def forward(params: PyTree, scores: PyTree, mask: PyTree) -> PyTree:
         mask: M, bool, made from the scores by `hard_masks` or `soft_masks`.
 
     Raises:
-        InputError: the three differ in structure or shape.
+        InputError: The three differ in structure or shape.
 
     >>> w, s, m = ({"w": jnp.array(x)} for x in ([2.0, 3.0], [0.0, 1.0], [False, True]))
     >>> loss = lambda w, s: (forward(w, s, m)["w"] * 5).sum()
@@ -183,7 +183,7 @@ def penalty(scores: PyTree, kind: str = "l1") -> Float[Array, ""]:
         kind: "l1" or "l0".
 
     Raises:
-        InputError: an unknown kind, or no scores.
+        InputError: An unknown kind, or no scores.
 
     >>> float(penalty({"w": jnp.zeros(3)}))
     0.5

@@ -80,7 +80,7 @@ def prune_on_schedule(
         **options: Options of `masks.by_sparsity`, such as `pattern` and `layout`.
 
     Raises:
-        InputError: an unknown criterion, or a reduction of scores under which pruned units cannot
+        InputError: An unknown criterion, or a reduction of scores under which pruned units cannot
             be told from others. In a call: as `importance.score` and `masks.by_sparsity`.
     """
     if isinstance(score, str):

@@ -32,7 +32,7 @@ def rewind(params: PyTree, early_params: PyTree, mask: PyTree) -> PyTree:
         mask: Bool pytree, None where dense.
 
     Raises:
-        InputError: the trees differ in structure or a tensor in shape.
+        InputError: The trees differ in structure or a tensor in shape.
 
     >>> late, early = {"w": jnp.array([5.0, 6.0])}, {"w": jnp.array([1.0, 2.0])}
     >>> rewind(late, early, {"w": jnp.array([True, False])})["w"].tolist()
@@ -65,7 +65,7 @@ def rewound_schedule(schedule: optax.Schedule, to: int, *, at: int = 0) -> optax
             for an optimizer that is reinitialized.
 
     Raises:
-        InputError: a negative or fractional step.
+        InputError: A negative or fractional step.
 
     >>> rate = rewound_schedule(optax.linear_schedule(1.0, 0.0, 10), to=5)
     >>> [float(rate(t)) for t in (0, 5)]

@@ -20,7 +20,7 @@ def straight_through(params: PyTree, mask: PyTree) -> PyTree:
         mask: Bool pytree, None where dense.
 
     Raises:
-        InputError: mask and parameters differ in structure or shape.
+        InputError: Mask and parameters differ in structure or shape.
 
     >>> import jax
     >>> import jax.numpy as jnp

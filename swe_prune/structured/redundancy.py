@@ -77,7 +77,7 @@ class Redundancy:
         kind: What was compared, one of `SIMILARITIES`.
         method: One of `METHODS`.
         threshold: Threshold at the start of "pairs".
-        last_threshold: That at the end, lowered when pairs above it were no longer found.
+        last_threshold: Threshold at the end, lowered when pairs above it were no longer found.
         seed: Seed of "pairs".
         mean_entropy: Mean entropy of the units in bits, None for a correlation.
         largest_entropy: Upper bound of the entropy in bits, log₂ of the number of samples.

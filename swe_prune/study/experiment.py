@@ -220,7 +220,7 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
         shard: Shard whose cells this process runs; None: all.
 
     Raises:
-        InputError: whatever is wrong with the config or the data.
+        InputError: Whatever is wrong with the config or the data.
     """
     grid.cells(config)
     cut_shapes.check(config)
@@ -363,7 +363,7 @@ def vocab_size(config: Config, data: feeds.Data) -> int:
     """Returns the model's number of symbols: the config's, or the tokenizer's.
 
     Raises:
-        InputError: the config's is too small for the text.
+        InputError: The config's is too small for the text.
     """
     found = data.tokenizer.vocab_size
     wanted = config.model.vocab_size

@@ -227,7 +227,7 @@ def measures(config: Config) -> tuple[str, ...]:
     """Returns the measures to track: those of the config, or those that the criteria need.
 
     Raises:
-        InputError: an unknown criterion or measure, or a criterion whose measure is not tracked.
+        InputError: An unknown criterion or measure, or a criterion whose measure is not tracked.
     """
     of_cuts = [cut.recipe for cut in config.cuts if cut.recipe is not None]
     requests = [*(cell.recipe for cell in cells(config)), *of_cuts]

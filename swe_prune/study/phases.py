@@ -110,7 +110,7 @@ def _pretrained_loss(experiment: Experiment, params: PyTree) -> float:
         params: Weights of the checkpoint.
 
     Raises:
-        InputError: it is no better than guessing, so nothing pruned from it could be judged.
+        InputError: It is no better than guessing, so nothing pruned from it could be judged.
     """
     assert experiment.checkpoint is not None
     guess = math.log(experiment.checkpoint.vocab_size)

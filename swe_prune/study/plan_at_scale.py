@@ -119,7 +119,7 @@ def received(text: str, devices: int) -> dict[str, int]:
         devices: Number of devices that the program is compiled for.
 
     Raises:
-        RunError: a form of the text that is not known.
+        RunError: A form of the text that is not known.
     """
     bodies, entry = _computations(text)
     totals: collections.Counter[str] = collections.Counter()

@@ -60,7 +60,7 @@ def build(
             unchanged in it. None as the rule: all weights change.
 
     Raises:
-        InputError: no step, or a rewinding to before the dense phase began.
+        InputError: No step, or a rewinding to before the dense phase began.
     """
     given = config.finetune.steps if recovery.steps is None else recovery.steps
     steps = to_steps(given, epoch=epoch)

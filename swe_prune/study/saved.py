@@ -125,7 +125,7 @@ def finite(loss: float, name: str) -> float:
     """Returns a loss.
 
     Raises:
-        RunError: it is not finite.
+        RunError: It is not finite.
     """
     if not math.isfinite(loss):
         raise RunError(

@@ -35,7 +35,7 @@ def parse(text: str) -> Shard:
     """Returns the shard that `i/n` says.
 
     Raises:
-        InputError: it says none.
+        InputError: It says none.
 
     >>> parse("0/4")
     Shard(index=0, count=4)

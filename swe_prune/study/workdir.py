@@ -72,7 +72,7 @@ def claim(
         say: Callback for a message while waiting to see whether a lease holder is alive.
 
     Raises:
-        InputError: it cannot be written, belongs to another config, or another run is using it.
+        InputError: It cannot be written, belongs to another config, or another run is using it.
     """
     with contextlib.ExitStack() as stack:
         hold = _leased if storage.in_bucket(workdir.path) else _locked
@@ -184,7 +184,7 @@ def config_of(path: epath.Path) -> Config:
     """Returns the config that a workdir was made by.
 
     Raises:
-        InputError: it is not a workdir of ours, or its config is damaged.
+        InputError: It is not a workdir of ours, or its config is damaged.
     """
     stored = _made_by(path)
     if stored is None:
@@ -222,7 +222,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     """Returns the JSON object of a file that a run wrote.
 
     Raises:
-        InputError: it is damaged.
+        InputError: It is damaged.
     """
     try:
         return storage.read_json(path, sealed=True)

@@ -68,7 +68,7 @@ def train_step(
         teacher_model: Linen model of the teacher, if units were cut out of `model`. None: `model`.
 
     Raises:
-        InputError: a distillation without a teacher, or a teacher without one.
+        InputError: A distillation without a teacher, or a teacher without one.
     """
     fixed = Frozen() if fixed is None else fixed
     _check_teacher(fixed, distillation)
