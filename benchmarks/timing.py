@@ -68,7 +68,7 @@ def compare(
         pause: seconds of sleep before each measurement. Worker threads of the other one may go on
             spinning after their last task; a pause longer than they spin keeps them out.
         quiet: a pair during which other processes used a larger share of the machine is measured
-            again. The share is no outcome of ours, so this chooses moments and not results.
+            again. The share is not a result, so this chooses moments and not results.
         patience: how many pairs may be measured again in all; then pairs are taken as they come.
         clock: `time.process_time` counts the processor seconds of all threads instead, spinning
             included; a busy machine hardly disturbs it, so with one thread it is the better judge.

@@ -10,7 +10,7 @@ every time; a ratio is that of the two steps of one round. The same program as t
 a state of its own, takes part as a control: what it is away from 1 is noise.
 
 Beside the time on the clock stands processor time, which other processes on the machine disturb
-far less. A step that is no snapshot's and a step that is are timed apart and joined by
+far less. Steps with and without a snapshot are timed separately and joined by
 
     at the cadence = ((every − 1) · between snapshots + with a snapshot) / every
 

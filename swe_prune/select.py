@@ -95,7 +95,7 @@ def top_k_mask_each(
         names: Names of the arrays in error messages.
 
     Raises:
-        InputError: As `top_k_mask`.
+        InputError: Errors of `top_k_mask`.
 
     >>> masks = top_k_mask_each([jnp.array([5.0, 4.0]), jnp.array([2.0, 3.0])], [1, 1])
     >>> [mask.tolist() for mask in masks]
@@ -206,7 +206,7 @@ def top_k_masks_of_each(
         names: Names of the arrays in error messages.
 
     Raises:
-        InputError: As `top_k_masks`.
+        InputError: Errors of `top_k_masks`.
 
     >>> masks = top_k_masks_of_each([jnp.array([5.0, 4.0, 3.0]), jnp.array([2.0, 1.0])], 3, [0, 1])
     >>> [mask.tolist() for mask in masks]

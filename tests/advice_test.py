@@ -26,7 +26,7 @@ ROOMS = sorted(path.stem for path in PACKAGE.iterdir() if not path.stem.startswi
 
 
 def messages():
-    """(file, line, text) of every string of the package that is no docstring."""
+    """(file, line, text) of every string of the package that is not a docstring."""
     for path in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(path.read_text())
         docs = {

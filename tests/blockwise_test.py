@@ -346,7 +346,7 @@ def test_blocks_that_are_alike_are_traced_as_the_first(monkeypatch, model, rule)
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_blocks_steps_are_compiled_once(caplog, offload):
-    """Arrays that came back from the host are no other arguments than those that never left."""
+    """Arrays that came back from the host are the same arguments as those that never left."""
     model = Plain(3)
     variables = made(model, rows())
     with jax.log_compiles(), caplog.at_level("WARNING"):

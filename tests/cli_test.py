@@ -175,7 +175,7 @@ def test_a_shard_that_is_none(text, tmp_path, plays_dir, capsys):
     config = tiny.config_file(tmp_path, tiny.config(plays_dir))
     work = tmp_path / "work"
     message = fails(capsys, ["run", f"--config={config}", f"--workdir={work}", f"--shard={text}"])
-    assert f"--shard={text} is no share of the work" in message
+    assert f"--shard={text} is not a share of the work" in message
     assert not work.exists()
 
 

@@ -45,7 +45,7 @@ class Pair(NamedTuple):
 
 
 class Module(eqx.Module):
-    """Weights as (out, in), a function among the leaves and one that is no leaf."""
+    """Weights as (out, in), a function among the leaves and one that is not a leaf."""
 
     up: eqx.nn.Linear
     down: eqx.nn.Linear

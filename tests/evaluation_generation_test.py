@@ -1,4 +1,4 @@
-"""Decoding with kept keys against decoding the whole text anew, and draws against probabilities."""
+"""Decoding with a KV cache against decoding the whole text, and draws against probabilities."""
 
 import functools
 
@@ -82,7 +82,7 @@ def test_what_is_drawn_depends_on_seed_and_place_alone(small):
     same = drawn([PROMPTS[1]] * 4, 3)
     assert len({*same}) == 4
     even = generate(model, params, PROMPTS, 10, sampling=Sampling(temperature=1e6), seed=0).tokens
-    assert all(len({*tokens}) > 4 for tokens in even)  # each step draws anew
+    assert all(len({*tokens}) > 4 for tokens in even)  # each step draws again
 
 
 @pytest.mark.slow

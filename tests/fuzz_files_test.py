@@ -277,7 +277,7 @@ def change(path, data):
     size = data.draw(st.integers(1, 64))
     if kind == "place":
         return _place(path, data)
-    with contextlib.suppress(ValueError):  # lines of JSON are no JSON
+    with contextlib.suppress(ValueError):  # lines of JSON are not JSON
         if kind == "edit":
             path.write_bytes(edited(raw, data))
             return kind

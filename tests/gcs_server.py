@@ -3,7 +3,7 @@
 The clients are the real ones and what goes over the socket is the real protocol, written after
 https://cloud.google.com/storage/docs/json_api/v1: whole objects, generations and preconditions,
 listings with prefix and delimiter, uploads in one piece, in two parts or resumed, copies, and
-batches of deletions. There are no credentials, no pages of a listing and no object of many parts.
+batches of deletions. It has no credentials, no paged listings and no multipart objects.
 """
 
 import base64

@@ -217,7 +217,7 @@ def test_a_mask_needs_a_record_and_must_fit(tmp_path):
     wrong = tree.map_tracked(lambda keep: keep[1:], mask)
     refused(tmp_path / "out", "mask of .* the weight's shape", made, mask=wrong, record=RECORD)
     odd = interop.PruningRecord(RECORD.recipe, evaluation={"loss": float("nan")})
-    refused(tmp_path / "out", "PruningRecord is no JSON", made, mask=mask, record=odd)
+    refused(tmp_path / "out", "PruningRecord is not JSON", made, mask=mask, record=odd)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -115,7 +115,7 @@ def test_rotary_buffers_are_ignored(whole):
 
 def test_what_is_no_model_is_refused(tmp_path):
     refused(tmp_path / "none", "does not exist")
-    refused(tmp_path, "is no model folder: it has no config.json")
+    refused(tmp_path, "is not a model folder: it has no config.json")
     (tmp_path / "notes.txt").write_text("no model")
     refused(tmp_path / "notes.txt", "neither a folder nor a GGUF file")
     (tmp_path / "config.json").write_text("{")
@@ -260,7 +260,7 @@ from swe_prune import interop
 def peak():  # of this process; getrusage counts that of the one that started it, too
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
-interop.load(sys.argv[1])  # a tiny one: what is imported and traced is no part of the model
+interop.load(sys.argv[1])  # a tiny one: what is imported and traced is not part of the model
 before = peak()
 model = interop.load(sys.argv[2])
 print(peak() - before)

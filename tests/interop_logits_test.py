@@ -45,7 +45,7 @@ def folders(tmp_path_factory):
 
 
 def theirs(path, dtype=torch.float32):
-    """Loaded anew: scalings that follow the length remember the longest they met."""
+    """Loaded again: scalings that follow the length remember the longest they met."""
     settings = {"dtype": dtype, "attn_implementation": "eager"}  # no other caps the scores
     loader = transformers.AutoModelForCausalLM
     loaded, found = loader.from_pretrained(path, output_loading_info=True, **settings)

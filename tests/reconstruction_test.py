@@ -252,7 +252,7 @@ W, H = jnp.ones((6, 2)), jnp.eye(6)
         (lambda: sparsegpt(W * jnp.nan, H, 0.5), "the weight has NaN"),
         (lambda: sparsegpt(W, H * jnp.nan, 0.5), "the hessian has NaN"),
         (lambda: sparsegpt(W, H, 0.5, damping=-1.0), "damping = -1.0"),
-        (lambda: inverse_factor(jnp.ones((2, 3))), "no square matrix"),
+        (lambda: inverse_factor(jnp.ones((2, 3))), "must be square"),
         (
             lambda: importance.score(
                 "sparsegpt", {"kernel": W}, measured={"hessian": {"kernel": W}}

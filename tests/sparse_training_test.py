@@ -796,8 +796,8 @@ def on_schedule(**options):
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: rigl_update(W, M, None, 1.5, W), "fraction = 1.5 is no share"),
-        (lambda: rigl_update(W, M, None, float("nan"), W), "fraction = nan is no share"),
+        (lambda: rigl_update(W, M, None, 1.5, W), "fraction = 1.5 is not a share"),
+        (lambda: rigl_update(W, M, None, float("nan"), W), "fraction = nan is not a share"),
         (lambda: rigl_update(W, M, None, 0.5, W, regrown="kept"), "did you mean 'keep'"),
         (lambda: rigl_update(W, {"w": None}, None, 0.5, W), "no tensor has a mask"),
         (lambda: rigl_update(W, W, None, 0.5, W), "mask of 'w' is of float32, not bool"),

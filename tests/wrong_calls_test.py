@@ -425,7 +425,7 @@ UNTRIED = {
     ("windows", "seconds"),
     ("idle_watts", "seconds"),
 }
-"""As much memory or time as a user asks for, a user's own loss, arrays that are no keys of JAX."""
+"""As much memory or time as a user asks for, a user's own loss, arrays that are not keys of JAX."""
 
 
 def name_of(case):
@@ -445,7 +445,7 @@ def abstract(values):
 
 
 def faults_of(call, right):
-    """(argument, kind of value, error) where the error is no sentence."""
+    """(argument, kind of value, error) where the error is not a sentence."""
     found = []
     for name in right:
         for kind, value in (WRONG | {"its shapes": abstract(right[name])}).items():

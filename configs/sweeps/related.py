@@ -6,7 +6,7 @@ Run it with
     python benchmarks/related.py all --workdir=runs/related --out=runs/related/tables
 
 The first command is optional: the second makes what it lacks of the same workdir, and then runs the
-systems, which are no cells of a study: they change the training, the model or the inference. It
+systems, which are not cells of a study: they change the training, the model or the inference. It
 reads this config.
 
 The demo's model of 233,952 parameters with three seeds; 90 % of the weights removed over all

@@ -29,12 +29,12 @@ def by_scores(scores: PyTree, sparsity: float, *, max_sparsity: float | None = N
     before, all go.
 
     Args:
-        scores: floating-point pytree, None where dense; comparable over the tensors.
-        sparsity: share to remove of all the scored weights, in [0, 1).
-        max_sparsity: largest share that any tensor loses, in (0, 1]; None: everything.
+        scores: Floating-point pytree, None where dense; comparable over the tensors.
+        sparsity: Share to remove of all the scored weights, in [0, 1).
+        max_sparsity: Largest share that any tensor loses, in (0, 1]; None: everything.
 
     Raises:
-        InputError: sparsity outside [0, 1), a largest one below it, no scores, or NaN among them.
+        InputError: Sparsity outside [0, 1), a largest one below it, no scores, or NaN among them.
 
     >>> by_scores({"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, 0.0])}, 0.5).removed
     {'a': 1, 'b': 1}
@@ -65,9 +65,9 @@ def by_curvature(
     scores, as SparseGPT, Wanda and ADMM do, or within rows, take the allocation from here.
 
     Args:
-        curvature: scores of such a criterion, None where dense.
-        sparsity: share to remove of all the scored weights, in [0, 1).
-        max_sparsity: largest share that any tensor loses, in (0, 1]; None: everything.
+        curvature: Scores of such a criterion, None where dense.
+        sparsity: Share to remove of all the scored weights, in [0, 1).
+        max_sparsity: Largest share that any tensor loses, in (0, 1]; None: everything.
 
     Source: this project. The nearest that we know is arXiv 2310.09499, sparsities by the Hessian's
     sensitivity and then SparseGPT.

@@ -48,22 +48,22 @@ def ecoflap(
 
     Args:
         loss: (params, batch) → scalar; compiled once for each shape of batch.
-        params: pytree of weights.
-        batches: pytrees of arrays, streamed; each draws its own perturbations. The paper takes
+        params: Pytree of weights.
+        batches: Pytrees of arrays, streamed; each draws its own perturbations. The paper takes
             batches of 8, 128 examples in all.
-        sparsity: share to remove of all the prunable weights, in [0, 1).
-        max_sparsity: the largest share that a group may lose; None: sparsity + 0.1, at most 1.
-        groups: which tensors share a sparsity; see `grouped`.
+        sparsity: Share to remove of all the prunable weights, in [0, 1).
+        max_sparsity: Largest share that a group may lose; None: sparsity + 0.1, at most 1.
+        groups: Which tensors share a sparsity; see `grouped`.
         reduce: "sum" of the importances of a group's tensors, as the paper mostly does; "mean"
             divides it by the group's weights.
-        measure: as in `zeroth_order_importance`.
-        epsilon: as in `zeroth_order_importance`.
-        seed: of the perturbations.
-        prunable: bool pytree; None: `tree.prunable(params)`.
+        measure: Measure of importance, one of `MEASURES`; see `zeroth_order_importance`.
+        epsilon: Size ε of the perturbations, positive.
+        seed: Seed of the perturbations.
+        prunable: Bool pytree; None: `tree.prunable(params)`.
 
     Raises:
-        InputError: an unknown name, a sparsity out of range or reach, groups that do not cover the
-            tensors, no batches, or a loss that is no finite scalar.
+        InputError: An unknown name, a sparsity out of range or reach, groups that do not cover the
+            tensors, no batches, or a loss that is not a finite scalar.
     """
     rounding.check_sparsity(sparsity)
     check_choice(reduce, REDUCTIONS, "reduce")
@@ -107,16 +107,16 @@ def zeroth_order_importance(
 
     Args:
         loss: (params, batch) → scalar.
-        params: pytree of weights, any floating dtype; the perturbed tensor keeps its own.
-        batches: pytrees of arrays, streamed.
-        measure: one of `MEASURES`.
-        epsilon: how far to perturb, positive.
-        seed: of the perturbations.
-        prunable: bool pytree; None: `tree.prunable(params)`.
+        params: Pytree of weights, any floating dtype; the perturbed tensor keeps its own.
+        batches: Pytrees of arrays, streamed.
+        measure: Measure of importance, one of `MEASURES`.
+        epsilon: Size ε of the perturbations, positive.
+        seed: Seed of the perturbations.
+        prunable: Bool pytree; None: `tree.prunable(params)`.
 
     Raises:
-        InputError: an unknown measure, an epsilon that is not positive, no batches, or a loss that
-            is no finite scalar.
+        InputError: An unknown measure, an epsilon that is not positive, no batches, or a loss that
+            is not a finite scalar.
     """
     check_choice(measure, MEASURES, "measure")
     if not 0 < epsilon < math.inf:
@@ -176,7 +176,7 @@ def _named_sharding(weight: Any) -> NamedSharding | None:
 def _scalar(value: Any, name: str, number: int) -> float:
     if jnp.shape(value) != ():
         raise InputError(
-            f"the loss has shape {jnp.shape(value)}, which is no scalar; return its mean"
+            f"loss must return a scalar, got shape {jnp.shape(value)}; return its mean"
         )
     if not math.isfinite(value):
         raise InputError(

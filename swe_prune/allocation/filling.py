@@ -28,14 +28,14 @@ def water_fill(
     ECoFLaP (Sung, Yoon and Bansal, ICLR 2024), its coarse step.
 
     Args:
-        scores: importance of each group, not negative.
-        sizes: weights of each group.
-        sparsity: share to remove of all the weights, in [0, 1); met exactly.
-        max_sparsity: the largest share that a group may lose, in [sparsity, 1]; None:
-            sparsity + 0.1, at most 1.
+        scores: Importance of each group, not negative.
+        sizes: Number of weights of each group.
+        sparsity: Share to remove of all the weights, in [0, 1); met exactly.
+        max_sparsity: Largest share that a group may lose, in [sparsity, 1]; None: sparsity + 0.1,
+            at most 1.
 
     Raises:
-        InputError: a sparsity outside its range or out of reach of the groups, or scores that are
+        InputError: A sparsity outside its range or out of reach of the groups, or scores that are
             negative or not finite.
 
     >>> water_fill([1, 1, 8], [1000] * 3, 0.5, 0.6)
@@ -59,7 +59,7 @@ def water_fill(
                 "loss diverged"
             )
     total = sum(sizes) - rounding.removed_count(sum(sizes), sparsity)
-    # The small number makes good what floats lose, as 0.7 · 10 may fall below 7.
+    # The epsilon compensates for rounding: 0.7 · 10 may fall below 7.
     least = [size - math.floor(most * size + 1e-9) for size in sizes]
     if sum(least) > total:
         raise InputError(

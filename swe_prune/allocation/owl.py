@@ -38,14 +38,14 @@ def owl(
     tensor of a block loses the same share.
 
     Args:
-        scores: float32 pytree, None where dense; not negative, such as Wanda's.
-        sparsity: share to remove of all the scored weights, in [0, 1).
-        lam: half the spread of the blocks' sparsities.
-        m: how many times the mean of its block an outlier exceeds.
-        groups: which tensors share a sparsity; see `grouped`.
+        scores: Float32 pytree, None where dense; not negative, such as Wanda's.
+        sparsity: Share to remove of all the scored weights, in [0, 1).
+        lam: Half the spread of the blocks' sparsities.
+        m: Multiple of the mean of its block that an outlier exceeds.
+        groups: Which tensors share a sparsity; see `grouped`.
 
     Raises:
-        InputError: sparsity outside [0, 1), lam or m negative or not finite, groups that do not
+        InputError: Sparsity outside [0, 1), lam or m negative or not finite, groups that do not
             cover the tensors, no scores, or NaN, infinite or negative ones.
     """
     rounding.check_sparsity(sparsity)
@@ -65,8 +65,8 @@ def owl_sparsities(outliers: Sequence[float], sparsity: float, lam: float = 0.08
 
     Args:
         outliers: D of each block, in any unit.
-        sparsity: the mean of the result.
-        lam: half of the spread.
+        sparsity: Mean of the result.
+        lam: Half the spread of the result.
 
     >>> [round(s, 6) for s in owl_sparsities([1, 2, 4], 0.7)]
     [0.771111, 0.717778, 0.611111]
@@ -115,7 +115,7 @@ def _outlier_ratios(
 def _outliers(
     scores: list[Array], m: float
 ) -> tuple[counting.Count, Array, list[Array], list[Array]]:
-    """Returns of one group how many outliers, the mean, and how many negative and NaN scores."""
+    """Returns a group's number of outliers, mean, and numbers of negative and NaN scores."""
     # The score of a weight that was removed before is −inf; it counts as 0, as Wanda's would be.
     scores = [score.astype(jnp.float32) for score in scores]
     scores = [jnp.where(score == -jnp.inf, 0, score) for score in scores]

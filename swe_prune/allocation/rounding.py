@@ -42,7 +42,7 @@ def least_kept(size: int, max_sparsity: float) -> int:
     """Returns how many elements stay at least when no more than a share may go.
 
     Raises:
-        InputError: The share is no number in (0, 1].
+        InputError: The share is not a number in (0, 1].
 
     >>> least_kept(10, 0.75), least_kept(10, 1.0)
     (2, 0)

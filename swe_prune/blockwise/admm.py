@@ -46,7 +46,7 @@ def admm(
         Z ← M ∘ (V + U);   U ← U + V − Z;   V ← (A + I)⁻¹ (B + Z − U)
 
     and the result is M ∘ (V + U) / d. Without a mask, the first `CHOOSING` of the iterations choose
-    it anew among |V + U|, at a sparsity that rises with a cube to the one asked for; with n:m
+    it again among |V + U|, at a sparsity that rises with a cube to the one asked for; with n:m
     the weights that an n:m mask would keep are safe meanwhile. The count is exact, ties are broken
     by flat index.
 

@@ -30,7 +30,7 @@ class Source:
     Attributes:
         kind: "made", what the block before returned; "given", what the first block was called
             with; "constant".
-        value: the leaf's index there, or the constant.
+        value: Index of the leaf there, or the constant.
     """
 
     kind: str
@@ -42,11 +42,11 @@ class Wire:
     """A block that can be run alone.
 
     Attributes:
-        path: of its module and its variables, "layers/block_0".
-        module: unbound, or an NNX module as a function of its variables.
-        method: by which it is called.
-        sources: of the flattened (args, kwargs).
-        treedef: of these.
+        path: Path of the block's module and variables, such as "layers/block_0".
+        module: Unbound Linen module, or an NNX module as a function of its variables.
+        method: Name of the method that the model calls.
+        sources: Source of each leaf of the flattened (args, kwargs).
+        treedef: Tree structure of (args, kwargs).
     """
 
     path: str
@@ -95,9 +95,9 @@ class Activations:
     """Between two blocks, what the next is called with, for one batch.
 
     Attributes:
-        given: what the first block was called with; None where no later block needs it.
-        made: what the block before returned.
-        kind: which of the batches' kinds it is of, as a block's constants depend on that.
+        given: Leaves that the first block was called with; None where no later block needs them.
+        made: Leaves that the previous block returned.
+        kind: Index of the batch's kind; the constants of a block depend on it.
     """
 
     given: list[Any]
@@ -106,13 +106,13 @@ class Activations:
 
 
 def as_second(first: Wire, second: Wire) -> tuple[Wire, dict[int, int]]:
-    """Returns the first block asking of a block before it what the second one does, if it can.
+    """Returns the first block with the second block's input signature, if they are compatible.
 
-    Where the second is called with what the first returned, the first was called with what came
-    before the blocks. Asked for by the same name, the two are alike and are compiled once.
+    The second block reads leaves that the first returned; the first read leaves from before the
+    blocks. With the same signature the two are compiled once.
 
     Returns:
-        The wire, and the number in `made` of what is to be moved there, to its number in `given`.
+        Wire, and a map from indices in `made` to the indices in `given` of the leaves to move.
     """
     moved: dict[int, int] = {}
     if first.treedef != second.treedef:
@@ -136,11 +136,11 @@ def trace(run: Callable[[], Any], paths: Sequence[str]) -> list[Wire]:
     To be called inside a trace, such as that of `jax.eval_shape`.
 
     Args:
-        run: applies the model.
-        paths: of the blocks.
+        run: Function that applies the model.
+        paths: Paths of the blocks.
 
     Raises:
-        InputError: a block that is not called, or twice, or is given what cannot be wired.
+        InputError: A block that is not called, or twice, or is given what cannot be wired.
     """
     wires: list[Wire] = []
     given: list[Any] = []
@@ -176,7 +176,7 @@ def trace(run: Callable[[], Any], paths: Sequence[str]) -> list[Wire]:
 
 
 def into_first(run: Callable[[], Any], paths: Sequence[str]) -> list[Any]:
-    """Returns the leaves that the first block is called with, those that are no constants.
+    """Returns the leaves that the first block is called with, except constants.
 
     The model is run up to there and no further. The others are None.
     """
@@ -268,11 +268,11 @@ def find(names: Sequence[str], blocks: str | Sequence[str]) -> list[str]:
     """Returns the paths of blocks, by a rule or by name.
 
     Args:
-        names: of all weights.
-        blocks: a regular expression that matches whole paths, or the paths themselves.
+        names: Names of all weights.
+        blocks: Regular expression that matches whole paths, or the paths themselves.
 
     Raises:
-        InputError: nothing matches, a path under which there is no weight, or one inside another.
+        InputError: Nothing matches, a path under which there is no weight, or one inside another.
 
     >>> find(["head/kernel", "block_0/up/kernel", "block_1/up/kernel"], r"block_[0-9]+")
     ['block_0', 'block_1']

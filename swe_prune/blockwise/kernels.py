@@ -33,11 +33,11 @@ class KernelReport:
     """What was done to a kernel.
 
     Attributes:
-        name: of the kernel.
-        removed: weights that its mask removes.
-        total: weights that it has.
-        solver: of SparseGPT and ADMM, else None.
-        restored: whether the weights that stay were restored and are kept so.
+        name: Name of the kernel.
+        removed: Number of weights that the mask removes.
+        total: Number of weights.
+        solver: Report of SparseGPT's or ADMM's solver; None for other methods.
+        restored: Whether the remaining weights were restored and the restored values retained.
         held_out: How far the block's outputs on the held-out batches are from the dense model's
             with the masks alone, with every kernel restored, and with what was kept; a mean over
             tokens of squared distances relative to the dense outputs. None: nothing was judged.
@@ -67,7 +67,7 @@ class Sums:
     n: int
 
     def taken(self, kind: str, weight_RxC: Array) -> Array | None:
-        """Returns 2/n of an R x R sum, which is given up for it, or None if it is not there."""
+        """Pops an R x R sum and returns it scaled by 2/n; None if absent."""
         if kind not in self.of:
             return None
         return _scaled(self.of.pop(kind).reshape([len(weight_RxC)] * 2), 2 / self.n)

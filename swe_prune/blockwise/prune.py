@@ -69,15 +69,15 @@ def prune_blocks(
     says; what the model does before the first block and after the last is not touched.
 
     Args:
-        model: any Linen module that calls its blocks one after the other, outside of nn.remat and
+        model: Any Linen module that calls its blocks one after the other, outside of nn.remat and
             nn.scan, or an NNX module with a list of blocks.
         variables: {"params": …} and other collections; of an NNX module its state, a pure dict of
             it, or the module itself. Weights that are numpy arrays stay in host
             memory but for the block at work, and their results go back there.
-        batches: as in `calibration.inputs`; they may be divided over devices.
-        blocks: a rule that matches the blocks' whole paths, r"block_[0-9]+", or their paths; they
-            are taken in the order in which the model calls them.
-        sparsity: share of each kernel to remove; or by kernel name, or an allocation; None with a
+        batches: Calibration batches, see `calibration.inputs`; they may be divided over devices.
+        blocks: Regular expression that matches the blocks' whole paths, such as r"block_[0-9]+", or
+            their paths; they are taken in the order in which the model calls them.
+        sparsity: Share of each kernel to remove; or by kernel name, or an allocation; None with a
             pattern, which fixes it.
         method: "wanda", "wanda_variant" (see `wanda`), "sparsegpt" or "admm", which also update the
             weights that stay, or "magnitude", by kernel and without calibration.
@@ -98,27 +98,27 @@ def prune_blocks(
             last eighth of `batches`, which then calibrate nothing; of a single batch nothing is
             judged. (): nothing is. Better of another text than `batches`, so that restoring does
             not fit that alone.
-        prunable: bool pytree; None: `tree.prunable(params)`. Kernels outside of the blocks stay.
-        call: function (module, variables, batch) that runs a Linen module in another way; of an
+        prunable: Bool pytree; None: `tree.prunable(params)`. Kernels outside of the blocks stay.
+        call: Function (module, variables, batch) that runs a Linen module in another way; for an
             NNX module (module, batch).
-        block: inputs at a time, of "sparsegpt".
-        damping: of "sparsegpt", "admm" and "least_squares". None: 0.01, 0.1 and 0.3.
-        offload: keep the activations in host memory, and one batch of them on the device.
-        donate: give up each kernel that is pruned, so that the weights are in memory once (those of
-            a block twice where they are restored): jax arrays are deleted, and numpy arrays that
-            can be written hold the result. An error half-way leaves some of them so, and the whole
-            cannot go back to the masks alone any more.
+        block: Number of inputs at a time in "sparsegpt".
+        damping: Damping of "sparsegpt", "admm" and "least_squares". None: 0.01, 0.1 and 0.3.
+        offload: Whether the activations stay in host memory, with one batch of them on the device.
+        donate: Whether to give up each kernel that is pruned, so that the weights are in memory
+            once (those of a block twice where they are restored): jax arrays are deleted, and numpy
+            arrays that can be written hold the result. After an error
+            some of them are lost. The model as a whole cannot return to the masks alone.
         zeros: What becomes of weights that are 0 already: "keep", removed first and counted in the
             sparsity; or "free".
-        progress: called with the report of every kernel as soon as it is pruned.
+        progress: Function called with the report of every kernel as soon as it is pruned.
 
     Returns:
         Parameters of the same dtypes; masks like them, bool, None where dense; reports.
 
     Raises:
-        InputError: as `calibration.inputs`, or blocks that cannot be run alone, an unknown method,
-            or a sparsity that is missing for a kernel or named for none.
-        RunError: a Hessian that no damping makes positive definite.
+        InputError: Errors of `calibration.inputs`, blocks that cannot be run alone, an unknown
+            method, or a sparsity that is missing for a kernel or named for none.
+        RunError: A Hessian that no damping makes positive definite.
 
     Sources: those of `sparsegpt`, `admm` and `wanda`, whose references all go block after block.
     """
@@ -331,7 +331,7 @@ def _shares(
     for name in named:
         if name not in shapes:
             raise InputError(
-                f"a sparsity is given for {name!r}, which is no prunable weight of the blocks; "
+                f"a sparsity is given for {name!r}, which is not a prunable weight of the blocks; "
                 f"{did_you_mean(name, shapes)}"
             )
     for name in shapes:

@@ -25,10 +25,10 @@ def captured(
     paths: list[str],
     offload: bool,
 ) -> tuple[list[list[block_graph.Wire]], list[block_graph.Activations], list[int], int]:
-    """Returns the blocks, for each kind of batch; what goes into the first; the sequences.
+    """Returns the blocks by kind of batch, the first one's inputs, and two counts.
 
-    The last is the number of batches that are held out, which come last; with holdout=None a share
-    of all of them.
+    The counts are the sequences of each batch and the held-out batches, which come last; with
+    holdout=None the held-out batches are a share of all of them.
     """
     kinds: dict[str, int] = {}
     of_kinds: list[list[block_graph.Wire]] = []
@@ -63,7 +63,7 @@ def captured(
 def _start_as_second(
     of_kinds: list[list[block_graph.Wire]], states: list[block_graph.Activations]
 ) -> None:
-    """Puts what goes into the first block where the second finds what goes into it."""
+    """Stores the first block's inputs where the second block looks for its own."""
     moves = []
     for wires in of_kinds:
         wires[0], moved = block_graph.as_second(wires[0], wires[1])
@@ -77,7 +77,7 @@ def _start_as_second(
 
 
 def _asked(wires: Iterable[block_graph.Wire], kind: str) -> set[int]:
-    """Returns the numbers of what blocks ask for from a place."""
+    """Returns the indices of the leaves that blocks read from a source, "given" or "made"."""
     return {source.value for wire in wires for source in wire.sources if source.kind == kind}
 
 

@@ -26,9 +26,9 @@ class SolverReport(NamedTuple):
     """What the solver did to a kernel: Python numbers, or arrays inside a jit.
 
     Attributes:
-        damping: share of the Hessian's mean diagonal that it took to factor it.
-        dead: inputs that were always 0, whose weights are now 0 whatever the mask says.
-        removed: weights that the mask removes.
+        damping: Share of the Hessian's mean diagonal that was added to factor it.
+        dead: Number of inputs that were always 0, whose weights are now 0 whatever the mask says.
+        removed: Number of weights that the mask removes.
         error: Σ e², what the removed weights cost: (2/n) ‖X (W − W')‖², and the damping's share.
     """
 
@@ -64,16 +64,17 @@ def sparsegpt(
     Args:
         weight_RxC: R inputs, C outputs; the result has its dtype, computed in float32.
         hessian_RxR: (2/n) Σ x xᵀ, as `calibration.inputs` measures it.
-        sparsity: share to remove, in [0, 1); with a pattern 1 − n/m or None.
+        sparsity: Share to remove, in [0, 1); with a pattern 1 − n/m or None.
         pattern: None or "n:m", n kept of every m consecutive inputs.
-        block: inputs at a time, at least 1; the last block may be smaller.
-        damping: of the Hessian.
+        block: Number of inputs at a time, at least 1; the last block may be smaller.
+        damping: Share of the Hessian's mean diagonal to add to it first; see
+            `hessian.inverse_factor`.
         zeros: What becomes of weights that are 0 already: "keep", removed first and counted in the
             sparsity; or "free".
 
     Raises:
-        InputError: shapes, sparsity, pattern or block that do not fit, or NaN in what is given.
-        RunError: no damping makes the Hessian positive definite.
+        InputError: Shapes, sparsity, pattern or block that do not fit, or NaN in what is given.
+        RunError: No damping makes the Hessian positive definite.
 
     >>> kernel, mask, report = sparsegpt(jnp.array([[1.0], [2.0]]), jnp.eye(2), 0.5)
     >>> kernel.tolist(), mask.tolist(), report.removed
@@ -111,7 +112,7 @@ def check_sparsity(
     """Returns the sparsity as a number, and (n, m) when the pattern is one.
 
     Raises:
-        InputError: no sparsity in [0, 1), a pattern other than n:m, or two that disagree.
+        InputError: No sparsity in [0, 1), a pattern other than n:m, or two that disagree.
     """
     if pattern is None:
         if sparsity is None:
@@ -143,8 +144,8 @@ def check_kernel(
     """Returns what `check_sparsity` returns, for a kernel and a Hessian that fit.
 
     Raises:
-        InputError: As `check_sparsity`, or shapes that do not belong together, inputs that n:m does
-            not divide, or a weight that is not finite.
+        InputError: Errors of `check_sparsity`, shapes that do not belong together, inputs that n:m
+            does not divide, or a weight that is not finite.
     """
     share, n_of_m = check_sparsity(sparsity, pattern)
     if weight_RxC.ndim != 2 or hessian_RxR.shape != (len(weight_RxC),) * 2:

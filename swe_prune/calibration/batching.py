@@ -50,7 +50,7 @@ def sequences(batch: PyTree, number: int) -> int:
 
 
 def check_arrays(what: str, values: PyTree) -> None:
-    """Raises InputError if a leaf is no array, which a compiled program cannot take."""
+    """Raises InputError if a leaf is not an array, which a compiled program cannot take."""
     for name, leaf in tree.named_leaves(values):
         dtype = getattr(leaf, "dtype", None)
         if leaf is not None and (dtype is None or str(dtype).startswith(("<U", "|S", "object"))):

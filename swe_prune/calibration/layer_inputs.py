@@ -186,7 +186,7 @@ class Tracing:
                 variables["params"],
                 (rest, first),
             )
-            # Other collections, such as running statistics, are no activations.
+            # Other collections, such as running statistics, are not activations.
             of_batch = len(array_leaves(first))
             data = [at >= len(traced.data) - of_batch for at in range(len(traced.data))]
             self._known[kind] = traced._replace(data=data)

@@ -299,7 +299,7 @@ def _assembled(
     name: str, shape: tuple[int, ...], parts: Sequence[tuple[SumKey, dict[str, Array]]]
 ) -> dict[str, Array]:
     """Returns the sums of one weight over all its products, in the order of its axes."""
-    # The singular vectors of a spectral norm are no activations.
+    # The singular vectors of a spectral norm are not activations.
     of_data = [part for part in parts if part[0].rest[2]]
     parts = of_data if len(_inputs(parts)) > 1 and of_data else parts
     if len(_inputs(parts)) > 1:

@@ -35,11 +35,11 @@ class TextData:
     """A dataset as token ids.
 
     Attributes:
-        name: the dataset as the config names it.
-        tokenizer: of the symbols of both splits, or the one that was given.
-        train: token ids (N,), in the tokenizer's dtype.
-        validation: token ids (M,), in the tokenizer's dtype.
-        texts: both splits as they were read.
+        name: Name of the dataset in the config.
+        tokenizer: Tokenizer that was given, or one of the characters of both splits.
+        train: Token ids (N,), in the tokenizer's dtype.
+        validation: Token ids (M,), in the tokenizer's dtype.
+        texts: Both splits as they were read.
     """
 
     name: str
@@ -60,12 +60,12 @@ def load(config: DataConfig, context: int, tokenizer: Tokenizer | None = None) -
     characters.
 
     Args:
-        config: which text.
-        context: tokens of a window, L.
-        tokenizer: of a pretrained model; None: one of the text's own characters.
+        config: Config of the dataset.
+        context: Number L of tokens in a window.
+        tokenizer: Tokenizer of a pretrained model; None: one of the text's own characters.
 
     Raises:
-        InputError: the text cannot be found, read or prepared, or is too short, with the mend.
+        InputError: The text cannot be found, read or prepared, or is too short.
     """
     texts = sources.read(config)
     unit, setting = "tokens", "data.window"

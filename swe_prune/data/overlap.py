@@ -11,9 +11,9 @@ from swe_prune.arguments import checked
 from swe_prune.errors import InputError
 
 CHARACTERS = 200
-"""So many in a row that two texts share are a passage: two or three sentences, and no phrase."""
+"""Minimum length of a shared passage: a few sentences, not a phrase."""
 TOKENS = 50
-"""As CHARACTERS, for token ids."""
+"""Minimum length of a shared passage in token ids."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2^64
 _INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 2**64))
 _SHOWN = 60  # characters or, a fifth as many, tokens of a passage that the error quotes
@@ -27,11 +27,11 @@ class Overlap:
 
     Attributes:
         unit: "characters" or "tokens".
-        length: of the passage, runs of white space counted as one character.
+        length: Length of the passage, runs of white space counted as one character.
         first: (number of the text, from 0, position in it) where it starts.
-        second: where it starts in the other.
-        passage: its beginning, as characters or token ids.
-        share: of all n-grams of `second`, the part that `first` has too.
+        second: (number of the text, from 0, position in it) where it starts in the other.
+        passage: Beginning of the passage, as characters or token ids.
+        share: Share of all n-grams of `second` that `first` has too.
     """
 
     unit: str
@@ -52,13 +52,13 @@ def overlap(first: Text, second: Text, *, n: int | None = None) -> Overlap | Non
     whole. The time is linear in the texts but for one sort of the n-grams of the shorter side.
 
     Args:
-        first: a string, token ids in one row, or several of either: a list of strings, a list of
+        first: String, token ids in one row, or several of either: a list of strings, a list of
             rows, a 2-dimensional array of windows.
-        second: the same kind.
-        n: how many in a row; None: 200 characters or 50 tokens.
+        second: Text of the same kind.
+        n: Minimum number of characters or tokens in a row; None: 200 characters or 50 tokens.
 
     Raises:
-        InputError: one is text and the other tokens, or n is below 1.
+        InputError: One is text and the other tokens, or n is below 1.
 
     >>> overlap("to be or not to be", ["I said: or  not to be."], n=8).passage
     ' or not to be'
@@ -94,7 +94,7 @@ def check_disjoint(calibration: Text, evaluation: Text, *, n: int | None = None)
     """Refuses to calibrate and to evaluate on texts that share a passage; see `overlap`.
 
     Raises:
-        InputError: they do; the sentence says what and where. Or they cannot be compared.
+        InputError: They do; the sentence says what and where. Or they cannot be compared.
     """
     found = overlap(calibration, evaluation, n=n)
     if found is None:

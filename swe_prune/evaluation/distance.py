@@ -67,7 +67,7 @@ def kl_to_dense(
         pruned_model: Module of `pruned_params` if units were cut out of it; None means `model`.
 
     Raises:
-        InputError: As for `perplexity`.
+        InputError: Errors of `perplexity`.
     """
     check_model(model, dense_params)
     check_model(model if pruned_model is None else pruned_model, pruned_params)

@@ -23,7 +23,7 @@ def mean_loss(
             those in "weights".
 
     Raises:
-        InputError: There is no batch, or one is no mapping that has "targets".
+        InputError: There is no batch, or one is not a mapping that has "targets".
     """
     if not batches or not all("targets" in batch or "weights" in batch for batch in batches):
         raise InputError(

@@ -25,8 +25,8 @@ class PerplexityResult:
             None with one window. Windows of one text are not independent, so it is too small.
         tokens: Number n of scored tokens.
         windows: Number of windows.
-        bits_per_byte: nats_per_token / ln 2 · tokens of the text / bytes of the text, for comparing
-            models with different tokenizers; None if the bytes were not given.
+        bits_per_byte: Ratio nats_per_token / ln 2 · tokens of the text / bytes of the text, for
+            comparing models with different tokenizers; None if the bytes were not given.
     """
 
     protocol: Protocol

@@ -80,7 +80,7 @@ def by_rows(
 
 
 def check_model(model: Any, params: PyTree) -> None:
-    """Raises InputError if a model has no `apply`, or its parameters are no arrays."""
+    """Raises InputError if a model has no `apply`, or its parameters are not arrays."""
     if not hasattr(model, "apply") or not isinstance(model, Hashable) or isinstance(model, type):
         raise InputError(f"model must be a Linen module, got {shown(model)}")
     check_arrays("params", params)

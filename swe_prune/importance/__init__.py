@@ -82,16 +82,16 @@ def score(
     A pure function of its arrays; call it eagerly or inside your own jit.
 
     Args:
-        name: one of `names()`.
-        params: pytree of weights, floating, any dtype.
-        stats: trajectory statistics, for a criterion that reads them; or the dict that a checkpoint
+        name: Name of a criterion, one of `names()`.
+        params: Pytree of weights, floating, any dtype.
+        stats: Trajectory statistics, for a criterion that reads them; or the dict that a checkpoint
             library restores them to.
-        opt_state: of any optax chain, for a criterion that reads Adam's second moment.
-        measured: by need, pytrees like the parameters with None where there is nothing: what
+        opt_state: State of any optax chain, for a criterion that reads Adam's second moment.
+        measured: Pytrees by need, like the parameters with None where there is nothing: what
             `calibration.inputs` and `calibration.gradients` return, or both in one mapping.
-        prunable: bool pytree; None: the weights that `stats` tracks, or without statistics
+        prunable: Bool pytree; None: the weights that `stats` tracks, or without statistics
             `tree.prunable(params)`.
-        seed: for random draws; each tensor draws from its own stream, named by its path.
+        seed: Seed of random draws; each tensor draws from its own stream, named by its path.
         zeros: What becomes of weights that are exactly 0 already. "keep": their score is −inf, so
             they are removed before every other weight and count in the sparsity, whatever the
             criterion; a criterion's own −inf becomes the lowest finite float. "free": they are
@@ -100,10 +100,10 @@ def score(
             copy of a stacked tensor is scored by itself.
         input_axes: Function from a name and a shape to the axes of a kernel's inputs, where there
             is no layout. None: Flax's convention for tensors named "…/kernel".
-        **options: of the criterion, such as `power`.
+        **options: Options of the criterion, such as `power`.
 
     Raises:
-        InputError: unknown name or option, a need that was not given, or one of another shape, or
+        InputError: Unknown name or option, a need that was not given, or one of another shape, or
             that says nothing: statistics without a snapshot, second moments that are all 0.
 
     >>> score("magnitude", {"up": {"kernel": jnp.array([[1.0, -2.0]])}})["up"]["kernel"].tolist()

@@ -109,7 +109,7 @@ def _scores(
 
 
 def _random_ranks(key: Array, bin_NxU: Array) -> tuple[Array, Array]:
-    """Returns of every weight its random rank, from 0, among those of its bin, and how many."""
+    """Returns each weight's random rank within its bin, and the bin size."""
     number = jnp.broadcast_to(jnp.arange(bin_NxU.shape[0])[:, None], bin_NxU.shape)
     draw = jax.random.uniform(key, bin_NxU.shape)
     bins, _, origin = jax.lax.sort((bin_NxU, draw, number), dimension=0, num_keys=2)

@@ -35,11 +35,11 @@ def sparsegpt(
         one-shot", ICML 2023.
 
     Args:
-        weight: a kernel.
+        weight: Kernel.
         hessian: (2/n) Σ x xᵀ over its R inputs.
-        inputs: the axes of the kernel along which its inputs run.
-        damping: of `inverse_factor`; eager code warns when it takes more. In a jit that finds no
-            damping that does, all scores are NaN.
+        inputs: Axes of the kernel along which its inputs run.
+        damping: Damping of `inverse_factor`; eager code warns when it takes more. In a jit that
+            finds no damping that does, all scores are NaN.
     """
     rows = math.prod(weight.shape[axis] for axis in inputs)
     if hessian.shape != (rows, rows):
@@ -77,19 +77,19 @@ def inverse_factor(
     not positive definite; the inverse of its factor always serves.
 
     Args:
-        hessian_RxR: symmetric, positive semi-definite, floating; the result has its dtype.
-        damping: share of the mean of the diagonal, positive or 0.
+        hessian_RxR: Symmetric, positive semi-definite, floating; the result has its dtype.
+        damping: Share of the mean of the diagonal, positive or 0.
 
     Raises:
-        InputError: no square matrix, a negative damping, or a Hessian with NaN or inf.
-        RunError: not positive definite at the last try. In a jit there is no error, but U is NaN.
+        InputError: A matrix that is not square, a negative damping, or NaN or inf in the Hessian.
+        RunError: Not positive definite at the last try. In a jit there is no error, but U is NaN.
 
     >>> factor, damping = inverse_factor(jnp.diag(jnp.array([4.0, 0.25])), 0.0)
     >>> factor.tolist(), float(damping)
     ([[0.5, 0.0], [0.0, 2.0]], 0.0)
     """
     if hessian_RxR.ndim != 2 or hessian_RxR.shape[0] != hessian_RxR.shape[1]:
-        raise InputError(f"a hessian of shape {hessian_RxR.shape} is no square matrix; give R x R")
+        raise InputError(f"hessian must be square, R x R, got shape {hessian_RxR.shape}")
     if not isinstance(damping, Tracer) and not 0 <= float(damping) < math.inf:
         raise InputError(f"damping = {damping} cannot be used; give 0 or a little more, as 0.01")
     factor_RxR, used = _factored(hessian_RxR, jnp.asarray(damping, hessian_RxR.dtype))

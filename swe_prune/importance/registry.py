@@ -39,13 +39,14 @@ class Criterion:
     """A registered criterion.
 
     Attributes:
-        name: what it is asked for by.
-        function: from the needed arrays of one tensor to its scores.
-        needs: the names of the function's arguments without a default.
-        options: the names of those with one.
-        spread: what the paper's std rule compares the scores with: None, the standard deviation
-            of the tensor's own scores; a number, when the scores come in units of their threshold.
-        sorts: whether it sorts within a tensor, so that a tensor divided over devices is gathered.
+        name: Name of the criterion.
+        function: Function from the needed arrays of one tensor to its scores.
+        needs: Names of the function's arguments without a default.
+        options: Names of the function's arguments with a default.
+        spread: Spread that the paper's std rule compares the scores with: None, the standard
+            deviation of the tensor's own scores; a number, when the scores come in units of their
+            threshold.
+        sorts: Whether it sorts within a tensor, so that a tensor divided over devices is gathered.
     """
 
     name: str

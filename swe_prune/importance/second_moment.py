@@ -38,11 +38,11 @@ def second_moment(opt_state: PyTree, params: PyTree) -> PyTree:
     quantity and is left out. Adamax's, a maximum of |g|, cannot be told from Adam's.
 
     Args:
-        opt_state: state of an optax chain that has been updated with gradients of `params`.
-        params: pytree of weights.
+        opt_state: State of an optax chain that has been updated with gradients of `params`.
+        params: Pytree of weights.
 
     Raises:
-        InputError: the state holds no second moment at all (SGD, Lion, Adafactor's not yet made).
+        InputError: The state holds no second moment at all (SGD, Lion, Adafactor's not yet made).
     """
     found = moments_by_name(opt_state, params)
     if not found:

@@ -82,7 +82,7 @@ class GgufFile:
         """Returns the members of an array, [] if the file does not have the key.
 
         Raises:
-            InputError: It is no array, or a member is of another kind.
+            InputError: It is not an array, or a member is of another kind.
         """
         found = self.get(key, [], list)
         wrong = next((one for one in found if not isinstance(one, kind)), None)

@@ -48,7 +48,7 @@ def harness(model: Any, params: PyTree, tokenizer: HarnessTokenizer, **settings:
     """Returns an `lm_eval.api.model.LM`; the arguments are those of `Answers`.
 
     Raises:
-        InputError: lm_eval is not installed, or as `Answers`.
+        InputError: `lm_eval` is not installed, or as `Answers`.
     """
     base = require("lm_eval.api.model", "evaluating with lm_eval", "lm-eval").LM
     kind = type("SwePruneLM", (Answers, base), {"__doc__": Answers.__doc__})
@@ -62,16 +62,16 @@ class Answers:
     size, padded to few lengths, so that few programs are compiled.
 
     Attributes:
-        model: of `models.gpt`.
-        params: its weights.
-        tokenizer: the model's.
-        batch: sequences at a time.
-        add_bos: whether texts begin with the tokenizer's bos_id, as for Llama; not for GPT-2.
-        max_length: tokens that the model is given at most.
-        max_new_tokens: of an answer, where the task says nothing.
-        seed: of what is drawn, where a task samples.
-        prefix: the token before a text that has no context: bos_id, or eos_id where there is none.
-        ends: the tokens that end an answer: the tokenizer's eos_ids, or its eos_id.
+        model: Model of `models.gpt`.
+        params: Weights of the model.
+        tokenizer: Tokenizer of the model.
+        batch: Number of sequences at a time.
+        add_bos: Whether texts begin with the tokenizer's bos_id, as for Llama; not for GPT-2.
+        max_length: Maximum number of tokens that the model is given.
+        max_new_tokens: Maximum number of tokens of an answer, where the task says nothing.
+        seed: Seed of the random draws, where a task samples.
+        prefix: Token before a text that has no context: bos_id, or eos_id where there is none.
+        ends: Tokens that end an answer: the tokenizer's eos_ids, or its eos_id.
     """
 
     def __init__(
@@ -116,13 +116,13 @@ class Answers:
         """Returns the log-probability of each continuation, and whether it is the greedy one.
 
         Args:
-            requests: with args (context, continuation). Both are encoded as one text, and what
-                exceeds the tokens of the context is the continuation; white space that ends the
-                context is counted to it. From the left of what is too long, context is dropped.
-            disable_tqdm: taken for lm_eval's sake; no progress is shown.
+            requests: Requests with args (context, continuation). Both are encoded as one text, and
+                what exceeds the tokens of the context is the continuation; white space that ends
+                the context is counted to it. From the left of what is too long, context is dropped.
+            disable_tqdm: Ignored; part of lm_eval's interface. No progress is shown.
 
         Raises:
-            InputError: a continuation without tokens or longer than the context of the model.
+            InputError: A continuation without tokens or longer than the context of the model.
         """
         pairs = [self._pair(*request.args) for request in requests]
         answers = self._scored(pairs)
@@ -135,8 +135,8 @@ class Answers:
         """Returns the log-probability of each whole text, in windows that score each token once.
 
         Args:
-            requests: with args (text,).
-            disable_tqdm: taken for lm_eval's sake; no progress is shown.
+            requests: Requests with args (text,).
+            disable_tqdm: Ignored; part of lm_eval's interface. No progress is shown.
         """
         windows: list[Scored] = []
         owners: list[int] = []
@@ -155,13 +155,13 @@ class Answers:
         """Returns what the model makes of each context, cut before the first stop string.
 
         Args:
-            requests: with args (context, settings); the settings are `until`, `max_gen_toks` or
-                one of its other names, `do_sample`, `temperature`, `top_k` and `top_p`. Without
-                do_sample and a temperature above 0 the decoding is greedy.
-            disable_tqdm: taken for lm_eval's sake; no progress is shown.
+            requests: Requests with args (context, settings); the settings are `until`,
+                `max_gen_toks` or one of its other names, `do_sample`, `temperature`, `top_k` and
+                `top_p`. Without do_sample and a temperature above 0 the decoding is greedy.
+            disable_tqdm: Ignored; part of lm_eval's interface. No progress is shown.
 
         Raises:
-            InputError: a setting that is not supported, or more new tokens than the context.
+            InputError: A setting that is not supported, or more new tokens than the context.
         """
         alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):

@@ -92,7 +92,7 @@ def read_masks(path: str | Path) -> dict[str, Any]:
 def _bits(packed: np.ndarray, shape: list[int]) -> Any:
     size = math.prod(shape)
     if not all(type(one) is int and one >= 0 for one in shape):
-        raise ValueError(f"{shape!r} is no shape")
+        raise ValueError(f"{shape!r} is not a shape")
     if packed.size != -(-size // 8):
         raise ValueError(f"{packed.size} bytes for {size} weights")
     return jnp.asarray(np.unpackbits(packed, count=size).reshape(shape).astype(bool))

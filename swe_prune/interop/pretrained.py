@@ -122,10 +122,10 @@ class PretrainedSource:
         """Returns the shapes and dtypes of the parameters that `read` returns, in a nested dict.
 
         Args:
-            dtype: As for `read`.
+            dtype: Dtype of the parameters; None: see `read`.
 
         Raises:
-            InputError: As `read`.
+            InputError: Errors of `read`.
         """
         bound, names = self._matched()
         kinds: dict[str, Any] = {}

@@ -44,7 +44,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """Returns what pruning.json of an exported folder says.
 
     Raises:
-        InputError: there is none, or it is damaged.
+        InputError: There is none, or it is damaged.
     """
     return read_json(Path(folder) / FILE)
 
@@ -53,7 +53,7 @@ def record_file(record: PruningRecord, mask: PyTree) -> dict[str, Any]:
     """Returns what pruning.json says: the record, and the counts of the mask.
 
     Raises:
-        InputError: the record has what JSON cannot say.
+        InputError: The record has what JSON cannot say.
     """
     counted = masks.summary(mask)
     content = {
@@ -70,7 +70,7 @@ def record_file(record: PruningRecord, mask: PyTree) -> dict[str, Any]:
     try:
         json.dumps(content, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise InputError(f"the PruningRecord is no JSON: {error}; give plain values") from None
+        raise InputError(f"the PruningRecord is not JSON: {error}; give plain values") from None
     return content
 
 

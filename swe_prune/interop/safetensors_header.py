@@ -50,8 +50,8 @@ def read_header(path: Path) -> Header:
         raw = file.read(length) if length <= min(size - _LENGTH, LARGEST) else None
     if length > LARGEST:
         raise InputError(
-            f"{path} says that its header has {length:,} bytes, which is no header of safetensors; "
-            "get it again"
+            f"{path} says that its header has {length:,} bytes, which is not a header of "
+            "safetensors; get it again"
         )
     if raw is None:
         raise InputError(
@@ -67,7 +67,7 @@ def read_header(path: Path) -> Header:
     for name, one in header.items():
         if not _is_entry(one) or "\0" in name:
             raise InputError(
-                f"{path} has {name!r} in its header, with {_shown(one)}, which is no tensor of "
+                f"{path} has {name!r} in its header, with {_shown(one)}, which is not a tensor of "
                 "safetensors; get it again"
             )
         dtype: str = one["dtype"]

@@ -99,7 +99,7 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: There is no such file in the folder, or no JSON object in it.
     """
     if not os.path.lexists(path):
-        raise InputError(f"{path.parent} is no model folder: it has no {path.name}")
+        raise InputError(f"{path.parent} is not a model folder: it has no {path.name}")
     inside(path.parent, path.name)
     with reading(path):
         raw = path.read_bytes()
@@ -121,7 +121,7 @@ def parse_json(raw: bytes | str, where: object, advice: str = "get it again") ->
         advice: Instruction at the end of the sentence.
 
     Raises:
-        InputError: The text is no JSON object.
+        InputError: The text is not a JSON object.
     """
     with reading(where, advice):
         text = raw.decode() if isinstance(raw, bytes) else raw
@@ -164,7 +164,7 @@ def _no_number(text: str) -> NoReturn:
 
 
 def _whole(text: str) -> int:
-    _finite(text)  # an integer beyond all floats is no setting of anything
+    _finite(text)  # an integer beyond all floats is not a setting
     return int(text)
 
 

@@ -33,11 +33,11 @@ class PretrainedTokenizer:
     """The tokenizer of a pretrained model.
 
     Attributes:
-        backend: a `tokenizers.Tokenizer`.
-        bos_id: of the token that begins a text; None: the model has none.
-        eos_ids: of the tokens that end one; there may be several, or none.
-        chat_template: as Jinja text, for `save` to write; None: none.
-        folder: whose files it was read from, for an export to copy; None: `save` writes it.
+        backend: `tokenizers.Tokenizer` that does the work.
+        bos_id: Id of the token that begins a text; None: the model has none.
+        eos_ids: Ids of the tokens that end a text; there may be several, or none.
+        chat_template: Chat template as Jinja text, for `save` to write; None: none.
+        folder: Folder whose files it was read from, for an export to copy; None: `save` writes it.
     """
 
     backend: Any
@@ -62,7 +62,7 @@ class PretrainedTokenizer:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the ids."""
+        """Dtype of the token ids."""
         return np.dtype(np.int32)
 
     def encode(
@@ -71,10 +71,11 @@ class PretrainedTokenizer:
         """Returns the ids of a text.
 
         Args:
-            text: any.
-            special: read `<|endoftext|>` and the like in it as the tokens they name. False: as the
-                characters they are, as text from elsewhere should be.
-            template: add what the tokenizer puts around every text, such as a first token.
+            text: Any text.
+            special: Whether `<|endoftext|>` and the like in the text are read as the tokens they
+                name. False: as the characters they are, as text from elsewhere should be.
+            template: Whether to add what the tokenizer puts around every text, such as a first
+                token.
         """
         self.backend.encode_special_tokens = not special
         with reading_in_rust("the text", _OTHER):
@@ -85,11 +86,11 @@ class PretrainedTokenizer:
         """Returns the text of token ids, given as a sequence or an integer array (N,).
 
         Args:
-            ids: of tokens.
-            special: write special tokens by their names; False: leave them out.
+            ids: Token ids.
+            special: Whether special tokens are written by their names; False: left out.
 
         Raises:
-            InputError: an id outside [0, vocab_size).
+            InputError: An id outside [0, vocab_size).
         """
         ids = np.asarray(ids, np.int64)
         if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
@@ -117,7 +118,7 @@ def checked(made: PretrainedTokenizer, vocab_size: int, where: str) -> Pretraine
     """Returns a tokenizer after checking that its ids are in the model's vocabulary.
 
     Raises:
-        InputError: an id is beyond it.
+        InputError: An id is beyond it.
     """
     if made.vocab_size > vocab_size:
         last = made.backend.id_to_token(made.vocab_size - 1)

@@ -56,7 +56,7 @@ def layout(fn: Any, params: PyTree, batch: PyTree) -> PyTree:
         batch: Pytree of arrays for one call.
 
     Returns:
-        Pytree like `params` with `Axes`, None where the leaf is no floating-point array or the
+        Pytree like `params` with `Axes`, None where the leaf is not a floating-point array or the
         function does not use it.
 
     Raises:

@@ -29,7 +29,7 @@ AxesOf = Callable[[str, tuple[int, ...]], "Axes"]
 class Axes:
     """What each axis of a weight is in the computation that uses it.
 
-    Every axis is of exactly one sort. A leaf of pytrees, since it is no container.
+    Every axis is exactly one of inputs, outputs and copies. An `Axes` is a leaf of a pytree.
 
     Attributes:
         inputs: Axes that a product sums over.
@@ -206,7 +206,7 @@ def split(named: Mapping[str, Any], layout: PyTree | None) -> dict[str, Any]:
     for name, leaf in named.items():
         axes = copies(name, leaf.shape) if hasattr(leaf, "shape") else ()
         if not axes:
-            parts[name] = leaf  # also what is no array, which is dense
+            parts[name] = leaf  # also what is not an array, which is dense
             continue
         for index, label in copy_labels(name, leaf.shape, axes):
             parts[label] = leaf[index]

@@ -1,7 +1,7 @@
 """How a value inside a computation is laid out in terms of the axes of a weight.
 
-A `View` says of every dimension of a value which axes of a weight it runs over. Shape operations
-map views to views; an operation that mixes axes beyond what can be told returns None.
+A `View` gives the axes of a weight that each dimension of a value runs over. Shape operations map
+views to views; None stands for an operation that mixes axes in any other way.
 """
 
 import dataclasses

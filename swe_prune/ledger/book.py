@@ -69,7 +69,7 @@ class Entry:
 
     @property
     def top(self) -> bool:
-        """Whether it is no part of another entry."""
+        """Whether it is not part of another entry."""
         return "/" not in self.phase
 
 

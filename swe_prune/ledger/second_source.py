@@ -56,9 +56,9 @@ def beside(
     country: str = WORLD,
     say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[None]:
-    """Lets codecarbon watch what runs inside the `with`, if it is installed; writes one file.
+    """Measures the body of the `with` by codecarbon, if it is installed; writes one file.
 
-    Whatever goes wrong in it is said, and does not stop what it watches.
+    Errors of codecarbon are reported and do not stop the body.
 
     Args:
         folder: Folder for the attempt's file, local or in a bucket.

@@ -51,7 +51,7 @@ def write(path: epath.PathLike, entries: Iterable[Entry], factors: Factors) -> N
 
 @checked
 def total(entries: Iterable[Entry], phase: str = "in all") -> Entry:
-    """Returns one entry for all that are no part of another one: seconds, joules, tokens.
+    """Returns one entry for all that are not part of another one: seconds, joules, tokens.
 
     Failed and killed attempts count: they were paid for.
     """
@@ -74,7 +74,7 @@ def total(entries: Iterable[Entry], phase: str = "in all") -> Entry:
 
 
 def by_phase(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """Returns the entries that are no part of another one, by phase, in their order."""
+    """Returns the entries that are not part of another one, by phase, in their order."""
     found: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry.top:

@@ -41,7 +41,7 @@ def main(command: str, given: Any) -> None:
         given: Settings of the command.
 
     Raises:
-        InputError: As each command.
+        InputError: Errors of each command.
     """
     run = {
         "plan": dry_run.plan,
@@ -60,8 +60,8 @@ def prune(given: PruneSettings, progress: Progress, console: Console) -> Path:
     """Prunes a pretrained model, judges it beside the dense one, and writes it; returns its folder.
 
     Raises:
-        InputError: anything that is wrong with the settings, the model or the texts.
-        RunError: a Hessian that no damping helps.
+        InputError: Anything that is wrong with the settings, the model or the texts.
+        RunError: A Hessian that no damping helps.
     """
     request = recipe_of(given)
     interop.check_free(given.out)
@@ -143,8 +143,8 @@ def finetune(given: FinetuneSettings, progress: Progress, console: Console) -> P
     """Fine-tunes a pretrained or a pruned model, judges it, and writes it; returns its folder.
 
     Raises:
-        InputError: anything that is wrong with the settings, the model or the texts.
-        Preempted, RunError: as `training.loop.fit`; the same command goes on.
+        InputError: Anything that is wrong with the settings, the model or the texts.
+        Preempted, RunError: Errors of `training.loop.fit`; the same command resumes.
     """
     finetuning.checked(given)
     interop.check_free(given.out)
@@ -227,7 +227,7 @@ def evaluate(given: EvaluateSettings, progress: Progress, console: Console) -> d
     """Judges a model, beside the dense one where that is named; returns the verdicts by name.
 
     Raises:
-        InputError: anything that is wrong with the settings, the models or the text.
+        InputError: Anything that is wrong with the settings, the models or the text.
     """
     checkpoint = opened(given, progress)
     text = texts.read(given.evaluation, checkpoint)

@@ -53,7 +53,7 @@ def plan(given: RequestSettings, progress: Progress, console: Console) -> None:
     """Prints what `prune` would remove and from where, without reading a weight or a text.
 
     Raises:
-        InputError: anything that is wrong with the settings or the model.
+        InputError: Anything that is wrong with the settings or the model.
     """
     request = recipe_of(given)
     checkpoint = opened(given, progress)

@@ -46,7 +46,7 @@ def checked(settings: FinetuneSettings) -> None:
     """Refuses what cannot be done, before anything is read.
 
     Raises:
-        InputError: a number out of range, or settings that exclude each other.
+        InputError: A number out of range, or settings that exclude each other.
     """
     if settings.batch % settings.accumulate:
         raise InputError(
@@ -129,18 +129,18 @@ def tuned(
     """Returns the parameters after fine-tuning, the masks, and the trajectory if it was tracked.
 
     Args:
-        module: the model.
-        params: float32 weights; given up.
-        masks: bool pytree, None where dense; held, and given up. None: nothing is pruned.
-        teacher: the dense model, of the same vocabulary, or None.
-        text: to train on.
-        settings: checked.
-        progress: told of every step.
-        kept_layers: the teacher's layers that the model has; None: all, or it is not known.
+        module: Linen module of the model.
+        params: Float32 weights; given up.
+        masks: Bool pytree, None where dense; held, and given up. None: nothing is pruned.
+        teacher: Dense model with the same vocabulary, or None.
+        text: Text to train on.
+        settings: Settings, already checked.
+        progress: Progress that is told of every step.
+        kept_layers: Layers of the teacher that the model has; None: all, or it is not known.
 
     Raises:
-        InputError: the text is too short, or OUT.work is of other settings.
-        Preempted, RunError: as `training.loop.fit`.
+        InputError: The text is too short, or OUT.work is of other settings.
+        Preempted, RunError: Errors of `training.loop.fit`.
     """
     work = _settle(settings)
     phase = PhaseConfig(

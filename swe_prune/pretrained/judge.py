@@ -41,10 +41,10 @@ class Verdict:
     """What one model is worth.
 
     Attributes:
-        perplexity: of the evaluation text.
-        written: what it went on with after each prompt.
-        repetition: share of 3-grams in it that stood there before, mean over the prompts.
-        distance: from the dense model; None for itself.
+        perplexity: Perplexity of the evaluation text.
+        written: Continuation of each prompt.
+        repetition: Share of the continuations' 3-grams that occurred before, mean over the prompts.
+        distance: Distance from the dense model; None for itself.
     """
 
     perplexity: PerplexityResult
@@ -77,7 +77,7 @@ def protocol_of(
     """Returns the protocol, its window no longer than the model's context; its name says so.
 
     Raises:
-        InputError: an unknown name, or a window that cannot be.
+        InputError: An unknown name, or a window that cannot be.
     """
     known = protocols.get(settings.protocol)
     window = settings.window or min(known.window, model.config.context)
@@ -116,13 +116,13 @@ def judge(
     """Returns what a model is worth on a text.
 
     Args:
-        module: the model.
-        params: its weights.
-        model: where its tokenizer and context are.
-        text: to be evaluated on.
-        settings: protocol, windows and prompts.
-        dense: weights of the dense model to be compared with; None: not compared.
-        dense_module: the dense model, if units were cut out of it; None: `module`.
+        module: Linen module of the model.
+        params: Weights of the model.
+        model: Pretrained model with the tokenizer and the context length.
+        text: Text to evaluate on.
+        settings: Settings: protocol, windows and prompts.
+        dense: Weights of the dense model to compare with; None: not compared.
+        dense_module: Linen module of the dense model, if units were cut out of it; None: `module`.
     """
     assert model.tokenizer is not None
     found = perplexity_of(module, params, model, text, settings)
@@ -205,9 +205,9 @@ def table(rows: dict[str, Verdict], prompts: tuple[str, ...], text: str) -> list
     """Returns what to print: a table with one row for each model, and what each wrote.
 
     Args:
-        rows: by what they are called; the first is the dense one.
-        prompts: that they went on from.
-        text: what they were evaluated on.
+        rows: Verdicts by the names of their models; the first is the dense one.
+        prompts: Prompts that the models continued.
+        text: Name of the text that they were evaluated on.
     """
     first = next(iter(rows.values())).perplexity
     numbers = Table(title=f"{escape(text)}: {first.tokens:,} tokens, {first.protocol.name}")

@@ -18,10 +18,10 @@ class Text:
     """A text and its tokens.
 
     Attributes:
-        name: as it was given.
-        tokens: int32 (N,), without special tokens.
-        size: bytes of its UTF-8.
-        content: itself.
+        name: Name of the text as given.
+        tokens: Token ids, int32 (N,), without special tokens.
+        size: Number of bytes of its UTF-8.
+        content: Text as a string.
     """
 
     name: str
@@ -34,7 +34,7 @@ def read(name: str, model: interop.Pretrained | interop.PretrainedSource) -> Tex
     """Returns a text in a model's tokens.
 
     Raises:
-        InputError: no such text, or the model has no tokenizer.
+        InputError: No such text, or the model has no tokenizer.
     """
     if model.tokenizer is None:
         raise InputError(

@@ -25,9 +25,9 @@ def write(folder: Path, stats: TrajectoryStats, about: Mapping[str, Any]) -> Non
     """Writes the statistics into a model's folder.
 
     Args:
-        folder: of the model.
-        stats: with their measures.
-        about: how they came to be: text, steps, cadence, and the rules of the weights.
+        folder: Folder of the model.
+        stats: Statistics with their measures.
+        about: Origin of the statistics: text, steps, cadence, and the rules of the weights.
     """
     place = folder / FOLDER
     with contextlib.closing(Checkpoints(place, keep=1)) as store:
@@ -44,12 +44,12 @@ def narrowed(folder: Path, params: PyTree, chosen: PyTree) -> PyTree:
     """Returns those of the chosen weights that the trajectory beside a model tracks.
 
     Args:
-        folder: of the model.
-        params: of the model, which may be abstract.
-        chosen: bool pytree, as `choice.prunable` returns it.
+        folder: Folder of the model.
+        params: Parameters of the model, which may be abstract.
+        chosen: Bool pytree, as `choice.prunable` returns it.
 
     Raises:
-        InputError: it tracks none of them.
+        InputError: It tracks none of them.
     """
     rules = _about(folder)["rules"]
     both = jax.tree.map(lambda one, two: one and two, chosen, choice.prunable(params, **rules))
@@ -65,11 +65,11 @@ def read(folder: Path, params: PyTree) -> TrajectoryStats | None:
     """Returns the statistics beside a model; None where there are none.
 
     Args:
-        folder: of the model, or a file, which has none beside it.
-        params: of the model, for the shapes.
+        folder: Folder of the model, or a file, which has no statistics next to it.
+        params: Parameters of the model, for the shapes.
 
     Raises:
-        InputError: they are damaged, or of another model.
+        InputError: They are damaged, or of another model.
     """
     if not there(folder):
         return None

@@ -1,4 +1,4 @@
-"""Systems that the seed papers stand beside and that are no pruning criterion, one file each.
+"""Systems of the seed papers that are not pruning criteria, one file each.
 
 dsmoe      an MLP in blocks that tokens switch on and off (arXiv 2502.12455)
 ecomls     switching between models of different cost while they serve (arXiv 2404.11411)

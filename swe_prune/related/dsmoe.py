@@ -46,7 +46,7 @@ Weights = Mapping[str, Mapping[str, Array]]
 def thresholded(q: Float[Array, "..."], tau: float) -> Float[Array, "..."]:
     """Returns G(q): q where it is above tau, else 0."""
     q = jnp.asarray(q, jnp.float32)
-    return jnp.where(q <= tau, 0.0, q)  # what is NaN is no closed gate
+    return jnp.where(q <= tau, 0.0, q)  # a NaN is not a closed gate
 
 
 @checked
@@ -161,12 +161,12 @@ def skipped(
         blocks: Weights, from `partitioned`.
         q: Gates.
         tau: Threshold, as in `factors`.
-        scaled: As in `factors`.
-        activation: As in `computed`.
+        scaled: Whether to multiply by n / (number of open gates), as dropout does.
+        activation: Name in `models.gpt.ACTIVATIONS`.
         rungs: Number of sizes above 0, each of which is compiled.
 
     Raises:
-        InputError: As in `computed` and `factors`, or if there are no or more than 64 rungs.
+        InputError: Errors of `computed` and `factors`, or if there are no or more than 64 rungs.
     """
     if len(blocks.parts) != q.shape[1] or not blocks.parts:
         raise InputError(
@@ -211,8 +211,8 @@ class Gated:
         blocks: Number n of blocks of each MLP.
         tau: Threshold in [0, 1).
         bias: Constant added to the router's output.
-        scaled: As in `factors`.
-        straight: As in `factors`.
+        scaled: Whether to multiply by n / (number of open gates), as dropout does.
+        straight: Whether gradients pass the threshold. Otherwise closed gates do not learn.
         skip: Whether `apply` skips closed blocks (`skipped`), for inference.
 
     Raises:

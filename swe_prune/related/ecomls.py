@@ -281,8 +281,8 @@ def compare(
         seeds: Seeds of the random choices.
 
     Raises:
-        InputError: As in `Switcher` and `serve`, or if there are no seeds or probabilities, or one
-            is given twice.
+        InputError: Errors of `Switcher` and `serve`, or if there are no seeds or probabilities, or
+            one is given twice.
     """
     for what, given in (("epsilons", [f"{one:g}" for one in epsilons]), ("seeds", list(seeds))):
         if not given or len(set(given)) < len(given):

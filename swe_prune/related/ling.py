@@ -60,10 +60,10 @@ def balance_loss(scores: Float[Array, "N E"], per_token: int) -> Float[Array, ""
 
     Args:
         scores: Scores of the router.
-        per_token: As in `routed`.
+        per_token: Number k of experts of a token.
 
     Raises:
-        InputError: As in `routed`, or if there is no token.
+        InputError: Errors of `routed`, or if there is no token.
     """
     _check_some(scores)
     chosen = (routed(scores, per_token) > 0).mean(0) / per_token
@@ -83,7 +83,7 @@ def warmed(
 
     Args:
         scores: Scores of the router.
-        share: a, from 0, noise alone, to 1.
+        share: Share a, from 0, noise alone, to 1.
         key: Random key.
 
     Raises:
@@ -154,7 +154,7 @@ class Ling:
         Args:
             params: Parameters.
             batch: "inputs" and "targets".
-            warm: a of `warmed`. None: the scores as they are.
+            warm: Share a of `warmed`. None: the scores as they are.
             key: Random key of the noise.
         """
         logits, kept = self.apply(

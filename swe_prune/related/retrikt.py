@@ -73,7 +73,7 @@ def store(
 
     Raises:
         InputError: If there is no entry, keys and values differ in number, tokens are not below the
-            number of symbols, a key is not finite, or values are no distributions.
+            number of symbols, a key is not finite, or values are not distributions.
     """
     if len(keys) != len(values) or not len(keys):
         raise InputError(
@@ -124,8 +124,8 @@ def retrieved(
         temperature: T, in the units of a squared distance.
 
     Raises:
-        InputError: If k is no number of entries of the store, the widths differ, or the temperature
-            is not above 0.
+        InputError: If k is not a number of entries of the store, the widths differ, or the
+            temperature is not above 0.
     """
     if not 1 <= k <= entries.size:
         raise InputError(f"k must be between 1 and the store's {entries.size} entries, got {k}")
@@ -162,12 +162,12 @@ def interpolated(
 
     Args:
         logits: Logits of the student.
-        found: p_kNN, from `retrieved`.
+        found: Probabilities p_kNN, from `retrieved`.
         share: λ, in [0, 1]. With 0 it is the student's.
 
     Raises:
-        InputError: If the share is out of its range, the shapes differ, or `found` is no
-            distribution.
+        InputError: If the share is out of its range, the shapes differ, or `found` is
+            not a distribution.
     """
     if not 0 <= share <= 1:
         raise InputError(f"share must be between 0 and 1, got {share}")

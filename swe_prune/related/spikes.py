@@ -24,7 +24,7 @@ class Watch(NamedTuple):
     """Running mean and variance of the loss, and what came of its spikes.
 
     Attributes:
-        mean: Mean of the losses that were no spikes.
+        mean: Mean of the losses that were not spikes.
         variance: Their variance.
         seen: Number of them.
         in_row: Number of spikes since the last one of them.
@@ -64,7 +64,7 @@ def spiked(
         watch: State.
         loss: Loss of the batch, before its update.
         deviations: Number of standard deviations.
-        decay: Of the running mean and variance, in [0, 1).
+        decay: Decay of the running mean and variance, in [0, 1).
         warmup: Number of losses before the first spike.
         patience: Number of spikes in a row, 1 or more.
         backoff: Factor of the learning rate, in (0, 1].

@@ -77,11 +77,11 @@ def conv(
         x: Images, channels last.
         kernel: Kernel (height, width, input channels, output channels).
         bias: Bias (O,).
-        keep: As in `dense`.
+        keep: Share of the output channels that gradients pass through, in (0, 1]; static.
         strides: Strides.
         padding: "SAME", "VALID" or pairs.
-        key: As in `dense`.
-        only_weights: As in `dense`.
+        key: Random key, for random channels in place of the largest.
+        only_weights: Whether the gradient of x is exact all the same.
 
     Raises:
         InputError: If `keep`, the strides or the padding are out of their range.
@@ -115,7 +115,7 @@ def channels(keep: float, count: int) -> int:
     """Returns the number of channels that gradients pass through.
 
     Raises:
-        InputError: If `keep` is no number in (0, 1].
+        InputError: If `keep` is not a number in (0, 1].
 
     >>> channels(0.2, 64), channels(0.01, 64), channels(1.0, 64), channels(0.29, 100)
     (12, 1, 64, 29)
@@ -295,7 +295,7 @@ class Schedule:
         """Returns the share of a step or epoch, counted from 0.
 
         Raises:
-            InputError: If it is no number of a step.
+            InputError: If it is not a step number.
         """
         if at < self.warmup:
             return 1.0

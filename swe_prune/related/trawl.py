@@ -295,7 +295,7 @@ def _matrices(params: PyTree, stack: Stack) -> dict[str, Array]:
     leaves = dict(tree.named_leaves(params))
     for name in stack:
         if getattr(leaves.get(name), "ndim", 0) != 2:
-            raise InputError(f"{name!r} is no matrix of the parameters; correct the names")
+            raise InputError(f"{name!r} is not a matrix of the parameters; correct the names")
     return leaves
 
 

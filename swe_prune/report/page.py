@@ -32,7 +32,7 @@ def build(workdir: epath.PathLike) -> list[epath.Path]:
     a note of what is missing.
 
     Raises:
-        InputError: no finished cell, a malformed file, or the extra `report` is not installed.
+        InputError: No finished cell, a malformed file, or the extra `report` is not installed.
     """
     need_extra()
     # Imported here because they need matplotlib, which the rest of the library does without.

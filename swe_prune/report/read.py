@@ -53,7 +53,7 @@ def load(workdir: epath.PathLike) -> Results:
     """Returns everything the working directory holds by now.
 
     Raises:
-        InputError: there is no finished cell, or a file is malformed; the file is named.
+        InputError: There is no finished cell, or a file is malformed; the file is named.
     """
     workdir = storage.parse_path(workdir, "working directory")
     rows, repeated = read_rows(workdir / "results.csv")
@@ -214,7 +214,7 @@ def _read_detail(path: epath.Path) -> tuple[CellKey, Detail]:
             for name, counts in value.get("tensors", {}).items()
         }
         if not all(fits([*two], [int]) and 0 <= two[0] <= two[1] for two in tensors.values()):
-            raise ValueError("'tensors' has numbers that are no counts")
+            raise ValueError("'tensors' has numbers that are not counts")
         histogram = _histogram(value["histogram"]) if value.get("histogram") else None
         kept = value.get("sample_kept", {})
         if not all(fits(mask, [bool]) for mask in kept.values()):
@@ -245,7 +245,7 @@ def _histogram(value: dict[str, Any]) -> Histogram:
     edges, names = value["edges"], ("dense", "pruned", "finetuned")
     counts = {name: value.get(name) or [] for name in names}
     if not fits(edges, [float]) or sorted(edges) != edges or not fits([*counts.values()], [[int]]):
-        raise ValueError("'histogram' has what are no edges or counts")
+        raise ValueError("'histogram' has values that are not edges or counts")
     for name, numbers in counts.items():
         if len(numbers) != len(edges) - 1 and not (name == "finetuned" and not numbers):
             raise ValueError(f"histogram {name!r} has {len(numbers)} counts, {len(edges)} edges")

@@ -173,7 +173,7 @@ def per_seed(rows: Iterable[Row], field: str) -> dict[int, float]:
 
 
 def moderate(cells: Iterable[Cell]) -> list[Cell]:
-    """Returns of each name the cell whose achieved sparsity is nearest to 60 %."""
+    """Returns, for each name, the cell whose achieved sparsity is nearest to 60 %."""
     found: dict[str, Cell] = {}
     for cell in cells:
         other = found.setdefault(cell.name, cell)

@@ -86,7 +86,7 @@ _HELD: dict[str, tuple[int, int]] = {}
 
 @contextlib.contextmanager
 def held(folder: epath.PathLike, marker: str = "") -> Iterator[None]:
-    """Watches that a local folder of a run stays where it is; `check_held` says so if not.
+    """Detects whether a run's local folder is moved or replaced; see `check_held`.
 
     Args:
         folder: Folder of the run.
@@ -217,7 +217,7 @@ def parse_json(text: str) -> dict[str, Any]:
     """Returns the object that a JSON text is, without its checksum, which is held against it.
 
     Raises:
-        ValueError: The text is no JSON object, has a key twice, or was changed since it was made.
+        ValueError: The text is not a JSON object, has a key twice, or was changed since.
     """
     try:
         value = json.loads(text, object_pairs_hook=each_once)
@@ -274,7 +274,7 @@ def read_json(path: epath.PathLike, *, sealed: bool = False) -> dict[str, Any]:
         sealed: Whether it must have its checksum.
 
     Raises:
-        ValueError: As `read_text` and `parse_json`, or the checksum is missing.
+        ValueError: Errors of `read_text` and `parse_json`, or the checksum is missing.
         OSError: The file cannot be read.
     """
     text = read_text(path)

@@ -17,15 +17,15 @@ class MovementSchedule:
     2020); Lagunas et al. (EMNLP 2021).
 
     Args:
-        final: v or τ at the end, in [0, 1].
-        steps: of the whole training.
-        warmup: the learning rate's warm-up in steps, the unit of the two others.
-        initial: v or τ at first, in [0, 1].
-        initial_warmup: for how many warm-ups the value stays `initial`.
-        final_warmup: for how many it is `final` at the end.
+        final: Value of v or τ at the end, in [0, 1].
+        steps: Number of steps of the whole training.
+        warmup: Learning rate's warm-up in steps, the unit of the two others.
+        initial: Value of v or τ at first, in [0, 1].
+        initial_warmup: Number of warm-ups for which the value stays `initial`.
+        final_warmup: Number of warm-ups for which the value is `final` at the end.
 
     Raises:
-        InputError: a value outside [0, 1], or warm-ups that leave no step between them.
+        InputError: A value outside [0, 1], or warm-ups that leave no step between them.
 
     >>> schedule = MovementSchedule(final=0.15, steps=1000, warmup=100)
     >>> schedule.value(100), round(schedule.value(450), 6), schedule.value(800)
@@ -71,7 +71,7 @@ class MovementSchedule:
         """Returns λ = `final` · τ / final τ, the weight of soft movement's penalty.
 
         Raises:
-            InputError: the final τ is 0.
+            InputError: The final τ is 0.
         """
         if self.final == 0:
             raise InputError("a final threshold of 0 gives the penalty no scale; raise it above 0")

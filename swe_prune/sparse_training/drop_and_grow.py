@@ -108,10 +108,10 @@ def rigl_update(
         fraction: Share of each tensor's active weights to exchange; may be traced.
         grads: Dense gradient at the masked weights, as `jax.grad` gives it.
         regrown: One of `REGROWN`.
-        layout: As in `drop_and_grow`.
+        layout: Pytree of `layout.Axes` like the parameters; see `drop_and_grow`.
 
     Raises:
-        InputError: As for `drop_and_grow`.
+        InputError: Errors of `drop_and_grow`.
 
     >>> w, m = {"w": jnp.array([3.0, 1.0, 0.0])}, {"w": jnp.array([True, True, False])}
     >>> w, m, _ = rigl_update(w, m, None, 0.5, {"w": jnp.array([0.0, 1.0, -2.0])})
@@ -145,10 +145,10 @@ def set_update(
         key: Random key, a new one for every update; each tensor draws from its own stream, named
             by its path.
         regrown: One of `REGROWN`.
-        layout: As in `drop_and_grow`.
+        layout: Pytree of `layout.Axes` like the parameters; see `drop_and_grow`.
 
     Raises:
-        InputError: As for `drop_and_grow`.
+        InputError: Errors of `drop_and_grow`.
     """
     check_mask(mask)
     scores = tree.map_named(
@@ -183,7 +183,7 @@ def _check(params: PyTree, mask: PyTree, fraction: Any, scores: PyTree, regrown:
     check_choice(regrown, REGROWN, "regrown")
     if not isinstance(fraction, Tracer) and not 0 <= float(fraction) <= 1:
         raise InputError(
-            f"fraction = {fraction!r} is no share in [0, 1]; give that of the active weights to "
+            f"fraction = {fraction!r} is not a share in [0, 1]; give that of the active weights to "
             "exchange"
         )
     if not jax.tree.leaves(mask):

@@ -17,8 +17,8 @@ class ElsaState(NamedTuple):
 
     Attributes:
         inner: State of the wrapped optimizer.
-        sparse: z, the nearest sparse weights, float32, None where dense.
-        dual: u, the scaled dual variable, float32, None where dense.
+        sparse: Nearest sparse weights z, float32, None where dense.
+        dual: Scaled dual variable u, float32, None where dense.
         count: Number of steps taken, int32.
     """
 
@@ -127,7 +127,7 @@ def elsa_masks(
         layout: Pytree of `layout.Axes` like the parameters.
 
     Raises:
-        InputError: As for `masks.by_sparsity`.
+        InputError: Errors of `masks.by_sparsity`.
     """
     return _masks(_shifted(params, state.dual), sparsity, scope, layout)
 

@@ -46,9 +46,9 @@ def init(params: PyTree, prunable: PyTree | None = None, value: float = 0.0) -> 
     """Returns scores to begin with: float32, one constant, None where dense.
 
     Args:
-        params: pytree of weights.
-        prunable: bool pytree; None: `tree.prunable(params)`.
-        value: the constant.
+        params: Pytree of weights.
+        prunable: Bool pytree; None: `tree.prunable(params)`.
+        value: Initial value of every score.
 
     >>> init({"kernel": jnp.ones((1, 2))})["kernel"].tolist()
     [[0.0, 0.0]]
@@ -60,12 +60,12 @@ def forward(params: PyTree, scores: PyTree, mask: PyTree) -> PyTree:
     """Returns the masked weights, whose gradient reaches the scores straight through the mask.
 
     Args:
-        params: pytree of weights W.
+        params: Pytree of weights W.
         scores: S, float32, None where dense.
         mask: M, bool, made from the scores by `hard_masks` or `soft_masks`.
 
     Raises:
-        InputError: the three differ in structure or shape.
+        InputError: The three differ in structure or shape.
 
     >>> w, s, m = ({"w": jnp.array(x)} for x in ([2.0, 3.0], [0.0, 1.0], [False, True]))
     >>> loss = lambda w, s: (forward(w, s, m)["w"] * 5).sum()
@@ -96,11 +96,11 @@ def hard_masks(
     Args:
         scores: S, None where dense.
         sparsity: 1 − v, as `MovementSchedule.sparsity` gives; may be traced.
-        scope: of `masks.by_sparsity`; "global" ranks all tensors together.
-        layout: of `masks.by_sparsity`.
+        scope: Scope of `masks.by_sparsity`; "global" ranks all tensors together.
+        layout: Pytree of `layout.Axes` like the scores; see `masks.by_sparsity`.
 
     Raises:
-        InputError: as `masks.by_sparsity`.
+        InputError: Errors of `masks.by_sparsity`.
     """
     return masks.by_sparsity(stopped(scores), sparsity, scope, layout=layout)
 
@@ -142,7 +142,7 @@ def l0_gates(scores: PyTree, key: PRNGKeyArray | None = None) -> PyTree:
 
     Args:
         scores: S, None where dense.
-        key: for training, a new one in every step; None: to evaluate.
+        key: Random key for training, a new one in every step; None: to evaluate.
     """
     _check_scores(scores)
 
@@ -178,7 +178,7 @@ def penalty(scores: PyTree, kind: str = "l1") -> Float[Array, ""]:
         kind: "l1" or "l0".
 
     Raises:
-        InputError: an unknown kind, or no scores.
+        InputError: An unknown kind, or no scores.
 
     >>> float(penalty({"w": jnp.zeros(3)}))
     0.5

@@ -24,8 +24,8 @@ def all_kept(params: PyTree, prunable: PyTree | None = None) -> PyTree:
     """Returns the masks that training starts with: True everywhere, None where dense.
 
     Args:
-        params: pytree of weights.
-        prunable: bool pytree; None: `tree.prunable(params)`.
+        params: Pytree of weights.
+        prunable: Bool pytree; None: `tree.prunable(params)`.
 
     >>> all_kept({"up": {"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)}})
     {'up': {'bias': None, 'kernel': Array([[ True,  True]], dtype=bool)}}
@@ -63,19 +63,19 @@ def prune_on_schedule(
     nearest, whose counts differ by less than 1e-7 of the weights.
 
     Args:
-        schedule: of `swe_prune.schedules`, or an object with the same methods.
-        score: a criterion's name, scored by `importance.score` on the tensors that have a mask; or
+        schedule: Schedule of `swe_prune.schedules`, or an object with the same methods.
+        score: Name of a criterion, scored by `importance.score` on the tensors that have a mask; or
             a function of what follows the mask in a call, to scores with None where dense.
-        scope: of `masks.by_sparsity`.
+        scope: Scope of `masks.by_sparsity`.
         regrow: False: a pruned weight stays pruned, whatever its score; True: it may return, as
             long as its value is kept somewhere, as straight-through training does.
         allocate: Function of (scores, sparsity, *args of the call) to an `allocation.Allocation`,
             which may give a tensor more weights than before. None: the scope distributes the
             sparsity. Needs a Python step.
-        **options: of `masks.by_sparsity`, such as `pattern` and `layout`.
+        **options: Options of `masks.by_sparsity`, such as `pattern` and `layout`.
 
     Raises:
-        InputError: an unknown criterion, or a reduction of scores under which pruned units cannot
+        InputError: An unknown criterion, or a reduction of scores under which pruned units cannot
             be told from others. In a call: as `importance.score` and `masks.by_sparsity`.
     """
     if isinstance(score, str):
@@ -166,7 +166,7 @@ def _levels(schedule: schedules.Schedule) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ranked_together(scores: PyTree, scope: str, options: dict[str, Any]) -> Sequence[int]:
-    """Returns of how many scores each a share is taken; nothing for units and rows."""
+    """Returns the group sizes that the sparsity applies to; none for units and rows."""
     if scope == "row" or options.get("pattern") is not None:
         return ()
     if scope == "global":

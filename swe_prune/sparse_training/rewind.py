@@ -23,16 +23,16 @@ from swe_prune.errors import InputError
 def rewind(params: PyTree, early_params: PyTree, mask: PyTree) -> PyTree:
     """Returns the early values under the late mask, dense tensors' early values too.
 
-    Start the optimizer anew with them, or give it an early state through `masks.hold_moments`, and
-    train again by a schedule that starts at the early step, `rewound_schedule`.
+    Reinitialize the optimizer with them, or give it an early state through `masks.hold_moments`,
+    and train again by a schedule that starts at the early step, `rewound_schedule`.
 
     Args:
-        params: the late weights, for their structure, shapes, dtypes and places on devices.
-        early_params: of an early checkpoint; arrays of numpy will do.
-        mask: bool pytree, None where dense.
+        params: Late weights, which give structure, shapes, dtypes and shardings.
+        early_params: Parameters of an early checkpoint; arrays of numpy will do.
+        mask: Bool pytree, None where dense.
 
     Raises:
-        InputError: the trees differ in structure or a tensor in shape.
+        InputError: The trees differ in structure or a tensor in shape.
 
     >>> late, early = {"w": jnp.array([5.0, 6.0])}, {"w": jnp.array([1.0, 2.0])}
     >>> rewind(late, early, {"w": jnp.array([True, False])})["w"].tolist()
@@ -59,13 +59,13 @@ def rewound_schedule(schedule: optax.Schedule, to: int, *, at: int = 0) -> optax
     """Returns an optax schedule that goes on from an early step: t ↦ schedule(t − at + to).
 
     Args:
-        schedule: of the learning rate, from a step count to a rate.
-        to: the step to go back to.
-        at: the optimizer's own count when it goes back; before that the schedule is as it was. 0
-            for an optimizer that is started anew.
+        schedule: Schedule of the learning rate, from a step count to a rate.
+        to: Step to go back to.
+        at: Step count of the optimizer when it goes back; before that the schedule is as it was. 0
+            for an optimizer that is reinitialized.
 
     Raises:
-        InputError: a negative or fractional step.
+        InputError: A negative or fractional step.
 
     >>> rate = rewound_schedule(optax.linear_schedule(1.0, 0.0, 10), to=5)
     >>> [float(rate(t)) for t in (0, 5)]

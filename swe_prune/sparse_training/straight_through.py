@@ -16,11 +16,11 @@ def straight_through(params: PyTree, mask: PyTree) -> PyTree:
     come back when the mask lets them. Bengio, Léonard and Courville (arXiv 1308.3432).
 
     Args:
-        params: pytree of weights.
-        mask: bool pytree, None where dense.
+        params: Pytree of weights.
+        mask: Bool pytree, None where dense.
 
     Raises:
-        InputError: mask and parameters differ in structure or shape.
+        InputError: Mask and parameters differ in structure or shape.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -55,7 +55,7 @@ def ste_magnitude(
         layout: Pytree of `layout.Axes` like the parameters; see `masks.by_sparsity`.
 
     Raises:
-        InputError: As for `importance.score` and `masks.by_sparsity`.
+        InputError: Errors of `importance.score` and `masks.by_sparsity`.
 
     >>> import jax.numpy as jnp
     >>> ste_magnitude({"w": jnp.array([[1.0, -3.0]])}, None, 0.5)["w"].tolist()

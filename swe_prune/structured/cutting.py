@@ -82,7 +82,7 @@ def unit_mask(params: PyTree, groups: Groups, keep: Mapping[str, Any]) -> PyTree
         keep: Indices of kept units by group.
 
     Raises:
-        InputError: As `cut`.
+        InputError: Errors of `cut`.
     """
     kept = check_keep(groups, keep)
     where = placed({name: groups[name] for name in kept}, params) if kept else {}

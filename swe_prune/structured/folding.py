@@ -37,7 +37,8 @@ def fold_units(
         layout: Pytree of `Axes` like the parameters. None: Flax's convention by name.
 
     Raises:
-        InputError: As `readers`, or kept units that are not what the order of removal leaves.
+        InputError: Errors of `readers`, or kept units that are not what the order of removal
+            leaves.
     """
     of_group, leaves = readers(groups, params, layout), dict(tree.named_leaves(params))
     new: dict[str, Any] = {}

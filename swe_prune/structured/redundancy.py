@@ -1,4 +1,4 @@
-"""Redundant units: which of two that tell the same goes, and the partner that makes it redundant.
+"""Redundant units: which unit of a similar pair is removed, and its partner.
 
 Unsupervised and without retraining. Source: Huang, Song and Pao, arXiv 2406.00030, and its journal
 version, Entropy 2025, 27(12), 1224. What these leave open (threshold, kernel width, which of a pair
@@ -37,7 +37,7 @@ class Similarity:
         kind: One of `SIMILARITIES`.
         constant_F: Whether each unit had one value on all samples, which tells nothing.
         mean_entropy: Mean S₂ of the units in bits, None for a correlation.
-        largest_entropy: log₂ N.
+        largest_entropy: Upper bound log₂ N of the entropy, in bits.
     """
 
     values_FxF: Float[np.ndarray, "F F"]
@@ -73,10 +73,10 @@ class Redundancy:
         kind: What was compared, one of `SIMILARITIES`.
         method: One of `METHODS`.
         threshold: Threshold at the start of "pairs".
-        last_threshold: That at the end, lowered when pairs above it were no longer found.
+        last_threshold: Threshold at the end, lowered when pairs above it were no longer found.
         seed: Seed of "pairs".
         mean_entropy: Mean entropy of the units in bits, None for a correlation.
-        largest_entropy: log₂ of the number of samples.
+        largest_entropy: Upper bound of the entropy in bits, log₂ of the number of samples.
         distance: Distance of the pruned model from the dense one, where seeds were compared by it.
     """
 

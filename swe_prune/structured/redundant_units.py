@@ -71,8 +71,8 @@ def redundant_units(
         Redundancies by group; of a group with copies by "group[copy]".
 
     Raises:
-        InputError: As `readers`, `similarity` and `rank`, samples that are missing or do not fit,
-            or several seeds without a distance.
+        InputError: Errors of `readers`, `similarity` and `rank`, samples that are missing or do not
+            fit, or several seeds without a distance.
     """
     if not seeds or (len(seeds) > 1 and distance is None):
         raise InputError(
@@ -141,7 +141,7 @@ def redundancy_scores(groups: Groups, found: Mapping[str, Redundancy]) -> dict[s
 def _units(
     groups: Groups, params: PyTree, samples: Mapping[str, Array], layout: PyTree | None
 ) -> list[tuple[str, str, Float[np.ndarray, "F D"], Float[np.ndarray, "N F"]]]:
-    """Returns of each group and copy its name, label, the weight that reads it, and its samples."""
+    """Returns the name, label, reading weight and samples of each group and copy."""
     leaves, of = dict(tree.named_leaves(params)), axes_of(layout)
     found = []
     for name, leaf in readers(groups, params, layout).items():

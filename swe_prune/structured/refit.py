@@ -80,8 +80,8 @@ def refit(
         a report for each weight.
 
     Raises:
-        InputError: As `cut` and `blockwise.least_squares`, a weight that was not measured, or
-            several dampings without other text.
+        InputError: Errors of `cut` and `blockwise.least_squares`, a weight that was not measured,
+            or several dampings without other text.
 
     >>> from swe_prune.structured import Group
     >>> params = {"down": {"kernel": jnp.array([[1.0], [2.0]]), "bias": jnp.zeros(1)}}

@@ -13,7 +13,7 @@ prune_phase      the phase that prunes
 finetune_phase   the phase that recovers; gradual, pruning during it
 cuts             the phase that cuts and serves; cut_shapes, its checks; serving, its windows;
                  payback, when a cut has paid for itself
-mend             finished phases that were damaged later
+mend             repairs of finished phases that were damaged later
 saved            the models on disk
 samples          what a model writes, and how far it is from the dense one
 histograms       what the report draws of the weights

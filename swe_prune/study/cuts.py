@@ -176,7 +176,7 @@ def _cut(experiment: Experiment, seed: int, cut: CutConfig, dense: Any) -> tuple
             request, dense.params, evidence, experiment.prunable, experiment.layout
         )
         units = structured.unit_scores(groups, scores)
-    # Of units that nothing computes as many go, whichever they are.
+    # All blocks keep equal widths, so unused units lose as many, whichever they are.
     nothing = {name: np.zeros(group.shape) for name, group in every.items()}
     keep = structured.choose(every, {**nothing, **units}, sparsity=cut.sparsity)
     if cut.restore:

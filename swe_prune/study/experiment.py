@@ -43,29 +43,30 @@ class Experiment:
     """What the phases share.
 
     Attributes:
-        config: settings.
-        workdir: where results go.
-        data: token ids of both splits, or pictures with their texts.
-        checkpoint: whose weights the dense phase starts from; None: fresh ones.
-        model: untied from any parameters; neither scanned nor rematerialised, since calibration and
-            blockwise pruning look into its layers. The compiled steps have it as the config says.
-        mesh: the devices.
-        host_statistics: whether trajectory statistics live in the host's memory.
-        undivided: a sentence for each axis of a parameter that the mesh does not divide.
-        abstract_params: the parameters' shapes, dtypes and shardings.
-        prunable: bool pytree like the parameters.
+        config: Settings of the experiment.
+        workdir: Directory of the results.
+        data: Token ids of both splits, or pictures with their texts.
+        checkpoint: Pretrained model whose weights the dense phase starts from; None: fresh weights.
+        model: Model without its parameters; neither scanned nor rematerialised, since calibration
+            and blockwise pruning look into its layers. The compiled steps have it as the config
+            says.
+        mesh: Mesh of the devices.
+        host_statistics: Whether trajectory statistics live in the host's memory.
+        undivided: Sentence for each axis of a parameter that the mesh does not divide.
+        abstract_params: Shapes, dtypes and shardings of the parameters.
+        prunable: Bool pytree like the parameters.
         layout: `layout.Axes` like the parameters.
-        measures: what is tracked.
-        cells: this process's share of the study.
-        train_steps: of the dense phase.
-        tunings: every recovery of the study, with its compiled step.
-        track_every: steps between snapshots.
-        validation: the fixed validation batches.
-        training: as many fixed windows of the training text.
-        calibration: random ones of it, in batches; empty when no cell needs them.
-        optimizer: of the dense phase.
-        train_step: compiled, for the dense phase.
-        eval_step: compiled.
+        measures: Trajectory measures that are tracked.
+        cells: Cells of the study that this process runs.
+        train_steps: Number of steps of the dense phase.
+        tunings: Every recovery of the study, with its compiled step.
+        track_every: Number of steps between snapshots.
+        validation: Fixed validation batches.
+        training: Same number of fixed windows of the training text.
+        calibration: Random windows of the training text, in batches; empty when no cell needs them.
+        optimizer: Optimizer of the dense phase.
+        train_step: Compiled train step of the dense phase.
+        eval_step: Compiled evaluation step.
     """
 
     config: Config
@@ -227,12 +228,12 @@ def setup(config: Config, path: epath.PathLike, shard: Shard | None = None) -> E
     """Returns the experiment, with everything checked that can be before any training.
 
     Args:
-        config: settings.
-        path: the working directory, of which nothing is made yet; see `workdir.claim`.
-        shard: which cells this process takes; None: all.
+        config: Settings of the experiment.
+        path: Working directory; not created here.
+        shard: Shard whose cells this process runs; None: all.
 
     Raises:
-        InputError: whatever is wrong with the config or the data.
+        InputError: Whatever is wrong with the config or the data.
     """
     grid.cells(config)
     cut_shapes.check(config)
@@ -375,7 +376,7 @@ def vocab_size(config: Config, data: feeds.Data) -> int:
     """Returns the model's number of symbols: the config's, or the tokenizer's.
 
     Raises:
-        InputError: the config's is too small for the text.
+        InputError: The config's is too small for the text.
     """
     found = data.tokenizer.vocab_size
     wanted = config.model.vocab_size

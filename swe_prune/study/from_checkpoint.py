@@ -17,7 +17,7 @@ def opened(config: Config) -> tuple[Config, interop.PretrainedSource | None]:
     """Returns the config with the checkpoint's sizes in it, and the checkpoint, its weights unread.
 
     Raises:
-        InputError: it cannot be read or brings no tokenizer, the config names a size of its own
+        InputError: It cannot be read or brings no tokenizer, the config names a size of its own
             beside it, or windows longer than the model's context.
     """
     path = config.model.pretrained
@@ -63,7 +63,7 @@ def check_texts(data: data_lib.TextData) -> None:
     Calibration is of the training text, so this guards it too.
 
     Raises:
-        InputError: they share a passage.
+        InputError: They share a passage.
     """
     data_lib.check_disjoint(*data.texts)
 
@@ -72,8 +72,8 @@ def weights(checkpoint: interop.PretrainedSource, abstract_params: PyTree) -> Py
     """Returns the checkpoint's weights as float32, each born on its devices.
 
     Args:
-        checkpoint: opened.
-        abstract_params: with the shardings.
+        checkpoint: Opened pretrained model.
+        abstract_params: Abstract parameters, with their shardings.
     """
     shardings = {name: leaf.sharding for name, leaf in tree.named_leaves(abstract_params)}
     read = checkpoint.read(dtype="float32", shardings=lambda name, shape: shardings[name])

@@ -27,7 +27,7 @@ class Recovery:
 
     Attributes:
         kind: One of `config.Recovery`; see `config.CellConfig`.
-        steps: how long, None for the length of fine-tuning.
+        steps: Number of steps; None: the length of fine-tuning.
     """
 
     kind: str = "finetune"
@@ -112,7 +112,7 @@ class Cell:
         """Returns which of the prunable weights the cell prunes, a bool pytree like `prunable`.
 
         Raises:
-            InputError: A rule is no regular expression or matches no prunable weight.
+            InputError: A rule is not a regular expression or matches no prunable weight.
         """
         if self.include is None:
             return prunable
@@ -242,7 +242,7 @@ def measures(config: Config) -> tuple[str, ...]:
     """Returns the measures to track: those of the config, or those that the criteria need.
 
     Raises:
-        InputError: an unknown criterion or measure, or a criterion whose measure is not tracked.
+        InputError: An unknown criterion or measure, or a criterion whose measure is not tracked.
     """
     of_cuts = [cut.recipe for cut in config.cuts if cut.recipe is not None]
     requests = [*(cell.recipe for cell in cells(config)), *of_cuts]

@@ -35,8 +35,8 @@ def sampler(prunable: PyTree, everywhere: Any) -> Callable[[PyTree], dict[str, A
     """Returns the compiled function from parameters to the sampled weights of prunable tensors.
 
     Args:
-        prunable: bool pytree like the parameters.
-        everywhere: the sharding of what every process is to have.
+        prunable: Bool pytree like the parameters.
+        everywhere: Sharding of arrays that every process must have whole.
     """
 
     def sample(params: PyTree) -> dict[str, Any]:
@@ -58,10 +58,10 @@ def histogram(params: PyTree, masks: PyTree, edges: Any, *, kept_only: bool) -> 
     """Returns int64 counts of the masked tensors' weights per bin.
 
     Args:
-        params: weights.
-        masks: bool pytree, None where dense; dense tensors are not counted.
-        edges: from `histogram_edges`; what lies beyond them goes into the outermost bins.
-        kept_only: leave out what the mask removes.
+        params: Pytree of weights.
+        masks: Bool pytree, None where dense; dense tensors are not counted.
+        edges: Bin edges from `histogram_edges`; values beyond them go into the outermost bins.
+        kept_only: Whether weights that the mask removes are left out.
     """
     edges = np.asarray(edges, np.float32)
     counts = np.zeros(len(edges) - 1, np.int64)

@@ -106,11 +106,11 @@ def _pretrained_loss(experiment: Experiment, params: PyTree) -> float:
     """Returns the loss of the checkpoint as it came, in nats per token on the validation windows.
 
     Args:
-        experiment: of a checkpoint.
-        params: its weights.
+        experiment: Experiment that starts from a checkpoint.
+        params: Weights of the checkpoint.
 
     Raises:
-        InputError: it is no better than guessing, so nothing pruned from it could be judged.
+        InputError: It is no better than guessing, so nothing pruned from it could be judged.
     """
     assert experiment.checkpoint is not None
     guess = math.log(experiment.checkpoint.vocab_size)

@@ -43,16 +43,16 @@ _TRIPS = re.compile(r'known_trip_count\\?"?:\{\\?"n\\?":\\?"(\d+)')
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one compiled train step, per device, in bytes.
+    """Memory and traffic of one compiled train step, per device, in bytes.
 
     Attributes:
-        parameters: weights, float32.
-        optimizer: its state.
-        statistics: of the trajectory, wherever they live.
-        statistics_on_host: whether that is the host's memory.
-        masks: of a pruned model, one byte a prunable weight; a dense one has none.
-        temporary: activations, gradients and gathered weights at their peak.
-        received: by kind of collective, what a device receives in a step.
+        parameters: Bytes of the weights, float32.
+        optimizer: Bytes of the optimizer's state.
+        statistics: Bytes of the trajectory statistics, wherever they live.
+        statistics_on_host: Whether the statistics live in the host's memory.
+        masks: Bytes of a pruned model's masks, one a prunable weight; a dense one has none.
+        temporary: Bytes of activations, gradients and gathered weights at their peak.
+        received: Bytes that a device receives in a step, by kind of collective.
     """
 
     parameters: int
@@ -111,11 +111,11 @@ def received(text: str, devices: int) -> dict[str, int]:
     ring does it), all of it from a collective-permute. A loop's body counts as often as it runs.
 
     Args:
-        text: of the compiled program.
-        devices: that it is for.
+        text: Text of the compiled program.
+        devices: Number of devices that the program is compiled for.
 
     Raises:
-        RunError: a form of the text that is not known.
+        RunError: A form of the text that is not known.
     """
     bodies, entry = _computations(text)
     totals: collections.Counter[str] = collections.Counter()

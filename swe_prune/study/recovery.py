@@ -20,13 +20,13 @@ class Tuning:
     """A recovery, ready to run; the optimizer's moments start at 0 in all of them.
 
     Attributes:
-        recovery: which one.
-        settings: of the phase it takes its learning rates from.
-        steps: how long.
-        optimizer: an optax chain.
-        step: the compiled train step.
-        compile: makes the train step of another optimizer, forward function or sharding; see
-            `training.step.compile_train_step`.
+        recovery: Kind and length of the recovery.
+        settings: Settings of the phase whose learning rates it takes.
+        steps: Number of steps.
+        optimizer: Optax chain.
+        step: Compiled train step.
+        compile: Function that makes the train step of another optimizer, forward function or
+            sharding; see `training.step.compile_train_step`.
     """
 
     recovery: Recovery
@@ -50,16 +50,17 @@ def build(
     """Returns a recovery's optimizer and compiled step; see `config.CellConfig` for the kinds.
 
     Args:
-        config: settings.
-        recovery: any but "none".
-        model: what is trained.
-        train_steps: of the dense phase.
-        epoch: steps of one pass over the training text.
-        place: lays a state out over the devices.
-        frozen_in: returns whether a weight by its name does not change in a phase, None: all do.
+        config: Settings of the experiment.
+        recovery: Any recovery but "none".
+        model: Model to train.
+        train_steps: Number of steps of the dense phase.
+        epoch: Number of steps in one pass over the training text.
+        place: Function that lays a state out over the devices.
+        frozen_in: Function from a phase to a rule that says, by name, whether a weight stays
+            unchanged in it. None as the rule: all weights change.
 
     Raises:
-        InputError: no step, or a rewinding to before the dense phase began.
+        InputError: No step, or a rewinding to before the dense phase began.
     """
     given = config.finetune.steps if recovery.steps is None else recovery.steps
     steps = to_steps(given, epoch=epoch)

@@ -25,10 +25,10 @@ def sampled(
     """Returns what a result says of a model beside its loss; nothing where no prompt is given.
 
     Args:
-        experiment: settings, text and model.
-        name: of the model in the result: "dense", "control", "pruned", "finetuned".
-        params: of the model.
-        dense: of the dense model, to be compared with; None: not compared.
+        experiment: Experiment with settings, text and model.
+        name: Name of the model in the result: "dense", "control", "pruned", "finetuned".
+        params: Parameters of the model.
+        dense: Parameters of the dense model to compare with; None: not compared.
 
     Returns:
         NAME_samples: prompt and text of each; NAME_repetition: the share of 3-grams that stood in

@@ -23,7 +23,7 @@ def load_dense(experiment: Experiment, seed: int, step: int | None = None) -> Tr
     """Returns the dense phase's final state, or that of an earlier step that was retained.
 
     Raises:
-        InputError: that phase has not finished.
+        InputError: The phase has not finished.
     """
     folder = experiment.workdir.dense(seed)
     if not exists(folder / "result.json"):
@@ -70,9 +70,9 @@ def starting_values(experiment: Experiment, dense: TrainState, cell: Cell | None
     """Returns the weights that go on after pruning: the final ones, or the late mean.
 
     Args:
-        experiment: settings.
-        dense: the dense phase's last state.
-        cell: one that was pruned block after block goes on with what that left.
+        experiment: Experiment with the settings.
+        dense: Last state of the dense phase.
+        cell: Cell of the study; one that was pruned block after block goes on with what that left.
     """
     if cell is not None and cell.recipe.updates_weights:
         return restored(experiment.workdir.cell(cell) / "start", experiment.abstract_params)
@@ -119,7 +119,7 @@ def finite(loss: float, name: str) -> float:
     """Returns a loss.
 
     Raises:
-        RunError: it is not finite.
+        RunError: It is not finite.
     """
     if not math.isfinite(loss):
         raise RunError(

@@ -18,7 +18,10 @@ from swe_prune.training.progress import Progress
 def rival(
     losses: Mapping[str, Sequence[float]], shapes: Mapping[str, float], margin: float
 ) -> float | None:
-    """Returns the smallest shape from random weights of the pruned model's loss, None: no one.
+    """Returns how many units the smallest rival of the pruned model lacks, as a share.
+
+    A rival is trained from random weights and its loss is within `margin` of the pruned model's;
+    None if there is none.
 
     Args:
         losses: Loss of each batch, by model; "recovered" is the pruned one.

@@ -15,8 +15,8 @@ class Shard:
     """One of several processes that share a study.
 
     Attributes:
-        index: which one, from 0.
-        count: how many there are.
+        index: Number of this process, from 0.
+        count: Number of processes.
     """
 
     index: int = 0
@@ -35,13 +35,13 @@ def parse(text: str) -> Shard:
     """Returns the shard that `i/n` says.
 
     Raises:
-        InputError: it says none.
+        InputError: It says none.
 
     >>> parse("0/4")
     Shard(index=0, count=4)
     """
     if (which := processes.numbered(text)) is None:
         raise InputError(
-            f"--shard={text} is no share of the work; give i/n with i from 0 to n - 1, such as 0/2"
+            f"--shard={text} is not a share of the work; give i/n with i from 0 to n - 1, as in 0/2"
         )
     return Shard(*which)

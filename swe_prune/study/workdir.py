@@ -25,7 +25,7 @@ class Workdir:
     """Paths of one experiment.
 
     Attributes:
-        path: the folder, or an address in a bucket.
+        path: Folder, or an address in a bucket.
     """
 
     path: epath.Path
@@ -59,21 +59,20 @@ def claim(
     shard: Shard | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[None]:
-    """Makes or reopens the workdir for this config, and holds it against other runs.
+    """Creates or reopens the workdir for this config, and locks it against other runs.
 
-    The processes of one run hold it together, by the first of them. Shards share it among
-    themselves; a run of the whole study has it alone. The lock is the
-    operating system's: it is gone with the process, however that ends. In a bucket it is a lease,
-    which that of a process that was killed outlives by SWE_PRUNE_LOST_TIMEOUT seconds.
+    The processes of one run share the lock of the first of them, and so do shards; a run of the
+    whole study has it alone. The lock is the operating system's and ends with the process. In a
+    bucket it is a lease, which expires SWE_PRUNE_LOST_TIMEOUT seconds after its holder dies.
 
     Args:
-        workdir: which.
-        config: settings.
-        shard: of a process that shares the work; None: the whole.
-        say: told where it must be watched for a while whether the holder of a lease lives.
+        workdir: Workdir to hold.
+        config: Settings of the experiment.
+        shard: Shard of a process that shares the work; None: the whole.
+        say: Callback for a message while waiting to see whether a lease holder is alive.
 
     Raises:
-        InputError: it cannot be written, belongs to another config, or another run is using it.
+        InputError: It cannot be written, belongs to another config, or another run is using it.
     """
     with contextlib.ExitStack() as stack:
         hold = _leased if storage.in_bucket(workdir.path) else _locked
@@ -183,7 +182,7 @@ def config_of(path: epath.Path) -> Config:
     """Returns the config that a workdir was made by.
 
     Raises:
-        InputError: it is no workdir of ours, or its config is damaged.
+        InputError: It is not a workdir of ours, or its config is damaged.
     """
     stored = _made_by(path)
     if stored is None:
@@ -215,7 +214,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     """Returns the JSON object of a file that a run wrote.
 
     Raises:
-        InputError: it is damaged.
+        InputError: It is damaged.
     """
     try:
         return storage.read_json(path, sealed=True)

@@ -27,10 +27,10 @@ class Distillation:
     both of `training.losses`.
 
     Attributes:
-        weight: w at the first step, in [0, 1]; 1 is the teacher alone.
+        weight: Weight w at the first step, in [0, 1]; 1 is the teacher alone.
         temperature: Temperature of the divergence, above 0. More than 1 compares more of what the
             models think of unlikely tokens.
-        final_weight: w after `steps` steps, which it approaches linearly. None: `weight`.
+        final_weight: Weight w after `steps` steps, which it approaches linearly. None: `weight`.
         steps: Number of steps from `weight` to `final_weight`.
         features: Weight of the distance between the outputs of blocks, mean over the blocks; 0:
             they are not compared. Both models must have the same residual width.

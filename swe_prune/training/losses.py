@@ -37,8 +37,8 @@ def divergence(
     alone, so nothing else as large as they is made but the gradient.
 
     Args:
-        logits_BxLxV: s, floating; computed in float32.
-        teacher_BxLxV: t, likewise; −inf for symbols that it excludes.
+        logits_BxLxV: Logits s, floating; computed in float32.
+        teacher_BxLxV: Teacher's logits t, likewise; −inf for symbols that it excludes.
         temperature: T, above 0.
 
     Source: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015.
@@ -114,8 +114,8 @@ def feature_distance(
     No gradient flows into the teacher.
 
     Args:
-        student_BxLxD: s, floating; computed in float32.
-        teacher_BxLxD: t, likewise.
+        student_BxLxD: Hidden states s, floating; computed in float32.
+        teacher_BxLxD: Teacher's hidden states t, likewise.
 
     >>> feature_distance(jnp.array([[[1.0, 2.0]]]), jnp.array([[[0.0, 2.0]]])).tolist()
     [[0.25]]
@@ -133,7 +133,7 @@ def weighted_mean(
     weights_BxL: Float[Array, "B L"] | None,
     total: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
-    """Returns the mean loss over tokens by their weights; None: of all alike.
+    """Weighted mean loss; None weights all tokens equally.
 
         Σ weight · loss / total
 
@@ -141,9 +141,9 @@ def weighted_mean(
     weights are 0 there is no mean: NaN.
 
     Args:
-        losses_BxL: of every token.
+        losses_BxL: Loss of every token.
         weights_BxL: 0 or more, of any dtype, such as bool: False where there is padding.
-        total: of the weights; None: their sum.
+        total: Sum of the weights; None: computed from them.
     """
     if weights_BxL is None:
         return losses_BxL.mean()

@@ -52,26 +52,28 @@ def train_step(
     weights that are not 0, "revived": always none.
 
     Args:
-        state: masks and statistics are used where they are not None.
-        batch: windows of the training text; a batch whose weights are all 0 is skipped.
-        fixed: what is read and not changed: a teacher, or the base whose adapters the state has.
-        model: a Linen model of tokens to logits.
-        optimizer: the optax chain whose state is in `state`.
-        track_every: take a snapshot of the trajectory after every so many steps.
-        accumulate: so many parts of the batch, one after another, whose gradients are averaged;
-            they divide it evenly. Less memory for activations, the same step but for dropout.
-        distillation: how much of the loss is the distance to the teacher; None: it is the text's.
+        state: State of training; masks and statistics are used where they are not None.
+        batch: Windows of the training text; a batch whose weights are all 0 is skipped.
+        fixed: Arrays that are read and not changed: a teacher, or the base whose adapters the state
+            has.
+        model: Linen model from tokens to logits.
+        optimizer: Optax chain whose state is in `state`.
+        track_every: Number of steps between snapshots of the trajectory.
+        accumulate: Number of microbatches whose gradients are averaged; must divide the batch. Less
+            memory for activations, the same step but for dropout.
+        distillation: Weight of the distance to the teacher in the loss; None: the loss is the
+            text's.
         forward: Function of (params, step) to the weights that the model computes with, such as
             `sparse_training.ste_magnitude`. None: the params themselves.
         teacher_model: Linen model of the teacher, if units were cut out of `model`. None: `model`.
 
     Raises:
-        InputError: a distillation without a teacher, or a teacher without one.
+        InputError: A distillation without a teacher, or a teacher without one.
     """
     fixed = Frozen() if fixed is None else fixed
     _check_teacher(fixed, distillation)
     dropout = jax.random.fold_in(state.rng, state.step)
-    # A part's share of the tokens that count may be another than its share of the tokens.
+    # Microbatches may hold different numbers of unmasked tokens.
     total = jnp.sum(batch["weights"]) / accumulate if "weights" in batch else None
 
     def loss_of(params: PyTree, part: Batch, key: Array) -> Array:
@@ -164,14 +166,15 @@ def compile_train_step(
     It takes over (donates) the state that it is given, and nothing else.
 
     Args:
-        model: as in `train_step`, like the next two.
-        optimizer: the optax chain.
-        track_every: steps between snapshots.
-        accumulate: as in `train_step`.
-        place: constrains the state that the step returns to a layout over devices.
-        distillation: as in `train_step`; `fixed` then holds the teacher.
+        model: Linen model from tokens to logits.
+        optimizer: Optax chain.
+        track_every: Number of steps between snapshots of the trajectory.
+        accumulate: Number of microbatches whose gradients are averaged; must divide the batch.
+        place: Function that constrains the state that the step returns to a layout over devices.
+        distillation: Weight of the distance to the teacher in the loss, see `train_step`; `fixed`
+            then holds the teacher.
         forward: Function of (params, step) to the weights that the model computes with.
-        teacher_model: as in `train_step`.
+        teacher_model: Linen model of the teacher, if units were cut out of `model`. None: `model`.
     """
 
     def step(

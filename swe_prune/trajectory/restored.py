@@ -90,7 +90,7 @@ def _to_state(stats: TrajectoryStats) -> dict[str, Any]:
 def _from_state(target: TrajectoryStats, state: Mapping[str, Any]) -> TrajectoryStats:
     if set(state) != set(_FIELDS):
         odd = sorted(set(state) ^ set(_FIELDS))[0]
-        raise InputError(f"what is restored are no statistics: {odd!r} is in one of the two only")
+        raise InputError(f"restored value is not TrajectoryStats: {odd!r} is in one of them only")
     if set(state["buffers"]) != set(target.buffers):
         raise InputError(
             f"the statistics were tracked with the buffers {', '.join(sorted(state['buffers']))} "

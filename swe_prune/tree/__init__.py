@@ -49,7 +49,7 @@ def named_leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:
     """
     names, leaves, _ = pairing.flatten(tree)
     for name, leaf in zip(names, leaves, strict=True):
-        if leaf is None or not is_absent(leaf):  # optax's MaskedNode is no leaf to others
+        if leaf is None or not is_absent(leaf):  # optax's MaskedNode is not a leaf elsewhere
             yield name, leaf
 
 

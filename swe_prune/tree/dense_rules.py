@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 _START, _END = r"(?:^|[/.])", r"(?:[/.]|$)"
 
-# Parts before a head, none of which is an attention: "attention/head_0" is no output head.
+# Parts before a head, none of which is an attention: "attention/head_0" is not an output head.
 _NOT_IN_ATTENTION = r"^(?:(?!\w*att(?:n|ention))[^/.]*[/.])*"
 
 _HEAD = (

@@ -19,7 +19,7 @@ from swe_prune.arguments import UNSORTED
 from swe_prune.errors import InputError
 
 _BOXES = (nnx.Variable, meta.AxisMetadata)
-"""What Flax puts around an array; its own key, "value", is no part of a name."""
+"""What Flax puts around an array; its own key, "value", is not part of a name."""
 
 _LONGEST = 60  # characters of a name in a message
 

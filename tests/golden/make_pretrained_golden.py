@@ -119,7 +119,7 @@ def make(name: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     arrays = {}
     for case, lengths in {"long": [LENGTH, LENGTH], "padded": [LENGTH, 5], "short": [6, 4]}.items():
-        # Loaded anew: bfloat16 rounded its frequencies, and some remember their longest text.
+        # Loaded again: bfloat16 rounded its frequencies, and some remember their longest text.
         model = transformers.AutoModelForCausalLM.from_pretrained(
             FOLDER / name, dtype=torch.float32, attn_implementation="eager"
         ).eval()
