@@ -237,7 +237,7 @@ def read_log(path: epath.PathLike) -> Iterator[dict[str, Any]]:
     A last line without its newline is incomplete and left out: a run was killed as it wrote it.
 
     Raises:
-        ValueError: As `read_text`, or a line is not in its form, which is named by its number.
+        ValueError: The text cannot be read, or a line is malformed, which is named by its number.
         OSError: The file cannot be read.
     """
     for number, line in enumerate(read_text(path, log=True).split("\n")[:-1], start=1):

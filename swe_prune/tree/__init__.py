@@ -233,7 +233,7 @@ def map_prunable(
         *rest: Pytrees like `params`.
 
     Raises:
-        InputError: As `check_marks` and `map_named`.
+        InputError: Errors of `check_marks` and `map_named`.
 
     >>> map_prunable(lambda name, w: w.shape, {"kernel": jnp.ones((1, 2)), "bias": 0}, None)
     {'bias': None, 'kernel': (1, 2)}
