@@ -18,6 +18,8 @@ from swe_prune.structured.group import Group, Groups, placed
 from swe_prune.structured.unit_scores import unit_scores
 
 KINDS = ("activation_norm", "activation_variance", "input_norm_product", "weight_norm", "random")
+OF_UNITS = tuple(kind for kind in KINDS if kind != "random")
+"""Those that a command or a config offers: "random" is a criterion of weights there."""
 
 
 @checked
