@@ -4,13 +4,16 @@ import csv
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny
 
-from swe_prune import cli, study, tree
+from swe_prune import calibration, cli, importance, structured, study, tree
 from swe_prune.config import CellConfig, CutConfig, LedgerConfig, StudyConfig, validate
 from swe_prune.errors import InputError
+from swe_prune.models import gpt
+from swe_prune.structured.refit import refit
 from swe_prune.study import cut_shapes, cuts, saved, serving
 
 CUT = CutConfig(criterion="swe", sparsity=0.5, smaller=(0.5, 0.25))
@@ -133,7 +136,12 @@ def test_the_smallest_shape_that_reaches_the_loss_is_compared():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"criterion": "magnitud"}, r"cuts\[0\].criterion.*magnitude"),
+        ({"criterion": "magnitud"}, r"cuts\[0\]: criterion.*magnitude"),
+        ({"criterion": "forecast", "options": {"horizn": 1.0}}, r"cuts\[0\]: .*horizn.*horizon"),
+        ({"criterion": "weight_norm", "options": {"a": 1}}, "has no options"),
+        ({"criterion": "weight_norm", "reduce": "sum"}, "leave out reduce"),
+        ({"criterion": "mutual_information", "units": "heads"}, "scores neurons, not heads"),
+        ({"criterion": "angular_distance"}, "scores layers, not neurons"),
         ({"criterion": "movement"}, "schedule 'movement'"),
         ({"units": "layers", "restore": False, "criterion": "weight_norm"}, "within a layer"),
         ({"units": "heads", "sparsity": 0.9}, r"cuts\[0\]: sparsity = 0.9 leaves"),
@@ -153,6 +161,9 @@ def test_cuts_that_cannot_be_made_are_refused_before_any_training(plays_dir, cha
         ({"sparsity": 1.0}, r"config.cuts\[0\].sparsity"),
         ({"smaller": (0.5, -0.1)}, r"config.cuts\[0\].smaller"),
         ({"units": "neuron"}, "'neurons'"),
+        ({"reduce": "men"}, r"cuts\[0\].reduce must be one of sum, mean"),
+        ({"multiple": 0}, r"cuts\[0\].multiple"),
+        ({"seed": 2}, r"cuts\[0\].seed must be left out; give seeds = \(2,\)"),
         ({"units": "layers"}, r"cuts\[0\].restore must be False"),
     ],
 )
@@ -160,6 +171,66 @@ def test_numbers_of_a_cut_out_of_their_range_are_refused(plays_dir, changes, sen
     given = dataclasses.replace(config(plays_dir), cuts=(dataclasses.replace(CUT, **changes),))
     with pytest.raises(InputError, match=sentence):
         validate(given)
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory, plays_dir):
+    given = config(plays_dir)
+    model = dataclasses.replace(given.model, layers=2, hidden=32)
+    given = dataclasses.replace(given, model=model)
+    return study.setup(given, tmp_path_factory.mktemp("experiment") / "work")
+
+
+def test_a_study_cuts_by_redundancy_as_the_library_does(experiment):
+    cut = CutConfig(criterion="mutual_information", multiple=16)
+    model, own = experiment.model, experiment.config.model
+    state = experiment.fresh_state(0)
+    params, batches = state.params, experiment.calibration
+    given = {"layout": experiment.layout}
+    groups = structured.groups(own, "neurons")
+    leaves = list(structured.readers(groups, params, **given).values())
+    drawn = calibration.samples(model, params, batches, leaves=leaves, seed=3)
+    scores = structured.redundancy_scores(
+        groups, structured.redundant_units(groups, params, drawn, **given)
+    )
+    keep = structured.choose(groups, scores, sparsity=0.5, multiple=16)
+    moments = calibration.moments(model, params, batches, leaves=leaves, gram=True)
+    fitted, reports = refit(params, groups, keep, moments, **given)
+    found = cuts._cut(experiment, 3, cut, state)
+    jax.tree.map(np.testing.assert_array_equal, found.params, structured.cut(fitted, groups, keep))
+    assert found.refits == reports
+    assert found.config == structured.cut_config(own, keep) == cut_shapes.shape(own, cut, 0.5)
+    for name, one in found.redundant.items():
+        removed = one.as_json()["removed"][: 32 - len(keep[name])]
+        assert sorted([*keep[name].tolist(), *(unit["unit"] for unit in removed)]) == [*range(32)]
+
+
+def test_a_study_cuts_layers_by_their_influence(experiment):
+    cut = CutConfig("layers", criterion="block_influence", restore=False)
+    state = experiment.fresh_state(0)
+    blocks = structured.residual_states(experiment.model, gpt.BLOCKS)
+    turns = structured.depth_scores(blocks, state.params, experiment.calibration)
+    assert cuts._cut(experiment, 0, cut, state).keep["layers"].tolist() == [int(turns.argmax())]
+
+
+def test_the_scores_of_a_unit_are_reduced_as_asked(experiment):
+    cut = CutConfig(criterion="magnitude", reduce="max", restore=False)
+    state = experiment.fresh_state(0)
+    groups = structured.groups(experiment.config.model, "neurons")
+    scores = importance.score("magnitude", state.params, prunable=experiment.prunable)
+    keep = structured.choose(groups, structured.unit_scores(groups, scores, "max"), sparsity=0.5)
+    jax.tree.map(np.testing.assert_array_equal, cuts._cut(experiment, 0, cut, state).keep, keep)
+
+
+def test_what_is_unusual_of_a_cut_is_in_its_name_and_result():
+    assert CUT.name == "neurons-swe-0.5-restored"
+    assert list(CUT.as_json()) == [
+        "units", "sparsity", "criterion", "restore", "smaller", "seeds",
+    ]  # fmt: skip
+    more = dataclasses.replace(CUT, criterion="forecast", options={"horizon": 2.0}, reduce="mean")
+    assert more.name == "neurons-forecast-0.5-restored-horizon=2.0-reduce=mean"
+    assert more.as_json()["options"] == {"horizon": 2.0}
+    assert more.as_json()["reduce"] == "mean"
 
 
 def test_cuts_of_no_seed_that_is_trained_are_refused(plays_dir):

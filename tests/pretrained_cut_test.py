@@ -175,7 +175,7 @@ def test_a_gguf_file_is_cut_as_the_folder(place, tmp_path):
         (["--units=neurons", "--criterion=activation_norm", "--sparsity=0.5", "--option=a=1"],
          "has no options"),
         (["--units=neurons", "--criterion=activation_norm", "--sparsity=0.5", "--reduce=sum"],
-         "leave out --reduce"),
+         "leave out reduce"),
         (["--units=neurons", "--criterion=magnitude"], "cut needs --sparsity or --budget"),
         (["--units=neurons", "--criterion=magnitude", "--sparsity=0.5", "--budget=params=9"],
          "both were given"),

@@ -181,8 +181,10 @@ def test_neurons_of_the_tower_go_by_what_they_compute(experiment, restore):
     cut = CutConfig("vision_neurons", 0.5, restore=restore)
     state = experiment.fresh_state(0)
     before = jax.device_get(state.params)
-    params, keep = cuts._cut(experiment, 0, cut, state)
+    found = cuts._cut(experiment, 0, cut, state)
+    params, keep = found.params, found.keep
     config = cut_shapes.shape(experiment.config.model, cut, 0.5)
+    assert found.config == config
     assert hidden_of_tower(config) == 8
     groups = structured.groups(experiment.config.model, "vision_neurons")
     if not restore:

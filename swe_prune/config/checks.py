@@ -102,6 +102,9 @@ def validate(config: Config) -> None:
         path = f"cuts[{number}]"
         for name, share in (("sparsity", cut.sparsity), *(("smaller", one) for one in cut.smaller)):
             SHARE.check(share, f"config.{path}.{name}")
+        if cut.multiple is not None:
+            COUNT.check(cut.multiple, f"config.{path}.multiple")
+        must(cut.seed == 0, f"{path}.seed", f"left out; give seeds = ({cut.seed},)", cut.seed)
         rule = "False, since whole layers have no projection to refit"
         must(not (cut.restore and cut.units == "layers"), f"{path}.restore", rule, cut.restore)
         rule = "at least one seed, or None for those of the study"

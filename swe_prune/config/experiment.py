@@ -3,20 +3,19 @@
 import dataclasses
 import hashlib
 import json
+import re
 from typing import Any, Literal
 
-from swe_prune import importance
 from swe_prune.choices import Scope
 from swe_prune.config.model import ModelConfig
 from swe_prune.ledger import Factors, of_country
-from swe_prune.recipe import Recipe
+from swe_prune.recipe import CutRecipe, Recipe
 
 Values = Literal["final", "late_mean"]
 Index = Literal["window", "absolute"]
 Memory = Literal["device", "host"]
 Schedule = Literal["one_shot", "cubic", "iterative", "rigl", "set", "ste", "movement", "elsa"]
 Recovery = Literal["none", "finetune", "rewarm", "rewind", "rewind_weights"]
-Units = Literal["neurons", "heads", "query_heads", "vision_neurons", "layers"]
 """Choices of the settings below; `convert` and `check_choices` refuse every other value."""
 
 Duration = int | str
@@ -242,17 +241,16 @@ class StudyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class CutConfig:
+class CutConfig(CutRecipe):
     """A cut of the dense models, whose arrays become smaller; see `study/cuts.py`.
 
-    What is cut is trained by the settings of `finetune`, and compared with the dense model and with
-    models of smaller shapes that are trained from random weights for as many tokens in all. Of a
-    model of images and text the decoder is cut, or by "vision_neurons" the vision tower.
+    The fields of `recipe.CutRecipe` and the following. What is cut is trained by the settings of
+    `finetune`, and compared with the dense model and with models of smaller shapes that are trained
+    from random weights for as many tokens in all. Of a model of images and text the decoder is cut,
+    or by "vision_neurons" the vision tower.
     """
 
-    units: Units = "neurons"  # what is removed as a whole
     sparsity: float = 0.5  # share of the units to remove
-    criterion: str = "input_norm_product"  # criterion of weights, or of the units' activations
     restore: bool = True  # whether a least-squares refit makes up for what goes, before training
     smaller: tuple[float, ...] = ()  # shares of the units that the shapes trained from random
     # weights lack; empty: that of the cut
@@ -261,14 +259,23 @@ class CutConfig:
     @property
     def name(self) -> str:
         """Folder name, unique within a seed."""
+        more = {**self.unusual, **self.options}
+        more.pop("options", None)
+        words = "".join(f"-{name}={value}" for name, value in sorted(more.items()))
         restored = "-restored" if self.restore else ""
-        return f"{self.units}-{self.criterion}-{self.sparsity:g}{restored}"
+        name = f"{self.units}-{self.criterion}-{self.sparsity:g}{restored}"
+        return name + re.sub(r"[^\w.,=+-]+", "-", words)
 
     @property
-    def recipe(self) -> Recipe | None:
-        """Request of a criterion of weights; None of one of activations."""
-        named = self.criterion in importance.names()
-        return Recipe(self.criterion, sparsity=self.sparsity) if named else None
+    def unusual(self) -> dict[str, Any]:
+        """Settings of the scores and of the counts that are not at their defaults, by name."""
+        names = ("options", "reduce", "multiple", "zeros")
+        return {n: getattr(self, n) for n in names if getattr(self, n) != getattr(CutConfig(), n)}
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns what a result says of the cut: the unusual settings only where there are some."""
+        names = ("units", "sparsity", "criterion", "restore", "smaller", "seeds")
+        return {name: getattr(self, name) for name in names} | self.unusual
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,5 @@ tracked    the trajectory that a tracked fine-tuning leaves for `prune --criteri
 finetuning fine-tuning: tracked, with masks held, by adapters, under a teacher
 bench      times of a model, in turns with another
 cut        units cut out of a model
-unit_criteria  the criteria of `cut`, and what makes up for it
 commands   the commands
 """

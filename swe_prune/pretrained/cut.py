@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jaxtyping import PyTree
 from rich.console import Console
 
@@ -18,14 +21,18 @@ from swe_prune.errors import InputError, shown
 from swe_prune.evaluation import gate
 from swe_prune.evaluation.latency import Workload, decode_seconds
 from swe_prune.interop.stranger_files import inside, read_json, write_json
+from swe_prune.layout import layout
 from swe_prune.models import phi3v
-from swe_prune.pretrained import judge, texts, tracked, unit_criteria
+from swe_prune.pretrained import judge, texts, tracked
 from swe_prune.pretrained.opening import has_masks, opened, record_of, said
-from swe_prune.pretrained.request import check_trajectory
+from swe_prune.pretrained.request import NO_OPTIMIZER, check_trajectory, options_of
 from swe_prune.pretrained.settings import CutSettings
+from swe_prune.recipe import CutRecipe
 from swe_prune.structured import Budget, Group
 from swe_prune.structured.decoder import LAYERS
+from swe_prune.training import step
 from swe_prune.training.progress import Progress, print_line
+from swe_prune.trajectory import BUFFERS
 from swe_prune.version import __version__
 
 KEPT = "kept_units.json"
@@ -39,12 +46,12 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
         InputError: Anything that is wrong with the settings, the model or the texts.
     """
     _check_amount(given)
-    request = unit_criteria.checked(given)
+    recipe = _recipe(given)
     interop.check_free(given.out)
-    reads = unit_criteria.reads_batches(given, request)
     checkpoint = opened(given, progress)
-    if request is not None:
-        check_trajectory(request, tracked.there(checkpoint.path), given.model)
+    of_weights = recipe.recipe
+    if of_weights is not None:
+        check_trajectory(of_weights, tracked.there(checkpoint.path), given.model)
     if given.restore and has_masks(checkpoint.path):
         raise InputError(
             f"{checkpoint.path} has masks, and --restore would change the weights that they "
@@ -52,11 +59,11 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
         )
     groups = structured.groups(checkpoint.config, given.units)
     budget = None if given.budget is None else _budget(given.budget, checkpoint)
-    _check_choice(given, groups, budget, checkpoint)
+    _check_choice(recipe, groups, budget, checkpoint, given.dtype)
     text = texts.read(given.evaluation, checkpoint)
     judge.check(checkpoint, text, given)
     batches, calibration = [], None
-    if reads:
+    if recipe.reads_batches:
         batches, calibration = texts.calibration(given, checkpoint, text, progress)
     else:
         texts.say_unread(given, given.criterion, progress)
@@ -64,19 +71,9 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
     module = phi3v.build(model.config, model.vocab_size)
     dense = judge.judge(module, model.params, model, text, given)
     gate(dense.perplexity, uniform=model.vocab_size, at_most=given.at_most)
-    # Score, choose and cut; nothing of the model is changed before.
-    units, partners = said(
-        progress, lambda: unit_criteria.unit_scores(given, request, model, groups, batches)
-    )
-    keep = _chosen(given, groups, units, budget, model.params, model.config)
-    params, refits = model.params, ()
-    if given.restore:
-        params, refits = unit_criteria.restored(model, groups, keep, batches)
-    small = dataclasses.replace(
-        model,
-        params=structured.cut(params, groups, keep),
-        config=structured.cut_config(model.config, keep),
-    )
+    made = said(progress, lambda: _cut(recipe, model, module, groups, budget, batches))
+    keep = made.keep
+    small = dataclasses.replace(model, params=made.params, config=made.config)
     found = judge.judge(
         phi3v.build(small.config, small.vocab_size),
         small.params,
@@ -89,20 +86,21 @@ def cut(given: CutSettings, progress: Progress, console: Console) -> Path:
     about = {
         "units": given.units,
         "criterion": given.criterion,
-        "options": {} if request is None else dict(request.options),
+        "options": dict(recipe.options),
         "reduce": given.reduce,
         "sparsity": structured.summary(groups, keep).sparsity,
         "requested": {"sparsity": given.sparsity, "budget": given.budget},
         "kept": {name: one.kept for name, one in structured.summary(groups, keep).tensors.items()},
         "of": {name: group.units for name, group in groups.items()},
         "cost": {name: _costs(one) for name, one in (("dense", model), ("cut", small))},
-        "restored": [dataclasses.asdict(one) for one in refits],
+        "restored": [dataclasses.asdict(one) for one in made.refits],
     }
     judged = {"text": text.name, "dense": dense.as_json(), "cut": found.as_json()}
     kept: dict[str, Any] = {"kept": {name: some.tolist() for name, some in keep.items()}}
-    if partners is not None:  # of the units that went, in their order
+    if made.redundant:  # partners of the units that went, in their order
         kept["removed"] = {
-            name: some[: groups[name].units - len(keep[name])] for name, some in partners.items()
+            name: one.as_json()["removed"][: groups[name].units - len(keep[name])]
+            for name, one in made.redundant.items()
         }
     mask = structured.cut(interop.read_masks(model.path), groups, keep) if recorded else None
     folder = _write(given, model, small, mask, kept, about, judged, calibration)
@@ -154,11 +152,6 @@ def _check_amount(given: CutSettings) -> None:
         raise InputError(f"cut needs --sparsity or --budget, {said}; give one of them")
     if given.budget is not None:
         _ = _budget(given.budget).limit  # checks the number
-    if given.restore and given.units == "layers":
-        raise InputError(
-            "--restore refits the projections that read what goes, and whole layers have none; "
-            "leave it out"
-        )
 
 
 def _budget(text: str, checkpoint: interop.PretrainedSource | None = None) -> Budget:
@@ -181,39 +174,82 @@ def _budget(text: str, checkpoint: interop.PretrainedSource | None = None) -> Bu
     return Budget(**{name: number}, measure=measure)
 
 
-def _chosen(
-    given: CutSettings,
-    groups: dict[str, Group],
-    units: Mapping[str, Any],
-    budget: Budget | None,
-    params: PyTree,
-    config: Any,
-) -> structured.Keep:
-    return structured.choose(
-        groups,
-        units,
-        sparsity=given.sparsity,
-        budget=budget,
+def _recipe(given: CutSettings) -> CutRecipe:
+    """Returns the request of the settings, checked."""
+    recipe = CutRecipe(
+        given.units,
+        given.sparsity,
+        given.criterion,
+        given.restore,
+        options=options_of(given.options),
+        reduce=given.reduce,
         multiple=given.multiple,
-        params=params,
-        config=config,
+        zeros="free",
+        seed=given.seed,
+    )
+    structured.check_cut(recipe, unavailable=NO_OPTIMIZER)
+    return recipe
+
+
+def _cut(
+    recipe: CutRecipe,
+    model: interop.Pretrained,
+    module: nn.Module,
+    groups: dict[str, Group],
+    budget: Budget | None,
+    batches: list[Any],
+) -> structured.CutResult:
+    """Returns the cut model, scored by its trajectory where the criterion reads one."""
+    prunable, stats = None, None
+    if recipe.recipe is not None:
+        # Only what the units are scored by is measured.
+        everything = {n: np.broadcast_to(np.arange(g.units), g.shape) for n, g in groups.items()}
+        prunable = tree.map_leaves(
+            lambda _, chosen, mask: chosen and mask is not None,
+            tree.prunable(model.params),
+            structured.unit_mask(model.params, groups, everything),
+        )
+        if recipe.recipe.needs & set(BUFFERS):
+            prunable = tracked.narrowed(model.path, model.params, prunable)
+            stats = tracked.read(model.path, model.params)
+    return structured.cut_model(
+        recipe,
+        model.config,
+        module,
+        model.params,
+        batches,
+        loss=step.loss_fn(module),
+        budget=budget,
+        blocks=phi3v.blocks(model.config),
+        layout=layout(module, model.params, jax.ShapeDtypeStruct((1, 2), jnp.int32)),
+        prunable=prunable,
+        stats=stats,
+        at_once=1,
     )
 
 
 def _check_choice(
-    given: CutSettings,
+    recipe: CutRecipe,
     groups: dict[str, Group],
     budget: Budget | None,
     checkpoint: interop.PretrainedSource,
+    dtype: str | None,
 ) -> None:
     """Refuses what the shapes do not admit or no config.json can say, before a weight is read.
 
     How many units stay does not depend on their scores. A budget of latency times the candidates
     now, and remembers them.
     """
-    nothing = {name: np.zeros(group.shape) for name, group in groups.items()}
-    params = checkpoint.abstract(dtype=given.dtype)
-    keep = _chosen(given, groups, nothing, budget, params, checkpoint.config)
+    structured.check_cut(recipe, checkpoint.config)
+    keep = structured.choose(
+        groups,
+        {name: np.zeros(group.shape) for name, group in groups.items()},
+        sparsity=recipe.sparsity,
+        budget=budget,
+        multiple=recipe.multiple,
+        params=checkpoint.abstract(dtype=dtype),
+        config=checkpoint.config,
+    )
     small = structured.cut_config(checkpoint.config, keep)
     interop.write_config(small, checkpoint.vocab_size, checkpoint.family)
 

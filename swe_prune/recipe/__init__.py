@@ -8,12 +8,14 @@
     scores     `score`: the scores of the criterion, compiled once
     selection  `allocate` and `select`: scores to masks
     pruning    `prune`: scores -> allocation -> masks, or one block of the model after the other
+    cut_request  `CutRecipe`: what units go and by which criterion, for `structured.cut_model`
 
 `swe_prune.prune`, `prune --model` and every cell of a study hold a `Recipe` and call `prune`. The
 model, the parameters, the batches and the loss are arguments.
 """
 
 from swe_prune.recipe.checks import check
+from swe_prune.recipe.cut_request import CutRecipe, Reduce, Units
 from swe_prune.recipe.defaults import default_max_sparsity
 from swe_prune.recipe.evidence import Evidence, measure, measures
 from swe_prune.recipe.pruning import prune
@@ -22,8 +24,11 @@ from swe_prune.recipe.scores import score
 from swe_prune.recipe.selection import allocate, select
 
 __all__ = [
+    "CutRecipe",
     "Evidence",
     "Recipe",
+    "Reduce",
+    "Units",
     "allocate",
     "check",
     "default_max_sparsity",

@@ -15,6 +15,8 @@ like the parameters.
 calibration text. `refit.refit` makes up for a cut in the weights that read the units, and
 `fold_units` in the partners of redundant ones.
 
+`cut_model` does all of it by one request, a `recipe.CutRecipe`.
+
 For other models than `models.gpt` and `models.phi3v` groups are declared: the number of units, and
 their axis by path rule.
 """
@@ -22,6 +24,7 @@ their axis by path rule.
 from swe_prune.structured.activations import KINDS, activation_scores, readers
 from swe_prune.structured.budget import Budget, flops, memory
 from swe_prune.structured.choice import Keep, choose, summary
+from swe_prune.structured.cut_model import CRITERIA, CutResult, check_cut, cut_model
 from swe_prune.structured.cutting import cut, unit_mask
 from swe_prune.structured.decoder import UNITS, cut_config, groups
 from swe_prune.structured.depth import DEPTH, depth_scores, residual_states
@@ -33,6 +36,7 @@ from swe_prune.structured.reranking import Candidate, Ranked, rerank
 from swe_prune.structured.unit_scores import REDUCES, unit_scores
 
 __all__ = [
+    "CRITERIA",
     "DEPTH",
     "KINDS",
     "REDUCES",
@@ -40,6 +44,7 @@ __all__ = [
     "Along",
     "Budget",
     "Candidate",
+    "CutResult",
     "Group",
     "Keep",
     "Ranked",
@@ -47,9 +52,11 @@ __all__ = [
     "Removal",
     "SaturatedWarning",
     "activation_scores",
+    "check_cut",
     "choose",
     "cut",
     "cut_config",
+    "cut_model",
     "depth_scores",
     "flops",
     "fold_units",

@@ -2,7 +2,7 @@
 
 import functools
 from collections import defaultdict
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,12 @@ from jaxtyping import Array, PyTree
 from swe_prune import tree
 from swe_prune.arguments import checked
 from swe_prune.errors import InputError, check_choice
+from swe_prune.recipe import Reduce
 from swe_prune.structured.cutting import unit_numbers
 from swe_prune.structured.group import Along, Groups, placed
 
 REDUCES = ("sum", "mean", "l2", "max")
 """How the scores of a unit's weights become one."""
-
-Reduce = Literal["sum", "mean", "l2", "max"]
 
 
 @checked

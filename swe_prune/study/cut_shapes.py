@@ -6,14 +6,13 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import PyTree
 
-from swe_prune import importance, structured, tree
+from swe_prune import structured, tree
 from swe_prune.config import Config, CutConfig, ModelConfig
-from swe_prune.errors import InputError, check_choice
+from swe_prune.errors import InputError
 from swe_prune.evaluation.latency import Workload
 from swe_prune.models import phi3v
 from swe_prune.runtime import processes
 from swe_prune.structured import Group
-from swe_prune.structured.activations import OF_UNITS
 from swe_prune.study import grid
 
 
@@ -31,19 +30,11 @@ def check(config: Config) -> None:
         )
     for number, cut in enumerate(config.cuts):
         path = f"config.cuts[{number}]"
-        check_choice(cut.criterion, (*importance.names(), *OF_UNITS), f"{path}.criterion")
         if config.model.pretrained is not None:
             raise InputError(
                 f"{path} cuts models that the study trains; cut a pretrained one with the command "
                 "'cut --model'"
             )
-        if cut.recipe is None and cut.units == "layers":
-            raise InputError(
-                f"{path}.criterion = {cut.criterion!r} scores units within a layer; give a "
-                "criterion of weights for units = 'layers'"
-            )
-        if cut.recipe is not None and cut.recipe.needs & {"learned"}:
-            raise InputError(f"{path}.criterion = {cut.criterion!r}: {grid.UNAVAILABLE['learned']}")
         wanted = config.study.seeds_of(cut)
         missing = sorted(set(wanted) - set(trained))
         if missing and (cut.seeds is not None or len(missing) == len(set(wanted))):
@@ -55,6 +46,7 @@ def check(config: Config) -> None:
         if len(set(labels)) < len(labels):
             raise InputError(f"{path}.smaller must be different shares, got {list(cut.smaller)}")
         try:
+            structured.check_cut(cut, config.model, unavailable=grid.UNAVAILABLE)
             for share in (cut.sparsity, *cut.smaller):
                 shape(config.model, cut, share)
         except InputError as error:
@@ -72,7 +64,8 @@ def shape(config: ModelConfig, cut: CutConfig, share: float) -> ModelConfig:
     """Returns the config of the model with a share of the units gone, whichever they are."""
     groups = structured.groups(config, cut.units)
     nothing = {name: np.zeros(group.shape) for name, group in groups.items()}
-    return structured.cut_config(config, structured.choose(groups, nothing, sparsity=share))
+    keep = structured.choose(groups, nothing, sparsity=share, multiple=cut.multiple)
+    return structured.cut_config(config, keep)
 
 
 def check_scored(config: Config, params: PyTree, prunable: PyTree) -> None:

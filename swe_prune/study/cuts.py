@@ -10,7 +10,6 @@ A result that is there is not made again. Each training resumes from its own che
 
 import dataclasses
 import functools
-import re
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import PyTree
 
-from swe_prune import calibration, ledger, parallel, recipe, resumable, structured, tree
+from swe_prune import ledger, parallel, resumable, structured, tree
 from swe_prune.config import (
     CellConfig,
     CutConfig,
@@ -27,9 +26,9 @@ from swe_prune.config import (
     to_steps,
 )
 from swe_prune.evaluation import mean_loss
+from swe_prune.models import phi3v
 from swe_prune.runtime.locks import lock_for_run
 from swe_prune.structured import Group
-from swe_prune.structured.refit import refit
 from swe_prune.study import feeds, finetune_phase, grid, samples, serving
 from swe_prune.study.cut_shapes import in_use, shape
 from swe_prune.study.experiment import Experiment, setup
@@ -94,10 +93,10 @@ def _make(
     tuning = small.tunings[grid.Recovery()]
     with ledger.measure("cut", cell=cell):
         dense = load_dense(experiment, seed)
-        params, keep = _cut(experiment, seed, cut, dense)
-        params = parallel.shard_like(params, small.abstract_params)
+        made_small = _cut(experiment, seed, cut, dense)
+        params = parallel.shard_like(made_small.params, small.abstract_params)
     used = _used_groups(experiment, cut)
-    counts = structured.summary(used, {name: keep[name] for name in used})
+    counts = structured.summary(used, {name: made_small.keep[name] for name in used})
     losses = {"dense": _losses(experiment, dense.params), "cut": _losses(small, params)}
     written = samples.sampled(small, "cut", params)
     with ledger.measure("recover", cell=cell) as entry:
@@ -122,7 +121,7 @@ def _make(
         finite(float(np.mean(values)), f"{cut.name}, {one}")
     result = {
         "seed": seed,
-        **dataclasses.asdict(cut),
+        **cut.as_json(),
         "kept": counts.kept,
         "of": counts.total,
         "parameters": sizes,
@@ -145,45 +144,24 @@ def label(share: float) -> str:
     return f"smaller_{share:g}"
 
 
-def _cut(experiment: Experiment, seed: int, cut: CutConfig, dense: Any) -> tuple[PyTree, Any]:
-    """Returns the parameters of the cut model, refitted if asked for, and the kept units."""
-    model, start = experiment.model, starting_values(experiment, dense)
-    every = structured.groups(experiment.config.model, cut.units)
-    groups, moments = _used_groups(experiment, cut), None
-    if cut.restore or cut.recipe is None:
-        readers = structured.readers(groups, start, experiment.layout).values()
-        rules = [f"^{re.escape(name)}$" for name in readers]
-        moments = calibration.moments(
-            model, start, experiment.calibration, leaves=rules, gram=cut.restore
-        )
-    if cut.recipe is None:
-        units = structured.activation_scores(
-            groups, start, cut.criterion, moments, layout=experiment.layout
-        )
-    else:
-        request = dataclasses.replace(cut.recipe, seed=seed)
-        evidence = recipe.measure(
-            [request],
-            model,
-            dense.params,
-            experiment.calibration,
-            loss=experiment.loss,
-            prunable=experiment.prunable,
-            stats=dense.stats,
-            opt_state=dense.opt_state,
-        )
-        scores = recipe.score(
-            request, dense.params, evidence, experiment.prunable, experiment.layout
-        )
-        units = structured.unit_scores(groups, scores)
-    # All blocks keep equal widths, so unused units lose as many, whichever they are.
-    nothing = {name: np.zeros(group.shape) for name, group in every.items()}
-    keep = structured.choose(every, {**nothing, **units}, sparsity=cut.sparsity)
-    if cut.restore:
-        assert moments is not None
-        own = {name: keep[name] for name in groups}
-        start, _ = refit(start, groups, own, moments, layout=experiment.layout)
-    return structured.cut(start, every, keep), keep
+def _cut(experiment: Experiment, seed: int, cut: CutConfig, dense: Any) -> structured.CutResult:
+    """Returns the cut model, refitted if asked for, and the kept units."""
+    config = experiment.config.model
+    return structured.cut_model(
+        dataclasses.replace(cut, seed=seed),
+        config,
+        experiment.model,
+        starting_values(experiment, dense),
+        experiment.calibration,
+        loss=experiment.loss,
+        used=_used_groups(experiment, cut),
+        blocks=phi3v.blocks(config),
+        layout=experiment.layout,
+        prunable=experiment.prunable,
+        scored=dense.params,
+        stats=dense.stats,
+        opt_state=dense.opt_state,
+    )
 
 
 def _used_groups(experiment: Experiment, cut: CutConfig) -> dict[str, Group]:
