@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from swe_prune import importance
+from swe_prune.choices import Zeros
 from swe_prune.recipe.request import Recipe
 
 Units = Literal["neurons", "heads", "query_heads", "vision_neurons", "layers"]
@@ -40,7 +41,7 @@ class CutRecipe:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reduce: Reduce = "l2"
     multiple: int | None = None
-    zeros: Literal["keep", "free"] = "keep"
+    zeros: Zeros = "keep"
     seed: int = 0
 
     @property
