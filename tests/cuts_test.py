@@ -176,13 +176,13 @@ def test_numbers_of_a_cut_out_of_their_range_are_refused(plays_dir, changes, sen
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory, plays_dir):
     given = config(plays_dir)
-    model = dataclasses.replace(given.model, layers=2, hidden=32)
+    model = dataclasses.replace(given.model, layers=2, hidden=16)
     given = dataclasses.replace(given, model=model)
     return study.setup(given, tmp_path_factory.mktemp("experiment") / "work")
 
 
 def test_a_study_cuts_by_redundancy_as_the_library_does(experiment):
-    cut = CutConfig(criterion="mutual_information", multiple=16)
+    cut = CutConfig(criterion="mutual_information", multiple=8)
     model, own = experiment.model, experiment.config.model
     state = experiment.fresh_state(0)
     params, batches = state.params, experiment.calibration
@@ -193,7 +193,7 @@ def test_a_study_cuts_by_redundancy_as_the_library_does(experiment):
     scores = structured.redundancy_scores(
         groups, structured.redundant_units(groups, params, drawn, **given)
     )
-    keep = structured.choose(groups, scores, sparsity=0.5, multiple=16)
+    keep = structured.choose(groups, scores, sparsity=0.5, multiple=8)
     moments = calibration.moments(model, params, batches, leaves=leaves, gram=True)
     fitted, reports = refit(params, groups, keep, moments, **given)
     found = cuts._cut(experiment, 3, cut, state)
@@ -201,8 +201,8 @@ def test_a_study_cuts_by_redundancy_as_the_library_does(experiment):
     assert found.refits == reports
     assert found.config == structured.cut_config(own, keep) == cut_shapes.shape(own, cut, 0.5)
     for name, one in found.redundant.items():
-        removed = one.as_json()["removed"][: 32 - len(keep[name])]
-        assert sorted([*keep[name].tolist(), *(unit["unit"] for unit in removed)]) == [*range(32)]
+        removed = one.as_json()["removed"][: 16 - len(keep[name])]
+        assert sorted([*keep[name].tolist(), *(unit["unit"] for unit in removed)]) == [*range(16)]
 
 
 def test_a_study_cuts_layers_by_their_influence(experiment):
