@@ -57,7 +57,6 @@ _SCHEDULES: dict[str, tuple[Bound, tuple[str, ...]]] = {
     "exchange_end": (FRACTION, ("rigl", "set")),
     "drop_fraction": (PART, ("rigl", "set")),
     "penalty": (NOT_NEGATIVE, ("elsa",)),
-    "score_learning_rate": (POSITIVE, ("movement",)),
 }
 """Range of each setting of a schedule, and the schedules that read it."""
 

@@ -157,8 +157,8 @@ class LedgerConfig:
 class ScheduleConfig:
     """How a schedule prunes during the recovery; each setting is of the schedules that it names.
 
-    The defaults of exchange_end, drop_fraction (RigL's alpha) and score_learning_rate are those of
-    the papers; that of penalty was the best of 0.01, 0.1 and 1 on one seed of the demo's model.
+    The defaults of exchange_end and drop_fraction (RigL's alpha) are those of the paper; that of
+    penalty was the best of 0.01, 0.1 and 1 on one seed of the demo's model.
     """
 
     ramp_end: float = 0.6  # share of the recovery at which the sparsity is reached (cubic,
@@ -168,7 +168,6 @@ class ScheduleConfig:
     exchange_end: float = 0.75  # share of the recovery at which exchanges end (rigl, set)
     drop_fraction: float = 0.3  # share of the active weights exchanged at first (rigl, set)
     penalty: float = 1.0  # weight of the distance from sparse weights, lambda (elsa)
-    score_learning_rate: float = 1e-2  # learning rate of Adam for the scores (movement)
 
     @property
     def changed(self) -> dict[str, Any]:

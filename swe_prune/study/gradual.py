@@ -251,9 +251,9 @@ def _elsa(experiment: Experiment, cell: Cell, tuning: Tuning, start: PyTree) -> 
 def _movement(experiment: Experiment, cell: Cell, tuning: Tuning, start: PyTree) -> Regime:
     request, prunable = cell.recipe, experiment.prunable
     plan = ramp(cell, tuning.steps)
-    score_rate = cell.schedule_options.score_learning_rate
+    # The scores start at 0 and Adam's steps scale with its rate, so any rate gives the same ranks.
     optimizer = optax.multi_transform(
-        {"weights": tuning.optimizer, "scores": optax.adam(score_rate)},
+        {"weights": tuning.optimizer, "scores": optax.adam(1e-2)},
         {"weights": "weights", "scores": "scores"},
     )
     scores = experiment.abstract_prunable(jnp.float32)
