@@ -56,7 +56,7 @@ def fails(capsys, arguments):
         ),
         (
             "study.scopes=['layer']",
-            ("config.study.scopes must be one of tensor, global, row", "got 'layer'"),
+            ("config.study.scopes[0] must be one of tensor, global, row", "got 'layer'"),
         ),
         (
             "study.std_rates=[-1.0]",

@@ -285,7 +285,7 @@ def test_the_tables_say_which_rows_lie_interleaved():
     )
     (bound,) = slices.bind(Table((row,)), config, VOCAB)
     kernel = np.tile(np.arange(6.0), (16, 1))
-    stored = bound.write({"block_0/attention/query/kernel": kernel})
+    stored = interop_tiny.stored(bound, {"block_0/attention/query/kernel": kernel})
     np.testing.assert_array_equal(stored[:, 0], [0, 3, 1, 4, 2, 5])
 
 
