@@ -628,7 +628,7 @@ def test_another_seed_probes_in_other_directions():
     ("loss", "batches", "options", "sentence"),
     [
         (linear_loss, [], {}, "no batches were given"),
-        (lambda p, b: p["block_0"]["bias"], [0], {}, r"loss must return a scalar, got shape \(8,\)"),
+        (lambda p, b: p["block_0"]["bias"], [0], {}, r"a scalar, got shape \(8,\)"),
         (lambda p, b: p["block_0"]["bias"][0] * b, [math.nan], {}, "the loss is nan on batch 0"),
         (linear_loss, [], {"measure": "gradint"}, "did you mean 'gradient'"),
         (linear_loss, [], {"reduce": "max"}, "reduce must be one of sum, mean, got 'max'"),
