@@ -1,7 +1,7 @@
 """What a train step costs without huge pages: time, processor time in the kernel, and page faults.
 
-    python benchmarks/huge_pages.py [--turns=15] [--steps=100]
-    python benchmarks/huge_pages.py --config=configs/shakespeare_char_paper.py --steps=1 \
+    python benchmarks/huge_pages.py [--turns=11] [--steps=100]
+    python benchmarks/huge_pages.py --config=configs/shakespeare_char_paper.py --turns=9 --steps=2 \
         --config.model.dtype=float32 --config.data.batch=8
 
 The first is the demo's model, the second the one of 10.7 M parameters. Two processes train the same
@@ -19,18 +19,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 from accounts import accounted
 from rich.console import Console
 from rich.table import Table
+from subjects import configured
 
 from swe_prune import config
 from swe_prune.runtime.huge_pages import HUGE_PAGES, TUNABLES
 from swe_prune.study.experiment import setup
 
-DEFAULT = Path(__file__).parents[1] / "configs" / "shakespeare_char.py"
 SERVE = "--serve"
 
 
@@ -69,21 +68,7 @@ class Trainer:
         return Turn(*(float(word) / steps for word in self.process.stdout.readline().split()))
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, Any]:
-    """Returns the flags, and the settings that they name."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--config", type=Path, default=DEFAULT)
-    parser.add_argument("--turns", type=int, default=15, help="of each process, at least 2")
-    parser.add_argument("--steps", type=int, default=100, help="of a turn")
-    flags, rest = parser.parse_known_args(arguments)
-    prefix = "--config."
-    for flag in rest:
-        if not flag.startswith(prefix):
-            parser.error(f"unknown flag {flag!r}; settings are given as --config.data.batch=8")
-    return flags, config.load(flags.config, [flag.removeprefix(prefix) for flag in rest])
-
-
-def serve(settings: Any) -> None:
+def serve(settings: config.Config) -> None:
     """Takes as many train steps as each line of the standard input says."""
     experiment = setup(settings, Path())
     state, step, batches = experiment.fresh_state(0), experiment.train_step, experiment.batches(0)
@@ -102,8 +87,20 @@ def measured() -> tuple[float, float, float, int]:
 
 
 def main() -> None:
-    """Prints the table."""
-    flags, settings = parse(sys.argv[1:])
+    """Prints the table, or takes the steps of one of the two processes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--turns", type=int, default=11, help="of each process, at least 2")
+    parser.add_argument("--steps", type=int, default=100, help="of a turn")
+    parser.add_argument(SERVE, action="store_true", help=argparse.SUPPRESS)
+    flags, settings = configured(parser)
+    if flags.serve:
+        serve(settings)
+    else:
+        compare(flags, settings)
+
+
+def compare(flags: argparse.Namespace, settings: config.Config) -> None:
+    """Lets the two processes take turns, and prints the table."""
     without, with_them = (Trainer(sys.argv[1:], huge) for huge in (0, 1))
     for trainer in (without, with_them):  # compile
         trainer.take(2)
@@ -134,8 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if SERVE in sys.argv:
-        sys.argv.remove(SERVE)
-        serve(parse(sys.argv[1:])[1])
-    else:
-        accounted(main)
+    accounted(main)

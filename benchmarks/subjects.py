@@ -1,6 +1,6 @@
-"""Models that the benchmarks prune or cut, and the texts they read.
+"""Models that the benchmarks prune, cut or train, and the texts they read.
 
-A pretrained model, or the dense models of a study.
+A pretrained model, the dense models of a study, or the model of a config.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from fitting import compiled
 
-from swe_prune import data, interop
+from swe_prune import config, data, interop
 from swe_prune.config import ModelConfig, to_steps
 from swe_prune.errors import InputError
 from swe_prune.evaluation import mean_loss, perplexity, protocols
@@ -57,6 +57,22 @@ class Subject:
     def module(self) -> Any:
         """The Linen model."""
         return gpt.build(self.config, self.vocab_size)
+
+
+def configured(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, config.Config]:
+    """Returns the flags, and the config of `--config` with the settings given as `--config.key=…`.
+
+    Args:
+        parser: Parser of the script's own flags; --config is added, by default that of the demo.
+    """
+    demo = Path(__file__).parents[1] / "configs" / "shakespeare_char.py"
+    parser.add_argument("--config", type=Path, default=demo)
+    flags, rest = parser.parse_known_args()
+    prefix = "--config."
+    for flag in rest:
+        if not flag.startswith(prefix):
+            parser.error(f"unknown flag {flag!r}; settings are given as --config.data.batch=8")
+    return flags, config.load(flags.config, [flag.removeprefix(prefix) for flag in rest])
 
 
 def drawn(tokens: np.ndarray, windows: int, length: int, seed: int) -> Batches:

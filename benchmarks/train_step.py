@@ -34,8 +34,9 @@ import optax
 from accounts import accounted
 from rich.console import Console
 from rich.table import Table
+from subjects import configured
 
-from swe_prune import __version__, config, importance, masks, parallel, trajectory, tree
+from swe_prune import __version__, importance, masks, parallel, trajectory, tree
 from swe_prune.study.experiment import Experiment, setup
 from swe_prune.training import optimizer as optimizer_lib
 from swe_prune.training import step as step_lib
@@ -248,15 +249,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Time, memory and copies of tracking and masks.", allow_abbrev=False
     )
-    default = Path(__file__).parents[1] / "configs" / "shakespeare_char.py"
-    parser.add_argument("--config", type=Path, default=default)
     parser.add_argument("--seconds", type=float, default=80.0, help="of measuring")
-    flags, rest = parser.parse_known_args()
-    prefix = "--config."
-    for flag in rest:
-        if not flag.startswith(prefix):
-            parser.error(f"unknown flag {flag!r}; settings are given as --config.data.batch=8")
-    settings = config.load(flags.config, [flag.removeprefix(prefix) for flag in rest])
+    flags, settings = configured(parser)
     experiment = setup(settings, Path())
     batches = experiment.batches(0)
     taking_turns = variants(experiment, next(batches))

@@ -123,9 +123,8 @@ def _validate_cell(cell: CellConfig, path: str, must: Callable[..., None]) -> No
     must(cell.include is None or len(cell.include) > 0, f"{path}.include", rule, cell.include)
     for name, value in cell.schedule_options.changed.items():
         bound, schedules = _SCHEDULES[name]
-        rule = f"left at its default with schedule {cell.schedule!r}; it is for " + ", ".join(
-            schedules
-        )
+        readers = ", ".join(schedules)
+        rule = f"left at its default with schedule {cell.schedule!r}; it is for {readers}"
         must(cell.schedule in schedules, f"{path}.schedule_options.{name}", rule, value)
         bound.check(value, f"config.{path}.schedule_options.{name}")
     if cell.schedule == ONE_SHOT:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from swe_prune.choices import Scope
@@ -153,6 +154,13 @@ class LedgerConfig:
         return of_country(self.country, **{name: getattr(self, name) for name in names})
 
 
+def _changed(settings: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Returns those of the named settings that are not at their defaults."""
+    usual = type(settings)()
+    values = {name: getattr(settings, name) for name in names}
+    return {name: value for name, value in values.items() if value != getattr(usual, name)}
+
+
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
     """How a schedule prunes during the recovery; each setting is of the schedules that it names.
@@ -172,8 +180,7 @@ class ScheduleConfig:
     @property
     def changed(self) -> dict[str, Any]:
         """Settings that are not at their defaults, by name."""
-        values = dataclasses.asdict(self)
-        return {name: one for name, one in values.items() if one != getattr(ScheduleConfig, name)}
+        return _changed(self, [field.name for field in dataclasses.fields(self)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,8 +275,7 @@ class CutConfig(CutRecipe):
     @property
     def unusual(self) -> dict[str, Any]:
         """Settings of the scores and of the counts that are not at their defaults, by name."""
-        names = ("options", "reduce", "multiple", "zeros")
-        return {n: getattr(self, n) for n in names if getattr(self, n) != getattr(CutConfig(), n)}
+        return _changed(self, ("options", "reduce", "multiple", "zeros"))
 
     def as_json(self) -> dict[str, Any]:
         """Returns what a result says of the cut: the unusual settings only where there are some."""

@@ -20,7 +20,7 @@ def routed(scores: Float[Array, "N E"], per_token: int) -> Float[Array, "N E"]:
         per_token: Number k of experts of a token.
 
     Raises:
-        InputError: If k is no number of experts.
+        InputError: If k is not between 1 and the number of experts.
     """
     experts = scores.shape[-1]
     if not 1 <= per_token <= experts:

@@ -115,7 +115,7 @@ def process_address(coordinator: str | None, process: str | None) -> ProcessAddr
 
 
 def numbered(text: str) -> tuple[int, int] | None:
-    """Returns (I, N) of `I/N`, or None for what is none, I from 0 to N - 1.
+    """Returns (I, N) of `I/N` with 0 <= I < N, or None for any other text.
 
     >>> numbered("1/4"), numbered("4/4")
     ((1, 4), None)

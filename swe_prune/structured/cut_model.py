@@ -91,12 +91,12 @@ def check_cut(
         raise InputError(
             f"criterion {criterion!r} scores units and not their weights; leave out reduce"
         )
-    able, what = (units != LAYERS, "units within a layer")
+    fits, what = units != LAYERS, "units within a layer"
     if criterion in DEPTH:
-        able, what = (units == LAYERS, "layers")
+        fits, what = units == LAYERS, "layers"
     elif criterion == REDUNDANT:
-        able, what = (units in SINGLE, "neurons")
-    if not able:
+        fits, what = units in SINGLE, "neurons"
+    if not fits:
         raise InputError(
             f"criterion {criterion!r} scores {what}, not {units}; use another criterion or other "
             "units"
@@ -150,8 +150,8 @@ def cut_model(
         at_once: Sequences per gradient; see `calibration.gradients`.
 
     Raises:
-        InputError: A request, evidence or a budget that does not fit the model; as `check_cut`,
-            `recipe.measure`, `choose` and `refit`.
+        InputError: A request, evidence or a budget that does not fit the model; errors of
+            `check_cut`, `recipe.measure`, `choose` and `refit`.
     """
     check_cut(recipe, config)
     every = groups(config, recipe.units)
@@ -160,10 +160,11 @@ def cut_model(
     rules: list[str] = []
     if recipe.restore or recipe.criterion in (*OF_UNITS, REDUNDANT):
         rules = [f"^{re.escape(name)}$" for name in readers(own, params, layout).values()]
-    # One pass measures what the scores and the refit read.
+    # 1. Measure in one pass what the scores and the refit read.
     moments = None
     if recipe.restore or recipe.criterion in OF_ACTIVATIONS:
         moments = calibration.moments(model, params, batches, leaves=rules, gram=recipe.restore)
+    # 2. Score the units.
     if of_weights is not None:
         weights = params if scored is None else scored
         evidence = measure(
@@ -193,6 +194,7 @@ def cut_model(
         units = redundancy_scores(own, redundant)
     else:
         units = activation_scores(own, params, recipe.criterion, moments, layout=layout)
+    # 3. Choose; scores of 0 stand in for units that nothing computes.
     nothing = {name: np.zeros(group.shape) for name, group in every.items()}
     keep = choose(
         every,
@@ -203,6 +205,7 @@ def cut_model(
         params=params,
         config=config,
     )
+    # 4. Refit what reads the units, and cut.
     refits: tuple[RefitReport, ...] = ()
     if recipe.restore:
         assert moments is not None

@@ -251,7 +251,8 @@ def _elsa(experiment: Experiment, cell: Cell, tuning: Tuning, start: PyTree) -> 
 def _movement(experiment: Experiment, cell: Cell, tuning: Tuning, start: PyTree) -> Regime:
     request, prunable = cell.recipe, experiment.prunable
     plan = ramp(cell, tuning.steps)
-    # The scores start at 0 and Adam's steps scale with its rate, so any rate gives the same ranks.
+    # The paper's rate. The scores start at 0 and Adam's steps scale with its rate, so any rate
+    # gives the same ranks.
     optimizer = optax.multi_transform(
         {"weights": tuning.optimizer, "scores": optax.adam(1e-2)},
         {"weights": "weights", "scores": "scores"},

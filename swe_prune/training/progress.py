@@ -76,7 +76,7 @@ class Progress:
 
 
 def print_line(console: Console, text: str) -> None:
-    """Prints a line as it is: in no colors, not wrapped, and brackets are no markup of rich."""
+    """Prints a line as it is: without colors or wrapping, its brackets not read as markup."""
     console.print(visible(text), highlight=False, soft_wrap=True, markup=False)
 
 
