@@ -1,4 +1,4 @@
-"""Memory in huge pages, without which a train step on a CPU spends much of its time on page faults.
+"""Memory in huge pages, without which a train step on a CPU may spend its time on page faults.
 
 XLA takes the arrays of a step from the C library and gives them back after it, so the kernel maps
 their pages again in each step: 4 KiB at a time, unless the program asks for huge pages of 2 MiB.
